@@ -1,0 +1,71 @@
+# Everything here needs Python >= 3.11, git and make; `make` alone lists what it can do.
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+STAMP := $(VENV)/.installed
+# `shell:` rules call `python` by name, so the environment's own comes first on the PATH.
+RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
+LOCKED := -r requirements.txt -c constraints.txt
+UNLOCKED := --no-deps -r requirements-nodeps.txt -e .
+
+# Busy-waiting OpenMP threads of parallel jobs would steal each other's cores.
+export OMP_WAIT_POLICY ?= passive
+export MLFLOW_DISABLE_TELEMETRY := true
+export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
+export MLFLOW_ALLOW_PICKLE_DESERIALIZATION := false
+
+# Without it every look-up of a model that is not cached retries for many seconds.
+all test: export HF_HUB_OFFLINE ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup all test ui shapes-weights lint lock
+
+help:  ## List the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
+
+setup: $(STAMP)  ## Install the locked dependencies and this project into .venv
+
+all: $(STAMP)  ## Run the whole workflow; pass snakemake's options with ARGS='-n'
+	$(RUN) snakemake all $(ARGS)
+
+test: $(STAMP)  ## Run the tests; pass pytest's options with ARGS='-k NAME'
+	$(RUN) python -m pytest $(ARGS)
+
+ui: $(STAMP)  ## Browse the tracked runs with MLflow on 127.0.0.1
+	$(RUN) python -m tafs.tracking ui $(ARGS)
+
+shapes-weights: $(STAMP)  ## Pretrain the shipped models of the embedded world again
+	$(RUN) python -m tafs.shapes.pretrain all $(ARGS)
+
+lint: $(STAMP)  ## Check style, types and the workflow
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy
+	$(RUN) snakefmt --check workflow
+	$(RUN) snakemake --lint
+
+# --universal: one lock for every platform; the CUDA packages apply only where torch asks for them.
+lock:  ## Resolve requirements.txt again and rewrite constraints.txt (needs uv)
+	uv pip compile --universal --fork-strategy fewest --python-version 3.11 --upgrade --quiet \
+		--custom-compile-command 'make lock' requirements.txt --output-file constraints.txt
+
+# uv ignores pip's configuration: where pip is told to look for local wheels, uv has to be told too.
+$(STAMP): requirements.txt requirements-nodeps.txt constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'Python 3.11 or newer is needed: make PYTHON=python3.11 ...' >&2; exit 1; }
+	@set -e; \
+	if command -v uv >/dev/null; then \
+		links=$$($(PYTHON) -m pip config list 2>/dev/null | sed -n "s/.*find-links='\(.*\)'$$/\1/p" | sort -u); \
+		flags=; for link in $$links; do flags="$$flags --find-links $$link"; done; \
+		set -x; \
+		uv venv --quiet --allow-existing --python "$$(command -v $(PYTHON))" $(VENV); \
+		uv pip install --quiet --python $(VENV)/bin/python $$flags $(LOCKED); \
+		uv pip install --quiet --python $(VENV)/bin/python $(UNLOCKED); \
+	else \
+		set -x; \
+		$(PYTHON) -m venv $(VENV); \
+		$(VENV)/bin/python -m pip install --quiet $(LOCKED); \
+		$(VENV)/bin/python -m pip install --quiet $(UNLOCKED); \
+	fi
+	@touch $@
