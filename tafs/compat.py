@@ -1,0 +1,186 @@
+"""Every patch of a third-party package, so that all of them run in one environment.
+
+`patch_torchvision()` comes before the first import of torchvision, which open_clip, timm and
+transformers' image models import. `import_hpsv2()` and `import_imagereward()` replace
+`import hpsv2` and `import ImageReward`. Nothing is written into site-packages: the patches live in
+this process only.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import importlib
+import importlib.util
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
+from unittest import mock
+
+import torch
+
+BPE_VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
+BERT_VOCABULARY_SIZE = 30522
+
+# A Library takes its schemas back when it is garbage-collected.
+_schemas: list[torch.library.Library] = []
+
+
+def patch_torchvision() -> None:
+    """Declare the operators that torchvision needs in order to be imported beside a CPU torch.
+
+    torchvision's wheel from PyPI is a CUDA build. Beside a CPU torch its extension cannot be
+    loaded, so `torchvision::nms`, for which it registers a fake kernel on import, does not exist.
+    """
+    if torch.version.cuda is not None or hasattr(torch.ops.torchvision, "nms"):
+        return
+    if _load_torchvision_extension():
+        return
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _schemas.append(library)
+
+
+def _load_torchvision_extension() -> bool:
+    """Load torchvision's compiled operators without importing torchvision."""
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None:
+        return False
+    for extension in Path(spec.origin).parent.glob("_C.*"):
+        try:
+            torch.ops.load_library(str(extension))
+        except OSError:
+            continue
+        return True
+    return False
+
+
+@functools.cache
+def import_hpsv2() -> ModuleType:
+    """`import hpsv2`, with its tokenizer's vocabulary read from open_clip_torch.
+
+    hpsv2's wheel lacks the vocabulary that its bundled open_clip opens on import, at a path that
+    it computes from its own file, so only the opening can be redirected. open_clip_torch ships the
+    same bytes.
+    """
+    patch_torchvision()
+    import open_clip
+
+    shipped = Path(open_clip.__file__).with_name(BPE_VOCABULARY)
+    gzip_open = gzip.open
+
+    def redirected(filename: Any, *args: Any, **kwargs: Any) -> Any:
+        path = str(filename)
+        missing = path.endswith(BPE_VOCABULARY) and not Path(path).exists()
+        return gzip_open(shipped if missing else filename, *args, **kwargs)
+
+    with _quietly(), mock.patch.object(gzip, "open", redirected):
+        # `import hpsv2` alone would put off what opens the vocabulary until gzip is itself again.
+        importlib.import_module("hpsv2.img_score")
+    return sys.modules["hpsv2"]
+
+
+@functools.cache
+def import_imagereward() -> ModuleType:
+    """`import ImageReward`, made to work with transformers 5 and without fairscale.
+
+    As published, except: pruning of attention heads and gradient checkpointing raise.
+    """
+    patch_torchvision()
+    with _quietly(), _imagereward_imports():
+        package = importlib.import_module("ImageReward")
+        from ImageReward.models.BLIP import blip, blip_pretrain, med
+
+    # What transformers' PreTrainedModel no longer offers; only image-reward's own classes get it.
+    base = med.BertPreTrainedModel
+    base.all_tied_weights_keys = {}
+    base.get_head_mask = _no_head_mask
+    base.invert_attention_mask = _invert_attention_mask
+    blip.init_tokenizer = blip_pretrain.init_tokenizer = _blip_tokenizer
+    return package
+
+
+@contextmanager
+def _imagereward_imports() -> Iterator[None]:
+    """While image-reward is imported, offer the names that have moved or vanished."""
+    from transformers import modeling_utils, pytorch_utils
+
+    # fairscale's source build would need its own torch, and only gradient checkpointing uses it.
+    fairscale = {
+        name: ModuleType(name)
+        for name in (
+            "fairscale",
+            "fairscale.nn",
+            "fairscale.nn.checkpoint",
+            "fairscale.nn.checkpoint.checkpoint_activations",
+        )
+    }
+    checkpointing: Any = fairscale["fairscale.nn.checkpoint.checkpoint_activations"]
+    checkpointing.checkpoint_wrapper = _unsupported
+    moved: dict[str, Any] = {
+        "apply_chunking_to_forward": pytorch_utils.apply_chunking_to_forward,
+        "prune_linear_layer": pytorch_utils.prune_linear_layer,
+        "find_pruneable_heads_and_indices": _unsupported,
+    }
+    sys.modules.update(fairscale)
+    try:
+        with mock.patch.multiple(modeling_utils, create=True, **moved):
+            yield
+    finally:
+        for name in fairscale:
+            del sys.modules[name]
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Undo what the packages do on import: silence all warnings, set levels of others' loggers."""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity, level = transformers_logging.get_verbosity(), logging.root.level
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        logging.root.setLevel(level)
+
+
+def _unsupported(*_: object, **__: object) -> NoReturn:
+    raise NotImplementedError("image-reward is used without head pruning and checkpointing")
+
+
+def _no_head_mask(_: object, head_mask: None, num_hidden_layers: int) -> list[None]:
+    """transformers 4's `get_head_mask`; image-reward never masks a head."""
+    return [head_mask] * num_hidden_layers
+
+
+def _invert_attention_mask(model: Any, mask: torch.Tensor) -> torch.Tensor:
+    """transformers 4's `invert_attention_mask`: 1 (attend) -> 0, 0 (ignore) -> the lowest number.
+
+    mask: [B, keys] or [B, queries, keys] -> [B, 1, 1 or queries, keys]
+    """
+    mask = mask[:, None, None, :] if mask.dim() == 2 else mask[:, None, :, :]
+    return (1.0 - mask.to(model.dtype)) * torch.finfo(model.dtype).min
+
+
+def _blip_tokenizer() -> Any:
+    """BLIP's tokenizer: `additional_special_tokens_ids` is gone, so [ENC] is looked up by name."""
+    from transformers import BertTokenizer
+
+    tokenizer = BertTokenizer.from_pretrained("bert-base-uncased")
+    # Without network and cache transformers returns a nearly empty tokenizer and says nothing.
+    if len(tokenizer) < BERT_VOCABULARY_SIZE:
+        raise RuntimeError(
+            f"bert-base-uncased has {len(tokenizer)} of {BERT_VOCABULARY_SIZE} tokens: "
+            "download it once with `hf download bert-base-uncased`"
+        )
+    tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
+    tokenizer.enc_token_id = tokenizer.convert_tokens_to_ids("[ENC]")
+    return tokenizer
