@@ -1,0 +1,168 @@
+"""What every backbone shares: decoding, the time grid, LoRA, saving and loading adapters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.training_utils import _collate_lora_metadata
+from peft import LoraConfig, get_peft_model_state_dict
+from torch import Tensor, nn
+
+TIMESTEPS = 1000  # the networks read t in [0, 1] as a timestep in [0, 1000]
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the network is told about each prompt; every tensor's first dimension is the batch.
+
+    With classifier-free guidance the batch is the prompts', and the empty prompt's own
+    conditioning stands in `negative`.
+    """
+
+    embeds: Tensor  # [B, L, D] token embeddings
+    pooled: Tensor  # [B, P]
+    negative: Conditioning | None = None
+
+    def __getitem__(self, index: Any) -> Conditioning:
+        values = [getattr(self, f.name) for f in fields(self)]
+        return Conditioning(*(None if v is None else v[index] for v in values))
+
+    def repeat_interleave(self, times: int) -> Conditioning:
+        """Each prompt `times` in a row, as a group's images are laid out."""
+        return self[torch.arange(len(self.embeds)).repeat_interleave(times)]
+
+
+class Backbone:
+    """A diffusers pipeline as reinforcement learning needs it.
+
+    Convention: t = 1 is noise, t = 0 is data, the network predicts v = e - x_0.
+    """
+
+    lora_targets: ClassVar[Sequence[str]]
+
+    def __init__(
+        self, pipeline: DiffusionPipeline, *, guidance: float, max_sequence_length: int
+    ) -> None:
+        self.pipeline = pipeline
+        self.guidance = guidance
+        self.max_sequence_length = max_sequence_length
+        for module in self._modules():
+            module.eval().requires_grad_(False)
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        *,
+        guidance: float,
+        max_sequence_length: int,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """Read a diffusers pipeline folder.
+
+        Raises:
+            FileNotFoundError: the folder holds no pipeline; names the missing file.
+        """
+        index = path / "model_index.json"
+        if not index.is_file():
+            raise FileNotFoundError(f"{index}: not found; {path} is no diffusers pipeline folder")
+        pipeline = DiffusionPipeline.from_pretrained(
+            path, torch_dtype=dtype, local_files_only=True, use_safetensors=True
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return cls(
+            pipeline.to(device), guidance=guidance, max_sequence_length=max_sequence_length
+        )
+
+    # -- the network ---------------------------------------------------------------------------
+
+    @property
+    def transformer(self) -> Any:
+        return self.pipeline.transformer
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.device
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of one image's latents."""
+        raise NotImplementedError
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Conditioning of the prompts, [len(prompts), ...]."""
+        raise NotImplementedError
+
+    def velocity(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """v(x_t, t), float32 [B, ...]; t: [B] in (0, 1]."""
+        raise NotImplementedError
+
+    def decode(self, x_0: Tensor) -> Tensor:
+        """Images of the latents, [B, 3, H, W] in [0, 1], float32; differentiable."""
+        vae = self.pipeline.vae
+        latents = x_0.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0)
+        return (vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+
+    def time_grid(self, steps: int) -> Tensor:
+        """The model's own grid, [steps + 1] from 1 to 0: uniform, then the scheduler's shift."""
+        shift = self.pipeline.scheduler.config.shift
+        t = torch.linspace(1, 0, steps + 1)
+        return shift * t / (1 + (shift - 1) * t)
+
+    # -- LoRA ----------------------------------------------------------------------------------
+
+    def add_lora(self, rank: int, alpha: int, generator: torch.Generator) -> None:
+        """Attach a fresh adapter (B = 0, so the network is unchanged) in float32."""
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(self.lora_targets))
+        self.transformer.add_adapter(config)
+        for name, parameter in self.lora_parameters().items():
+            parameter.data = parameter.data.float()
+            if "lora_A" in name:
+                bound = parameter.shape[1] ** -0.5
+                nn.init.uniform_(parameter, -bound, bound, generator=generator)
+
+    def lora_parameters(self) -> dict[str, nn.Parameter]:
+        """The adapter's parameters by name, in a fixed order."""
+        named = self.transformer.named_parameters()
+        return {name: p for name, p in named if "lora_" in name}
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """The base model: the adapter is off inside the block."""
+        self.transformer.disable_adapters()
+        try:
+            yield
+        finally:
+            self.transformer.enable_adapters()
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write `pytorch_lora_weights.safetensors` as diffusers does, its alpha included."""
+        self.pipeline.save_lora_weights(
+            folder,
+            transformer_lora_layers=get_peft_model_state_dict(self.transformer),
+            # Without the metadata diffusers forgets alpha and scales the adapter wrongly.
+            **_collate_lora_metadata({"transformer": self.transformer}),
+        )
+
+    def load_adapter(self, file: Path) -> None:
+        """Load an adapter that `save_adapter` or diffusers wrote."""
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such adapter")
+        self.pipeline.load_lora_weights(file.parent, weight_name=file.name, local_files_only=True)
+
+    def _modules(self) -> list[nn.Module]:
+        components = self.pipeline.components.values()
+        return [c for c in components if isinstance(c, nn.Module)]
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """The pipeline folder's `model_index.json`."""
+    return json.loads((path / "model_index.json").read_text(encoding="utf-8"))

@@ -1,0 +1,95 @@
+"""Group-relative policy optimisation: advantages, ratio, clipped objective, KL (Eqs. 1-3, 9, 10).
+
+Pure functions of tensors. Reward tensors are [..., groups, G]: G images of one prompt in a group.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CREDITS = ("step", "sum", "to_go", "final")
+
+
+def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
+    """(R - mean) / std over the G images of a prompt at the same step (Eq. 9).
+
+    The text of the paper says variance; the standard deviation is meant. A group whose rewards are
+    all equal carries no preference: its advantages are exactly 0.
+
+    Args:
+        rewards: [..., groups, G].
+    """
+    centred = rewards - rewards.mean(-1, keepdim=True)
+    std = centred.square().mean(-1, keepdim=True).sqrt()
+    return torch.where(std > eps * 1e-2, centred / (std + eps), torch.zeros_like(centred))
+
+
+def global_std_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
+    """Flow-GRPO's advantages: per-prompt mean, std over the whole batch.
+
+    Args:
+        rewards: [..., groups, G]; each leading index is a batch of its own.
+    """
+    centred = rewards - rewards.mean(-1, keepdim=True)
+    std = (rewards - rewards.mean((-2, -1), keepdim=True)).square().mean((-2, -1), keepdim=True)
+    return centred / (std.sqrt() + eps)
+
+
+def assign_credit(advantages: Tensor, credit: str, last: int | None = None) -> Tensor:
+    """Advantage of each re-noising step from the advantages of the images they lead to.
+
+    Args:
+        advantages: [steps, groups, G], step n's from the image x0_hat^n, n = 2..N.
+        credit: `step` (Eq. 10), `sum` (Algorithm 1, line 18), `to_go` (sum over m >= n), `final`
+            (the last image's, for every step: "w/o Step Adv.").
+        last: N_adv, only the last `last` images count; None counts all. Under `step`, an action
+            whose own image does not count takes the first one that does, so that N_adv = 1 is
+            `final`, as Tables 3 and 5 print it.
+
+    Returns:
+        [steps, groups, G].
+    """
+    steps = len(advantages)
+    first = 0 if last is None else max(0, steps - last)
+    order = torch.arange(steps)
+    if credit == "step":
+        return advantages[order.clamp(min=first)]
+    if credit == "final":
+        return advantages[-1:].expand_as(advantages)
+    counted = advantages * (order >= first).to(advantages).view(-1, 1, 1)
+    if credit == "sum":
+        return counted.sum(0, keepdim=True).expand_as(advantages)
+    if credit == "to_go":
+        return counted.flip(0).cumsum(0).flip(0)
+    raise ValueError(f"unknown credit {credit!r} (available: {', '.join(CREDITS)})")
+
+
+class Objective(NamedTuple):
+    """`loss` is a scalar to minimise; the others describe the batch, detached."""
+
+    loss: Tensor
+    ratio: Tensor  # [B]
+    clipped: Tensor  # [B] bool: the clipped branch was taken
+
+
+def clipped_objective(
+    log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_range: float
+) -> Objective:
+    """-mean(min(r A, clip(r, 1 - eps, 1 + eps) A)) with r = exp(log_prob - old) (Eqs. 2, 10).
+
+    Args:
+        log_prob, old_log_prob, advantages: [B].
+    """
+    ratio = (log_prob - old_log_prob).exp()
+    bounded = ratio.clamp(1 - clip_range, 1 + clip_range)
+    plain, limited = ratio * advantages, bounded * advantages
+    loss = -torch.minimum(plain, limited).mean()
+    return Objective(loss, ratio.detach(), (limited < plain).detach())
+
+
+def gaussian_kl(mean: Tensor, reference_mean: Tensor, std: Tensor) -> Tensor:
+    """KL of two Gaussians of equal std, averaged over the non-batch elements, [B] (Eq. 3)."""
+    return ((mean - reference_mean).square() / (2 * std.square())).flatten(1).mean(1)

@@ -1,0 +1,46 @@
+"""Prompt sets: rows in GenEval's metadata format, read from JSON Lines, with a train and a test split."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """`row` is GenEval's metadata {tag, include, exclude?}, or empty where a set has none."""
+
+    text: str
+    row: Mapping[str, Any]
+
+    @property
+    def tag(self) -> str:
+        return str(self.row.get("tag", ""))
+
+
+def read(path: Path) -> list[Prompt]:
+    """The prompts of a JSON Lines file, in its order.
+
+    Raises:
+        ValueError: a line is not a JSON object with a string `prompt`; names file and line.
+    """
+    prompts = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            prompts.append(Prompt(text=str(row["prompt"]), row=row))
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise ValueError(f"{path}:{number}: not a JSON object with a 'prompt'") from None
+    if not prompts:
+        raise ValueError(f"{path}: holds no prompt")
+    return prompts
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write GenEval rows as JSON Lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
+    path.write_text(text, encoding="utf-8")

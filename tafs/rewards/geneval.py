@@ -1,0 +1,100 @@
+"""GenEval's verdict on detections (Ghosh et al., 2023) and the graded score used as a reward.
+
+The verdict needs objects with class, box and colour only, so the embedded world's detector and a
+real instance segmenter feed the same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+POSITION_THRESHOLD = 0.1  # share of the summed box sizes that does not count as an offset
+
+
+class Detection(NamedTuple):
+    """One object; `box` is (x0, y0, x1, y1) in pixels, y downwards."""
+
+    label: str
+    score: float
+    box: tuple[float, float, float, float]
+    color: str | None
+
+
+class Verdict(NamedTuple):
+    """`correct` is GenEval's strict verdict; `graded` in [0, 1] gives partial credit."""
+
+    correct: bool
+    graded: float
+
+
+def relations(a: Detection, b: Detection) -> set[str]:
+    """Where `a` lies relative to `b`, as GenEval decides it: centre offsets, small ones ignored."""
+    centre_a = ((a.box[0] + a.box[2]) / 2, (a.box[1] + a.box[3]) / 2)
+    centre_b = ((b.box[0] + b.box[2]) / 2, (b.box[1] + b.box[3]) / 2)
+    offset = [centre_a[i] - centre_b[i] for i in (0, 1)]
+    size_a = (abs(a.box[2] - a.box[0]), abs(a.box[3] - a.box[1]))
+    size_b = (abs(b.box[2] - b.box[0]), abs(b.box[3] - b.box[1]))
+    revised = []
+    for i in (0, 1):
+        slack = POSITION_THRESHOLD * (size_a[i] + size_b[i])
+        magnitude = max(abs(offset[i]) - slack, 0.0)
+        revised.append(magnitude if offset[i] > 0 else -magnitude)
+    norm = (offset[0] ** 2 + offset[1] ** 2) ** 0.5
+    if revised == [0, 0] or norm == 0:
+        return set()
+    dx, dy = (value / norm for value in revised)
+    found = set()
+    if dx < -0.5:
+        found.add("left of")
+    if dx > 0.5:
+        found.add("right of")
+    if dy < -0.5:
+        found.add("above")
+    if dy > 0.5:
+        found.add("below")
+    return found
+
+
+def judge(detections: Sequence[Detection], row: Mapping[str, Any]) -> Verdict:
+    """GenEval's strict verdict and the graded credit of one image.
+
+    Args:
+        detections: the image's objects, most confident first.
+        row: metadata {tag, prompt, include: [{class, count, color?, position?}], exclude?}.
+
+    The graded score is the mean credit of the row's requirements: 1 - |n - k| / n for a count of k
+    objects where n are asked (a surplus only costs where the row excludes it), the share of right
+    colours, and 1 or the share of right relations.
+    """
+    by_class: dict[str, list[Detection]] = {}
+    for detection in detections:
+        by_class.setdefault(detection.label, []).append(detection)
+    excluded = {item["class"]: item["count"] for item in row.get("exclude", ())}
+
+    correct = True
+    credits: list[float] = []
+    matched: list[list[Detection] | None] = []
+    for item in row["include"]:
+        objects = by_class.get(item["class"], [])
+        wanted = item["count"]
+        found = objects[:wanted]
+        complete = len(found) == wanted
+        counted = len(objects) if item["class"] in excluded else len(found)
+        credits.append(max(0.0, 1 - abs(wanted - counted) / wanted))
+        if "color" in item:
+            right = sum(d.color == item["color"] for d in found)
+            credits.append(right / wanted)
+            complete = complete and right == wanted
+        if "position" in item:
+            relation, target = item["position"]
+            others = matched[target]
+            pairs = [relation in relations(d, o) for d in found for o in (others or ())]
+            credits.append(sum(pairs) / (wanted * len(others)) if others else 0.0)
+            complete = complete and others is not None and all(pairs)
+        matched.append(found if complete else None)
+        correct = correct and complete
+    for name, limit in excluded.items():
+        correct = correct and len(by_class.get(name, [])) < limit
+    return Verdict(correct, sum(credits) / len(credits))

@@ -1,0 +1,141 @@
+"""Captions of the six GenEval tasks for the embedded world, and their frozen split.
+
+The split holds out contents, not wordings: no test row's objects, colours and relation appear in a
+training row under any wording. Single objects are the exception (there are five): they are split
+by wording.
+
+`python -m tafs.shapes.captions` rewrites data/train.jsonl and data/test.jsonl.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tafs import prompts
+from tafs.rewards.geneval import TASKS
+from tafs.shapes.scenes import COLORS, RELATIONS, SHAPES
+
+DATA = Path(__file__).parent / "data"
+NUMBERS = {2: "two", 3: "three", 4: "four"}
+# Test prompts per task; 105 in all, judged on four images each as GenEval does.
+TEST_PROMPTS = {
+    "single_object": 8,
+    "two_object": 12,
+    "counting": 20,
+    "colors": 16,
+    "position": 21,
+    "color_attr": 28,
+}
+TEST_SHARE = 0.2  # share of a task's contents that only the test split may use
+SPLIT_SEED = 20260201
+
+Row = dict[str, Any]
+
+
+def rows() -> Iterator[Row]:
+    """Every prompt of the world, in a fixed order."""
+    for shape in SHAPES:
+        for text in (f"a {shape}", f"one {shape}", f"a single {shape}", f"just one {shape}"):
+            yield _row("single_object", text, [_item(shape)])
+    for a, b in itertools.permutations(SHAPES, 2):
+        for text in (f"a {a} and a {b}", f"one {a} and one {b}", f"a {a} with a {b}"):
+            yield _row("two_object", text, [_item(a), _item(b)])
+    for shape, (count, word) in itertools.product(SHAPES, NUMBERS.items()):
+        for color in (None, *COLORS):
+            thing = f"{color} {plural(shape)}" if color else plural(shape)
+            for text in (f"{word} {thing}", f"a group of {word} {thing}"):
+                yield _row(
+                    "counting",
+                    text,
+                    [_item(shape, count, color)],
+                    exclude=[{"class": shape, "count": count + 1}],
+                )
+    for color, shape in itertools.product(COLORS, SHAPES):
+        for text in (
+            f"a {color} {shape}",
+            f"one {color} {shape}",
+            f"a {shape} that is {color}",
+            f"a single {color} {shape}",
+        ):
+            yield _row("colors", text, [_item(shape, color=color)])
+    for (a, b), relation in itertools.product(itertools.permutations(SHAPES, 2), RELATIONS):
+        for text in (f"a {a} {relation} a {b}", f"one {a} {relation} one {b}"):
+            yield _row(
+                "position", text, [_item(b), {**_item(a), "position": [relation, 0]}]
+            )
+    for (a, b), (c, d) in itertools.product(
+        itertools.permutations(SHAPES, 2), itertools.permutations(COLORS, 2)
+    ):
+        for text in (f"a {c} {a} and a {d} {b}", f"one {c} {a} and one {d} {b}"):
+            yield _row("color_attr", text, [_item(a, color=c), _item(b, color=d)])
+
+
+def split() -> tuple[list[Row], list[Row]]:
+    """The (train, test) rows; see the module's docstring for what is held out."""
+    rng = np.random.default_rng(SPLIT_SEED)
+    train: list[Row] = []
+    test: list[Row] = []
+    by_task: dict[str, list[Row]] = {task: [] for task in TASKS}
+    for row in rows():
+        by_task[row["tag"]].append(row)
+    for task, members in by_task.items():
+        groups: dict[str, list[Row]] = {}
+        for row in members:
+            groups.setdefault(_key(row), []).append(row)
+        keys = sorted(groups)
+        # At least enough held-out prompts for the test set.
+        share = max(TEST_SHARE, TEST_PROMPTS[task] / len(members))
+        held_out = {keys[i] for i in rng.permutation(len(keys))[: round(share * len(keys))]}
+        candidates = [row for key in keys if key in held_out for row in groups[key]]
+        chosen = sorted(rng.permutation(len(candidates))[: TEST_PROMPTS[task]])
+        test += [candidates[i] for i in chosen]
+        train += [row for row in members if _key(row) not in held_out]
+    return train, test
+
+
+def plural(noun: str) -> str:
+    return noun + ("es" if noun.endswith("s") else "s")
+
+
+def content(row: Row) -> str:
+    """What a row asks for, whatever its wording and whatever the order of its objects."""
+    include = row["include"]
+    if any("position" in item for item in include):
+        target, subject = include
+        relation = subject["position"][0]
+        mirror = {"left of": "right of", "above": "below"}
+        if relation in mirror:
+            return f"{subject['class']} {relation} {target['class']}"
+        back = {v: k for k, v in mirror.items()}[relation]
+        return f"{target['class']} {back} {subject['class']}"
+    return json.dumps(sorted(json.dumps(item, sort_keys=True) for item in include))
+
+
+def _key(row: Row) -> str:
+    return row["prompt"] if row["tag"] == "single_object" else content(row)
+
+
+def _item(shape: str, count: int = 1, color: str | None = None) -> Row:
+    item: Row = {"class": shape, "count": count}
+    return {**item, "color": color} if color else item
+
+
+def _row(tag: str, text: str, include: list[Row], exclude: list[Row] | None = None) -> Row:
+    row: Row = {"tag": tag, "prompt": text, "include": include}
+    return {**row, "exclude": exclude} if exclude else row
+
+
+def main() -> None:
+    train, test = split()
+    prompts.write(DATA / "train.jsonl", train)
+    prompts.write(DATA / "test.jsonl", test)
+
+
+if __name__ == "__main__":
+    main()

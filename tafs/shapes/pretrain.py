@@ -1,0 +1,249 @@
+"""Pretraining of the embedded models by flow matching: `python -m tafs.shapes.pretrain TARGET`.
+
+TARGET is vae, sd3, the name of a reward model, or all. Weights, model cards and a manifest of SHA-256 sums go to
+tafs/shapes/weights/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from torch import Tensor, nn
+
+from tafs import compat, prompts, seeding
+from tafs.backbones.base import Backbone
+from tafs.backbones.sd3 import SD3Backbone
+from tafs.rewards.geneval import TASKS, judge
+from tafs.shapes import pretrain_rewards, text, vae, weights
+from tafs.shapes.captions import DATA
+from tafs.shapes.detector import detect
+from tafs.shapes.render import render
+from tafs.shapes.scenes import IMAGE_SIZE, sample_scene
+
+# Harder tasks are seen more often.
+TASK_SHARES = {
+    "single_object": 0.06,
+    "two_object": 0.14,
+    "counting": 0.20,
+    "colors": 0.10,
+    "position": 0.22,
+    "color_attr": 0.28,
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a base model is pretrained. Times are drawn logit-normally (Esser et al., 2024)."""
+
+    steps: int = 9000
+    batch: int = 128
+    scenes: int = 100_000
+    lr: float = 2e-3
+    warmup: int = 200
+    weight_decay: float = 0.01
+    ema: float = 0.999
+    logit_mean: float = 0.2
+    prompt_dropout: float = 0.1
+    seed: int = 0
+
+
+VAE_STEPS = 4000
+
+
+def build_sd3(autoencoder: AutoencoderKL, width: int = 128, layers: int = 5) -> SD3Backbone:
+    """An untrained `shapes-sd3` around a trained autoencoder."""
+    tokenizer, t5_tokenizer = text.clip_tokenizer(), text.t5_tokenizer()
+    latent_size = IMAGE_SIZE // 2 ** (len(autoencoder.config.block_out_channels) - 1)
+    transformer = SD3Transformer2DModel(
+        sample_size=latent_size,
+        patch_size=1,
+        in_channels=vae.LATENT_CHANNELS,
+        out_channels=vae.LATENT_CHANNELS,
+        num_layers=layers,
+        attention_head_dim=32,
+        num_attention_heads=width // 32,
+        joint_attention_dim=text.T5_WIDTH,
+        caption_projection_dim=width,
+        pooled_projection_dim=2 * text.CLIP_WIDTH,
+        pos_embed_max_size=latent_size,
+        qk_norm="rms_norm",
+    )
+    pipeline = StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        vae=autoencoder,
+        text_encoder=text.clip_text_encoder(tokenizer),
+        tokenizer=tokenizer,
+        text_encoder_2=text.clip_text_encoder(tokenizer),
+        tokenizer_2=tokenizer,
+        text_encoder_3=text.t5_encoder(t5_tokenizer),
+        tokenizer_3=t5_tokenizer,
+    )
+    return SD3Backbone(pipeline, guidance=1.0, max_sequence_length=text.MAX_TOKENS)
+
+
+def draw_scenes(count: int, seed: int) -> tuple[list[str], Tensor]:
+    """Captions and images [count, 3, H, W] of random scenes of the training prompts."""
+    rng = np.random.default_rng(seed)
+    by_tag: dict[str, list[prompts.Prompt]] = {task: [] for task in TASKS}
+    for prompt in prompts.read(DATA / "train.jsonl"):
+        by_tag[prompt.tag].append(prompt)
+    shares = [TASK_SHARES[task] for task in TASKS]
+    drawn = []
+    for task in rng.choice(len(TASKS), size=count, p=shares):
+        members = by_tag[TASKS[task]]
+        drawn.append(members[rng.integers(len(members))])
+    return [p.text for p in drawn], render([sample_scene(p.row, rng) for p in drawn])
+
+
+@torch.no_grad()
+def encode_images(autoencoder: AutoencoderKL, images: Tensor, chunk: int = 512) -> Tensor:
+    """Normalised latents of the images, [N, C, h, w]."""
+    config = autoencoder.config
+    parts = [
+        (autoencoder.encode(part * 2 - 1).latent_dist.mode() - config.shift_factor)
+        * config.scaling_factor
+        for part in images.split(chunk)
+    ]
+    return torch.cat(parts)
+
+
+def train(backbone: Backbone, recipe: Recipe, log_every: int = 200) -> dict[str, float]:
+    """Flow matching of the transformer and the text encoders; leaves the EMA weights in place."""
+    torch.manual_seed(recipe.seed)
+    captions, images = draw_scenes(recipe.scenes, recipe.seed)
+    latents = encode_images(backbone.pipeline.vae, images)
+    del images
+    components = backbone.pipeline.components
+    names = [n for n in ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3") if components.get(n)]
+    trained = nn.ModuleDict({name: components[name] for name in names})
+    trained.train().requires_grad_(True)
+    parameters = list(trained.parameters())
+    averages = [p.detach().clone() for p in parameters]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, recipe))
+    generator = seeding.generator(recipe.seed, "pretrain")
+    start = time.monotonic()
+    loss_sum = 0.0
+    for step in range(recipe.steps):
+        index = torch.randint(len(latents), (recipe.batch,), generator=generator)
+        x_0 = latents[index]
+        drop = torch.rand(recipe.batch, generator=generator) < recipe.prompt_dropout
+        texts = ["" if d else captions[i] for i, d in zip(index.tolist(), drop.tolist(), strict=True)]
+        normal = torch.randn(recipe.batch, generator=generator)
+        t = torch.sigmoid(normal + recipe.logit_mean)
+        noise = torch.randn(x_0.shape, generator=generator)
+        t_ = t.view(-1, 1, 1, 1)
+        prediction = backbone.velocity((1 - t_) * x_0 + t_ * noise, t, backbone.encode(texts))
+        loss = (prediction - (noise - x_0)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        decay = min(recipe.ema, (step + 1) / (step + 10))
+        torch._foreach_lerp_(averages, [p.detach() for p in parameters], 1 - decay)
+        loss_sum += loss.item()
+        if (step + 1) % log_every == 0:
+            elapsed = time.monotonic() - start
+            print(
+                f"step {step + 1}/{recipe.steps} loss {loss_sum / log_every:.4f} "
+                f"{elapsed:.0f} s, {elapsed / (step + 1) * (recipe.steps - step - 1):.0f} s left",
+                flush=True,
+            )
+            loss_sum = 0.0
+    with torch.no_grad():
+        for parameter, average in zip(parameters, averages, strict=True):
+            parameter.copy_(average)
+    trained.eval().requires_grad_(False)
+    return {"seconds": time.monotonic() - start, "steps": recipe.steps}
+
+
+def _cosine(step: int, recipe: Recipe) -> float:
+    """Linear warm-up, then a cosine to zero."""
+    if step < recipe.warmup:
+        return (step + 1) / recipe.warmup
+    progress = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@torch.no_grad()
+def strict_geneval(backbone: Backbone, steps: int, images_per_prompt: int = 4, seed: int = 7) -> dict[str, float]:
+    """Strict GenEval on the held-out prompts with Euler steps: each task's mean and `overall`."""
+    held_out = prompts.read(DATA / "test.jsonl")
+    generator = seeding.generator(seed, "evaluate")
+    cond = backbone.encode([p.text for p in held_out]).repeat_interleave(images_per_prompt)
+    x = torch.randn(len(held_out) * images_per_prompt, *backbone.latent_shape, generator=generator)
+    grid = backbone.time_grid(steps)
+    for t, s in zip(grid[:-1], grid[1:], strict=True):
+        x = x + (s - t) * backbone.velocity(x, t.expand(len(x)), cond)
+    verdicts: dict[str, list[bool]] = {task: [] for task in TASKS}
+    for i, detections in enumerate(detect(backbone.decode(x))):
+        prompt = held_out[i // images_per_prompt]
+        verdicts[prompt.tag].append(judge(detections, prompt.row).correct)
+    scores = {task: sum(v) / len(v) for task, v in verdicts.items()}
+    return {"overall": sum(scores.values()) / len(scores), **scores}
+
+
+def pretrain_vae() -> None:
+    start = time.monotonic()
+    autoencoder = vae.train(VAE_STEPS)
+    weights.save_module(autoencoder, weights.ROOT / "vae")
+    facts = {
+        "steps": VAE_STEPS,
+        "seconds": round(time.monotonic() - start),
+        "reconstruction_accuracy": vae.reconstruction_accuracy(autoencoder),
+    }
+    weights.write_facts(weights.ROOT / "vae", facts)
+    print(json.dumps(facts))
+
+
+def pretrain_sd3(recipe: Recipe) -> None:
+    autoencoder = AutoencoderKL.from_pretrained(weights.ROOT / "vae", local_files_only=True)
+    torch.manual_seed(recipe.seed)
+    backbone = build_sd3(autoencoder)
+    facts = train(backbone, recipe)
+    folder = weights.ROOT / "shapes-sd3"
+    weights.save_pipeline(backbone.pipeline, folder)
+    # The card states what the shipped (rounded) weights reach.
+    shipped = SD3Backbone.load(folder, guidance=1.0, max_sequence_length=text.MAX_TOKENS)
+    scores = {steps: strict_geneval(shipped, steps) for steps in (28, 8, 4, 2, 1)}
+    facts = {**facts, "strict_geneval": scores, "recipe": asdict(recipe)}
+    weights.write_facts(folder, facts)
+    print(json.dumps(facts, indent=1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("target", choices=("vae", "sd3", *pretrain_rewards.NAMES, "all"))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    for name, default in asdict(Recipe()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.target in ("vae", "all"):
+        pretrain_vae()
+    if args.target in ("sd3", "all"):
+        pretrain_sd3(Recipe(**{name: getattr(args, name) for name in asdict(Recipe())}))
+    for name in pretrain_rewards.NAMES:
+        if args.target in (name, "all"):
+            print(name, json.dumps(pretrain_rewards.pretrain(name)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""Training of the embedded reward models, each on its own data and seed.
+
+`clip` learns by contrast on clean and spoiled pictures alike; `pickscore`, `hpsv2` and
+`imagereward` learn from pairs that one annotator judged (Bradley-Terry); `unifiedreward` learns
+the grade that an annotator gives.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tafs import prompts
+from tafs.rewards.geneval import TASKS
+from tafs.shapes import annotators, scorers, text, weights
+from tafs.shapes.captions import DATA
+from tafs.shapes.scenes import sample_scene
+from tafs.shapes.render import render
+
+NAMES = ("clip", "pickscore", "hpsv2", "imagereward", "unifiedreward")
+SEEDS = {name: 101 + index for index, name in enumerate(NAMES)}
+BATCH = 128
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Two pictures for each caption, and which one the annotator prefers."""
+
+    ids: Tensor  # [N, L]
+    images: Tensor  # [N, 2, 3, H, W]
+    utility: Tensor  # [N, 2]
+    prefers_first: Tensor  # [N] float, a sampled verdict
+
+
+def draw_prompts(count: int, split: str, rng: np.random.Generator) -> list[prompts.Prompt]:
+    """Prompts with every task equally often."""
+    by_tag: dict[str, list[prompts.Prompt]] = {task: [] for task in TASKS}
+    for prompt in prompts.read(DATA / f"{split}.jsonl"):
+        by_tag[prompt.tag].append(prompt)
+    groups = [by_tag[TASKS[i]] for i in rng.integers(len(TASKS), size=count)]
+    return [group[rng.integers(len(group))] for group in groups]
+
+
+def draw_pairs(
+    count: int, split: str, taste: annotators.Taste, autoencoder: AutoencoderKL, seed: int
+) -> Pairs:
+    """Judged pairs; the annotator's noise makes some verdicts contradict its own utility."""
+    rng = np.random.default_rng(seed)
+    drawn = draw_prompts(count, split, rng)
+    first, second = (annotators.pictures(drawn, autoencoder, rng) for _ in range(2))
+    utility = torch.stack([taste.utility(first[1]), taste.utility(second[1])], dim=1)
+    chance = torch.sigmoid((utility[:, 0] - utility[:, 1]) / taste.temperature)
+    verdict = torch.from_numpy(rng.random(count)).float() < chance
+    ids = scorers.tokens(text.clip_tokenizer(), [p.text for p in drawn])
+    return Pairs(ids, torch.stack([first[0], second[0]], dim=1), utility, verdict.float())
+
+
+def fit(
+    model: nn.Module, loss_of: Callable[[Tensor], Tensor], count: int, steps: int, seed: int,
+    lr: float = 2e-3, name: str = "",
+) -> None:
+    """AdamW with a one-cycle rate; `loss_of` maps indices [BATCH] of the data to a loss."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=lr, total_steps=steps, pct_start=0.1
+    )
+    model.train()
+    start = time.monotonic()
+    for step in range(steps):
+        loss = loss_of(torch.randint(count, (BATCH,), generator=generator))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % 200 == 0:
+            seconds = time.monotonic() - start
+            print(f"{name} step {step + 1}/{steps} loss {loss.item():.4f} {seconds:.0f} s", flush=True)
+    model.eval()
+
+
+def train_clip(autoencoder: AutoencoderKL, scenes: int, steps: int) -> tuple[nn.Module, dict[str, float]]:
+    """Contrast within the batch and against each row's altered copy, whatever the picture's flaws.
+
+    Half of each batch pairs captions with minimally altered scenes, without which counts,
+    relations and bindings are never needed to tell captions apart.
+    """
+    seed = SEEDS["clip"]
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    tokenizer = text.clip_tokenizer()
+    model = scorers.DualEncoder.build(tokenizer)
+    data = {split: _matched(n, split, autoencoder, rng) for split, n in (("train", scenes), ("test", 2000))}
+    ids, right, wrong = data["train"]
+
+    def loss_of(index: Tensor) -> Tensor:
+        both = torch.cat([right[index], wrong[index]])
+        image, caption = model.embed(both, torch.cat([ids[index]] * 2))
+        matched, altered = image.chunk(2)
+        caption = caption[: len(index)]
+        logits = scorers.TEMPERATURE * caption @ torch.cat([matched, altered]).T
+        # The same caption may be drawn twice: its other pictures are no negatives.
+        same = (ids[index][:, None] == ids[index][None]).all(-1)
+        same.fill_diagonal_(False)
+        logits[:, : len(index)].masked_fill_(same, float("-inf"))
+        target = torch.arange(len(index))
+        by_image = (scorers.TEMPERATURE * matched @ caption.T).masked_fill(same, float("-inf"))
+        return functional.cross_entropy(logits, target) + functional.cross_entropy(by_image, target)
+
+    fit(model, loss_of, len(ids), steps, seed, name="clip")
+    ids, right, wrong = data["test"]
+    with torch.no_grad():
+        accuracy = (model(right, ids) > model(wrong, ids)).float().mean().item()
+    return model, {"pair_accuracy": accuracy, "pairs": len(ids), "train_scenes": scenes, "steps": steps}
+
+
+def _matched(
+    count: int, split: str, autoencoder: AutoencoderKL, rng: np.random.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids [N, L], pictures that match, pictures altered in one thing)."""
+    drawn = draw_prompts(count, split, rng)
+    right = render([sample_scene(p.row, rng) for p in drawn])
+    altered = [annotators.alter(dict(p.row), rng) for p in drawn]
+    wrong = render([sample_scene(row, rng) for row in altered])
+    ids = scorers.tokens(text.clip_tokenizer(), [p.text for p in drawn])
+    spoil = annotators.spoil_and_reconstruct
+    return ids, spoil(right, autoencoder, rng), spoil(wrong, autoencoder, rng)
+
+
+def train_preference(
+    name: str, autoencoder: AutoencoderKL, pairs: int, steps: int
+) -> tuple[nn.Module, dict[str, float]]:
+    """Bradley-Terry on one annotator's verdicts; `unifiedreward` learns its grades instead."""
+    seed = SEEDS[name]
+    taste = annotators.TASTES[name]
+    torch.manual_seed(seed)
+    tokenizer = text.clip_tokenizer()
+    train = draw_pairs(pairs, "train", taste, autoencoder, seed)
+    held_out = draw_pairs(2000, "test", taste, autoencoder, seed + 1000)
+    if name in ("pickscore", "hpsv2"):
+        model: Any = scorers.DualEncoder.build(tokenizer)
+        score = lambda images, ids: scorers.TEMPERATURE * model(images, ids)  # noqa: E731
+    elif name == "imagereward":
+        model = scorers.FusionScorer(len(tokenizer), outputs=1)
+        score = lambda images, ids: model(images, ids)[:, 0]  # noqa: E731
+    else:
+        model = scorers.FusionScorer(len(tokenizer), outputs=scorers.GRADES)
+        score = lambda images, ids: scorers.grade(model(images, ids))  # noqa: E731
+
+    def preference_loss(index: Tensor) -> Tensor:
+        images, ids = train.images[index].flatten(0, 1), train.ids[index].repeat_interleave(2, 0)
+        first, second = score(images, ids).view(-1, 2).unbind(1)
+        return functional.binary_cross_entropy_with_logits(first - second, train.prefers_first[index])
+
+    def grade_loss(index: Tensor) -> Tensor:
+        images, ids = train.images[index].flatten(0, 1), train.ids[index].repeat_interleave(2, 0)
+        grades = quantised_grade(train.utility[index].flatten())
+        return functional.cross_entropy(model(images, ids), grades)
+
+    loss_of = grade_loss if name == "unifiedreward" else preference_loss
+    fit(model, loss_of, pairs, steps, seed, name=name)
+    with torch.no_grad():
+        scores = torch.cat(
+            [
+                score(images.flatten(0, 1), ids.repeat_interleave(2, 0)).view(-1, 2)
+                for images, ids in zip(held_out.images.split(250), held_out.ids.split(250), strict=True)
+            ]
+        )
+    chosen = (scores[:, 0] > scores[:, 1]).float()
+    facts = {
+        "pair_accuracy": (chosen == held_out.prefers_first).float().mean().item(),
+        "annotator_consistency": (
+            ((held_out.utility[:, 0] > held_out.utility[:, 1]).float() == held_out.prefers_first)
+            .float().mean().item()
+        ),
+        "pairs": len(scores),
+        "train_pairs": pairs,
+        "steps": steps,
+    }
+    if name == "imagereward":
+        # ImageReward's convention: z-scores over a reference set.
+        model.head[-1].bias.data -= scores.mean()
+        model.head[-1].weight.data /= scores.std()
+        model.head[-1].bias.data /= scores.std()
+    return model, facts
+
+
+def quantised_grade(utility: Tensor) -> Tensor:
+    """Utility in [0, 1] -> class 0 .. GRADES - 1; the edges lie where pictures differ most."""
+    edges = torch.tensor([0.35, 0.55, 0.75, 0.92])
+    return torch.bucketize(utility, edges)
+
+
+def pretrain(name: str, pairs: int = 30_000, steps: int = 3000) -> dict[str, float]:
+    """Train one reward model and write it to the weights folder."""
+    autoencoder = AutoencoderKL.from_pretrained(weights.ROOT / "vae", local_files_only=True, torch_dtype=torch.float32)
+    start = time.monotonic()
+    if name == "clip":
+        model, facts = train_clip(autoencoder, pairs, steps)
+    else:
+        model, facts = train_preference(name, autoencoder, pairs, steps)
+    facts["seconds"] = round(time.monotonic() - start)
+    folder = weights.ROOT / name
+    weights.save_scorer(model, folder)
+    text.clip_tokenizer().save_pretrained(folder)
+    weights.write_facts(folder, facts)
+    return facts

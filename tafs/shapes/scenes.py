@@ -1,0 +1,85 @@
+"""Scenes: up to four coloured glyphs that do not touch, arranged as a GenEval row asks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+IMAGE_SIZE = 24  # pixels, both sides
+SHAPES = ("circle", "square", "triangle", "cross", "ring")
+COLORS: dict[str, tuple[float, float, float]] = {
+    "red": (0.90, 0.10, 0.10),
+    "green": (0.10, 0.65, 0.20),
+    "blue": (0.10, 0.30, 0.95),
+    "yellow": (1.00, 0.80, 0.00),
+    "black": (0.05, 0.05, 0.05),
+}
+BACKGROUND = (1.0, 1.0, 1.0)
+RELATIONS = ("left of", "right of", "above", "below")
+RADIUS = (3.0, 4.0)  # pixels; the half side of a square, the outer radius of a ring
+MARGIN = 0.5  # pixels between a glyph and the border
+GAP = 2.6  # pixels between two glyphs
+MAX_GLYPHS = 4
+
+
+@dataclass(frozen=True)
+class Glyph:
+    """One shape; `x`, `y` is its centroid and `r` its radius, in pixels."""
+
+    shape: str
+    color: str
+    x: float
+    y: float
+    r: float
+
+
+Scene = tuple[Glyph, ...]
+
+
+def sample_scene(row: Mapping[str, Any], rng: np.random.Generator) -> Scene:
+    """A random scene that satisfies the GenEval row; what the row leaves open is drawn."""
+    named: list[tuple[str, str]] = []
+    relation: str | None = None
+    for item in row["include"]:
+        color = item.get("color")
+        for _ in range(item["count"]):
+            named.append((item["class"], color or str(rng.choice(list(COLORS)))))
+        if "position" in item:
+            relation = item["position"][0]
+    while True:
+        glyphs = _place(named, relation, rng)
+        if glyphs is not None:
+            return glyphs
+
+
+def _place(
+    named: list[tuple[str, str]], relation: str | None, rng: np.random.Generator
+) -> Scene | None:
+    """One attempt: None when a glyph found no free place."""
+    glyphs: list[Glyph] = []
+    for shape, color in named:
+        r = float(rng.uniform(*RADIUS))
+        low, high = r + MARGIN, IMAGE_SIZE - r - MARGIN
+        for _ in range(20):
+            x, y = (float(v) for v in rng.uniform(low, high, 2))
+            free = all(
+                max(abs(x - g.x), abs(y - g.y)) >= r + g.r + GAP for g in glyphs
+            )
+            if free and (relation is None or not glyphs or _holds(relation, (x, y), glyphs[0])):
+                glyphs.append(Glyph(shape, color, x, y, r))
+                break
+        else:
+            return None
+    # The order of drawing must not tell which glyph the caption names first.
+    return tuple(glyphs[i] for i in rng.permutation(len(glyphs)))
+
+
+def _holds(relation: str, at: tuple[float, float], other: Glyph) -> bool:
+    """The relation along its own axis, the larger of the two offsets."""
+    dx, dy = at[0] - other.x, at[1] - other.y
+    along, across = (dx, dy) if relation in ("left of", "right of") else (dy, dx)
+    sign = -1 if relation in ("left of", "above") else 1
+    return sign * along > abs(across)

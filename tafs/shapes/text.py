@@ -1,0 +1,84 @@
+"""Tokenizers and text encoders of the embedded world, in the layout of Stable Diffusion 3's.
+
+The vocabulary is the world's word list, so it is written down rather than learnt: the CLIP
+tokenizer's merges join each word's letters from left to right, the T5 pieces are whole words.
+"""
+
+from __future__ import annotations
+
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+from tafs.shapes.captions import rows
+
+MAX_TOKENS = 10  # the longest caption has seven words, CLIP adds two tokens
+CLIP_WIDTH = 64
+T5_WIDTH = 128
+
+
+def words() -> list[str]:
+    """Every word of the world's captions, sorted."""
+    return sorted({word for row in rows() for word in row["prompt"].split()})
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    """A byte-pair tokenizer in which each word of the world is one token."""
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    pieces: dict[str, None] = {}
+    merges: dict[tuple[str, str], None] = {}
+    for word in words():
+        letters = [*word[:-1], word[-1] + "</w>"]
+        pieces.update(dict.fromkeys([*word, *letters]))
+        merged = letters[0]
+        for letter in letters[1:]:
+            merges[(merged, letter)] = None
+            merged += letter
+            pieces[merged] = None
+    vocab = {piece: index for index, piece in enumerate([*pieces, start, end])}
+    return CLIPTokenizer(vocab=vocab, merges=list(merges), model_max_length=MAX_TOKENS)
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    """A Unigram tokenizer whose pieces are the world's words."""
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    vocab += [("▁" + word, -1.0) for word in words()]
+    return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=MAX_TOKENS)
+
+
+def clip_text_config(tokenizer: CLIPTokenizer, width: int = CLIP_WIDTH) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=MAX_TOKENS,
+        projection_dim=width,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def clip_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
+    return CLIPTextModelWithProjection(clip_text_config(tokenizer))
+
+
+def t5_encoder(tokenizer: T5Tokenizer) -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=T5_WIDTH,
+            d_kv=32,
+            d_ff=2 * T5_WIDTH,
+            num_layers=2,
+            num_heads=4,
+            dropout_rate=0.0,
+        )
+    )

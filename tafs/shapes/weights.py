@@ -1,0 +1,77 @@
+"""The shipped weights of the embedded world: where they lie, how they are written and verified.
+
+Weights are stored in float16, in safetensors, and listed with their SHA-256 in `manifest.json`;
+nothing is loaded before its files match the manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parent / "weights"
+MANIFEST = "manifest.json"
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def save_module(module: Any, folder: Path) -> None:
+    """Write one diffusers or transformers module in float16."""
+    module.half().save_pretrained(folder, safe_serialization=True)
+    module.float()
+
+
+def save_pipeline(pipeline: Any, folder: Path) -> None:
+    """Write a diffusers pipeline folder in float16."""
+    pipeline.to(torch.float16).save_pretrained(folder, safe_serialization=True)
+    pipeline.to(torch.float32)
+
+
+def save_scorer(scorer: Any, folder: Path) -> None:
+    """Write a reward model in float16."""
+    scorer.half().save(folder)
+    scorer.float()
+
+
+def write_facts(folder: Path, facts: dict[str, Any]) -> None:
+    """What training measured, read by the model card."""
+    (folder / "facts.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+
+
+def write_manifest(root: Path = ROOT) -> None:
+    """List every file below `root` with its SHA-256."""
+    files = sorted(p for p in root.rglob("*") if p.is_file() and p.name != MANIFEST)
+    sums = {p.relative_to(root).as_posix(): sha256(p) for p in files}
+    (root / MANIFEST).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
+
+
+def verify(name: str, root: Path = ROOT) -> Path:
+    """The folder of the model `name`, after its files matched the manifest.
+
+    Raises:
+        ValueError: a file is missing or altered; names it and the remedy.
+    """
+    listed: dict[str, str] = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
+    members = {path: sum_ for path, sum_ in listed.items() if path.startswith(f"{name}/")}
+    if not members:
+        raise ValueError(f"no embedded model {name!r} in {root / MANIFEST}")
+    for path, expected in members.items():
+        file = root / path
+        if not file.is_file() or sha256(file) != expected:
+            state = "altered" if file.is_file() else "missing"
+            raise ValueError(f"{file}: {state}; restore it with `git checkout -- {file}`")
+    return root / name
