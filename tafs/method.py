@@ -12,18 +12,21 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
 import pkgutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from tafs import grpo, sampling
-from tafs.backbones.base import Backbone, Conditioning
 from tafs.sampling import Transition
+
+if TYPE_CHECKING:  # importing diffusers would cost every reader of config.yaml seconds
+    from tafs.backbones.base import Backbone, Conditioning
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,27 @@ def read(path: Path) -> list[Prompt]:
     if not prompts:
         raise ValueError(f"{path}: holds no prompt")
     return prompts
+
+
+def draw(
+    prompts: Sequence[Prompt],
+    count: int,
+    rng: np.random.Generator,
+    shares: Mapping[str, float] | None = None,
+) -> list[Prompt]:
+    """`count` prompts with replacement: first a tag, uniformly or by `shares`, then one of its own.
+
+    Tags have prompts in very different numbers; drawn prompt by prompt, one tag would be most of it.
+    """
+    by_tag: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        by_tag.setdefault(prompt.tag, []).append(prompt)
+    groups = list(by_tag.values())
+    if shares is None:
+        chosen = rng.integers(len(groups), size=count)
+    else:
+        chosen = rng.choice(len(groups), size=count, p=[shares[tag] for tag in by_tag])
+    return [groups[i][rng.integers(len(groups[i]))] for i in chosen]
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:

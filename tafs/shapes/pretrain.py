@@ -48,9 +48,9 @@ TASK_SHARES = {
 class Recipe:
     """How a base model is pretrained. Times are drawn logit-normally (Esser et al., 2024)."""
 
-    steps: int = 9000
+    steps: int = 4800
     batch: int = 128
-    scenes: int = 100_000
+    scenes: int = 60_000
     lr: float = 2e-3
     warmup: int = 200
     weight_decay: float = 0.01
@@ -98,14 +98,8 @@ def build_sd3(autoencoder: AutoencoderKL, width: int = 128, layers: int = 5) -> 
 def draw_scenes(count: int, seed: int) -> tuple[list[str], Tensor]:
     """Captions and images [count, 3, H, W] of random scenes of the training prompts."""
     rng = np.random.default_rng(seed)
-    by_tag: dict[str, list[prompts.Prompt]] = {task: [] for task in TASKS}
-    for prompt in prompts.read(DATA / "train.jsonl"):
-        by_tag[prompt.tag].append(prompt)
-    shares = [TASK_SHARES[task] for task in TASKS]
-    drawn = []
-    for task in rng.choice(len(TASKS), size=count, p=shares):
-        members = by_tag[TASKS[task]]
-        drawn.append(members[rng.integers(len(members))])
+    rows = prompts.read(DATA / "train.jsonl")
+    drawn = prompts.draw(rows, count, rng, TASK_SHARES)
     return [p.text for p in drawn], render([sample_scene(p.row, rng) for p in drawn])
 
 
@@ -214,7 +208,7 @@ def pretrain_vae() -> None:
 
 
 def pretrain_sd3(recipe: Recipe) -> None:
-    autoencoder = AutoencoderKL.from_pretrained(weights.ROOT / "vae", local_files_only=True)
+    autoencoder = AutoencoderKL.from_pretrained(weights.ROOT / "vae", local_files_only=True, torch_dtype=torch.float32)
     torch.manual_seed(recipe.seed)
     backbone = build_sd3(autoencoder)
     facts = train(backbone, recipe)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tafs import prompts
-from tafs.rewards.geneval import TASKS
 from tafs.shapes import annotators, scorers, text, weights
 from tafs.shapes.captions import DATA
 from tafs.shapes.scenes import sample_scene
@@ -42,11 +41,7 @@ class Pairs:
 
 def draw_prompts(count: int, split: str, rng: np.random.Generator) -> list[prompts.Prompt]:
     """Prompts with every task equally often."""
-    by_tag: dict[str, list[prompts.Prompt]] = {task: [] for task in TASKS}
-    for prompt in prompts.read(DATA / f"{split}.jsonl"):
-        by_tag[prompt.tag].append(prompt)
-    groups = [by_tag[TASKS[i]] for i in rng.integers(len(TASKS), size=count)]
-    return [group[rng.integers(len(group))] for group in groups]
+    return prompts.draw(prompts.read(DATA / f"{split}.jsonl"), count, rng)
 
 
 def draw_pairs(

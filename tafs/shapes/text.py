@@ -31,17 +31,32 @@ def clip_tokenizer() -> CLIPTokenizer:
     """A byte-pair tokenizer in which each word of the world is one token."""
     start, end = "<|startoftext|>", "<|endoftext|>"
     pieces: dict[str, None] = {}
-    merges: dict[tuple[str, str], None] = {}
+    ranks: dict[tuple[str, str], int] = {}
     for word in words():
         letters = [*word[:-1], word[-1] + "</w>"]
         pieces.update(dict.fromkeys([*word, *letters]))
-        merged = letters[0]
-        for letter in letters[1:]:
-            merges[(merged, letter)] = None
-            merged += letter
-            pieces[merged] = None
+        # Earlier words' merges come first, as in any byte-pair encoding; what they leave is joined
+        # by new merges of lower rank, which therefore change no earlier word.
+        parts = _merge(letters, ranks)
+        while len(parts) > 1:
+            ranks[(parts[0], parts[1])] = len(ranks)
+            parts = _merge(letters, ranks)
+        pieces.update(dict.fromkeys(a + b for a, b in ranks))
     vocab = {piece: index for index, piece in enumerate([*pieces, start, end])}
-    return CLIPTokenizer(vocab=vocab, merges=list(merges), model_max_length=MAX_TOKENS)
+    return CLIPTokenizer(vocab=vocab, merges=list(ranks), model_max_length=MAX_TOKENS)
+
+
+def _merge(parts: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
+    """Byte-pair encoding: join the pair of lowest rank until none is left."""
+    parts = list(parts)
+    while True:
+        pairs = list(zip(parts, parts[1:], strict=False))
+        known = [pair for pair in pairs if pair in ranks]
+        if not known:
+            return parts
+        best = min(known, key=lambda pair: ranks[pair])
+        at = pairs.index(best)
+        parts[at : at + 2] = ["".join(best)]
 
 
 def t5_tokenizer() -> T5Tokenizer:

@@ -40,19 +40,13 @@ def build(block_out_channels: tuple[int, ...] = (8, 24, 48)) -> AutoencoderKL:
     )
 
 
-def scene_batches(rows: list[prompts.Prompt], size: int, seed: int) -> Iterator[tuple[list[prompts.Prompt], Tensor]]:
-    """Endless (prompts, images [size, 3, H, W] in [0, 1]); tasks are drawn equally often."""
+def scene_batches(
+    rows: list[prompts.Prompt], size: int, seed: int
+) -> Iterator[Tensor]:
+    """Endless batches of scenes, [size, 3, H, W] in [0, 1]; tasks are drawn equally often."""
     rng = np.random.default_rng(seed)
-    by_tag: dict[str, list[prompts.Prompt]] = {}
-    for row in rows:
-        by_tag.setdefault(row.tag, []).append(row)
-    groups = list(by_tag.values())
     while True:
-        drawn = []
-        for group in rng.integers(len(groups), size=size):
-            members = groups[group]
-            drawn.append(members[rng.integers(len(members))])
-        yield drawn, render([sample_scene(p.row, rng) for p in drawn])
+        yield render([sample_scene(p.row, rng) for p in prompts.draw(rows, size, rng)])
 
 
 def train(steps: int, seed: int = 0, vae: AutoencoderKL | None = None) -> AutoencoderKL:
@@ -67,8 +61,7 @@ def train(steps: int, seed: int = 0, vae: AutoencoderKL | None = None) -> Autoen
     )
     batches = scene_batches(rows, BATCH, seed)
     for step in range(steps):
-        _, images = next(batches)
-        target = images * 2 - 1
+        target = next(batches) * 2 - 1
         posterior = vae.encode(target).latent_dist
         output = vae.decode(posterior.sample()).sample
         loss = (
@@ -85,7 +78,7 @@ def train(steps: int, seed: int = 0, vae: AutoencoderKL | None = None) -> Autoen
             print(f"vae step {step + 1}/{steps} loss {loss.item():.4f}", flush=True)
     vae.eval()
     with torch.no_grad():
-        _, images = next(scene_batches(rows, 2048, seed + 1))
+        images = next(scene_batches(rows, 2048, seed + 1))
         latents = vae.encode(images * 2 - 1).latent_dist.sample()
     vae.register_to_config(
         scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item()
@@ -97,7 +90,7 @@ def train(steps: int, seed: int = 0, vae: AutoencoderKL | None = None) -> Autoen
 def reconstruction_accuracy(vae: AutoencoderKL, images: int = 1000, seed: int = 99) -> float:
     """Share of held-out scenes whose objects and colours the detector finds unchanged."""
     rows = prompts.read(DATA / "test.jsonl")
-    _, originals = next(scene_batches(rows, images, seed))
+    originals = next(scene_batches(rows, images, seed))
     latents = vae.encode(originals * 2 - 1).latent_dist.mode()
     decoded = (vae.decode(latents).sample + 1) / 2
     pairs = zip(detect(originals), detect(decoded), strict=True)

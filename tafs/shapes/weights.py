@@ -75,3 +75,10 @@ def verify(name: str, root: Path = ROOT) -> Path:
             state = "altered" if file.is_file() else "missing"
             raise ValueError(f"{file}: {state}; restore it with `git checkout -- {file}`")
     return root / name
+
+
+def digest(name: str, root: Path = ROOT) -> str:
+    """One SHA-256 for a model: over the manifest's lines of its files."""
+    listed: dict[str, str] = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
+    members = [f"{p} {s}\n" for p, s in sorted(listed.items()) if p.startswith(f"{name}/")]
+    return hashlib.sha256("".join(members).encode()).hexdigest()

@@ -1,0 +1,140 @@
+"""Evaluation: `python -m tafs.evaluate RUN_DIR` generates, scores and writes the run's long table.
+
+Every run is judged on the same held-out prompts with the same start noise; the steps' noise of the
+annealed sampler comes from a stream of its own. scores.parquet has a row per (sampler, nfe, prompt,
+image, metric); samples.safetensors keeps each prompt's first image of every setting.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tafs import checkpoint, rundir, sampling, seeding
+from tafs.backbones.base import Backbone
+from tafs.progress import Reporter
+from tafs.rewards import METRICS, registry
+
+# One seed for all: methods are compared on the same prompts and noise. It is no training seed.
+EVALUATION_SEED = 1_000_003
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way of sampling a model."""
+
+    sampler: str
+    nfe: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.sampler}-{self.nfe}"
+
+
+def settings_of(run: rundir.RunDir) -> list[Setting]:
+    """Euler at every few-step setting, the method's own sampler too, the base's full steps."""
+    description = run.description
+    evaluation = description["settings"]["evaluation"]
+    found = [Setting("ode", nfe) for nfe in evaluation["nfe"]]
+    if description["sampler"] != "ode":
+        found += [Setting(description["sampler"], nfe) for nfe in evaluation["nfe"]]
+    if not run.trained:
+        found.append(Setting("ode", evaluation["base_nfe"]))
+    return found
+
+
+@torch.no_grad()
+def generate(
+    backbone: Backbone, texts: list[str], setting: Setting, images_per_prompt: int, batch: int
+) -> Tensor:
+    """Images [prompts x images_per_prompt, 3, H, W] in [0, 1], a prompt's images in a row."""
+    step = sampling.SAMPLERS[setting.sampler]
+    grid = backbone.time_grid(setting.nfe).to(backbone.device)
+    count = len(texts) * images_per_prompt
+    noise = torch.randn(
+        count, *backbone.latent_shape, generator=seeding.generator(EVALUATION_SEED, "start")
+    )
+    owners = [text for text in texts for _ in range(images_per_prompt)]
+    cond = backbone.encode(texts).repeat_interleave(images_per_prompt)
+    parts = []
+    for low in range(0, len(owners), batch):
+        part = slice(low, low + batch)
+        part_cond = cond[part]
+        x_0 = sampling.integrate(
+            lambda x, t, c=part_cond: backbone.velocity(x, t, c),  # type: ignore[misc]
+            noise[part].to(backbone.device),
+            grid,
+            step,
+            seeding.generator(EVALUATION_SEED, "step", setting.nfe, low),
+        )
+        parts.append(backbone.decode(x_0))
+    return torch.cat(parts)
+
+
+def evaluate(run: rundir.RunDir) -> None:
+    """Write the run's scores and samples.
+
+    Raises:
+        FileNotFoundError: a trained run has no adapter yet; names it.
+    """
+    description = run.description
+    evaluation = description["settings"]["evaluation"]
+    backbone = rundir.load_backbone(description)
+    if run.trained:
+        backbone.load_adapter(run.adapter)
+    world = description["settings"]["world"]
+    prompts = rundir.test_prompts(world, evaluation["prompts"])
+    metrics = registry.load(METRICS, world, strict_geneval=True)
+    per_prompt = evaluation["images_per_prompt"]
+    owners = [prompt for prompt in prompts for _ in range(per_prompt)]
+    index = {
+        "prompt": [i for i in range(len(prompts)) for _ in range(per_prompt)],
+        "tag": [prompt.tag for prompt in owners],
+        "image": list(range(per_prompt)) * len(prompts),
+    }
+    settings = settings_of(run)
+    reporter = Reporter(run.folder, "evaluate", sum(s.nfe for s in settings))
+    tables: list[pd.DataFrame] = []
+    samples: dict[str, Tensor] = {}
+    for setting in settings:
+        images = generate(
+            backbone, [p.text for p in prompts], setting, per_prompt,
+            description["settings"]["micro_batch"],
+        )
+        scores = metrics.report(metrics.score(images, owners))
+        for metric, values in scores.items():
+            tables.append(
+                pd.DataFrame(
+                    {
+                        **index,
+                        "sampler": setting.sampler,
+                        "nfe": setting.nfe,
+                        "metric": metric,
+                        "value": values.double().numpy(),
+                    }
+                )
+            )
+        first = images[::per_prompt].permute(0, 2, 3, 1)
+        samples[setting.name] = (first * 255).round().byte().contiguous()
+        geneval = scores["geneval"].mean().item()
+        reporter.advance(f"{setting.name}  geneval {geneval:.2f}", setting.nfe)
+    table = pd.concat(tables, ignore_index=True)
+    for name in ("seed", "method", "run"):
+        table.insert(0, name, run.name if name == "run" else description[name])
+    table = table.astype({n: "category" for n in ("run", "method", "tag", "sampler", "metric")})
+    checkpoint.atomic_write(run.scores, lambda path: table.to_parquet(path, index=False))
+    checkpoint.atomic_write(run.samples, lambda path: save_file(samples, path))
+    reporter.finish()
+
+
+def main() -> None:
+    rundir.run_stage("evaluate", evaluate)
+
+
+if __name__ == "__main__":
+    main()

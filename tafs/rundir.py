@@ -1,0 +1,135 @@
+"""A run's folder: its description, its files, and the models and prompts that it names."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tafs import config, prompts
+
+if TYPE_CHECKING:  # what only writes descriptions needs no torch
+    from tafs.backbones.base import Backbone
+
+
+class RunDir:
+    """results/SCALE/runs/NAME."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.name = folder.name
+        self.adapter = folder / "adapter.safetensors"
+        self.journal = folder / "journal.jsonl"
+        self.scores = folder / "scores.parquet"
+        self.samples = folder / "samples.safetensors"
+        self.state = folder / ".state"
+        self.checkpoints = self.state / "checkpoints"
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """run.json.
+
+        Raises:
+            FileNotFoundError, ValueError: it is missing or no JSON object; names the file.
+        """
+        file = self.folder / "run.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: not found; snakemake writes it from config.yaml")
+        try:
+            description = json.loads(file.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}: is not JSON ({error})") from None
+        if not isinstance(description, dict):
+            raise ValueError(f"{file}: holds no JSON object")
+        return description
+
+    @property
+    def trained(self) -> bool:
+        return bool(self.description["method"] != config.BASE)
+
+    def fingerprint(self) -> str:
+        """Of the description and of the method's source: what a resume state must match."""
+        from tafs import method
+
+        return config.fingerprint(self.description, method.source_file(self.description["method"]))
+
+    def clear_state(self) -> None:
+        from tafs import checkpoint
+
+        checkpoint.clear(self.state)
+
+
+def prompt_file(world: str, split: str) -> Path:
+    """The prompt set of a world; `split` is train or test."""
+    from tafs.shapes.captions import DATA
+
+    files = {"shapes": DATA / f"{split}.jsonl"}
+    return files[world]
+
+
+def train_prompts(world: str) -> list[prompts.Prompt]:
+    return prompts.read(prompt_file(world, "train"))
+
+
+def test_prompts(world: str, per_tag: int | None = None) -> list[prompts.Prompt]:
+    """The held-out prompts, or the first `per_tag` of each tag."""
+    found = prompts.read(prompt_file(world, "test"))
+    if per_tag is None:
+        return found
+    seen: dict[str, int] = {}
+    kept = []
+    for prompt in found:
+        seen[prompt.tag] = seen.get(prompt.tag, 0) + 1
+        if seen[prompt.tag] <= per_tag:
+            kept.append(prompt)
+    return kept
+
+
+def load_backbone(description: dict[str, Any]) -> Backbone:
+    """The run's base model, its weights verified.
+
+    Raises:
+        ValueError: no such backbone, or its weights are altered or missing.
+    """
+    from tafs.backbones.sd3 import SD3Backbone
+    from tafs.shapes import weights
+
+    settings = description["settings"]
+    folder = weights.verify(description["backbone"])
+    return SD3Backbone.load(
+        folder,
+        guidance=settings["guidance"],
+        max_sequence_length=settings["max_sequence_length"],
+    )
+
+
+def limit_threads() -> None:
+    """One thread a process unless TAFS_THREADS says more: two jobs with one thread each do more
+    work than one job with two, and the sums do not depend on the machine's size."""
+    import torch
+
+    torch.set_num_threads(int(os.environ.get("TAFS_THREADS", "1")))
+
+
+def run_stage(stage: str, work: Callable[[RunDir], None]) -> None:
+    """`python -m tafs.STAGE RUN_DIR`: one line on failure; exit code 2 for bad input, else 1."""
+    if len(sys.argv) != 2:
+        print(f"usage: python -m tafs.{stage} RUN_DIR", file=sys.stderr)
+        sys.exit(2)
+    limit_threads()
+    try:
+        work(RunDir(Path(sys.argv[1])))
+    except (ValueError, FileNotFoundError) as error:
+        print(f"{stage} {sys.argv[1]}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (RunFailed, OSError) as error:
+        print(f"{stage} {sys.argv[1]}: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+class RunFailed(RuntimeError):
+    """A run stopped for a reason that its input alone does not show, in one line."""

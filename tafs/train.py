@@ -1,0 +1,302 @@
+"""The one training loop: `python -m tafs.train RUN_DIR` trains the run that RUN_DIR/run.json describes.
+
+Writes adapter.safetensors and journal.jsonl. Until then the journal and the resume state live in
+RUN_DIR/.state, which outlives a kill, is refused when the run's fingerprint has changed, and is
+deleted on success. All randomness comes from streams of (seed, name, iteration), so a resumed run
+draws what an undisturbed one draws.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tafs import checkpoint, prompts, provenance, rundir, seeding
+from tafs import method as methods
+from tafs.backbones.base import Backbone
+from tafs.journal import Journal
+from tafs.method import Method, Trajectory
+from tafs.progress import Reporter
+from tafs.rewards import registry
+from tafs.rewards.registry import RewardSet
+
+
+class NonFinite(rundir.RunFailed):
+    """A loss, reward or gradient is NaN or infinite; nothing was updated."""
+
+
+@dataclass
+class Rewards:
+    """The rewards of an iteration's scored images."""
+
+    by_name: dict[str, Tensor]  # training scale, [K, groups, G]
+    reported: dict[str, Tensor]  # reported scale, [K, groups, G]
+    weights: dict[str, float]
+
+    @property
+    def total(self) -> Tensor:
+        """Weighted sum, [K, groups, G]."""
+        parts = [weight * self.by_name[name] for name, weight in self.weights.items()]
+        return torch.stack(parts).sum(0)
+
+    def advantages(self, method: Method) -> Tensor:
+        """[T, groups, G]: of the weighted sum, or the weighted sum of each reward's own."""
+        if not method.normalize_rewards:
+            return method.advantages(self.total)
+        parts = [
+            weight * method.advantages(self.by_name[name]) for name, weight in self.weights.items()
+        ]
+        return torch.stack(parts).sum(0)
+
+
+class Trainer:
+    """Everything that a run carries from iteration to iteration."""
+
+    def __init__(self, run: rundir.RunDir, backbone: Backbone, rewards: RewardSet) -> None:
+        description = run.description
+        settings = description["settings"]
+        self.backbone = backbone
+        self.rewards = rewards
+        self.seed: int = description["seed"]
+        self.method = methods.create(description["method"], dict(description["hyperparameters"]))
+        self.weights: dict[str, float] = description["rewards"]
+        self.iterations: int = settings["iterations"]
+        self.groups: int = settings["prompts_per_iteration"]
+        self.group_size: int = settings["group_size"]
+        self.micro_batch: int = settings["micro_batch"]
+        self.prompts = rundir.train_prompts(settings["world"])
+        if self.groups % self.method.updates:
+            raise ValueError(
+                f"updates: {self.method.updates} does not divide prompts_per_iteration "
+                f"({self.groups}); choose a divisor"
+            )
+        lora = settings["lora"]
+        backbone.add_lora(lora["rank"], lora["alpha"], seeding.generator(self.seed, "lora"))
+        self.parameters = backbone.lora_parameters()
+        self.averages = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=self.method.learning_rate,
+            weight_decay=self.method.weight_decay,
+        )
+
+    # -- one iteration -------------------------------------------------------------------------
+
+    def iterate(self, iteration: int) -> dict[str, Any]:
+        """Sample, score, update; returns the journal's record.
+
+        Raises:
+            NonFinite: before anything is updated; names the iteration and the source.
+        """
+        clock = time.perf_counter
+        start = clock()
+        rng = np.random.default_rng([self.seed, iteration])
+        drawn = prompts.draw(self.prompts, self.groups, rng)
+        chunks = self._rollout([p.text for p in drawn], iteration)
+        sampled = clock()
+        rewards = self._score(chunks, drawn, iteration)
+        advantages = rewards.advantages(self.method).flatten(1)
+        scored = clock()
+        learned = self._update(chunks, advantages, iteration)
+        end = clock()
+        batch = self.groups * self.group_size
+        return {
+            "iteration": iteration,
+            "rewards": {n: r.mean((1, 2)).tolist() for n, r in rewards.reported.items()},
+            "reward_std": rewards.total[-1].std(-1).mean().item(),
+            **learned,
+            "kl": self._kl(chunks[0], iteration),
+            "images_per_s": batch / (end - start),
+            "seconds": {
+                "sample": sampled - start,
+                "reward": scored - sampled,
+                "update": end - scored,
+                "total": end - start,
+            },
+        }
+
+    def _rollout(self, texts: Sequence[str], iteration: int) -> list[Trajectory]:
+        """The iteration's images in micro-batches, the very ones that the update will take: the
+        ratio is exactly 1 before the first update only if both see the same shapes."""
+        with torch.no_grad():
+            cond = self.backbone.encode(texts).repeat_interleave(self.group_size)
+        shape = self.backbone.latent_shape
+        per_group = 1 if self.method.shared_noise else self.group_size
+        noise = torch.randn(
+            self.groups, per_group, *shape, generator=seeding.generator(self.seed, "start", iteration)
+        )
+        noise = noise.expand(-1, self.group_size, *shape).flatten(0, 1).to(self.backbone.device)
+        chunks = []
+        for update in self._updates():
+            for low in range(update.start, update.stop, self.micro_batch):
+                part = slice(low, min(low + self.micro_batch, update.stop))
+                generator = seeding.generator(self.seed, "step", iteration, low)
+                chunks.append(
+                    self.method.rollout(
+                        self.backbone, cond[part], noise[part], generator, iteration
+                    )
+                )
+        return chunks
+
+    def _updates(self) -> list[slice]:
+        """The images of each optimiser step: equal shares of whole groups."""
+        share = self.groups // self.method.updates * self.group_size
+        return [slice(low, low + share) for low in range(0, self.groups * self.group_size, share)]
+
+    def _score(
+        self, chunks: Sequence[Trajectory], drawn: Sequence[prompts.Prompt], iteration: int
+    ) -> Rewards:
+        """Decode and score every scored image."""
+        owners = [prompt for prompt in drawn for _ in range(self.group_size)]
+        columns: dict[str, list[Tensor]] = {name: [] for name in self.weights}
+        low = 0
+        for chunk in chunks:
+            scored, size = chunk.scored.shape[:2]
+            with torch.no_grad():
+                images = self.backbone.decode(chunk.scored.flatten(0, 1))
+            scores = self.rewards.score(images, owners[low : low + size] * scored)
+            for name, values in scores.items():
+                if not values.isfinite().all():
+                    row = int((~values.isfinite()).nonzero()[0, 0])
+                    step = self.method.scored_steps()[row // size] + 1
+                    raise NonFinite(
+                        f"iteration {iteration}: reward {name!r} is {values[row].item()} for image "
+                        f"{low + row % size} at step {step}"
+                    )
+                columns[name].append(values.view(scored, size))
+            low += size
+        shape = (-1, self.groups, self.group_size)
+        by_name = {name: torch.cat(parts, dim=1).view(shape) for name, parts in columns.items()}
+        return Rewards(by_name, self.rewards.report(by_name), self.weights)
+
+    def _update(
+        self, chunks: Sequence[Trajectory], advantages: Tensor, iteration: int
+    ) -> dict[str, Any]:
+        """The optimiser steps; advantages: [T, B]."""
+        method = self.method
+        ratios, clipped, norms = [], [], []
+        pending = iter(chunks)
+        for number, update in enumerate(self._updates()):
+            self.optimizer.zero_grad(set_to_none=True)
+            low = update.start
+            while low < update.stop:
+                chunk = next(pending)
+                size = chunk.x_t.shape[1]
+                share = size / (update.stop - update.start)
+                for part in method.losses(
+                    self.backbone, chunk, advantages[:, low : low + size], self.micro_batch
+                ):
+                    if not part.loss.isfinite():
+                        raise NonFinite(
+                            f"iteration {iteration}, update {number}: the loss is {part.loss.item()}"
+                        )
+                    (part.loss * share).backward()
+                    ratios.append(part.ratio)
+                    clipped.append(part.clipped)
+                low += size
+            norm = nn.utils.clip_grad_norm_(self.parameters.values(), method.max_grad_norm)
+            if not norm.isfinite():
+                raise NonFinite(
+                    f"iteration {iteration}, update {number}: the gradient's norm is {norm.item()}"
+                )
+            self.optimizer.step()
+            norms.append(norm.item())
+            for name, parameter in self.parameters.items():
+                self.averages[name].lerp_(parameter.detach(), 1 - method.ema)
+        ratio = torch.cat(ratios)
+        return {
+            "ratio_mean": ratio.mean().item(),
+            "ratio_deviation": (ratio - 1).abs().max().item(),
+            "clip_fraction": torch.cat(clipped).float().mean().item(),
+            "grad_norm": sum(norms) / len(norms),
+        }
+
+    @torch.no_grad()
+    def _kl(self, chunk: Trajectory, iteration: int) -> float:
+        """KL to the base model, of one group at one trained step: an estimate that costs little."""
+        n = iteration % len(chunk.x_t)
+        group = chunk.images(slice(0, self.group_size))
+        x_t, t, s = group.x_t[n], group.t[n], group.s[n]
+        v = self.backbone.velocity(x_t, t, group.cond)
+        transition = self.method.transition(x_t, v, t, s)
+        return self.method.kl(self.backbone, x_t, t, s, group.cond, transition).mean().item()
+
+    # -- resuming ------------------------------------------------------------------------------
+
+    def save(self, folder: Path, fingerprint: str, iteration: int, seconds: float) -> None:
+        """Write the resume state after `iteration` iterations and `seconds` of training."""
+        tensors, values = checkpoint.pack_optimizer(self.optimizer)
+        tensors |= {f"lora/{name}": p.detach() for name, p in self.parameters.items()}
+        tensors |= {f"ema/{name}": average for name, average in self.averages.items()}
+        checkpoint.save(folder, fingerprint, iteration, tensors, {**values, "seconds": seconds})
+
+    def restore(self, state: checkpoint.State) -> None:
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(state.tensors[f"lora/{name}"])
+                self.averages[name].copy_(state.tensors[f"ema/{name}"])
+        checkpoint.unpack_optimizer(self.optimizer, state.tensors, state.values)
+
+    def export(self, path: Path) -> None:
+        """Write the adapter: the averaged one where the method keeps an average."""
+        if self.method.ema > 0:
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    parameter.copy_(self.averages[name])
+        checkpoint.atomic_write(path, self.backbone.save_adapter)
+
+
+def train(run: rundir.RunDir) -> None:
+    """Train a run from its newest usable state to its adapter."""
+    description = run.description
+    settings = description["settings"]
+    backbone = rundir.load_backbone(description)
+    rewards = registry.load(list(description["rewards"]), settings["world"])
+    trainer = Trainer(run, backbone, rewards)
+    fingerprint = run.fingerprint()
+    state = checkpoint.load(run.checkpoints, fingerprint)
+    if state is None:
+        # Nothing to continue: a journal that is there belongs to a run with other settings.
+        run.clear_state()
+    journal = Journal(run.state / "journal.jsonl")
+    done, seconds = 0, 0.0
+    if state is None:
+        facts = {"run": run.name, "fingerprint": fingerprint}
+        journal.append("start", **facts, provenance=provenance.collect(description))
+    else:
+        trainer.restore(state)
+        done, seconds = state.iteration, state.values["seconds"]
+        journal.append("resume", iteration=done, notes=state.notes)
+    reporter = Reporter(run.folder, "train", trainer.iterations, done)
+    for iteration in range(done, trainer.iterations):
+        record = trainer.iterate(iteration)
+        seconds += record["seconds"]["total"]
+        journal.append("iteration", **record)
+        reporter.advance(_headline(record["rewards"]))
+        if (iteration + 1) % settings["checkpoint_every"] == 0 or iteration + 1 == trainer.iterations:
+            trainer.save(run.checkpoints, fingerprint, iteration + 1, seconds)
+    journal.append("end", iterations=trainer.iterations, seconds=seconds)
+    checkpoint.atomic_text(run.journal, journal.path.read_text(encoding="utf-8"))
+    trainer.export(run.adapter)
+    run.clear_state()
+    reporter.finish()
+
+
+def _headline(rewards: dict[str, list[float]]) -> str:
+    """The last scored step's rewards, for the person who watches."""
+    return "  ".join(f"{name} {values[-1]:.3g}" for name, values in rewards.items())
+
+
+def main() -> None:
+    rundir.run_stage("train", train)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""What the Snakefile asks: the runs of the active scale, their files and their descriptions."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tafs import config
+from tafs import method as methods
+from tafs.config import Config, ConfigError, Run
+from tafs.progress import Watcher
+
+__all__ = ["ConfigError", "Plan", "read"]
+
+OVERRIDES = ("scale", "results")
+
+
+class Plan:
+    """The active scale's runs, as the graph needs them."""
+
+    def __init__(self, settings: Config) -> None:
+        self.settings = settings
+        self.runs: dict[str, Run] = config.runs(settings)
+        self.results = settings.results
+        self.root = f"{settings.results}/{settings.scale}"
+        self._watcher: Watcher | None = None
+
+    def files(self, name: str, trained: bool = False) -> list[str]:
+        """`name` in every run's folder, or the folders; `trained` leaves out the base models."""
+        names = [n for n, run in self.runs.items() if run.trained or not trained]
+        return [f"{self.root}/runs/{n}/{name}".rstrip("/") for n in names]
+
+    @cache  # noqa: B019 - one plan a process
+    def description(self, name: str) -> str:
+        """run.json's text."""
+        return json.dumps(self._run(name).describe(), sort_keys=True)
+
+    def method_source(self, name: str) -> str:
+        return str(methods.source_file(self._run(name).method))
+
+    def adapter(self, name: str) -> list[str]:
+        """The trained adapter, or nothing for a base model."""
+        return [f"{self.root}/runs/{name}/adapter.safetensors"] if self._run(name).trained else []
+
+    def watch(self) -> None:
+        """Show the jobs' progress on standard error until `finish`."""
+        self._watcher = Watcher(
+            Path(self.root) / "runs", self._finished, sys.stderr, f"scale {self.settings.scale}"
+        )
+        self._watcher.start()
+
+    def finish(self) -> None:
+        if self._watcher:
+            self._watcher.stop()
+
+    def _finished(self) -> tuple[int, int]:
+        """(training and evaluation jobs whose results are there, all of them)."""
+        wanted = self.files("adapter.safetensors", trained=True) + self.files("scores.parquet")
+        return sum(Path(file).exists() for file in wanted), len(wanted)
+
+    def _run(self, name: str) -> Run:
+        if name not in self.runs:
+            raise ValueError(f"no run {name!r} at this scale (available: {', '.join(self.runs)})")
+        return self.runs[name]
+
+
+def read(overrides: Mapping[str, Any], path: Path = Path("config.yaml")) -> Plan:
+    """The plan of config.yaml with snakemake's `--config KEY=VALUE` on top.
+
+    Raises:
+        ConfigError: one line that names the key.
+    """
+    for key in overrides:
+        if key not in OVERRIDES:
+            raise ConfigError(
+                f"--config {key}: only {' and '.join(OVERRIDES)} can be given on the command line; "
+                f"everything else stands in {path}"
+            )
+    return Plan(config.read(path, overrides))

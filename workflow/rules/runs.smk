@@ -1,0 +1,49 @@
+# One run: its description, its training, its evaluation.
+rule describe:
+    output:
+        f"{ROOT}/runs/{{run}}/run.json",
+    params:
+        description=lambda wildcards: PLAN.description(wildcards.run),
+    log:
+        f"{ROOT}/logs/describe/{{run}}.log",
+    conda:
+        "../../environment.yml"
+    shell:
+        "printf '%s\\n' {params.description:q} > {output:q} 2> {log:q}"
+
+
+rule train:
+    input:
+        run=f"{ROOT}/runs/{{run}}/run.json",
+        # An edited method reruns its own runs and no other's.
+        method=lambda wildcards: PLAN.method_source(wildcards.run),
+    output:
+        adapter=f"{ROOT}/runs/{{run}}/adapter.safetensors",
+        journal=f"{ROOT}/runs/{{run}}/journal.jsonl",
+    log:
+        f"{ROOT}/logs/train/{{run}}.log",
+    # The longest first, so that no core waits for a late one.
+    priority: 10
+    resources:
+        mem_mb=3000,
+    conda:
+        "../../environment.yml"
+    shell:
+        "python -m tafs.train $(dirname {input.run:q}) > {log:q} 2>&1"
+
+
+rule evaluate:
+    input:
+        run=f"{ROOT}/runs/{{run}}/run.json",
+        adapter=lambda wildcards: PLAN.adapter(wildcards.run),
+    output:
+        scores=f"{ROOT}/runs/{{run}}/scores.parquet",
+        samples=f"{ROOT}/runs/{{run}}/samples.safetensors",
+    log:
+        f"{ROOT}/logs/evaluate/{{run}}.log",
+    resources:
+        mem_mb=3000,
+    conda:
+        "../../environment.yml"
+    shell:
+        "python -m tafs.evaluate $(dirname {input.run:q}) > {log:q} 2>&1"
