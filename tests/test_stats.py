@@ -1,0 +1,224 @@
+"""The statistics give hand-computed values, cover what they should, and claim no more."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tafs import stats
+
+TASKS = ["colors"] * 2 + ["position"]
+
+
+def values(*seeds: list[list[float]]) -> np.ndarray:
+    return np.array(seeds, dtype=float)
+
+
+def test_mean_is_over_all_images_and_macro_over_strata() -> None:
+    x = values([[1, 0], [1, 1], [0, 0]])
+    assert stats.mean(x, TASKS) == 0.5
+    assert stats.mean(x, TASKS, macro=True) == pytest.approx((0.75 + 0) / 2)
+
+
+def test_mean_over_seeds_weighs_each_seed_alike() -> None:
+    x = values([[1, 1], [1, 1], [1, 1]], [[0, np.nan], [np.nan, np.nan], [np.nan, np.nan]])
+    assert stats.mean(x, TASKS) == 0.5
+
+
+def test_missing_values_are_left_out_and_counted() -> None:
+    x = values([[2, np.nan], [4, 6], [np.nan, np.nan]])
+    estimate = stats.mean_interval(x, ["a"] * 3)
+    assert estimate.value == 4
+    assert (estimate.n_seeds, estimate.n_images, estimate.n_missing) == (1, 3, 3)
+
+
+def test_seed_without_values_is_no_seed() -> None:
+    x = values([[1, 2], [3, 4], [5, 6]], [[np.nan] * 2] * 3)
+    estimate = stats.mean_interval(x, ["a"] * 3)
+    assert (estimate.n_seeds, estimate.n_images, estimate.n_missing) == (1, 6, 6)
+    assert estimate.resampled == "prompts"
+
+
+def test_no_values_give_nan_and_no_interval() -> None:
+    estimate = stats.mean_interval(np.full((2, 3, 1), np.nan), TASKS)
+    assert np.isnan([estimate.value, estimate.low, estimate.high]).all()
+    assert (estimate.n_seeds, estimate.n_missing, estimate.resampled) == (0, 6, "")
+
+
+def test_macro_without_a_stratum_is_nan() -> None:
+    x = values([[1, 1], [1, 1], [np.nan, np.nan]])
+    assert np.isnan(stats.mean(x, TASKS, macro=True))
+    assert np.isnan(stats.mean_interval(x, TASKS, macro=True).low)
+
+
+def test_where_nothing_varies_there_is_a_value_and_no_interval() -> None:
+    estimate = stats.mean_interval(values([[1], [3]]), ["a", "b"])
+    assert estimate.value == 2
+    assert np.isnan([estimate.low, estimate.high]).all()
+    assert (estimate.resampled, estimate.p_value) == ("", 1)
+
+
+def test_two_prompts_of_one_seed_span_the_interval() -> None:
+    # One of two prompts is drawn: each half of the time.
+    estimate = stats.mean_interval(values([[0, 0], [1, 1]]), ["a", "a"])
+    assert estimate[:3] == (0.5, 0, 1)
+    assert estimate.resampled == "prompts"
+
+
+def test_strata_keep_their_shares() -> None:
+    # Between the strata all differs, within them nothing: no resample changes the mean.
+    x = values([[0], [0], [0], [6], [6]])
+    tags = ["a", "a", "a", "b", "b"]
+    assert stats.mean_interval(x, tags)[:3] == pytest.approx((2.4, 2.4, 2.4))
+    assert stats.mean_interval(x, tags, macro=True)[:3] == pytest.approx((3, 3, 3))
+
+
+def test_interval_of_one_stratum_is_the_normal_one() -> None:
+    x = np.random.default_rng(0).normal(5, 2, (1, 400, 1))
+    estimate = stats.mean_interval(x, ["a"] * 400, resamples=4000)
+    half = 1.96 * x.std(ddof=1) / 20
+    assert estimate.value == pytest.approx(x.mean())
+    assert (estimate.low, estimate.high) == pytest.approx(
+        (x.mean() - half, x.mean() + half), abs=0.02
+    )
+
+
+def test_images_of_a_prompt_stay_together() -> None:
+    one = np.random.default_rng(0).normal(size=(1, 50, 1))
+    tags = ["a"] * 50
+    # Four equal images tell no more than one.
+    assert stats.mean_interval(np.repeat(one, 4, 2), tags)[:3] == pytest.approx(
+        stats.mean_interval(one, tags)[:3]
+    )
+
+
+def test_two_seeds_are_stretched_by_students_factor() -> None:
+    x = values([[0], [0]], [[1], [1]])
+    estimate = stats.mean_interval(x, ["a", "a"])
+    half = 0.5 * 12.7062 / 1.95996
+    assert estimate[:3] == pytest.approx((0.5, 0.5 - half, 0.5 + half), rel=1e-4)
+    assert estimate.resampled == "seeds and prompts"
+
+
+@pytest.mark.parametrize("seed_std", [0.02, 0.5])
+def test_interval_covers_the_truth(seed_std: float) -> None:
+    rng = np.random.default_rng(1)
+    prompts, n = 40, 200
+    tags = ["a"] * (prompts // 2) + ["b"] * (prompts // 2)
+    covered = 0
+    for seed in range(n):
+        a, b = (
+            rng.normal(size=(3, 1, 1)) * seed_std + rng.normal(size=(3, prompts, 2))
+            for _ in range(2)
+        )
+        shared = rng.normal(size=(1, prompts, 1))
+        d = stats.paired_difference(a + shared, b + shared, tags, resamples=400, seed=seed % 4)
+        covered += d.low <= 0 <= d.high
+    assert covered >= 0.95 * n
+
+
+def test_difference_cancels_what_the_prompts_share() -> None:
+    hard = np.random.default_rng(0).normal(size=(1, 60, 2)) * 10
+    d = stats.paired_difference(hard + 0.1, hard, ["a"] * 60)
+    assert d[:3] == pytest.approx((0.1, 0.1, 0.1))
+    assert d.p_value < 0.01
+    assert d.n_images == 120
+
+
+def test_difference_leaves_out_what_either_side_lacks() -> None:
+    a = values([[1, 9], [2, 2]])
+    b = values([[0, np.nan], [0, 0]], [[0, 5], [np.nan, 0]])
+    d = stats.paired_difference(a, b, ["a", "a"])
+    assert d.value == pytest.approx((1 + 2) / 2)
+    assert (d.n_seeds, d.n_images, d.n_missing) == (1, 2, 2)
+
+
+def test_difference_without_common_images_is_nan() -> None:
+    d = stats.paired_difference(values([[1], [np.nan]]), values([[np.nan], [1]]), ["a", "a"])
+    assert np.isnan(d.value) and d.p_value == 1 and d.n_missing == 2
+
+
+def test_same_seeds_are_resampled_together() -> None:
+    seeds = np.array([0.0, 5.0, 10.0]).reshape(3, 1, 1)
+    a, b = np.ones((3, 10, 1)) + seeds, np.zeros((3, 10, 1)) + seeds
+    together = stats.paired_difference(a, b, ["a"] * 10, same_seeds=True)
+    assert together[:3] == pytest.approx((1, 1, 1))
+    apart = stats.paired_difference(a, b, ["a"] * 10)
+    assert apart.low < 0 < apart.high
+
+
+def test_unpaired_values_are_refused() -> None:
+    with pytest.raises(ValueError, match="not paired"):
+        stats.paired_difference(np.zeros((1, 2, 3)), np.zeros((1, 2, 4)), ["a", "a"])
+    with pytest.raises(ValueError, match=r"\[seeds, prompts, images\] with 2 prompts"):
+        stats.mean(np.zeros((1, 3, 1)), ["a", "a"])
+
+
+def test_holm_matches_the_published_procedure() -> None:
+    assert stats.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert stats.holm([0.5, 0.9]) == [1, 1]
+    assert stats.holm([]) == []
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6))
+@settings(max_examples=50, deadline=None)
+def test_holm_never_lowers_and_keeps_the_order(p: list[float]) -> None:
+    adjusted = stats.holm(p)
+    assert all(x >= y for x, y in zip(adjusted, p, strict=True))
+    assert max(adjusted) <= 1
+    assert all(
+        adjusted[i] <= adjusted[j] for i in range(len(p)) for j in range(len(p)) if p[i] < p[j]
+    )
+
+
+def rows(*means: float, std: float = 1.0) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    shared = rng.normal(size=(1, 100, 2))
+    return [shared + m + std * rng.normal(size=(3, 100, 2)) for m in means]
+
+
+def test_winner_is_the_best_row_when_it_beats_every_other() -> None:
+    tags = ["a"] * 100
+    assert stats.supported_winner(rows(0, 1, 0.1), tags) == 1
+    assert stats.supported_winner(rows(0, 1, 0.1), tags, higher_is_better=False) is None
+    assert stats.supported_winner(rows(0, 1, -1), tags, higher_is_better=False) == 2
+
+
+def test_close_rows_have_no_winner() -> None:
+    assert stats.supported_winner(rows(0, 1, 1.01), ["a"] * 100) is None
+    x = rows(1)[0]
+    assert stats.supported_winner([x, x], ["a"] * 100) is None
+
+
+def test_a_single_row_wins_nothing() -> None:
+    assert stats.supported_winner(rows(1), ["a"] * 100) is None
+    empty = np.full((1, 100, 2), np.nan)
+    assert stats.supported_winner([*rows(1), empty], ["a"] * 100) is None
+    assert stats.supported_winner([*rows(0, 1), empty], ["a"] * 100) == 1
+
+
+def test_holm_makes_a_winner_harder_with_more_rows() -> None:
+    rng = np.random.default_rng(3)
+    base = rng.normal(size=(1, 40, 1))
+    noise = rng.normal(size=(1, 40, 1))
+    # 2.4 standard errors
+    best = base + (noise - noise.mean()) / noise.std() + 2.4 / 40**0.5
+    p = stats.paired_difference(best, base, ["a"] * 40).p_value
+    assert 0.01 < p < 0.05
+    assert stats.supported_winner([best, base], ["a"] * 40) == 0
+    assert stats.supported_winner([best, *[base] * 5], ["a"] * 40) is None
+
+
+def test_rows_of_one_source_share_their_seeds() -> None:
+    spread = np.array([0.0, 5.0, 10.0]).reshape(3, 1, 1)
+    x = [row + spread for row in rows(1, 0, std=0.1)]
+    assert stats.supported_winner(x, ["a"] * 100) is None
+    assert stats.supported_winner(x, ["a"] * 100, sources=["tafs", "tafs"]) == 0
+
+
+def test_equal_seeds_give_equal_numbers_and_others_differ() -> None:
+    x, tags = rows(0)[0], ["a"] * 50 + ["b"] * 50
+    assert stats.mean_interval(x, tags) == stats.mean_interval(x, tags)
+    assert stats.mean_interval(x, tags, seed=1) != stats.mean_interval(x, tags)
