@@ -115,21 +115,26 @@ def limit_threads() -> None:
     torch.set_num_threads(int(os.environ.get("TAFS_THREADS", "1")))
 
 
+class RunFailed(RuntimeError):
+    """A run stopped for a reason that its input alone does not show, in one line."""
+
+
 def run_stage(stage: str, work: Callable[[RunDir], None]) -> None:
-    """`python -m tafs.STAGE RUN_DIR`: one line on failure; exit code 2 for bad input, else 1."""
+    """`python -m tafs.STAGE RUN_DIR`, with one thread a process."""
     if len(sys.argv) != 2:
         print(f"usage: python -m tafs.{stage} RUN_DIR", file=sys.stderr)
         sys.exit(2)
     limit_threads()
+    fail_in_one_line(f"{stage} {sys.argv[1]}", lambda: work(RunDir(Path(sys.argv[1]))))
+
+
+def fail_in_one_line(what: str, work: Callable[[], None]) -> None:
+    """Do the work; a failure is one line and exit code 2 for bad input, else 1."""
     try:
-        work(RunDir(Path(sys.argv[1])))
+        work()
     except (ValueError, FileNotFoundError) as error:
-        print(f"{stage} {sys.argv[1]}: {error}", file=sys.stderr)
+        print(f"{what}: {error}", file=sys.stderr)
         sys.exit(2)
     except (RunFailed, OSError) as error:
-        print(f"{stage} {sys.argv[1]}: {error}", file=sys.stderr)
+        print(f"{what}: {error}", file=sys.stderr)
         sys.exit(1)
-
-
-class RunFailed(RuntimeError):
-    """A run stopped for a reason that its input alone does not show, in one line."""

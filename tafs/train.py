@@ -9,7 +9,7 @@ draws what an undisturbed one draws.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,8 +59,9 @@ class Rewards:
 class Trainer:
     """Everything that a run carries from iteration to iteration."""
 
-    def __init__(self, run: rundir.RunDir, backbone: Backbone, rewards: RewardSet) -> None:
-        description = run.description
+    def __init__(
+        self, description: Mapping[str, Any], backbone: Backbone, rewards: RewardSet
+    ) -> None:
         settings = description["settings"]
         self.backbone = backbone
         self.rewards = rewards
@@ -259,7 +260,7 @@ def train(run: rundir.RunDir) -> None:
     settings = description["settings"]
     backbone = rundir.load_backbone(description)
     rewards = registry.load(list(description["rewards"]), settings["world"])
-    trainer = Trainer(run, backbone, rewards)
+    trainer = Trainer(description, backbone, rewards)
     fingerprint = run.fingerprint()
     state = checkpoint.load(run.checkpoints, fingerprint)
     if state is None:

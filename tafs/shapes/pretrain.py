@@ -48,7 +48,7 @@ TASK_SHARES = {
 class Recipe:
     """How a base model is pretrained. Times are drawn logit-normally (Esser et al., 2024)."""
 
-    steps: int = 4800
+    steps: int = 3800
     batch: int = 128
     scenes: int = 60_000
     lr: float = 2e-3

@@ -195,14 +195,14 @@ def quantised_grade(utility: Tensor) -> Tensor:
     return torch.bucketize(utility, edges)
 
 
-def pretrain(name: str, pairs: int = 30_000, steps: int = 3000) -> dict[str, float]:
+def pretrain(name: str) -> dict[str, float]:
     """Train one reward model and write it to the weights folder."""
     autoencoder = AutoencoderKL.from_pretrained(weights.ROOT / "vae", local_files_only=True, torch_dtype=torch.float32)
     start = time.monotonic()
     if name == "clip":
-        model, facts = train_clip(autoencoder, pairs, steps)
+        model, facts = train_clip(autoencoder, scenes=30_000, steps=3000)
     else:
-        model, facts = train_preference(name, autoencoder, pairs, steps)
+        model, facts = train_preference(name, autoencoder, pairs=20_000, steps=2000)
     facts["seconds"] = round(time.monotonic() - start)
     folder = weights.ROOT / name
     weights.save_scorer(model, folder)

@@ -1,0 +1,148 @@
+"""The contract of every method that is found, a user's own too."""
+
+import dataclasses
+
+import pytest
+import torch
+from toy import ToyBackbone, toy_rewards, toy_run
+
+from tafs import config, method
+from tafs.train import NonFinite, Trainer
+
+NAMES = list(method.sources())
+
+
+def trainer(name: str, **hyperparameters: object) -> Trainer:
+    return Trainer(toy_run(name, **hyperparameters), ToyBackbone(), toy_rewards())  # type: ignore[arg-type]
+
+
+def test_the_methods_of_the_paper_that_are_built_are_found():
+    assert {"tafs_grpo", "flow_grpo"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_ratio_is_exactly_1_before_the_first_update(name):
+    record = trainer(name, updates=1).iterate(0)
+    assert record["ratio_mean"] == 1.0
+    assert record["ratio_deviation"] == 0.0
+    assert record["clip_fraction"] == 0.0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_toy_reward_rises(name):
+    """Crediting a step with the image before its action makes this one fall."""
+    run = trainer(name)
+    first = run.iterate(0)["rewards"]["clip"][-1]
+    for iteration in range(1, 30):
+        last = run.iterate(iteration)["rewards"]["clip"][-1]
+    assert last > first + 0.3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_advantages_have_zero_mean_in_each_group_and_step(name):
+    algorithm = method.create(name, {})
+    scored = len(algorithm.scored_steps())
+    rewards = torch.randn(scored, 5, 8, generator=torch.Generator().manual_seed(0))
+    advantages = algorithm.advantages(rewards)
+    assert advantages.shape == (len(algorithm.trained_steps(0)), 5, 8)
+    assert advantages.mean(-1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_unknown_hyperparameter_is_refused_by_name(name):
+    with pytest.raises(ValueError, match="unknown hyperparameter 'learningrate'.*learning_rate"):
+        method.create(name, {"learningrate": 1.0})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_evaluation_counts_are_those_of_the_rollout(name):
+    run = trainer(name)
+    calls = {"grad": 0, "free": 0}
+    inner = run.backbone.velocity
+
+    def counted(x_t, t, cond):
+        calls["grad" if torch.is_grad_enabled() else "free"] += len(x_t)
+        return inner(x_t, t, cond)
+
+    run.backbone.velocity = counted  # type: ignore[method-assign]
+    run.iterate(0)
+    images = run.groups * run.group_size
+    watching = 2 * run.group_size  # the KL of one group
+    assert calls["grad"] == run.method.nfe_theta * images
+    assert calls["free"] == run.method.nfe_old * images + watching
+
+
+def test_an_unknown_method_is_refused_with_those_available():
+    with pytest.raises(ValueError, match="unknown method 'mixgrpo'.*flow_grpo.*tafs_grpo"):
+        method.create("mixgrpo", {})
+
+
+@pytest.mark.parametrize(
+    ("annealed", "n"), [(1, 2), (3, 4), (5, 6)], ids=["1 step", "3 steps", "5 steps"]
+)
+def test_annealed_steps_are_evaluations_less_one(annealed, n):
+    algorithm = method.create("tafs_grpo", {"steps": n})
+    assert (algorithm.nfe_old, algorithm.nfe_theta) == (n, annealed)
+
+
+def test_flow_grpo_has_table_2s_evaluation_counts():
+    algorithm = method.create("flow_grpo", {})
+    assert (algorithm.nfe_old, algorithm.nfe_theta) == (10, 6)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "problem"),
+    [
+        ("tafs_grpo", {"steps": 1}, "steps: 1"),
+        ("tafs_grpo", {"credit": "both"}, "credit: unknown reading 'both'"),
+        ("tafs_grpo", {"n_adv": 4}, "n_adv: 4 is not between 1 and 3"),
+        ("flow_grpo", {"trained": 10}, "trained: 10 is not between 1 and 9"),
+        ("flow_grpo", {"time_grid": "log"}, "time_grid: 'log'"),
+    ],
+)
+def test_hyperparameters_out_of_range_are_refused_by_name(name, parameters, problem):
+    with pytest.raises(ValueError, match=problem):
+        method.create(name, parameters)
+
+
+def test_rewards_normalised_apart_do_not_depend_on_their_scale():
+    advantages = []
+    for scale in (1.0, 1000.0):
+        run = trainer("tafs_grpo", normalize_rewards=True)
+        rewards = torch.randn(3, 4, 16, generator=torch.Generator().manual_seed(1))
+        from tafs.train import Rewards
+
+        scored = Rewards({"clip": scale * rewards}, {}, {"clip": 1.0})
+        advantages.append(scored.advantages(run.method))
+    torch.testing.assert_close(advantages[0], advantages[1], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_non_finite_reward_stops_before_the_update_and_is_named(value):
+    run = trainer("tafs_grpo")
+    reward = run.rewards.rewards[0]
+    broken = dataclasses.replace(
+        reward, score=lambda images, prompts: torch.full((len(images),), value)
+    )
+    run.rewards.rewards = (broken,)
+    before = {name: p.detach().clone() for name, p in run.parameters.items()}
+    with pytest.raises(NonFinite, match="iteration 3: reward 'clip' is (nan|inf) for image 0 at step 2"):
+        run.iterate(3)
+    for name, parameter in run.parameters.items():
+        assert torch.equal(parameter, before[name])
+
+
+def test_a_non_finite_gradient_stops_before_the_update():
+    run = trainer("tafs_grpo")
+    run.parameters["bias"].register_hook(lambda gradient: gradient * float("nan"))
+    before = run.parameters["bias"].detach().clone()
+    with pytest.raises(NonFinite, match="iteration 0, update 0: the gradient's norm is nan"):
+        run.iterate(0)
+    assert torch.equal(run.parameters["bias"], before)
+
+
+def test_every_method_file_is_its_name():
+    for name, module in method.sources().items():
+        assert method.source_file(name).stem == name
+        assert module.endswith(f".{name}")
+        assert config.NAME.fullmatch(name)

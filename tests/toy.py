@@ -1,0 +1,74 @@
+"""A flow model small enough to know everything about: two-dimensional latents, an affine estimate."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from tafs.backbones.base import Conditioning
+from tafs.rewards.registry import Reward, RewardSet
+
+
+class ToyBackbone:
+    """x0_hat = x_t / 2 + shift(t): the adapter learns where the images lie."""
+
+    latent_shape = (2,)
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.active = True
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        return Conditioning(torch.zeros(len(prompts), 1, 1), torch.zeros(len(prompts), 1))
+
+    def velocity(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        shift = self.weight * t[:, None] + self.bias if self.active else 0.0
+        return (x_t - (x_t / 2 + shift)) / t[:, None]
+
+    def decode(self, x_0: Tensor) -> Tensor:
+        return x_0
+
+    def time_grid(self, steps: int) -> Tensor:
+        return torch.linspace(1, 0, steps + 1)
+
+    def add_lora(self, rank: int, alpha: int, generator: torch.Generator) -> None:
+        self.weight, self.bias = (nn.Parameter(torch.zeros(2)) for _ in range(2))
+
+    def lora_parameters(self) -> dict[str, nn.Parameter]:
+        return {"weight": self.weight, "bias": self.bias}
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        self.active = False
+        try:
+            yield
+        finally:
+            self.active = True
+
+
+def toy_rewards() -> RewardSet:
+    """Larger is better: the first coordinate of the image."""
+    return RewardSet(
+        [Reward("clip", lambda images, prompts: images[:, 0], lambda s: s, differentiable=True)]
+    )
+
+
+def toy_run(method: str, **hyperparameters: object) -> dict:
+    """The description of a toy run: seconds of work."""
+    return {
+        "name": f"{method}.toy",
+        "method": method,
+        "seed": 0,
+        "rewards": {"clip": 1.0},
+        "hyperparameters": {"learning_rate": 0.02, "clip_range": 0.2, **hyperparameters},
+        "settings": {
+            "world": "shapes",
+            "iterations": 30,
+            "prompts_per_iteration": 4,
+            "group_size": 16,
+            "micro_batch": 32,
+            "checkpoint_every": 5,
+            "lora": {"rank": 1, "alpha": 1},
+        },
+    }
