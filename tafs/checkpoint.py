@@ -1,0 +1,232 @@
+"""The resume state of a training run, and files that appear whole or not at all.
+
+Snakemake deletes declared outputs before every attempt, so the state lives beside them in a folder
+of its own (`<run>/.state/`). Layout, the highest number being the newest generation:
+
+    <folder>/000007/tensors.safetensors
+                    values.json      fingerprint, iteration and the caller's values
+                    manifest.json    SHA-256 of both: safetensors loads a flipped bit silently
+
+Two intact generations are kept. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+KEPT = 2
+TENSORS, VALUES, MANIFEST = "tensors.safetensors", "values.json", "manifest.json"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class State:
+    """What `load` found; `notes` has a line for each newer state that could not be used."""
+
+    iteration: int
+    tensors: dict[str, Tensor]  # on the CPU
+    values: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+
+def save(
+    folder: Path,
+    fingerprint: str,
+    iteration: int,
+    tensors: Mapping[str, Tensor],
+    values: Mapping[str, Any],
+) -> None:
+    """Add a generation; a failure or a kill at any point leaves the earlier ones loadable.
+
+    Args:
+        tensors: on any device, of any dtype; `torch.get_rng_state()` is one too.
+        values: JSON. Tuples come back as lists, keys as strings.
+
+    Raises:
+        OSError: the state could not be written (a full disk, say).
+        TypeError: `values` holds what JSON does not know.
+    """
+    folder = Path(folder)
+    # A clone, because safetensors refuses tensors that share memory.
+    copies = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+    content = {"fingerprint": fingerprint, "iteration": iteration, "values": dict(values)}
+    files = {TENSORS: safetensors.torch.save(copies), VALUES: json.dumps(content).encode()}
+    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    files[MANIFEST] = json.dumps({"sha256": hashes}, indent=1).encode()
+
+    older = _generations(folder)
+    final = folder / f"{int(older[0].name) + 1 if older else 0:06d}"
+    incoming = folder / "incoming"
+    shutil.rmtree(incoming, ignore_errors=True)
+    incoming.mkdir(parents=True)
+    try:
+        for name, data in files.items():
+            (incoming / name).write_bytes(data)
+            _fsync(incoming / name)
+        _fsync(incoming)
+        os.replace(incoming, final)
+        _fsync(folder)
+    except OSError:
+        shutil.rmtree(incoming, ignore_errors=True)
+        raise
+
+    intact = 1
+    for generation in older:
+        if intact < KEPT and not _damage(generation):
+            intact += 1
+        else:
+            shutil.rmtree(generation, ignore_errors=True)
+
+
+def load(folder: Path, fingerprint: str) -> State | None:
+    """The newest intact state with this fingerprint, or None.
+
+    A state that is damaged or belongs to another fingerprint is passed over with a line in the
+    log and in `State.notes`; it stays on the disk until `save` or `clear` removes it.
+    """
+    notes: list[str] = []
+    for generation in _generations(Path(folder)):
+        reason = _damage(generation)
+        if not reason:
+            content = json.loads((generation / VALUES).read_bytes())
+            if content["fingerprint"] == fingerprint:
+                # From bytes: a mapped file cannot be deleted cleanly on a network file system.
+                tensors = safetensors.torch.load((generation / TENSORS).read_bytes())
+                return State(content["iteration"], tensors, content["values"], notes)
+            reason = f"its fingerprint is {content['fingerprint']}, the run's is {fingerprint}"
+        notes.append(f"ignored the resume state {generation}: {reason}")
+        logger.warning(notes[-1])
+    return None
+
+
+def clear(folder: Path) -> None:
+    """Remove the resume state; no error if there is none."""
+    if Path(folder).exists():
+        shutil.rmtree(folder)
+
+
+def pack_optimizer(
+    optimizer: torch.optim.Optimizer, prefix: str = "optimizer"
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state as copied tensors `<prefix>/<parameter>/<name>` and JSON `<prefix>`.
+
+    Both are flat enough to be merged with others' and given to `save`.
+    """
+    packed = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    state: dict[str, dict[str, Any]] = {}
+    for index, entries in packed["state"].items():
+        state[str(index)] = {}
+        for name, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"{prefix}/{index}/{name}"] = value.detach().to("cpu", copy=True)
+            else:
+                state[str(index)][name] = value
+    return tensors, {prefix: {"state": state, "param_groups": packed["param_groups"]}}
+
+
+def unpack_optimizer(
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Tensor],
+    values: Mapping[str, Any],
+    prefix: str = "optimizer",
+) -> None:
+    """Give an optimizer over the same parameters the state that `pack_optimizer` took, bit for bit.
+
+    Entries of `tensors` and `values` that other prefixes own are left alone.
+
+    Raises:
+        KeyError: there is no state of this prefix.
+        ValueError: the parameter groups differ.
+    """
+    packed = values[prefix]
+    state = {int(index): dict(entries) for index, entries in packed["state"].items()}
+    for key, tensor in tensors.items():
+        if key.startswith(f"{prefix}/"):
+            index, name = key.removeprefix(f"{prefix}/").split("/")
+            state[int(index)][name] = tensor.clone()
+    groups = [
+        {
+            # JSON made lists of the tuples (betas).
+            key: tuple(item) if isinstance(item, list) and key != "params" else item
+            for key, item in group.items()
+        }
+        for group in packed["param_groups"]
+    ]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it there in one step.
+
+    The temporary name keeps the suffix, by which some writers choose a format. `path` holds either
+    what it held before or all of the new content, also after a crash of the machine.
+
+    Raises:
+        OSError: the file could not be written; any error of `write`. `path` is as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        write(temporary)
+        _fsync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _fsync(path.parent)
+
+
+def atomic_text(path: Path, text: str) -> None:
+    """`atomic_write` for a text, in UTF-8 and with its newlines as they are.
+
+    Raises:
+        OSError: the file could not be written.
+    """
+    atomic_write(path, lambda temporary: temporary.write_bytes(text.encode()))
+
+
+def _generations(folder: Path) -> list[Path]:
+    """The generations in a folder, newest first."""
+    found = [path for path in folder.glob("*") if path.name.isdecimal()]
+    return sorted(found, key=lambda path: int(path.name), reverse=True)
+
+
+def _damage(generation: Path) -> str:
+    """What is wrong with a generation's files, in a few words; empty if they are as written."""
+    try:
+        hashes = json.loads((generation / MANIFEST).read_bytes())["sha256"]
+        for name in (TENSORS, VALUES):
+            with (generation / name).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != hashes[name]:
+                    return f"{name} is damaged"
+    except OSError as error:
+        return f"{Path(error.filename or generation).name}: {error.strerror}"
+    except (ValueError, KeyError, TypeError):
+        return f"{MANIFEST} is damaged"
+    return ""
+
+
+def _fsync(path: Path) -> None:
+    """Flush a file or a directory to the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,96 @@
+"""The journal of a run: append-only JSON Lines, the truth that everything else mirrors.
+
+A line counts once its newline is written, so a process killed in the middle of one loses that line
+and nothing else. Every record has a `kind` ("start", "resume", "iteration", "end") and a `time`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+
+class Journal:
+    """Appends records to one file, from one process at a time (rank 0)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+
+    def append(self, kind: str, **fields: Any) -> None:
+        """Write one record and flush it to the disk.
+
+        Adds `time` (Unix seconds) unless `fields` holds one. NaN and infinities are written as
+        null. Tensors and other objects that JSON does not know are a TypeError, and nothing is
+        written. If the disk is full, OSError is raised and the file stays as it was.
+        """
+        record = {"kind": kind, "time": time.time(), **fields}
+        line = (json.dumps(_finite(record), allow_nan=False) + "\n").encode()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            end = _cut_unfinished_line(fd)
+            try:
+                while line:
+                    line = line[os.write(fd, line) :]
+                os.fsync(fd)
+            except OSError:
+                os.ftruncate(fd, end)
+                raise
+        finally:
+            os.close(fd)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records in the order in which they were written, without an unfinished last line.
+
+    Raises:
+        ValueError: another line is not a record; the message names the file and the line.
+    """
+    *lines, _ = Path(path).read_bytes().split(b"\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+        if not isinstance(record, dict) or "kind" not in record:
+            raise ValueError(f"{path}, line {number}: not a record (an object with a `kind`)")
+        records.append(record)
+    return records
+
+
+def iterations(path: Path) -> list[dict[str, Any]]:
+    """The records of kind "iteration", one a number, sorted.
+
+    A run that was killed and resumed repeats iterations: the last record of a number counts.
+
+    Raises:
+        ValueError: as `read`.
+    """
+    latest = {r["iteration"]: r for r in read(path) if r["kind"] == "iteration"}
+    return [latest[number] for number in sorted(latest)]
+
+
+def _finite(value: Any) -> Any:
+    """A copy of a JSON value with null in place of the numbers that JSON cannot hold."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _cut_unfinished_line(fd: int) -> int:
+    """Remove what follows the last newline, so that a new line is not glued to it; the size."""
+    size = end = os.fstat(fd).st_size
+    while end and os.pread(fd, 1, end - 1) != b"\n":
+        end -= 1
+    if end < size:
+        os.ftruncate(fd, end)
+    return end
