@@ -243,7 +243,7 @@ def _resample(n: int, resamples: int, rng: np.random.Generator) -> Array:
         return np.ones((resamples, 1))
     drawn = rng.integers(n, size=(resamples, n - 1)) + n * np.arange(resamples)[:, None]
     counts = np.bincount(drawn.ravel(), minlength=resamples * n).reshape(resamples, n)
-    weights: Array = counts * (n / (n - 1))
+    weights: Array = counts.astype(float) * (n / (n - 1))
     return weights
 
 

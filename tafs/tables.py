@@ -1,0 +1,746 @@
+"""Tables as data: rows select runs, columns say what is printed. Files in, files out.
+
+Each table is written four times: CSV (every number with its interval and counts, for machines),
+Markdown, LaTeX (booktabs), and JSON (which runs each row came from). Equal input gives equal bytes.
+
+    python -m tafs.tables table2 --runs results/shapes/runs/* --out results/shapes/tables
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import io
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from tafs import config, journal, rundir, stats
+from tafs.stats import Array
+
+PUBLISHED = Path(__file__).parent / "paper"  # the paper's tables
+
+# The paper's order; methods that it does not know stand before its own.
+ORDER = (config.BASE, "dance_grpo", "mix_grpo", "flow_grpo", "rg_lcd", "reward_instruct")
+LAST = "tafs_grpo"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is reported; more is better for all of them."""
+
+    title: str
+    digits: int
+    published: str  # its column in the paper's tables
+    factor: float = 1.0  # reported value per unit of the score
+    macro: bool = False  # the mean of the tasks' means, not of all images
+
+
+METRICS = {
+    "geneval": Metric("GenEval", 2, "geneval", factor=100, macro=True),
+    "pickscore": Metric("PickScore", 2, "pickscore"),
+    "clip": Metric("CLIP", 2, "clip"),
+    "hpsv2": Metric("HPSv2.1", 3, "hpsv2_1"),
+    "imagereward": Metric("ImageReward", 3, "imagereward"),
+    "unifiedreward": Metric("UnifiedReward", 3, "unifiedreward"),
+}
+
+
+# --- What runs left on disk ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A run's scores; `values[sampler, nfe, metric]` is [prompts, images], NaN where missing."""
+
+    file: Path
+    prompts: tuple[int, ...]
+    tags: tuple[str, ...]  # of each prompt
+    images: tuple[int, ...]
+    values: Mapping[tuple[str, int, str], Array]
+
+    def settings(self) -> list[tuple[str, int]]:
+        """The (sampler, nfe) that were evaluated."""
+        return sorted({(sampler, nfe) for sampler, nfe, _ in self.values})
+
+    def metrics(self) -> list[str]:
+        """Those of METRICS that were scored, in their order."""
+        found = {metric for _, _, metric in self.values}
+        return [metric for metric in METRICS if metric in found]
+
+
+def read_scores(file: Path) -> Scores:
+    """scores.parquet as dense arrays.
+
+    Raises:
+        ValueError: it is missing, unreadable or holds an image twice; names the file.
+    """
+    if not file.is_file():
+        raise ValueError(f"{file}: not found; `python -m tafs.evaluate` writes it")
+    columns = ["prompt", "tag", "image", "sampler", "nfe", "metric", "value"]
+    try:
+        table = pd.read_parquet(file, columns=columns)
+    except (ValueError, KeyError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{file}: not a table of scores ({reason})") from None
+    if table.empty:
+        raise ValueError(f"{file}: holds no scores")
+    axes = ["sampler", "nfe", "metric", "prompt", "image"]
+    codes, names = zip(*(pd.factorize(table[name], sort=True) for name in axes), strict=True)
+    shape = tuple(len(found) for found in names)
+    place = np.ravel_multi_index(codes, shape)
+    count = np.bincount(place, minlength=math.prod(shape)).reshape(shape)
+    if count.max() > 1:
+        at = np.unravel_index(int(count.argmax()), shape)
+        twice = " ".join(f"{axis} {names[i][at[i]]}" for i, axis in enumerate(axes))
+        raise ValueError(f"{file}: holds two values of {twice}")
+    dense = np.full(shape, np.nan)
+    dense.flat[place] = table["value"].to_numpy(dtype=float)
+    # Any row of a prompt tells its tag.
+    rows = np.unique(codes[3], return_index=True)[1]
+    return Scores(
+        file=file,
+        prompts=tuple(int(prompt) for prompt in names[3]),
+        tags=tuple(str(tag) for tag in table["tag"].iloc[rows]),
+        images=tuple(int(image) for image in names[4]),
+        values={
+            (str(sampler), int(nfe), str(metric)): dense[i, j, k]
+            for i, sampler in enumerate(names[0])
+            for j, nfe in enumerate(names[1])
+            for k, metric in enumerate(names[2])
+            if count[i, j, k].any()
+        },
+    )
+
+
+class Result:
+    """One run's folder, read when asked for."""
+
+    def __init__(self, folder: Path | str) -> None:
+        self.run = rundir.RunDir(Path(folder))
+
+    @cached_property
+    def info(self) -> dict[str, Any]:
+        """run.json.
+
+        Raises:
+            ValueError: it is missing, broken or incomplete; names the file.
+        """
+        try:
+            info = self.run.description
+        except FileNotFoundError as error:
+            raise ValueError(str(error)) from None
+        for key in ("name", "method", "title", "backbone", "seed", "scale", "sampler"):
+            if key not in info:
+                raise ValueError(f"{self.run.folder / 'run.json'}: has no {key!r}")
+        return info
+
+    @property
+    def variant(self) -> str:
+        """The key in config.yaml's methods: a method's file with hyperparameters of its own."""
+        return str(self.info.get("variant", self.info["method"]))
+
+    @cached_property
+    def scores(self) -> Scores:
+        return read_scores(self.run.scores)
+
+    @cached_property
+    def iterations(self) -> list[dict[str, Any]]:
+        """The journal's iterations; [] of a run that is not trained.
+
+        Raises:
+            ValueError: a trained run has none; names the file.
+        """
+        if not self.run.trained:
+            return []
+        if not self.run.journal.is_file():
+            raise ValueError(f"{self.run.journal}: not found; `python -m tafs.train` writes it")
+        found = journal.iterations(self.run.journal)
+        if not found:
+            raise ValueError(f"{self.run.journal}: holds no iteration")
+        return found
+
+    def seconds(self) -> list[float]:
+        """Each iteration's time."""
+        try:
+            return [float(record["seconds"]["total"]) for record in self.iterations]
+        except (KeyError, TypeError):
+            raise ValueError(f"{self.run.journal}: an iteration has no seconds.total") from None
+
+    def evaluation(self, key: str, default: Any) -> Any:
+        """A setting of the scale's evaluation."""
+        return self.info.get("settings", {}).get("evaluation", {}).get(key, default)
+
+
+@dataclass(frozen=True)
+class System:
+    """Runs that differ in their training seed alone."""
+
+    label: str
+    results: tuple[Result, ...]  # sorted by seed
+
+    @property
+    def info(self) -> dict[str, Any]:
+        return self.results[0].info
+
+    @property
+    def trained(self) -> bool:
+        return self.results[0].run.trained
+
+    def values(self, sampler: str, nfe: int, metric: str) -> Array:
+        """[seeds, prompts, images].
+
+        Raises:
+            ValueError: a run was not scored so, or with other prompts; names its file.
+        """
+        arrays = []
+        for result in self.results:
+            scores = result.scores
+            if (sampler, nfe, metric) not in scores.values:
+                found = ", ".join(f"{s} {n}" for s, n in scores.settings())
+                raise ValueError(
+                    f"{scores.file}: no {metric} for sampler {sampler} at nfe {nfe} (has: {found})"
+                )
+            check_paired(scores, self.results[0].scores)
+            arrays.append(scores.values[sampler, nfe, metric])
+        return np.stack(arrays)
+
+
+def check_paired(scores: Scores, other: Scores) -> None:
+    """Raises ValueError, naming both files, unless both scored the same prompts and images."""
+    for axis in ("prompts", "tags", "images"):
+        if getattr(scores, axis) != getattr(other, axis):
+            raise ValueError(f"{scores.file}: its {axis} are not those of {other.file}")
+
+
+def read_results(folders: Iterable[Path | str]) -> list[Result]:
+    """The runs' folders, each once.
+
+    Raises:
+        ValueError: there is none.
+    """
+    results = [Result(folder) for folder in dict.fromkeys(Path(f) for f in folders)]
+    if not results:
+        raise ValueError("no runs were given")
+    return results
+
+
+def select(results: Iterable[Result], where: Mapping[str, Any], label: str = "") -> System:
+    """The runs whose run.json holds these values; "a.b" is key b of object a.
+
+    Raises:
+        ValueError: there is none, or two with the same seed.
+    """
+    seeds: dict[int, Result] = {}
+    for result in results:
+        if all(_lookup(result, key) == value for key, value in where.items()):
+            other = seeds.setdefault(int(result.info["seed"]), result)
+            if other is not result:
+                raise ValueError(
+                    f"{result.run.folder}: the same system and seed as {other.run.folder}"
+                )
+    if not seeds:
+        wanted = ", ".join(f"{key} {value}" for key, value in where.items())
+        raise ValueError(f"no run with {wanted} among the given ones")
+    chosen = tuple(seeds[seed] for seed in sorted(seeds))
+    return System(label or str(chosen[0].info["title"]), chosen)
+
+
+def _lookup(result: Result, key: str) -> Any:
+    value: Any = result.variant if key == "variant" else result.info
+    for part in key.split(".") if key != "variant" else ():
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def systems(results: Sequence[Result]) -> list[System]:
+    """Every system among the runs: base models first, then methods in the paper's order."""
+
+    def place(result: Result) -> tuple[str, int, str]:
+        method, known = result.info["method"], len(ORDER)
+        rank = ORDER.index(method) if method in ORDER else known + (method == LAST)
+        return str(result.info["backbone"]), rank, result.variant
+
+    keys = {(place(r), r.variant, r.info["backbone"]): r for r in results}
+    ordered = [(variant, backbone) for (_, variant, backbone) in sorted(keys, key=lambda k: k[0])]
+    found = [
+        select(results, {"variant": variant, "backbone": backbone}) for variant, backbone in ordered
+    ]
+    titles = [system.label for system in found]
+    backbones = {backbone for _, backbone in ordered}
+    named = []
+    for system, (variant, backbone) in zip(found, ordered, strict=True):
+        label = system.label
+        if system.trained and len(backbones) > 1:
+            label = f"{label} + {backbone}"
+        elif titles.count(label) > 1:
+            label = f"{label} ({variant})"
+        named.append(System(label, system.results))
+    return named
+
+
+# --- A table ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One system at one number of steps."""
+
+    where: Mapping[str, Any]  # see `select`
+    nfe: int
+    sampler: str | None = None  # None: the run's own for few steps
+    label: str = ""  # "": the runs' title
+    published: str | None = None  # its name in the first column of the paper's table
+    rule: bool = False  # a line above it
+
+
+@dataclass(frozen=True)
+class Number:
+    """A column of plain numbers."""
+
+    name: str  # in the CSV, and in the paper's
+    title: str
+    latex: str
+    digits: int
+    read: Callable[[System], float | None]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A column of a metric's means, with intervals."""
+
+    metric: str  # of METRICS
+
+
+@dataclass(frozen=True)
+class Table:
+    name: str
+    caption: str
+    rows: Sequence[Row]
+    columns: Sequence[Number | Score]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A printed value; numbers without statistics have only `value`."""
+
+    value: float | None
+    digits: int
+    published: str | None = None  # as the paper prints it
+    estimate: stats.Estimate | None = None
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row with its values."""
+
+    row: Row
+    system: System
+    sampler: str
+    cells: Sequence[Cell]
+
+
+def iteration_time(system: System) -> float | None:
+    """Median over iterations and seeds, in seconds."""
+    times = [time for result in system.results for time in result.seconds()]
+    return float(np.median(times)) if times else None
+
+
+NFE_OLD = Number(
+    "nfe_old", "NFE_old", r"$\mathrm{NFE}_{\mathrm{old}}$", 0, lambda s: s.info.get("nfe_old")
+)
+NFE_THETA = Number(
+    "nfe_theta", "NFE_θ", r"$\mathrm{NFE}_{\theta}$", 0, lambda s: s.info.get("nfe_theta")
+)
+TIME = Number("iteration_time_s", "Time (s)", "Time (s)", 2, iteration_time)
+
+
+def fill(table: Table, results: Sequence[Result], published: bool = False) -> list[Line]:
+    """The table's values, with the best of a column marked where `stats.supported_winner` is sure.
+
+    Args:
+        published: put the paper's values beside them.
+
+    Raises:
+        ValueError: a run, a file or a value is missing; names it.
+    """
+    paper = _published(table.name) if published else {}
+    chosen = [(row, select(results, row.where, row.label)) for row in table.rows]
+    entries = [(row, system, row.sampler or str(system.info["sampler"])) for row, system in chosen]
+    columns: list[list[Cell]] = []
+    for column in table.columns:
+        name = column.name if isinstance(column, Number) else METRICS[column.metric].published
+        beside = [
+            paper.get((row.published or "").casefold(), {}).get(name) or None for row, _ in chosen
+        ]
+        if isinstance(column, Number):
+            columns.append(
+                [
+                    Cell(column.read(system), column.digits, value)
+                    for (_, system), value in zip(chosen, beside, strict=True)
+                ]
+            )
+        else:
+            columns.append(_score_cells(column.metric, entries, beside))
+    return [
+        Line(row, system, sampler, [cells[i] for cells in columns])
+        for i, (row, system, sampler) in enumerate(entries)
+    ]
+
+
+def _score_cells(
+    name: str, entries: Sequence[tuple[Row, System, str]], beside: Sequence[str | None]
+) -> list[Cell]:
+    metric = METRICS[name]
+    first = entries[0][1].results[0].scores
+    arrays, sources = [], []
+    for row, system, sampler in entries:
+        arrays.append(metric.factor * system.values(sampler, row.nfe, name))
+        check_paired(system.results[0].scores, first)
+        sources.append(tuple(result.run.folder for result in system.results))
+    best = stats.supported_winner(arrays, first.tags, sources=sources, macro=metric.macro)
+    cells = []
+    for i, array in enumerate(arrays):
+        estimate = stats.mean_interval(array, first.tags, macro=metric.macro)
+        value = estimate.value if math.isfinite(estimate.value) else None
+        cells.append(Cell(value, metric.digits, beside[i], estimate, i == best))
+    return cells
+
+
+def _published(name: str) -> dict[str, dict[str, str]]:
+    """Rows of the paper's table by the name in their first column."""
+    with (PUBLISHED / f"{name}.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {next(iter(row.values())).casefold(): row for row in rows}
+
+
+# --- Formats ------------------------------------------------------------------------------------
+
+
+def write(
+    table: Table, results: Sequence[Result], out_dir: Path | str, published: bool = False
+) -> list[Path]:
+    """Fill a table and write NAME.csv, NAME.md, NAME.tex and NAME.json into `out_dir`.
+
+    Raises:
+        ValueError: see `fill`.
+    """
+    lines = fill(table, results, published)
+    texts = {
+        "csv": _csv(table, lines, published),
+        "md": _markdown(table, lines),
+        "tex": _latex(table, lines),
+        "json": _provenance(table, lines),
+    }
+    folder = Path(out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for ending, text in texts.items():
+        file = folder / f"{table.name}.{ending}"
+        file.write_text(text, encoding="utf-8", newline="\n")
+        files.append(file)
+    return files
+
+
+def _csv(table: Table, lines: Sequence[Line], published: bool) -> str:
+    header = ["row", "variant", "backbone", "sampler", "nfe"]
+    for column in table.columns:
+        name = column.name if isinstance(column, Number) else column.metric
+        header.append(name)
+        if isinstance(column, Score):
+            extra = ("low", "high", "n_seeds", "n_images", "n_missing", "resampled", "best")
+            header += [f"{name}_{field}" for field in extra]
+        if published:
+            header.append(f"{name}_published")
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(header)
+    for line in lines:
+        first = line.system.results[0]
+        fields: list[Any] = [line.system.label, first.variant, first.info["backbone"]]
+        fields += [line.sampler, line.row.nfe]
+        for cell in line.cells:
+            fields.append(_exact(cell.value))
+            if cell.estimate:
+                e = cell.estimate
+                fields += [_exact(e.low), _exact(e.high), e.n_seeds, e.n_images, e.n_missing]
+                fields += [e.resampled, int(cell.best)]
+            if published:
+                fields.append(cell.published or "")
+        writer.writerow(fields)
+    return out.getvalue()
+
+
+def _exact(value: float | None) -> str:
+    return "" if value is None or not math.isfinite(value) else f"{value:.10g}"
+
+
+def _markdown(table: Table, lines: Sequence[Line]) -> str:
+    header = ["Method", "Steps", *(_title(column) for column in table.columns), "Seeds"]
+    rows = [header, ["---", *["---:"] * (len(header) - 1)]]
+    for line in lines:
+        cells = [_markdown_cell(cell) for cell in line.cells]
+        label = _escape(line.system.label, MARKDOWN)
+        rows.append([label, str(line.row.nfe), *cells, str(len(line.system.results))])
+    body = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    notes = "\n".join(f"- {_escape(note, MARKDOWN)}" for note in _notes(table, lines))
+    caption = _escape(table.caption, MARKDOWN)
+    interval = "Brackets hold 95 % intervals."
+    return f"{caption}\n\n{body}\n\n- {interval}\n{notes}\n"
+
+
+def _markdown_cell(cell: Cell) -> str:
+    if cell.value is None:
+        text = "–"
+    else:
+        text = f"{cell.value:.{cell.digits}f}"
+        text = f"**{text}**" if cell.best else text
+    if cell.estimate and math.isfinite(cell.estimate.low):
+        low, high = (f"{x:.{cell.digits}f}" for x in (cell.estimate.low, cell.estimate.high))
+        text += f" [{low}, {high}]"
+    if cell.published is not None:
+        text += f" (paper: {cell.published})"
+    return text
+
+
+def _latex(table: Table, lines: Sequence[Line]) -> str:
+    """A table* for booktabs; the values' intervals as half their width."""
+    header = ["Method", "Steps", *(_title(column, latex=True) for column in table.columns)]
+    header.append("Seeds")
+    notes = [_escape(note, LATEX) for note in _notes(table, lines)]
+    beside = any(cell.published is not None for line in lines for cell in line.cells)
+    notes.insert(0, r"$\pm$: half the width of the 95\,\% interval.")
+    if beside:
+        notes.insert(1, "In parentheses: the published value.")
+    body = []
+    for line in lines:
+        cells = [_latex_cell(cell) for cell in line.cells]
+        label = _escape(line.system.label, LATEX)
+        if line.row.rule:
+            body.append(r"\midrule")
+        fields = [label, str(line.row.nfe), *cells, str(len(line.system.results))]
+        body.append(" & ".join(fields) + r" \\")
+    return "\n".join(
+        [
+            r"\begin{table*}[t]",
+            r"\centering\footnotesize",
+            r"\setlength{\tabcolsep}{3.5pt}",
+            rf"\caption{{{_escape(table.caption, LATEX)} {' '.join(notes)}}}",
+            rf"\label{{tab:{table.name}}}",
+            rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
+            r"\toprule",
+            " & ".join(header) + r" \\",
+            r"\midrule",
+            *body,
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table*}",
+            "",
+        ]
+    )
+
+
+def _latex_cell(cell: Cell) -> str:
+    if cell.value is None:
+        text = "--"
+    else:
+        number = f"{cell.value:.{cell.digits}f}"
+        text = rf"\textbf{{{number}}}" if cell.best else number
+        text = text.replace("-", "$-$")
+    if cell.estimate and math.isfinite(cell.estimate.low):
+        half = (cell.estimate.high - cell.estimate.low) / 2
+        text += rf"{{\tiny\,$\pm$\,{half:.{cell.digits}f}}}"
+    if cell.published is not None:
+        text += rf" {{\tiny({cell.published})}}"
+    return text
+
+
+def _title(column: Number | Score, latex: bool = False) -> str:
+    if isinstance(column, Number):
+        return column.latex if latex else _escape(column.title, MARKDOWN)
+    title = METRICS[column.metric].title
+    return rf"{title} $\uparrow$" if latex else f"{title} ↑"
+
+
+def _notes(table: Table, lines: Sequence[Line]) -> list[str]:
+    """What a reader must know about the statistics."""
+    scores = lines[0].system.results[0].scores
+    notes = [f"Per seed: {len(scores.prompts)} prompts, {len(scores.images)} images of each."]
+    cells = [cell for line in lines for cell in line.cells if cell.estimate]
+    kinds = {cell.estimate.resampled for cell in cells if cell.estimate}
+    if "seeds and prompts" in kinds:
+        both = "seeds and of prompts within their task; with one seed, of prompts only"
+        notes.append(f"Intervals: {stats.RESAMPLES:,} resamples of {both}.")
+    elif "prompts" in kinds:
+        notes.append(
+            f"Intervals: {stats.RESAMPLES:,} resamples of prompts within their task, not of seeds."
+        )
+    if any(cell.best for cell in cells):
+        notes.append(
+            "Bold: better than every other row, by paired differences over the same prompts and "
+            "start noise, at 5 % after Holm's correction."
+        )
+    elif cells:
+        notes.append("No value is bold: in no column is one row surely better than all others.")
+    for i, column in enumerate(table.columns):
+        if isinstance(column, Score):
+            estimates = [e for line in lines if (e := line.cells[i].estimate)]
+            missing = sum(e.n_missing for e in estimates)
+            total = missing + sum(e.n_images for e in estimates)
+            if missing:
+                title = METRICS[column.metric].title
+                notes.append(f"Missing and left out: {missing:,} of {total:,} values of {title}.")
+    return notes
+
+
+def _provenance(table: Table, lines: Sequence[Line]) -> str:
+    """Which runs each row came from, by the digests of their scores."""
+    digests = {
+        result.run.folder: hashlib.sha256(result.run.scores.read_bytes()).hexdigest()
+        for line in lines
+        for result in line.system.results
+    }
+    record = {
+        "table": table.name,
+        "rows": [
+            {
+                "row": line.system.label,
+                "sampler": line.sampler,
+                "nfe": line.row.nfe,
+                "runs": [
+                    {
+                        "name": result.info["name"],
+                        "method": result.info["method"],
+                        "seed": result.info["seed"],
+                        "scale": result.info["scale"],
+                        "scores_sha256": digests[result.run.folder],
+                    }
+                    for result in line.system.results
+                ],
+            }
+            for line in lines
+        ],
+        "statistics": {"level": stats.LEVEL, "resamples": stats.RESAMPLES},
+    }
+    return json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+
+
+MARKDOWN = {c: f"\\{c}" for c in "\\`*_|<>[]"}
+LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+}
+
+
+def _escape(text: str, special: Mapping[str, str]) -> str:
+    return "".join(special.get(character, character) for character in text)
+
+
+# --- The paper's tables -------------------------------------------------------------------------
+
+
+def table2(
+    run_dirs: Iterable[Path | str],
+    out_dir: Path | str,
+    *,
+    scale: str | None = None,
+    full_steps: int | None = None,
+    few_steps: Sequence[int] | None = None,
+) -> list[Path]:
+    """Table 2: the methods at few steps, beside their base model at full and at few steps.
+
+    Args:
+        run_dirs: folders of runs: base models and trained methods, all seeds.
+        scale: None takes the runs' own; the paper's values stand beside ours only where it is
+            "paper".
+        full_steps, few_steps: None takes those of the scale (else 28, and 4).
+
+    Returns:
+        The written files.
+
+    Raises:
+        ValueError: an input is missing or broken; names it.
+    """
+    results = read_results(run_dirs)
+    full = full_steps or int(results[0].evaluation("base_nfe", 28))
+    few = list(few_steps or results[0].evaluation("table_nfe", (4,)))
+    found = systems(results)
+    trained = [system for system in found if system.trained]
+    bases = [system for system in found if not system.trained]
+    if not bases:
+        raise ValueError("no run of the base model (method 'base') among the given ones")
+    if scale is None:
+        scale = _common_scale(results)
+    rows = []
+    for system in bases:
+        rows += [_row(system, full, sampler="ode", published=str(system.info["title"]))]
+        rows += [_row(system, nfe) for nfe in few if nfe != full]
+    for nfe in few:
+        # The paper's Table 2 has each method once, at its few steps.
+        for i, system in enumerate(trained):
+            published = str(system.info["title"]) if nfe == few[0] else None
+            rows.append(_row(system, nfe, published=published, rule=i == 0))
+    known = {metric for result in results for metric in result.scores.metrics()}
+    columns: list[Number | Score] = [
+        NFE_OLD,
+        NFE_THETA,
+        TIME,
+        *(Score(metric) for metric in METRICS if metric in known),
+    ]
+    caption = (
+        "Alignment methods at few inference steps, each with its own sampler, and their base model."
+    )
+    return write(
+        Table("table2", caption, rows, columns), results, out_dir, published=scale == "paper"
+    )
+
+
+def _row(system: System, nfe: int, **fields: Any) -> Row:
+    where = {"variant": system.results[0].variant, "backbone": system.info["backbone"]}
+    return Row(where, nfe, label=system.label, **fields)
+
+
+def _common_scale(results: Sequence[Result]) -> str:
+    first = results[0]
+    for result in results:
+        if result.info["scale"] != first.info["scale"]:
+            raise ValueError(
+                f"{result.run.folder}: scale {result.info['scale']!r}, but {first.run.folder} has "
+                f"{first.info['scale']!r}"
+            )
+    return str(first.info["scale"])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tafs.tables", description="Write a table.")
+    parser.add_argument("table", choices=("table2",))
+    parser.add_argument("--runs", nargs="+", required=True, metavar="DIR", help="folders of runs")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to")
+    parser.add_argument("--scale", help="default: the runs' own")
+    given = parser.parse_args(arguments)
+    tables = {"table2": table2}
+    rundir.fail_in_one_line(
+        f"tables {given.table}",
+        lambda: _print(tables[given.table](given.runs, given.out, scale=given.scale)),
+    )
+
+
+def _print(files: Iterable[Path]) -> None:
+    for file in files:
+        print(file)
+
+
+if __name__ == "__main__":
+    main()
