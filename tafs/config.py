@@ -75,6 +75,14 @@ class Experiment(_Strict):
     methods: tuple[Name, ...]
 
 
+class Tuning(_Strict):
+    """The search: a grid a method, all of the same size, on a seed that no table uses."""
+
+    task: Name
+    seed: Annotated[int, Field(ge=0)]
+    grids: dict[Name, dict[Name, tuple[float, ...]]]
+
+
 class Variant(BaseModel):
     """A method with its hyperparameters, which the method's own file declares and checks."""
 
@@ -89,6 +97,7 @@ class Config(_Strict):
     tasks: dict[Name, Task]
     methods: dict[Name, Variant | None]
     experiments: dict[Name, Experiment]
+    tuning: Tuning | None = None
 
     @property
     def active(self) -> Scale:
@@ -147,9 +156,14 @@ class Run:
         return out
 
 
+def to_json(value: Mapping[str, Any]) -> str:
+    """The one form in which descriptions are written and compared."""
+    return json.dumps(value, sort_keys=True)
+
+
 def fingerprint(description: Mapping[str, Any], *files: Path) -> str:
     """SHA-256 over what decides a run's outcome: its description and its method's source."""
-    digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
+    digest = hashlib.sha256(to_json(description).encode())
     for file in files:
         digest.update(file.read_bytes())
     return digest.hexdigest()
@@ -223,8 +237,10 @@ def _yaml_problem(error: Exception) -> str:
 
 def _first_problem(error: ValidationError) -> str:
     """The first mistake as `key.path: what is wrong (remedy)`."""
-    first = error.errors()[0]
-    path = ".".join(str(part) for part in first["loc"])
+    problems = error.errors()
+    # A misspelt key is both unknown and missing: what was written says more.
+    first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    path = ".".join(str(part) for part in first["loc"]).encode("unicode_escape").decode()
     if first["type"] == "extra_forbidden":
         known = _known_keys(first["loc"])
         return f"unknown key {path!r}{_suggestion(str(first['loc'][-1]), known)}"
@@ -289,6 +305,24 @@ def _inconsistency(config: Config) -> str | None:
                     f"experiments.{name}.methods: unknown method {variant!r}"
                     f"{_suggestion(variant, list(config.methods))}"
                 )
+    if config.tuning is not None:
+        return _tuning_inconsistency(config, config.tuning)
+    return None
+
+
+def _tuning_inconsistency(config: Config, tuning: Tuning) -> str | None:
+    trained = {v for e in config.experiments.values() if e.task == tuning.task for v in e.methods}
+    for variant in tuning.grids:
+        if variant not in trained:
+            return (
+                f"tuning.grids: no experiment trains {variant!r} on {tuning.task!r}"
+                f"{_suggestion(variant, sorted(trained))}"
+            )
+    sizes = {v: math.prod(len(values) for values in g.values()) for v, g in tuning.grids.items()}
+    if len(set(sizes.values())) > 1:
+        return f"tuning.grids: the methods get different numbers of trials ({sizes})"
+    if any(tuning.seed in scale.seeds for scale in config.scales.values()):
+        return f"tuning.seed: {tuning.seed} is one of the tables' seeds; choose another"
     return None
 
 

@@ -50,14 +50,19 @@ def settings_of(run: rundir.RunDir) -> list[Setting]:
 
 @torch.no_grad()
 def generate(
-    backbone: Backbone, texts: list[str], setting: Setting, images_per_prompt: int, batch: int
+    backbone: Backbone,
+    texts: list[str],
+    setting: Setting,
+    images_per_prompt: int,
+    batch: int,
+    seed: int = EVALUATION_SEED,
 ) -> Tensor:
     """Images [prompts x images_per_prompt, 3, H, W] in [0, 1], a prompt's images in a row."""
     step = sampling.SAMPLERS[setting.sampler]
     grid = backbone.time_grid(setting.nfe).to(backbone.device)
     count = len(texts) * images_per_prompt
     noise = torch.randn(
-        count, *backbone.latent_shape, generator=seeding.generator(EVALUATION_SEED, "start")
+        count, *backbone.latent_shape, generator=seeding.generator(seed, "start")
     )
     owners = [text for text in texts for _ in range(images_per_prompt)]
     cond = backbone.encode(texts).repeat_interleave(images_per_prompt)
@@ -70,7 +75,7 @@ def generate(
             noise[part].to(backbone.device),
             grid,
             step,
-            seeding.generator(EVALUATION_SEED, "step", setting.nfe, low),
+            seeding.generator(seed, "step", setting.nfe, low),
         )
         parts.append(backbone.decode(x_0))
     return torch.cat(parts)

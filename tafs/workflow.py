@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from functools import cache
@@ -37,7 +36,7 @@ class Plan:
     @cache  # noqa: B019 - one plan a process
     def description(self, name: str) -> str:
         """run.json's text."""
-        return json.dumps(self._run(name).describe(), sort_keys=True)
+        return config.to_json(self._run(name).describe())
 
     def method_source(self, name: str) -> str:
         return str(methods.source_file(self._run(name).method))

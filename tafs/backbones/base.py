@@ -143,10 +143,11 @@ class Backbone:
         finally:
             self.transformer.enable_adapters()
 
-    def save_adapter(self, folder: Path) -> None:
-        """Write `pytorch_lora_weights.safetensors` as diffusers does, its alpha included."""
+    def save_adapter(self, file: Path) -> None:
+        """Write the adapter as diffusers does, its alpha included."""
         self.pipeline.save_lora_weights(
-            folder,
+            file.parent,
+            weight_name=file.name,
             transformer_lora_layers=get_peft_model_state_dict(self.transformer),
             # Without the metadata diffusers forgets alpha and scales the adapter wrongly.
             **_collate_lora_metadata({"transformer": self.transformer}),

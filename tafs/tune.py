@@ -1,0 +1,123 @@
+"""The hyperparameter search: `python -m tafs.tune [--scale shapes]`.
+
+Every method gets the same number of trials over its grid in config.yaml's `tuning`, on a seed that
+no table uses. A trial's score is the mean total reward of its model at the tables' few steps on
+training prompts with noise of their own, so the held-out prompts take no part in the choice.
+Writes results/SCALE/tuning.csv, and continues where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import itertools
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tafs import checkpoint, config, prompts, rundir
+
+VALIDATION_PROMPTS = 96
+COLUMNS = ("method", "hyperparameters", "nfe", "score", "base_score", "iteration_s", "seed")
+
+
+def trials(settings: config.Config) -> list[config.Run]:
+    """Every (method, point of its grid) as a run on the tuning seed."""
+    if settings.tuning is None:
+        raise config.ConfigError("config.yaml: missing key 'tuning'")
+    found = []
+    task = settings.tuning.task
+    for variant, grid in settings.tuning.grids.items():
+        base = next(
+            r for r in config.runs(settings).values() if r.variant == variant and r.task == task
+        )
+        for values in itertools.product(*grid.values()):
+            point = dict(zip(grid, values, strict=True))
+            label = "_".join(f"{key}-{value:g}" for key, value in point.items())
+            found.append(
+                dataclasses.replace(
+                    base,
+                    name=f"{variant}.{task}.{base.backbone}.tuning.{label}",
+                    seed=settings.tuning.seed,
+                    hyperparameters={**base.hyperparameters, **point},
+                )
+            )
+    return found
+
+
+def score(description: dict[str, Any], nfe: int, adapter: Path | None) -> float:
+    """Mean total reward on training prompts, of a trained model or of the base."""
+    from tafs import evaluate
+    from tafs.rewards import registry
+
+    backbone = rundir.load_backbone(description)
+    if adapter is not None:
+        backbone.load_adapter(adapter)
+    world = description["settings"]["world"]
+    rng = np.random.default_rng(description["seed"])
+    drawn = prompts.draw(rundir.train_prompts(world), VALIDATION_PROMPTS, rng)
+    images = evaluate.generate(
+        backbone,
+        [p.text for p in drawn],
+        evaluate.Setting(description["sampler"], nfe),
+        images_per_prompt=2,
+        batch=description["settings"]["micro_batch"],
+        seed=description["seed"],
+    )
+    rewards = registry.load(list(description["rewards"]), world)
+    scores = rewards.score(images, [p for p in drawn for _ in range(2)])
+    total = sum(weight * scores[name].mean() for name, weight in description["rewards"].items())
+    return float(total)
+
+
+def run_trial(trial: config.Run, folder: Path, nfe: int) -> dict[str, Any]:
+    """Train and score one point; a trial that was stopped continues."""
+    from tafs import journal, train
+
+    description = trial.describe()
+    run = rundir.RunDir(folder / trial.name)
+    checkpoint.atomic_text(run.folder / "run.json", config.to_json(description))
+    if not run.adapter.exists():
+        train.train(run)
+    records = journal.iterations(run.journal)
+    base = {**description, "sampler": "ode"}
+    return {
+        "method": trial.variant,
+        "hyperparameters": config.to_json(dict(trial.hyperparameters)).strip(),
+        "nfe": nfe,
+        "score": round(score(description, nfe, run.adapter), 4),
+        "base_score": round(score(base, nfe, None), 4),
+        "iteration_s": round(float(np.median([r["seconds"]["total"] for r in records])), 2),
+        "seed": trial.seed,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Search the methods' hyperparameters.")
+    parser.add_argument("--scale", default="shapes")
+    parser.add_argument("--only", help="one method")
+    arguments = parser.parse_args()
+    rundir.limit_threads()
+    try:
+        settings = config.read(Path("config.yaml"), {"scale": arguments.scale})
+        chosen = [t for t in trials(settings) if arguments.only in (None, t.variant)]
+    except config.ConfigError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    folder = Path(settings.results) / arguments.scale / "tuning"
+    nfe = settings.active.evaluation.table_nfe[0]
+    for number, trial in enumerate(chosen, start=1):
+        row = run_trial(trial, folder, nfe)
+        print(f"{number}/{len(chosen)} {row}", flush=True)
+        with (folder / f"{trial.variant}.csv").open("a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerow(row)
+
+
+if __name__ == "__main__":
+    main()

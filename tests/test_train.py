@@ -1,0 +1,153 @@
+"""Training at smoke scale on the shipped model: resuming, fingerprints, records."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tafs import config, journal, rundir, train
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def prepare(folder: Path, variant: str = "tafs_grpo", iterations: int = 4) -> rundir.RunDir:
+    runs = config.runs(config.read(ROOT / "config.yaml", {"scale": "smoke"}))
+    description = next(r for r in runs.values() if r.variant == variant).describe()
+    description["settings"] = {**description["settings"], "iterations": iterations}
+    run = rundir.RunDir(folder / description["name"])
+    run.folder.mkdir(parents=True)
+    (run.folder / "run.json").write_text(json.dumps(description))
+    return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> rundir.RunDir:
+    run = prepare(tmp_path_factory.mktemp("undisturbed"))
+    train.train(run)
+    return run
+
+
+def same_adapter(a: rundir.RunDir, b: rundir.RunDir) -> bool:
+    return a.adapter.read_bytes() == b.adapter.read_bytes()
+
+
+def test_training_twice_gives_the_same_adapter_bit_for_bit(undisturbed, tmp_path):
+    run = prepare(tmp_path)
+    train.train(run)
+    assert same_adapter(run, undisturbed)
+
+
+def test_training_changes_the_adapter(undisturbed):
+    trained = load_file(undisturbed.adapter)
+    assert any(tensor.any() for name, tensor in trained.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("variant", ["tafs_grpo", "flow_grpo"])
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_run_that_stopped_continues_to_the_same_adapter(
+    variant, failing, undisturbed, tmp_path, monkeypatch
+):
+    """Also with an averaged adapter and two updates an iteration, as Flow-GRPO has."""
+    if variant == "tafs_grpo":
+        reference = undisturbed
+    else:
+        reference = prepare(tmp_path / "reference", variant)
+        train.train(reference)
+    run = prepare(tmp_path / "stopped", variant)
+    iterate = train.Trainer.iterate
+
+    def stop(self, iteration):
+        if iteration == failing:
+            raise KeyboardInterrupt
+        return iterate(self, iteration)
+
+    monkeypatch.setattr(train.Trainer, "iterate", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(run)
+    monkeypatch.setattr(train.Trainer, "iterate", iterate)
+    assert run.checkpoints.exists() and not run.adapter.exists()
+    train.train(run)
+    assert same_adapter(run, reference)
+    kinds = [record["kind"] for record in journal.read(run.journal)]
+    assert kinds.count("resume") == 1
+    assert not run.state.exists()
+
+
+def test_a_killed_process_continues_to_the_same_adapter(undisturbed, tmp_path):
+    """kill -9 in the middle, then the same command."""
+    run = prepare(tmp_path)
+    command = [sys.executable, "-m", "tafs.train", str(run.folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment)
+    journal_file = run.state / "journal.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if journal_file.exists() and '"iteration": 1' in journal_file.read_text():
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not run.adapter.exists()
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    assert same_adapter(run, undisturbed)
+
+
+def test_a_state_of_other_settings_is_not_continued(undisturbed, tmp_path, monkeypatch):
+    run = prepare(tmp_path)
+    iterate = train.Trainer.iterate
+
+    def stop(self, iteration):
+        if iteration == 2:
+            raise KeyboardInterrupt
+        return iterate(self, iteration)
+
+    monkeypatch.setattr(train.Trainer, "iterate", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(run)
+    monkeypatch.setattr(train.Trainer, "iterate", iterate)
+    description = {**run.description, "hyperparameters": {"learning_rate": 0.01}}
+    (run.folder / "run.json").write_text(json.dumps(description))
+    changed = rundir.RunDir(run.folder)
+    train.train(changed)
+    records = journal.read(changed.journal)
+    assert [r["kind"] for r in records].count("start") == 1
+    assert "resume" not in [r["kind"] for r in records]
+    assert not same_adapter(changed, undisturbed)
+
+
+def test_the_journal_holds_what_an_iteration_measured(undisturbed):
+    records = journal.iterations(undisturbed.journal)
+    assert [r["iteration"] for r in records] == [0, 1, 2, 3]
+    for record in records:
+        assert set(record["rewards"]) == {"pickscore", "clip"}
+        assert {len(values) for values in record["rewards"].values()} == {3}
+        parts = record["seconds"]
+        assert parts["sample"] + parts["reward"] + parts["update"] == pytest.approx(
+            parts["total"], abs=1e-6
+        )
+        for name in ("reward_std", "grad_norm", "kl", "images_per_s", "clip_fraction"):
+            assert record[name] is not None and record[name] >= 0
+    assert records[0]["kl"] > 0  # measured after the update
+
+
+def test_the_journal_starts_with_the_provenance(undisturbed):
+    first = journal.read(undisturbed.journal)[0]
+    assert first["kind"] == "start"
+    assert set(first["provenance"]["weights"]) == {"shapes-sd3", "pickscore", "clip"}
+    assert first["fingerprint"] == undisturbed.fingerprint()
+
+
+def test_a_missing_description_is_one_line_and_exit_code_2(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "tafs.train", str(tmp_path)],
+        capture_output=True, text=True, cwd=ROOT, check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "run.json: not found" in done.stderr
