@@ -189,8 +189,9 @@ def _checked(values: ArrayLike, strata: Sequence[str]) -> tuple[Array, tuple[int
 def _seed_means(array: Array, groups: tuple[int, ...], weights: Array, macro: bool) -> Array:
     """Each seed's weighted mean: [resamples, seeds] from weights [resamples, prompts]."""
     present = np.isfinite(array)
-    sums = np.where(present, array, 0).sum(2).T  # [prompts, seeds]
-    counts = present.sum(2, dtype=float).T
+    # [prompts, seeds]; of a transposed view the products below take 70 times as long.
+    sums = np.ascontiguousarray(np.where(present, array, 0).sum(2).T)
+    counts = np.ascontiguousarray(present.sum(2, dtype=float).T)
     with np.errstate(invalid="ignore"):  # 0 / 0: a resample without any value is NaN
         if not macro:
             return (weights @ sums) / (weights @ counts)
