@@ -25,18 +25,24 @@ from tafs.tables import METRICS, Result, System
 
 DPI = 200
 
-# Okabe & Ito's colours, which colour-blind readers tell apart; a method keeps its own everywhere.
-COLOURS = {
-    "base": "#4d4d4d",
-    "tafs_grpo": "#d55e00",
-    "flow_grpo": "#0072b2",
-    "mix_grpo": "#009e73",
-    "dance_grpo": "#cc79a7",
-    "rg_lcd": "#e69f00",
-    "reward_instruct": "#56b4e9",
+# Okabe & Ito's colours, which colour-blind readers tell apart; a method looks the same everywhere.
+LOOKS = {
+    "base": ("#4d4d4d", "o"),
+    "tafs_grpo": ("#d55e00", "D"),
+    "flow_grpo": ("#0072b2", "s"),
+    "mix_grpo": ("#009e73", "^"),
+    "dance_grpo": ("#cc79a7", "v"),
+    "rg_lcd": ("#e69f00", "P"),
+    "reward_instruct": ("#56b4e9", "X"),
 }
-OTHERS = ("#882255", "#999933", "#332288", "#44aa99", "#661100", "#117733")
-MARKERS = "osD^vP*X"
+OTHERS = (
+    ("#882255", "p"),
+    ("#999933", "h"),
+    ("#332288", "<"),
+    ("#44aa99", ">"),
+    ("#661100", "*"),
+    ("#117733", "8"),
+)
 
 UNITS = {
     "geneval": "accuracy (%)",
@@ -98,7 +104,7 @@ def figure4(
     steps = list(nfe or results[0].evaluation("nfe", range(1, 9)))
     full = full_steps or int(results[0].evaluation("base_nfe", 28))
     systems = tables.systems(results)
-    palette = _palette(systems)
+    looks = _looks(systems)
     metrics = _metrics(results)
     with _style():
         columns = min(3, len(metrics))
@@ -114,10 +120,10 @@ def figure4(
             axes.set_title(METRICS[metric].title)
             axes.set_ylabel(UNITS[metric])
             axes.set_xticks(steps)
-            for i, system in enumerate(systems):
-                colour, label = palette[i], system.label
+            for system, (colour, marker) in zip(systems, looks, strict=True):
+                label = system.label
                 own = str(system.info["sampler"])
-                line: dict[str, Any] = {"color": colour, "marker": MARKERS[i % len(MARKERS)]}
+                line: dict[str, Any] = {"color": colour, "marker": marker}
                 estimates = [_estimate(system, own, n, metric) for n in steps]
                 low, high = [e.low for e in estimates], [e.high for e in estimates]
                 axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
@@ -145,7 +151,7 @@ def learning_curves(run_dirs: Iterable[Path | str], out_dir: Path | str) -> list
     """
     results = tables.read_results(run_dirs)
     everyone = tables.systems(results)
-    colours = dict(zip((s.label for s in everyone), _palette(everyone), strict=True))
+    looks = dict(zip((s.label for s in everyone), _looks(everyone), strict=True))
     trained = [system for system in everyone if system.trained]
     if not trained:
         raise ValueError("no trained run among the given ones")
@@ -169,7 +175,7 @@ def learning_curves(run_dirs: Iterable[Path | str], out_dir: Path | str) -> list
                 if any(curve is None for curve in curves):
                     continue
                 rewards = [curve for curve in curves if curve is not None]
-                colour, label = colours[system.label], system.label
+                (colour, _), label = looks[system.label], system.label
                 numbers = [
                     np.array([r["iteration"] for r in result.iterations], dtype=float)
                     for result in system.results
@@ -359,17 +365,14 @@ def _seeds(axes: Axes, x: Sequence[Array], y: Sequence[Array], colour: str, labe
     axes.plot(grid, curves.mean(0), color=colour, label=label, marker=single)
 
 
-def _palette(systems: Sequence[System]) -> list[str]:
-    """A colour a system: the method's own, or the next free one."""
+def _looks(systems: Sequence[System]) -> list[tuple[str, str]]:
+    """A colour and a marker a system: the method's own, or the next free ones."""
     free = iter(OTHERS * len(systems))
-    taken: set[str] = set()
-    palette = []
+    looks: list[tuple[str, str]] = []
     for system in systems:
-        own = COLOURS.get(str(system.info["method"]))
-        colour = own if own and own not in taken else next(free)
-        taken.add(colour)
-        palette.append(colour)
-    return palette
+        own = LOOKS.get(str(system.info["method"]))
+        looks.append(own if own and own not in looks else next(free))
+    return looks
 
 
 def _legend(figure: Figure, *panels: Axes) -> None:
@@ -378,11 +381,12 @@ def _legend(figure: Figure, *panels: Axes) -> None:
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
+    rows = -(-len(entries) // 5)
     figure.legend(
         list(entries.values()),
         list(entries),
         loc="outside upper center",
-        ncols=min(len(entries), 5),
+        ncols=-(-len(entries) // rows),
         handlelength=2.4,
         columnspacing=1.4,
     )

@@ -99,16 +99,16 @@ def test_figure4_without_euler_scores_has_no_dashed_line(
 def test_a_method_keeps_its_colour(runs: list[Path], drawn: list[Figure]) -> None:
     figures.figure4(runs, "", **FEW)
     figures.learning_curves(runs, "")
-    tafs = figures.COLOURS["tafs_grpo"]
+    tafs, _ = figures.LOOKS["tafs_grpo"]
     assert {lines(figure.axes[0])["TAFS-GRPO"].get_color() for figure in drawn} == {tafs}
 
 
-def test_systems_never_share_a_colour(tmp_path: Path) -> None:
+def test_systems_do_not_share_a_colour(tmp_path: Path) -> None:
     for variant in "abcd":
         info = {"name": variant, "variant": variant, "title": variant}
         synthetic.write_run(tmp_path, "tafs_grpo", **info, **SMALL)
     found = tables.systems(tables.read_results(tmp_path.iterdir()))
-    assert len(set(figures._palette(found))) == 4
+    assert len(set(figures._looks(found))) == 4
 
 
 def test_learning_curves_show_the_last_scored_step(runs: list[Path], drawn: list[Figure]) -> None:
@@ -188,6 +188,7 @@ def test_image_grid_shows_the_given_prompts(runs: list[Path], drawn: list[Figure
 
 def test_equal_input_gives_equal_bytes(runs: list[Path], tmp_path: Path) -> None:
     options = {"captions": synthetic.captions(18), "indices": [0]}
+    runs = [runs[0], *runs[-2:]]
     for name, draw in (
         ("figure4", lambda order, out: figures.figure4(order, out, **FEW)),
         ("learning_curves", figures.learning_curves),
@@ -218,7 +219,6 @@ def test_a_single_prompt_a_task_is_drawn_without_bands(tmp_path: Path) -> None:
     runs = synthetic.write_runs(tmp_path / "runs", seeds=1, **small)
     figures.figure4(runs, tmp_path, **FEW)
     figures.learning_curves(runs, tmp_path)
-    figures.image_grid(runs, tmp_path, captions=synthetic.captions(6), indices=[5])
 
 
 def test_bad_input_is_one_line_that_names_the_file(own_runs: list[Path], tmp_path: Path) -> None:
