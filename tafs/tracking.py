@@ -1,0 +1,516 @@
+"""A copy of the runs for browsing in MLflow: `python -m tafs.tracking sync|ui`.
+
+The journals are the truth and nothing reads from here, so a store that is lost or damaged can be
+deleted and synced again. A sync may be repeated at any time, also while runs train: what the store
+already holds is left alone. Layout of a store, which may be moved as a whole:
+
+    <store>/mlflow.db    experiments (a task each), runs, parameters, curves
+            artifacts/   <task>/<MLflow's run id>/artifacts/...
+            .lock        held by the one process that writes
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import sqlite3
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from urllib.parse import urlsplit
+
+from tafs import journal
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+    from mlflow.tracking import MlflowClient
+
+DEFAULT_STORE = Path("results/mlflow")
+DATABASE, ARTIFACTS = "mlflow.db", "artifacts"
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+}
+# MLflow's limits; it cuts longer parameters without a word.
+PARAMETER_LENGTH, TAG_LENGTH = 6000, 5000
+METRICS_PER_BATCH, ENTRIES_PER_BATCH = 1000, 100
+HOST = "127.0.0.1"
+SHOWN_COLUMNS = 4  # of sampled images in a picture, and as many rows
+
+# Tags by which a sync knows what the store holds.
+KEY, RUN, CURVES, SCORES = "tafs.key", "tafs.run", "tafs.next_iteration", "tafs.scores_sha256"
+
+
+class SyncError(RuntimeError):
+    """Some runs could not be mirrored; one line that names the first and counts the others."""
+
+
+class Point(NamedTuple):
+    """One value of a curve."""
+
+    key: str
+    value: float
+    timestamp_ms: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What one sync did."""
+
+    runs: int  # mirrored, new or known
+    points: int  # new in the store
+    skipped: int  # values of these runs that are no finite numbers
+    waiting: int  # run folders in which nothing has started
+
+
+@dataclass(frozen=True)
+class Mirror:
+    """A run folder in MLflow's terms."""
+
+    folder: Path
+    name: str
+    task: str
+    key: str  # of this one training of this run
+    parameters: dict[str, str]
+    tags: dict[str, str]
+    curves: list[Point]
+    next_iteration: int
+    scores: list[Point]
+    scores_sha256: str
+    started_ms: int
+    ended_ms: int | None
+    skipped: int
+    journal: Path | None
+
+
+# -- reading a run ---------------------------------------------------------------------------------
+
+
+def read_run(folder: Path) -> Mirror | None:
+    """What MLflow shall show of a run folder; None where nothing has started yet.
+
+    Raises:
+        OSError: run.json or another file cannot be read.
+        ValueError: run.json, the journal or the scores are damaged; names the file.
+    """
+    description = _read_description(folder / "run.json")
+    # While a run trains, its journal lies with its resume state.
+    journals = [folder / ".state" / "journal.jsonl", folder / "journal.jsonl"]
+    path = next((p for p in journals if p.exists()), None)
+    records = journal.read(path) if path else []
+    scores_file = folder / "scores.parquet"
+    scored = scores_file.exists()
+    if not records and not scored:
+        return None
+
+    start: dict[str, Any] = next((r for r in reversed(records) if r["kind"] == "start"), {})
+    fingerprint = start.get("fingerprint", description.get("fingerprint", ""))
+    facts = description.get("provenance", {}) | start.get("provenance", {})
+    described = {k: v for k, v in description.items() if k not in ("fingerprint", "provenance")}
+    parameters = {
+        _entity(key): _shorten(_text(value), PARAMETER_LENGTH) for key, value in _flatten(described)
+    }
+    name = str(description.get("name", folder.resolve().name))
+    tags = {_entity(key): _text(value) for key, value in _flatten({"provenance": facts})}
+    tags |= {k: str(description[k]) for k in ("method", "title", "scale") if k in description}
+    tags |= {"fingerprint": fingerprint, RUN: name}
+    if facts.get("git_commit"):
+        tags["mlflow.source.git.commit"] = facts["git_commit"]
+
+    iterations = journal.iterations(path) if path else []
+    curves: list[Point] = []
+    skipped = 0
+    for record in iterations:
+        found, bad = _curve_points(record)
+        curves += found
+        skipped += bad
+    next_iteration = iterations[-1]["iteration"] + 1 if iterations else 0
+    scores: list[Point] = []
+    scores_sha256 = ""
+    if scored:
+        scores, bad = _score_points(scores_file, next_iteration)
+        skipped += bad
+        scores_sha256 = hashlib.sha256(scores_file.read_bytes()).hexdigest()
+    started = int(records[0]["time"] * 1000) if records else _modified_ms(scores_file)
+    ended = next((int(r["time"] * 1000) for r in records if r["kind"] == "end"), None)
+    tags["tafs.skipped_values"] = str(skipped)
+    # The start's time, because a run that is trained anew draws curves of its own.
+    identity = json.dumps([name, fingerprint, started if records else 0, parameters])
+    return Mirror(
+        folder=folder,
+        name=name,
+        task=str(description.get("task") or "base"),
+        key=hashlib.sha256(identity.encode()).hexdigest(),
+        parameters=parameters,
+        tags={key: _shorten(value, TAG_LENGTH) for key, value in tags.items()},
+        curves=curves,
+        next_iteration=next_iteration,
+        scores=scores,
+        scores_sha256=scores_sha256,
+        started_ms=started,
+        ended_ms=ended if records else started,
+        skipped=skipped,
+        journal=path,
+    )
+
+
+def _read_description(file: Path) -> dict[str, Any]:
+    try:
+        description = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON ({error})") from error
+    if not isinstance(description, dict):
+        raise ValueError(f"{file}: holds no JSON object")
+    return description
+
+
+def _curve_points(record: Mapping[str, Any]) -> tuple[list[Point], int]:
+    """An iteration's points, and how many of its values are no finite numbers.
+
+    A list is indexed by step: `rewards: {toy: [a, b]}` becomes reward/toy/step_0, reward/toy/step_1
+    and reward/toy/last, which methods with different numbers of scored steps share.
+    """
+    values = {k: v for k, v in record.items() if k not in ("kind", "time", "iteration", "rewards")}
+    values["reward"] = record.get("rewards", {})
+    timestamp, step = int(record["time"] * 1000), record["iteration"]
+    points, skipped = [], 0
+    for key, leaf in _flatten(values):
+        named = {key: leaf}
+        if isinstance(leaf, list):
+            named = {f"{key}/step_{i}": value for i, value in enumerate(leaf)}
+            if leaf:
+                named[f"{key}/last"] = leaf[-1]
+        for name, value in named.items():
+            if value is None or (isinstance(value, float) and not math.isfinite(value)):
+                skipped += 1
+            elif isinstance(value, int | float):
+                points.append(Point(_entity(name), float(value), timestamp, step))
+    return points, skipped
+
+
+def _score_points(file: Path, step: int) -> tuple[list[Point], int]:
+    """score/METRIC/SAMPLER/nfe_N: means over the images, GenEval's as 100 x the mean of its tags'.
+
+    Raises:
+        ValueError: the file is no table of scores.
+    """
+    import pandas as pd
+
+    try:
+        table = pd.read_parquet(file, columns=["tag", "sampler", "nfe", "metric", "value"])
+    except Exception as error:  # pyarrow has no common class for what a damaged file raises
+        raise ValueError(f"{file}: not a table of scores ({error})") from error
+    points, skipped = [], 0
+    for keys, rows in table.groupby(["metric", "sampler", "nfe"], observed=True):
+        metric, sampler, nfe = keys
+        if metric == "geneval":
+            tags = rows.groupby("tag", observed=True)["value"]
+            value = 100 * tags.mean(skipna=False).mean(skipna=False)
+        else:
+            value = rows["value"].mean(skipna=False)
+        if math.isfinite(value):
+            key = _entity(f"score/{metric}/{sampler}/nfe_{nfe}")
+            points.append(Point(key, float(value), _modified_ms(file), step))
+        else:
+            skipped += 1
+    return points, skipped
+
+
+def _flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested mappings with keys such as `seconds/total`."""
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            yield from _flatten(item, f"{prefix}{key}/")
+        else:
+            yield f"{prefix}{key}", item
+
+
+def _entity(key: str) -> str:
+    """A key without the characters that MLflow refuses."""
+    return re.sub(r"[^\w./: -]", "_", key, flags=re.ASCII)[:250]
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _shorten(text: str, length: int) -> str:
+    if len(text) <= length:
+        return text
+    note = f"... ({len(text)} characters)"
+    return text[: length - len(note)] + note
+
+
+def _modified_ms(file: Path) -> int:
+    return file.stat().st_mtime_ns // 1_000_000
+
+
+# -- writing the store -----------------------------------------------------------------------------
+
+
+def sync(run_dirs: list[Path], store: Path) -> Summary:
+    """Bring the store up to date with the runs; a run that fails does not keep back the others.
+
+    Raises:
+        SyncError: a run could not be mirrored.
+        OSError, ValueError: the store cannot be opened.
+    """
+    store.mkdir(parents=True, exist_ok=True)
+    runs = points = skipped = waiting = 0
+    failures = []
+    with _locked(store):
+        client = _open(store)
+        for folder in run_dirs:
+            try:
+                mirror = read_run(folder)
+                if mirror is None:
+                    waiting += 1
+                    continue
+                points += _push(client, mirror, store)
+            # MLflow lets errors of several packages through; all mean "not mirrored".
+            except Exception as error:
+                failures.append(f"{folder}: {_one_line(error)}")
+                continue
+            runs += 1
+            skipped += mirror.skipped
+    if failures:
+        others = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
+        raise SyncError(f"{len(failures)} of {len(run_dirs)} runs failed: {failures[0]}{others}")
+    return Summary(runs, points, skipped, waiting)
+
+
+@contextmanager
+def _locked(store: Path) -> Iterator[None]:
+    """One writer at a time: processes that create a store together would break it."""
+    with (store / ".lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _uri(database: Path) -> str:
+    path = str(database.resolve())
+    if "?" in path:
+        raise ValueError(f"{database}: MLflow cannot open a path with a question mark")
+    return f"sqlite:///{path}"
+
+
+def _open(store: Path) -> MlflowClient:
+    """A client of the store, which is created or brought to this MLflow's schema."""
+    database = store / DATABASE
+    new = not database.exists()
+    if not new:
+        _check_database(database)
+    os.environ.update(ENVIRONMENT)
+    from mlflow.db import commands
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+    from mlflow.tracking import MlflowClient
+
+    # A new one gets its name when it is complete: a half-made one could not be opened again.
+    target = store / f"incoming-{DATABASE}" if new else database
+    for left_over in store.glob("incoming-*"):
+        left_over.unlink()
+    commands.main(["upgrade", _uri(target)], standalone_mode=False)
+    # mlflow-artifacts:/ is resolved by the server, so that no absolute path enters the store.
+    created = SqlAlchemyStore(_uri(target), "mlflow-artifacts:/")
+    if new:
+        created.engine.dispose()
+        os.replace(target, database)
+    return MlflowClient(tracking_uri=_uri(database))
+
+
+def _check_database(database: Path) -> None:
+    """Raise ValueError for a damaged file, which MLflow would try to open for minutes."""
+    try:
+        with closing(sqlite3.connect(f"{database.resolve().as_uri()}?mode=rw", uri=True)) as found:
+            (verdict,) = found.execute("PRAGMA quick_check(1)").fetchone()
+    except sqlite3.DatabaseError as error:
+        verdict = str(error)
+    if verdict != "ok":
+        raise ValueError(
+            f"{database}: {_one_line(verdict)}; it is only a copy: delete {database.parent} and "
+            "sync again"
+        )
+
+
+def _push(client: MlflowClient, mirror: Mirror, store: Path) -> int:
+    """Add what the store lacks of one run; how many points that were."""
+    from mlflow.entities import Metric, Param, RunTag
+
+    run = _find_or_create(client, mirror)
+    run_id, known = run.info.run_id, run.data.tags
+
+    first = int(known.get(CURVES, 0))
+    points = [point for point in mirror.curves if point.step >= first]
+    if mirror.scores_sha256 != known.get(SCORES, ""):
+        points += mirror.scores
+    metrics = [Metric(*point) for point in points]
+    for low in range(0, len(metrics), METRICS_PER_BATCH):
+        client.log_batch(run_id, metrics=metrics[low : low + METRICS_PER_BATCH])
+
+    missing = [Param(k, v) for k, v in mirror.parameters.items() if k not in run.data.params]
+    for low in range(0, len(missing), ENTRIES_PER_BATCH):
+        client.log_batch(run_id, params=missing[low : low + ENTRIES_PER_BATCH])
+    _copy_artifacts(mirror, store / ARTIFACTS / urlsplit(run.info.artifact_uri).path.lstrip("/"))
+
+    # Last, so that what was cut short is done again; MLflow drops the points that it has.
+    tags = {
+        **mirror.tags,
+        CURVES: str(max(first, mirror.next_iteration)),
+        SCORES: mirror.scores_sha256,
+    }
+    changed = [RunTag(key, value) for key, value in tags.items() if known.get(key) != value]
+    for low in range(0, len(changed), ENTRIES_PER_BATCH):
+        client.log_batch(run_id, tags=changed[low : low + ENTRIES_PER_BATCH])
+    if mirror.ended_ms is not None and run.info.status != "FINISHED":
+        client.set_terminated(run_id, "FINISHED", end_time=mirror.ended_ms)
+    return len(points)
+
+
+def _find_or_create(client: MlflowClient, mirror: Mirror) -> Run:
+    """The MLflow run of this training; a new one closes the unfinished ones of the same run."""
+    experiment = client.get_experiment_by_name(mirror.task)
+    if experiment is None:
+        folder = re.sub(r"[^\w-]", "_", mirror.task, flags=re.ASCII)
+        experiment_id = client.create_experiment(mirror.task, f"mlflow-artifacts:/{folder}")
+    else:
+        experiment_id = experiment.experiment_id
+        if experiment.lifecycle_stage == "deleted":
+            client.restore_experiment(experiment_id)
+    found = client.search_runs([experiment_id], f"tags.`{KEY}` = '{mirror.key}'", max_results=1)
+    if found:
+        return found[0]
+    for run in client.search_runs([experiment_id], "attributes.status = 'RUNNING'"):
+        same = (run.data.tags.get(RUN), run.data.tags.get("scale"))
+        if same == (mirror.name, mirror.tags.get("scale")):
+            client.set_terminated(run.info.run_id, "KILLED", end_time=mirror.started_ms)
+    tags = {**mirror.tags, KEY: mirror.key}
+    return client.create_run(experiment_id, mirror.started_ms, tags, mirror.name)
+
+
+def _copy_artifacts(mirror: Mirror, target: Path) -> None:
+    """Copy the run's files that are new or have changed, and draw its sampled images.
+
+    Directly and not by the client, which would need a running server to resolve the address.
+    """
+    sources = [mirror.folder / "run.json", mirror.folder / "adapter.safetensors"]
+    copies = {source.name: source for source in sources if source.exists()}
+    if mirror.journal:
+        copies["journal.jsonl"] = mirror.journal
+    for image in mirror.folder.rglob("*.png"):
+        copies[str(image.relative_to(mirror.folder))] = image
+    for name, source in copies.items():
+        _place(target / name, source, partial(shutil.copyfile, source))
+    samples = mirror.folder / "samples.safetensors"
+    if samples.exists():
+        from safetensors import safe_open
+
+        with safe_open(samples, "numpy") as images:
+            for name in images.keys():  # noqa: SIM118 - it is no dict
+                draw = partial(_draw, images, name)
+                _place(target / "samples" / f"{_entity(name)}.png", samples, draw)
+
+
+def _draw(images: Any, name: str, path: Path) -> None:
+    """A picture of the first images of a sampler, uint8 [images, height, width, 3]."""
+    from PIL import Image
+
+    stored = images.get_slice(name)
+    count = min(stored.get_shape()[0], SHOWN_COLUMNS**2)
+    shown = stored[:count]
+    _, height, width, _ = shown.shape
+    rows = math.ceil(count / SHOWN_COLUMNS)
+    grid = Image.new("RGB", (SHOWN_COLUMNS * width, rows * height))
+    for index, image in enumerate(shown):
+        row, column = divmod(index, SHOWN_COLUMNS)
+        grid.paste(Image.fromarray(image), (column * width, row * height))
+    grid.save(path, format="PNG")
+
+
+def _place(path: Path, source: Path, write: Callable[[Path], object]) -> None:
+    """Fill a file in one step unless it is up to date, which its source's time on it tells."""
+    modified = source.stat().st_mtime_ns
+    if path.exists() and path.stat().st_mtime_ns == modified:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{path.name}")
+    write(temporary)
+    os.utime(temporary, ns=(modified, modified))
+    os.replace(temporary, path)
+
+
+# -- the command line ------------------------------------------------------------------------------
+
+
+def serve(store: Path, port: int) -> NoReturn:
+    """Become MLflow's server on 127.0.0.1, for the browsers of this machine.
+
+    Raises:
+        ValueError: there is no store, or it is damaged.
+        OSError: the port is taken.
+    """
+    database = store / DATABASE
+    if not database.exists():
+        raise ValueError(f"{store}: nothing is tracked yet; `make all` fills it")
+    _check_database(database)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise OSError(f"port {port}: {error.strerror}; choose another with --port") from error
+    command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port)]
+    command += ["--backend-store-uri", _uri(database), "--workers", "1"]
+    command += ["--artifacts-destination", str((store / ARTIFACTS).resolve())]
+    print(f"http://{HOST}:{port}  (Ctrl-C ends it)", flush=True)
+    os.execve(command[0], command, {**os.environ, **ENVIRONMENT})
+
+
+def _one_line(error: object) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit code: 1, with one line on stderr, if something could not be done."""
+    parser = argparse.ArgumentParser(prog="python -m tafs.tracking", description="MLflow's copy")
+    commands = parser.add_subparsers(dest="command", required=True)
+    syncing = commands.add_parser("sync", help="mirror run folders into the store")
+    syncing.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
+    serving = commands.add_parser("ui", help=f"browse the store on {HOST}")
+    serving.add_argument("--port", type=int, default=5000)
+    for command in (syncing, serving):
+        command.add_argument("--store", type=Path, default=DEFAULT_STORE)
+    given = parser.parse_args(arguments)
+    try:
+        if given.command == "ui":
+            serve(given.store, given.port)
+        done = sync(given.runs, given.store)
+    # A copy that fails must not look like a run that fails: one line, whatever it was.
+    except Exception as error:
+        print(f"tracking: {_one_line(error)}", file=sys.stderr)
+        return 1
+    details = f"{done.points} new points"
+    if done.skipped:
+        details += f", {done.skipped} values that are no finite numbers left out"
+    if done.waiting:
+        details += f", {done.waiting} runs not started"
+    print(f"{done.runs} runs in {given.store} ({details})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
