@@ -40,8 +40,9 @@ class Evaluation(_Strict):
 
     images_per_prompt: Count
     prompts: Count | None = None  # the first so many of each task; None takes all
-    nfe: tuple[Count, ...]  # the few-step settings, each with the method's sampler and with Euler
-    table_nfe: tuple[Count, ...]  # those that the tables print
+    table_nfe: tuple[Count, ...]  # steps that the tables print, with every sampler
+    curve_nfe: tuple[Count, ...]  # steps of the curves, with the method's own sampler
+    curve_images_per_prompt: Count
     base_nfe: Count  # the base model's full steps
 
 

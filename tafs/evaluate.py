@@ -26,10 +26,11 @@ EVALUATION_SEED = 1_000_003
 
 @dataclass(frozen=True)
 class Setting:
-    """One way of sampling a model."""
+    """One way of sampling a model, and on how many images of a prompt it is judged."""
 
     sampler: str
     nfe: int
+    images_per_prompt: int
 
     @property
     def name(self) -> str:
@@ -37,14 +38,21 @@ class Setting:
 
 
 def settings_of(run: rundir.RunDir) -> list[Setting]:
-    """Euler at every few-step setting, the method's own sampler too, the base's full steps."""
+    """The tables' settings with both samplers, the curve's with the method's own one, and the base
+    model's full steps. The curve's points are judged on fewer images: they only draw a line."""
     description = run.description
     evaluation = description["settings"]["evaluation"]
-    found = [Setting("ode", nfe) for nfe in evaluation["nfe"]]
-    if description["sampler"] != "ode":
-        found += [Setting(description["sampler"], nfe) for nfe in evaluation["nfe"]]
+    full, curve = evaluation["images_per_prompt"], evaluation["curve_images_per_prompt"]
+    found = [
+        Setting(sampler, nfe, full)
+        for sampler in sampling.SAMPLERS
+        for nfe in evaluation["table_nfe"]
+    ]
+    own = description["sampler"]
+    others = [nfe for nfe in evaluation["curve_nfe"] if nfe not in evaluation["table_nfe"]]
+    found += [Setting(own, nfe, curve) for nfe in others]
     if not run.trained:
-        found.append(Setting("ode", evaluation["base_nfe"]))
+        found.append(Setting("ode", evaluation["base_nfe"], full))
     return found
 
 
@@ -53,21 +61,28 @@ def generate(
     backbone: Backbone,
     texts: list[str],
     setting: Setting,
-    images_per_prompt: int,
     batch: int,
     seed: int = EVALUATION_SEED,
 ) -> Tensor:
-    """Images [prompts x images_per_prompt, 3, H, W] in [0, 1], a prompt's images in a row."""
+    """Images [prompts x images_per_prompt, 3, H, W] in [0, 1], a prompt's images in a row.
+
+    The start noise of image i of prompt p is the same in every setting, also where a setting draws
+    fewer images of a prompt.
+    """
+    per_prompt = setting.images_per_prompt
     step = sampling.SAMPLERS[setting.sampler]
     grid = backbone.time_grid(setting.nfe).to(backbone.device)
-    count = len(texts) * images_per_prompt
-    noise = torch.randn(
-        count, *backbone.latent_shape, generator=seeding.generator(seed, "start")
-    )
-    owners = [text for text in texts for _ in range(images_per_prompt)]
-    cond = backbone.encode(texts).repeat_interleave(images_per_prompt)
+    shape = (len(texts), *backbone.latent_shape)
+    noise = torch.stack(
+        [
+            torch.randn(shape, generator=seeding.generator(seed, "start", image))
+            for image in range(per_prompt)
+        ],
+        dim=1,
+    ).flatten(0, 1)
+    cond = backbone.encode(texts).repeat_interleave(per_prompt)
     parts = []
-    for low in range(0, len(owners), batch):
+    for low in range(0, len(noise), batch):
         part = slice(low, low + batch)
         part_cond = cond[part]
         x_0 = sampling.integrate(
@@ -95,28 +110,24 @@ def evaluate(run: rundir.RunDir) -> None:
     world = description["settings"]["world"]
     prompts = rundir.test_prompts(world, evaluation["prompts"])
     metrics = registry.load(METRICS, world, strict_geneval=True)
-    per_prompt = evaluation["images_per_prompt"]
-    owners = [prompt for prompt in prompts for _ in range(per_prompt)]
-    index = {
-        "prompt": [i for i in range(len(prompts)) for _ in range(per_prompt)],
-        "tag": [prompt.tag for prompt in owners],
-        "image": list(range(per_prompt)) * len(prompts),
-    }
     settings = settings_of(run)
     reporter = Reporter(run.folder, "evaluate", sum(s.nfe for s in settings))
     tables: list[pd.DataFrame] = []
     samples: dict[str, Tensor] = {}
     for setting in settings:
+        per_prompt = setting.images_per_prompt
+        owners = [prompt for prompt in prompts for _ in range(per_prompt)]
         images = generate(
-            backbone, [p.text for p in prompts], setting, per_prompt,
-            description["settings"]["micro_batch"],
+            backbone, [p.text for p in prompts], setting, description["settings"]["micro_batch"]
         )
         scores = metrics.report(metrics.score(images, owners))
         for metric, values in scores.items():
             tables.append(
                 pd.DataFrame(
                     {
-                        **index,
+                        "prompt": [i for i in range(len(prompts)) for _ in range(per_prompt)],
+                        "tag": [prompt.tag for prompt in owners],
+                        "image": list(range(per_prompt)) * len(prompts),
                         "sampler": setting.sampler,
                         "nfe": setting.nfe,
                         "metric": metric,

@@ -62,8 +62,7 @@ def score(description: dict[str, Any], nfe: int, adapter: Path | None) -> float:
     images = evaluate.generate(
         backbone,
         [p.text for p in drawn],
-        evaluate.Setting(description["sampler"], nfe),
-        images_per_prompt=2,
+        evaluate.Setting(description["sampler"], nfe, images_per_prompt=2),
         batch=description["settings"]["micro_batch"],
         seed=description["seed"],
     )

@@ -2,4 +2,6 @@
 
 import torch
 
+import tafs  # noqa: F401 - it patches torchvision before any test imports diffusers
+
 torch.set_num_threads(1)

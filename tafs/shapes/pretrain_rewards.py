@@ -1,8 +1,9 @@
 """Training of the embedded reward models, each on its own data and seed.
 
-`clip` learns by contrast on clean and spoiled pictures alike; `pickscore`, `hpsv2` and
-`imagereward` learn from pairs that one annotator judged (Bradley-Terry); `unifiedreward` learns
-the grade that an annotator gives.
+`clip` learns by contrast on clean and spoiled pictures alike. `pickscore` and `hpsv2` are fine-tuned
+from it on pairs that one annotator judged (Bradley-Terry), as the real ones are from CLIP ViT-H;
+`imagereward` learns from pairs too, `unifiedreward` the grade that an annotator gives, both on top of
+its vision tower.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def draw_pairs(
 
 def fit(
     model: nn.Module, loss_of: Callable[[Tensor], Tensor], count: int, steps: int, seed: int,
-    lr: float = 2e-3, name: str = "",
+    lr: float = 1.5e-3, name: str = "",
 ) -> None:
     """AdamW with a one-cycle rate; `loss_of` maps indices [BATCH] of the data to a loss."""
     generator = torch.Generator().manual_seed(seed)
@@ -111,7 +112,7 @@ def train_clip(autoencoder: AutoencoderKL, scenes: int, steps: int) -> tuple[nn.
         by_image = (scorers.TEMPERATURE * matched @ caption.T).masked_fill(same, float("-inf"))
         return functional.cross_entropy(logits, target) + functional.cross_entropy(by_image, target)
 
-    fit(model, loss_of, len(ids), steps, seed, name="clip")
+    fit(model, loss_of, len(ids), steps, seed, lr=2e-3, name="clip")
     ids, right, wrong = data["test"]
     with torch.no_grad():
         accuracy = (model(right, ids) > model(wrong, ids)).float().mean().item()
@@ -139,10 +140,11 @@ def train_preference(
     taste = annotators.TASTES[name]
     torch.manual_seed(seed)
     tokenizer = text.clip_tokenizer()
+    clip = scorers.DualEncoder.load(weights.ROOT / "clip")
     train = draw_pairs(pairs, "train", taste, autoencoder, seed)
     held_out = draw_pairs(2000, "test", taste, autoencoder, seed + 1000)
     if name in ("pickscore", "hpsv2"):
-        model: Any = scorers.DualEncoder.build(tokenizer)
+        model: Any = clip
         score = lambda images, ids: scorers.TEMPERATURE * model(images, ids)  # noqa: E731
     elif name == "imagereward":
         model = scorers.FusionScorer(len(tokenizer), outputs=1)
@@ -150,6 +152,9 @@ def train_preference(
     else:
         model = scorers.FusionScorer(len(tokenizer), outputs=scorers.GRADES)
         score = lambda images, ids: scorers.grade(model(images, ids))  # noqa: E731
+
+    if isinstance(model, scorers.FusionScorer):
+        model.vision.load_state_dict(clip.model.vision_model.state_dict())
 
     def preference_loss(index: Tensor) -> Tensor:
         images, ids = train.images[index].flatten(0, 1), train.ids[index].repeat_interleave(2, 0)
@@ -202,7 +207,8 @@ def pretrain(name: str) -> dict[str, float]:
     if name == "clip":
         model, facts = train_clip(autoencoder, scenes=30_000, steps=3000)
     else:
-        model, facts = train_preference(name, autoencoder, pairs=20_000, steps=2000)
+        steps = 1000 if name in ("pickscore", "hpsv2") else 1500
+        model, facts = train_preference(name, autoencoder, pairs=20_000, steps=steps)
     facts["seconds"] = round(time.monotonic() - start)
     folder = weights.ROOT / name
     weights.save_scorer(model, folder)
