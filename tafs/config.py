@@ -179,7 +179,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if not isinstance(key, (str, int)):
                 raise ConfigError(f"line {key_node.start_mark.line + 1}: {key!r} is no plain key")
             if key in seen:
@@ -188,7 +188,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+_Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
     list("-+.0123456789"),
@@ -255,7 +255,10 @@ def _first_problem(error: ValidationError) -> str:
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     """Names that are allowed where an unknown key stands."""
     models: dict[str, type[BaseModel]] = {
-        "scales": Scale, "tasks": Task, "experiments": Experiment, "lora": Lora,
+        "scales": Scale,
+        "tasks": Task,
+        "experiments": Experiment,
+        "lora": Lora,
         "evaluation": Evaluation,
     }
     for part in reversed(location[:-1]):
@@ -277,11 +280,14 @@ def _inconsistency(config: Config) -> str | None:
     from tafs.rewards import METRICS
 
     if config.scale not in config.scales:
-        return f"scale: unknown scale {config.scale!r}{_suggestion(config.scale, list(config.scales))}"
+        return (
+            f"scale: unknown scale {config.scale!r}{_suggestion(config.scale, list(config.scales))}"
+        )
     for name, task in config.tasks.items():
         for reward, weight in task.rewards.items():
             if reward not in METRICS:
-                return f"tasks.{name}.rewards: unknown reward {reward!r}{_suggestion(reward, list(METRICS))}"
+                hint = _suggestion(reward, list(METRICS))
+                return f"tasks.{name}.rewards: unknown reward {reward!r}{hint}"
             if not math.isfinite(weight):
                 return f"tasks.{name}.rewards.{reward}: {weight} is not a finite number"
         if not task.rewards:
@@ -346,7 +352,9 @@ def runs(config: Config) -> dict[str, Run]:
     found: dict[str, Run] = {}
     for backbone in scale.backbones:
         name = f"{BASE}.{backbone}"
-        found[name] = Run(name, BASE, BASE, backbone, "", backbone, 0, config.scale, settings, {}, {})
+        found[name] = Run(
+            name, BASE, BASE, backbone, "", backbone, 0, config.scale, settings, {}, {}
+        )
         for experiment in config.experiments.values():
             for variant in experiment.methods:
                 method, parameters = _method_of(variant, config.methods[variant])

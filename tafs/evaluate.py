@@ -8,7 +8,6 @@ image, metric); samples.safetensors keeps each prompt's first image of every set
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import pandas as pd
 import torch

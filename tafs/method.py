@@ -259,7 +259,9 @@ def create(name: str, parameters: dict[str, Any]) -> Method:
     known = {f.name for f in dataclasses.fields(found)}
     for key in parameters:
         if key not in known:
-            raise ValueError(f"unknown hyperparameter {key!r} (available: {', '.join(sorted(known))})")
+            raise ValueError(
+                f"unknown hyperparameter {key!r} (available: {', '.join(sorted(known))})"
+            )
     return found(**parameters)
 
 

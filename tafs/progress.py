@@ -85,7 +85,9 @@ def line(record: dict[str, Any], now: float) -> str:
     left = seconds_left(record, now)
     remaining = "" if left is None else f"  {_clock(left)} left"
     progress = f"{record['done']}/{record['total']}"
-    return f"{record['stage']:<9} {record['run']:<44} {progress:>7}{remaining:>12}  {record['note']}"
+    return (
+        f"{record['stage']:<9} {record['run']:<44} {progress:>7}{remaining:>12}  {record['note']}"
+    )
 
 
 def _clock(seconds: float) -> str:

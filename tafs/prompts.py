@@ -1,4 +1,4 @@
-"""Prompt sets: rows in GenEval's metadata format, read from JSON Lines, with a train and a test split."""
+"""Prompt sets: rows in GenEval's metadata format, from JSON Lines, split into train and test."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def draw(
 ) -> list[Prompt]:
     """`count` prompts with replacement: first a tag, uniformly or by `shares`, then one of its own.
 
-    Tags have prompts in very different numbers; drawn prompt by prompt, one tag would be most of it.
+    Tags have prompts in very different numbers; drawn prompt by prompt, one would be most of it.
     """
     by_tag: dict[str, list[Prompt]] = {}
     for prompt in prompts:

@@ -1,8 +1,8 @@
-"""TAFS-GRPO: temperature-annealed few-step sampling with step-aware advantages (Yue et al., 2026).
+"""TAFS-GRPO: temperature-annealed few-step sampling, step-aware advantages (Yue et al., 2026).
 
 As published, except where the paper is ambiguous:
-- The ratio of step n is that of the re-noising transition x_{t_{n-1}} -> x_{t_n}, whose action leads
-  to the image x0_hat^n; the printed p(x_0^n | x_t) has no density (Eq. 10).
+- The ratio of step n is that of the re-noising transition x_{t_{n-1}} -> x_{t_n}, whose action
+  leads to the image x0_hat^n; the printed p(x_0^n | x_t) has no density (Eq. 10).
 - Eq. 10 credits each step with its own advantage, Algorithm 1 (line 18) with the sum; both can be
   chosen (`credit`), and `to_go` and `final` beside them.
 - The clip range is not given.

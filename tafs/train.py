@@ -1,4 +1,4 @@
-"""The one training loop: `python -m tafs.train RUN_DIR` trains the run that RUN_DIR/run.json describes.
+"""The one training loop: `python -m tafs.train RUN_DIR` trains what RUN_DIR/run.json describes.
 
 Writes adapter.safetensors and journal.jsonl. Until then the journal and the resume state live in
 RUN_DIR/.state, which outlives a kill, is refused when the run's fingerprint has changed, and is
@@ -131,7 +131,10 @@ class Trainer:
         shape = self.backbone.latent_shape
         per_group = 1 if self.method.shared_noise else self.group_size
         noise = torch.randn(
-            self.groups, per_group, *shape, generator=seeding.generator(self.seed, "start", iteration)
+            self.groups,
+            per_group,
+            *shape,
+            generator=seeding.generator(self.seed, "start", iteration),
         )
         noise = noise.expand(-1, self.group_size, *shape).flatten(0, 1).to(self.backbone.device)
         chunks = []
@@ -195,9 +198,8 @@ class Trainer:
                     self.backbone, chunk, advantages[:, low : low + size], self.micro_batch
                 ):
                     if not part.loss.isfinite():
-                        raise NonFinite(
-                            f"iteration {iteration}, update {number}: the loss is {part.loss.item()}"
-                        )
+                        where = f"iteration {iteration}, update {number}"
+                        raise NonFinite(f"{where}: the loss is {part.loss.item()}")
                     (part.loss * share).backward()
                     ratios.append(part.ratio)
                     clipped.append(part.clipped)
@@ -281,8 +283,9 @@ def train(run: rundir.RunDir) -> None:
         seconds += record["seconds"]["total"]
         journal.append("iteration", **record)
         reporter.advance(_headline(record["rewards"]))
-        if (iteration + 1) % settings["checkpoint_every"] == 0 or iteration + 1 == trainer.iterations:
-            trainer.save(run.checkpoints, fingerprint, iteration + 1, seconds)
+        done = iteration + 1
+        if done % settings["checkpoint_every"] == 0 or done == trainer.iterations:
+            trainer.save(run.checkpoints, fingerprint, done, seconds)
     journal.append("end", iterations=trainer.iterations, seconds=seconds)
     checkpoint.atomic_text(run.journal, journal.path.read_text(encoding="utf-8"))
     trainer.export(run.adapter)

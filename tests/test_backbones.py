@@ -136,7 +136,9 @@ def test_shipped_tokenizers_are_those_that_the_code_makes(backbone):
     for prompt in PROMPTS:
         shipped = backbone.pipeline.tokenizer(prompt).input_ids
         assert shipped == text.clip_tokenizer()(prompt).input_ids
-        assert backbone.pipeline.tokenizer_3(prompt).input_ids == text.t5_tokenizer()(prompt).input_ids
+        assert (
+            backbone.pipeline.tokenizer_3(prompt).input_ids == text.t5_tokenizer()(prompt).input_ids
+        )
 
 
 def test_a_folder_without_a_pipeline_is_named(tmp_path):

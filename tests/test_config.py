@@ -40,17 +40,37 @@ def test_runs_are_named_after_method_task_backbone_and_seed():
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("iterations: 25", "iteratons: 25", "unknown key 'scales.shapes.iteratons'; did you mean 'iterations'"),
-        ("learning_rate:", "learning_rte:", "methods.tafs_grpo: unknown hyperparameter 'learning_rte'"),
+        (
+            "iterations: 25",
+            "iteratons: 25",
+            "unknown key 'scales.shapes.iteratons'; did you mean 'iterations'",
+        ),
+        (
+            "learning_rate:",
+            "learning_rte:",
+            "methods.tafs_grpo: unknown hyperparameter 'learning_rte'",
+        ),
         ("scale: shapes", "scale: shape", "scale: unknown scale 'shape'; did you mean 'shapes'"),
         ("clip: 1.0}", "clipp: 1.0}", "tasks.preference.rewards: unknown reward 'clipp'"),
-        ("[flow_grpo, tafs_grpo]", "[flow_grpo, tafs]", "experiments.table2.methods: unknown method 'tafs'"),
+        (
+            "[flow_grpo, tafs_grpo]",
+            "[flow_grpo, tafs]",
+            "experiments.table2.methods: unknown method 'tafs'",
+        ),
         ("task: preference", "task: prefs", "experiments.table2.task: unknown task 'prefs'"),
         ("iterations: 25", "iterations: -1", "scales.shapes.iterations: input should be greater"),
-        ("iterations: 25", "iterations: many", "scales.shapes.iterations: input should be a valid integer"),
+        (
+            "iterations: 25",
+            "iterations: many",
+            "scales.shapes.iterations: input should be a valid integer",
+        ),
         ("results: results", "scale: smoke", "'scale' is given twice"),
         ("  tafs_grpo: {", "  tafs_grp: {", "methods.tafs_grp: unknown method 'tafs_grp'"),
-        ("pickscore: 1.0, clip: 1.0}\n  comp", "pickscore: -1, clip: 1.0}\n  comp", "tasks.preference.rewards.pickscore"),
+        (
+            "pickscore: 1.0, clip: 1.0}\n  comp",
+            "pickscore: -1, clip: 1.0}\n  comp",
+            "tasks.preference.rewards.pickscore",
+        ),
     ],
 )
 def test_a_mistake_gets_one_line_that_names_its_key(tmp_path, old, new, message):
@@ -84,7 +104,9 @@ def test_a_missing_file_is_named(tmp_path):
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
     max_leaves=5,
 )
 
@@ -109,7 +131,9 @@ def test_any_value_anywhere_is_read_or_refused_in_one_line(data, value):
 
 def test_changing_one_hyperparameter_changes_only_its_runs_fingerprints(tmp_path):
     before = config.runs(config.read(SHIPPED))
-    after = config.runs(config.read(changed(tmp_path, "tafs_grpo: {", "tafs_grpo: {clip_range: 0.5, ")))
+    after = config.runs(
+        config.read(changed(tmp_path, "tafs_grpo: {", "tafs_grpo: {clip_range: 0.5, "))
+    )
     differing = {name for name in before if before[name].describe() != after[name].describe()}
     assert differing == {name for name in before if name.startswith("tafs_grpo.")}
 

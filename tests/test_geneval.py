@@ -73,7 +73,10 @@ def test_swapped_colours_are_wrong():
 
 def test_only_the_most_confident_objects_of_a_class_are_judged():
     row = {"tag": "colors", "include": [include("ring", color="red")]}
-    confident_first = [thing("ring", color="blue", score=0.9), thing("ring", color="red", score=0.5)]
+    confident_first = [
+        thing("ring", color="blue", score=0.9),
+        thing("ring", color="red", score=0.5),
+    ]
     assert not judge(confident_first, row).correct
 
 

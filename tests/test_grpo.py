@@ -79,7 +79,12 @@ def test_the_objective_is_minus_the_mean_advantage_before_the_first_update():
 
 @pytest.mark.parametrize(
     ("ratio", "advantage", "value", "clipped"),
-    [(1.3, 1.0, 1.1, True), (0.7, 1.0, 0.7, False), (1.3, -1.0, -1.3, False), (0.7, -1.0, -0.9, True)],
+    [
+        (1.3, 1.0, 1.1, True),
+        (0.7, 1.0, 0.7, False),
+        (1.3, -1.0, -1.3, False),
+        (0.7, -1.0, -0.9, True),
+    ],
 )
 def test_clipping_limits_only_what_would_gain(ratio, advantage, value, clipped):
     log_prob = torch.tensor([ratio]).log()

@@ -126,7 +126,9 @@ def test_a_non_finite_reward_stops_before_the_update_and_is_named(value):
     )
     run.rewards.rewards = (broken,)
     before = {name: p.detach().clone() for name, p in run.parameters.items()}
-    with pytest.raises(NonFinite, match="iteration 3: reward 'clip' is (nan|inf) for image 0 at step 2"):
+    with pytest.raises(
+        NonFinite, match="iteration 3: reward 'clip' is (nan|inf) for image 0 at step 2"
+    ):
         run.iterate(3)
     for name, parameter in run.parameters.items():
         assert torch.equal(parameter, before[name])

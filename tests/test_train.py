@@ -146,7 +146,10 @@ def test_the_journal_starts_with_the_provenance(undisturbed):
 def test_a_missing_description_is_one_line_and_exit_code_2(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "tafs.train", str(tmp_path)],
-        capture_output=True, text=True, cwd=ROOT, check=False,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
     )
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1

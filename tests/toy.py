@@ -1,4 +1,4 @@
-"""A flow model small enough to know everything about: two-dimensional latents, an affine estimate."""
+"""A flow model small enough to know everything about: 2-d latents, an affine estimate."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -31,8 +31,8 @@ class Conditioning:
     negative: Conditioning | None = None
 
     def __getitem__(self, index: Any) -> Conditioning:
-        values = [getattr(self, f.name) for f in fields(self)]
-        return Conditioning(*(None if v is None else v[index] for v in values))
+        negative = None if self.negative is None else self.negative[index]
+        return Conditioning(self.embeds[index], self.pooled[index], negative)
 
     def repeat_interleave(self, times: int) -> Conditioning:
         """Each prompt `times` in a row, as a group's images are laid out."""
@@ -78,9 +78,7 @@ class Backbone:
             path, torch_dtype=dtype, local_files_only=True, use_safetensors=True
         )
         pipeline.set_progress_bar_config(disable=True)
-        return cls(
-            pipeline.to(device), guidance=guidance, max_sequence_length=max_sequence_length
-        )
+        return cls(pipeline.to(device), guidance=guidance, max_sequence_length=max_sequence_length)
 
     # -- the network ---------------------------------------------------------------------------
 

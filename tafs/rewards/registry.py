@@ -47,7 +47,9 @@ class RewardSet:
         return tuple(r.name for r in self.rewards)
 
     @torch.no_grad()
-    def score(self, images: Tensor, prompts: Sequence[Prompt], chunk: int = 512) -> dict[str, Tensor]:
+    def score(
+        self, images: Tensor, prompts: Sequence[Prompt], chunk: int = 512
+    ) -> dict[str, Tensor]:
         """Training-scale scores by name, [B] each; images [B, 3, H, W] in [0, 1]."""
         out = {}
         for reward in self.rewards:

@@ -1,8 +1,9 @@
-"""The embedded world's rewards under the paper's names; scales follow the real models' conventions."""
+"""The embedded world's rewards under the paper's names, on the real models' scales."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -43,7 +44,9 @@ class GenEval:
 class Learned:
     """A trained scorer with its tokenizer; captions repeat, so their token ids are kept."""
 
-    def __init__(self, model: torch.nn.Module, folder: object, head: object) -> None:
+    def __init__(
+        self, model: torch.nn.Module, folder: Path, head: Callable[[Tensor], Tensor]
+    ) -> None:
         from transformers import CLIPTokenizer
 
         self.model = model.eval().requires_grad_(False)
@@ -56,7 +59,7 @@ class Learned:
         if new:
             self._ids.update(zip(new, scorers.tokens(self.tokenizer, new), strict=True))
         ids = torch.stack([self._ids[p.text] for p in prompts]).to(images.device)
-        return self.head(self.model(images, ids))  # type: ignore[operator]
+        return self.head(self.model(images, ids))
 
 
 def _same(scores: Tensor) -> Tensor:

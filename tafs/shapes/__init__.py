@@ -1,1 +1,1 @@
-"""The embedded world: scenes of glyphs, their captions, a renderer, an exact detector, tiny real models."""
+"""The embedded world: scenes of glyphs, captions, renderer, exact detector, tiny real models."""

@@ -99,7 +99,7 @@ def pictures(
         if kind < 0.35:
             row = alter(row, rng)
         elif kind < 0.45:
-            row = dict(captions[rng.integers(len(captions))].row)
+            row = dict(captions[int(rng.integers(len(captions)))].row)
         scene = sample_scene(row, rng)
         verdict = judge(boxes(scene), prompt.row)
         scenes.append(scene)

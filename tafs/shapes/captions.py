@@ -66,9 +66,7 @@ def rows() -> Iterator[Row]:
             yield _row("colors", text, [_item(shape, color=color)])
     for (a, b), relation in itertools.product(itertools.permutations(SHAPES, 2), RELATIONS):
         for text in (f"a {a} {relation} a {b}", f"one {a} {relation} one {b}"):
-            yield _row(
-                "position", text, [_item(b), {**_item(a), "position": [relation, 0]}]
-            )
+            yield _row("position", text, [_item(b), {**_item(a), "position": [relation, 0]}])
     for (a, b), (c, d) in itertools.product(
         itertools.permutations(SHAPES, 2), itertools.permutations(COLORS, 2)
     ):

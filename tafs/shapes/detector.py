@@ -60,7 +60,8 @@ def detect(images: Tensor) -> list[list[Detection]]:
     core = strength >= 0.8 * peak[member]
     weight = np.bincount(member[core], minlength=count)
     color = np.stack(
-        [np.bincount(member[core], rgb[core, c], minlength=count) / weight for c in range(3)], axis=1
+        [np.bincount(member[core], rgb[core, c], minlength=count) / weight for c in range(3)],
+        axis=1,
     )
     distance = np.linalg.norm(color[:, None] - _PALETTE[None], axis=-1)  # [count, colours]
     nearest = distance.argmin(1)
@@ -93,7 +94,9 @@ def detect(images: Tensor) -> list[list[Detection]]:
         torch.from_numpy(y[repeat]).float(),
         torch.from_numpy(radius).float(),
     ).numpy()
-    difference = np.abs(template.reshape(len(kept), len(SHAPES), -1) - canvas.reshape(len(kept), 1, -1))
+    difference = np.abs(
+        template.reshape(len(kept), len(SHAPES), -1) - canvas.reshape(len(kept), 1, -1)
+    )
     misfit = difference.sum(-1) / area[kept, None]
     best = misfit.argmin(1)
     for i, component in enumerate(kept):

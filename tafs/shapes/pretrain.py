@@ -1,7 +1,7 @@
 """Pretraining of the embedded models by flow matching: `python -m tafs.shapes.pretrain TARGET`.
 
-TARGET is vae, sd3, the name of a reward model, or all. Weights, model cards and a manifest of SHA-256 sums go to
-tafs/shapes/weights/.
+TARGET is vae, sd3, the name of a reward model, or all. Weights, model cards and a manifest of
+SHA-256 sums go to tafs/shapes/weights/.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 import math
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from tafs import compat, prompts, seeding
+from tafs import prompts, seeding
 from tafs.backbones.base import Backbone
 from tafs.backbones.sd3 import SD3Backbone
 from tafs.rewards.geneval import TASKS, judge
@@ -122,7 +121,11 @@ def train(backbone: Backbone, recipe: Recipe, log_every: int = 200) -> dict[str,
     latents = encode_images(backbone.pipeline.vae, images)
     del images
     components = backbone.pipeline.components
-    names = [n for n in ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3") if components.get(n)]
+    names = [
+        n
+        for n in ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+        if components.get(n)
+    ]
     trained = nn.ModuleDict({name: components[name] for name in names})
     trained.train().requires_grad_(True)
     parameters = list(trained.parameters())
@@ -138,7 +141,9 @@ def train(backbone: Backbone, recipe: Recipe, log_every: int = 200) -> dict[str,
         index = torch.randint(len(latents), (recipe.batch,), generator=generator)
         x_0 = latents[index]
         drop = torch.rand(recipe.batch, generator=generator) < recipe.prompt_dropout
-        texts = ["" if d else captions[i] for i, d in zip(index.tolist(), drop.tolist(), strict=True)]
+        texts = [
+            "" if d else captions[i] for i, d in zip(index.tolist(), drop.tolist(), strict=True)
+        ]
         normal = torch.randn(recipe.batch, generator=generator)
         t = torch.sigmoid(normal + recipe.logit_mean)
         noise = torch.randn(x_0.shape, generator=generator)
@@ -177,7 +182,9 @@ def _cosine(step: int, recipe: Recipe) -> float:
 
 
 @torch.no_grad()
-def strict_geneval(backbone: Backbone, steps: int, images_per_prompt: int = 4, seed: int = 7) -> dict[str, float]:
+def strict_geneval(
+    backbone: Backbone, steps: int, images_per_prompt: int = 4, seed: int = 7
+) -> dict[str, float]:
     """Strict GenEval on the held-out prompts with Euler steps: each task's mean and `overall`."""
     held_out = prompts.read(DATA / "test.jsonl")
     generator = seeding.generator(seed, "evaluate")
@@ -208,7 +215,9 @@ def pretrain_vae() -> None:
 
 
 def pretrain_sd3(recipe: Recipe) -> None:
-    autoencoder = AutoencoderKL.from_pretrained(weights.ROOT / "vae", local_files_only=True, torch_dtype=torch.float32)
+    autoencoder = AutoencoderKL.from_pretrained(
+        weights.ROOT / "vae", local_files_only=True, torch_dtype=torch.float32
+    )
     torch.manual_seed(recipe.seed)
     backbone = build_sd3(autoencoder)
     facts = train(backbone, recipe)
@@ -217,9 +226,9 @@ def pretrain_sd3(recipe: Recipe) -> None:
     # The card states what the shipped (rounded) weights reach.
     shipped = SD3Backbone.load(folder, guidance=1.0, max_sequence_length=text.MAX_TOKENS)
     scores = {steps: strict_geneval(shipped, steps) for steps in (28, 8, 4, 2, 1)}
-    facts = {**facts, "strict_geneval": scores, "recipe": asdict(recipe)}
-    weights.write_facts(folder, facts)
-    print(json.dumps(facts, indent=1))
+    card = {**facts, "strict_geneval": scores, "recipe": asdict(recipe)}
+    weights.write_facts(folder, card)
+    print(json.dumps(card, indent=1))
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
 """Training of the embedded reward models, each on its own data and seed.
 
-`clip` learns by contrast on clean and spoiled pictures alike. `pickscore` and `hpsv2` are fine-tuned
-from it on pairs that one annotator judged (Bradley-Terry), as the real ones are from CLIP ViT-H;
-`imagereward` learns from pairs too, `unifiedreward` the grade that an annotator gives, both on top of
-its vision tower.
+`clip` learns by contrast on clean and spoiled pictures alike. `pickscore` and `hpsv2` are
+fine-tuned from it on pairs that one annotator judged (Bradley-Terry), as the real ones are from
+CLIP ViT-H; `imagereward` learns from pairs too, `unifiedreward` the grade that an annotator gives,
+both on top of its vision tower.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch.nn import functional
 from tafs import prompts
 from tafs.shapes import annotators, scorers, text, weights
 from tafs.shapes.captions import DATA
-from tafs.shapes.scenes import sample_scene
 from tafs.shapes.render import render
+from tafs.shapes.scenes import sample_scene
 
 NAMES = ("clip", "pickscore", "hpsv2", "imagereward", "unifiedreward")
 SEEDS = {name: 101 + index for index, name in enumerate(NAMES)}
@@ -60,8 +60,13 @@ def draw_pairs(
 
 
 def fit(
-    model: nn.Module, loss_of: Callable[[Tensor], Tensor], count: int, steps: int, seed: int,
-    lr: float = 1.5e-3, name: str = "",
+    model: nn.Module,
+    loss_of: Callable[[Tensor], Tensor],
+    count: int,
+    steps: int,
+    seed: int,
+    lr: float = 1.5e-3,
+    name: str = "",
 ) -> None:
     """AdamW with a one-cycle rate; `loss_of` maps indices [BATCH] of the data to a loss."""
     generator = torch.Generator().manual_seed(seed)
@@ -80,11 +85,15 @@ def fit(
         schedule.step()
         if (step + 1) % 200 == 0:
             seconds = time.monotonic() - start
-            print(f"{name} step {step + 1}/{steps} loss {loss.item():.4f} {seconds:.0f} s", flush=True)
+            print(
+                f"{name} step {step + 1}/{steps} loss {loss.item():.4f} {seconds:.0f} s", flush=True
+            )
     model.eval()
 
 
-def train_clip(autoencoder: AutoencoderKL, scenes: int, steps: int) -> tuple[nn.Module, dict[str, float]]:
+def train_clip(
+    autoencoder: AutoencoderKL, scenes: int, steps: int
+) -> tuple[nn.Module, dict[str, float]]:
     """Contrast within the batch and against each row's altered copy, whatever the picture's flaws.
 
     Half of each batch pairs captions with minimally altered scenes, without which counts,
@@ -95,7 +104,10 @@ def train_clip(autoencoder: AutoencoderKL, scenes: int, steps: int) -> tuple[nn.
     torch.manual_seed(seed)
     tokenizer = text.clip_tokenizer()
     model = scorers.DualEncoder.build(tokenizer)
-    data = {split: _matched(n, split, autoencoder, rng) for split, n in (("train", scenes), ("test", 2000))}
+    data = {
+        split: _matched(n, split, autoencoder, rng)
+        for split, n in (("train", scenes), ("test", 2000))
+    }
     ids, right, wrong = data["train"]
 
     def loss_of(index: Tensor) -> Tensor:
@@ -116,7 +128,12 @@ def train_clip(autoencoder: AutoencoderKL, scenes: int, steps: int) -> tuple[nn.
     ids, right, wrong = data["test"]
     with torch.no_grad():
         accuracy = (model(right, ids) > model(wrong, ids)).float().mean().item()
-    return model, {"pair_accuracy": accuracy, "pairs": len(ids), "train_scenes": scenes, "steps": steps}
+    return model, {
+        "pair_accuracy": accuracy,
+        "pairs": len(ids),
+        "train_scenes": scenes,
+        "steps": steps,
+    }
 
 
 def _matched(
@@ -159,7 +176,9 @@ def train_preference(
     def preference_loss(index: Tensor) -> Tensor:
         images, ids = train.images[index].flatten(0, 1), train.ids[index].repeat_interleave(2, 0)
         first, second = score(images, ids).view(-1, 2).unbind(1)
-        return functional.binary_cross_entropy_with_logits(first - second, train.prefers_first[index])
+        return functional.binary_cross_entropy_with_logits(
+            first - second, train.prefers_first[index]
+        )
 
     def grade_loss(index: Tensor) -> Tensor:
         images, ids = train.images[index].flatten(0, 1), train.ids[index].repeat_interleave(2, 0)
@@ -172,7 +191,9 @@ def train_preference(
         scores = torch.cat(
             [
                 score(images.flatten(0, 1), ids.repeat_interleave(2, 0)).view(-1, 2)
-                for images, ids in zip(held_out.images.split(250), held_out.ids.split(250), strict=True)
+                for images, ids in zip(
+                    held_out.images.split(250), held_out.ids.split(250), strict=True
+                )
             ]
         )
     chosen = (scores[:, 0] > scores[:, 1]).float()
@@ -180,7 +201,9 @@ def train_preference(
         "pair_accuracy": (chosen == held_out.prefers_first).float().mean().item(),
         "annotator_consistency": (
             ((held_out.utility[:, 0] > held_out.utility[:, 1]).float() == held_out.prefers_first)
-            .float().mean().item()
+            .float()
+            .mean()
+            .item()
         ),
         "pairs": len(scores),
         "train_pairs": pairs,
@@ -202,7 +225,9 @@ def quantised_grade(utility: Tensor) -> Tensor:
 
 def pretrain(name: str) -> dict[str, float]:
     """Train one reward model and write it to the weights folder."""
-    autoencoder = AutoencoderKL.from_pretrained(weights.ROOT / "vae", local_files_only=True, torch_dtype=torch.float32)
+    autoencoder = AutoencoderKL.from_pretrained(
+        weights.ROOT / "vae", local_files_only=True, torch_dtype=torch.float32
+    )
     start = time.monotonic()
     if name == "clip":
         model, facts = train_clip(autoencoder, scenes=30_000, steps=3000)

@@ -25,7 +25,7 @@ UNIT_AREA = {
 
 
 def signed_distance(shape: str, dx: Tensor, dy: Tensor, r: Tensor) -> Tensor:
-    """Distance to the outline in pixels, negative inside; `dx`, `dy` from the centroid, y downwards."""
+    """Distance to the outline in pixels, negative inside; `dx`, `dy` from the centroid, y down."""
     if shape == "circle":
         return torch.hypot(dx, dy) - r
     if shape == "ring":
@@ -59,16 +59,18 @@ def coverage(shape: Tensor, x: Tensor, y: Tensor, r: Tensor) -> Tensor:
     out = torch.empty(len(x), IMAGE_SIZE, IMAGE_SIZE, dtype=x.dtype)
     for index, name in enumerate(SHAPES):
         rows = (shape == index).nonzero().squeeze(1)
-        dx = grid[None, None, :] - x[rows, None, None]
-        dy = grid[None, :, None] - y[rows, None, None]
-        distance = signed_distance(name, *torch.broadcast_tensors(dx, dy), r[rows, None, None])
+        dx, dy = torch.broadcast_tensors(
+            grid[None, None, :] - x[rows, None, None], grid[None, :, None] - y[rows, None, None]
+        )
+        distance = signed_distance(name, dx, dy, r[rows, None, None])
         out[rows] = (0.5 - distance).clamp(0, 1)
     return out
 
 
 def render(scenes: Sequence[Scene]) -> Tensor:
     """Images of the scenes, [N, 3, IMAGE_SIZE, IMAGE_SIZE] in [0, 1], float32."""
-    images = torch.tensor(BACKGROUND).view(1, 3, 1, 1).repeat(len(scenes), 1, IMAGE_SIZE, IMAGE_SIZE)
+    background = torch.tensor(BACKGROUND).view(1, 3, 1, 1)
+    images = background.repeat(len(scenes), 1, IMAGE_SIZE, IMAGE_SIZE)
     palette = torch.tensor(list(COLORS.values()))
     names = list(COLORS)
     for layer in range(MAX_GLYPHS):

@@ -65,9 +65,7 @@ def _place(
         low, high = r + MARGIN, IMAGE_SIZE - r - MARGIN
         for _ in range(20):
             x, y = (float(v) for v in rng.uniform(low, high, 2))
-            free = all(
-                max(abs(x - g.x), abs(y - g.y)) >= r + g.r + GAP for g in glyphs
-            )
+            free = all(max(abs(x - g.x), abs(y - g.y)) >= r + g.r + GAP for g in glyphs)
             if free and (relation is None or not glyphs or _holds(relation, (x, y), glyphs[0])):
                 glyphs.append(Glyph(shape, color, x, y, r))
                 break

@@ -41,7 +41,10 @@ def vision_config(layers: int = 3) -> CLIPVisionConfig:
 def tokens(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
     """Token ids, [B, MAX_TOKENS]."""
     encoded = tokenizer(
-        list(captions), padding="max_length", max_length=text.MAX_TOKENS, truncation=True,
+        list(captions),
+        padding="max_length",
+        max_length=text.MAX_TOKENS,
+        truncation=True,
         return_tensors="pt",
     )
     return encoded.input_ids
@@ -93,8 +96,13 @@ class FusionScorer(nn.Module):
         self.embedding = nn.Embedding(vocabulary, WIDTH)
         self.position = nn.Parameter(torch.zeros(text.MAX_TOKENS, WIDTH))
         layer = nn.TransformerDecoderLayer(
-            WIDTH, nhead=4, dim_feedforward=2 * WIDTH, dropout=0.0, batch_first=True,
-            norm_first=True, activation="gelu",
+            WIDTH,
+            nhead=4,
+            dim_feedforward=2 * WIDTH,
+            dropout=0.0,
+            batch_first=True,
+            norm_first=True,
+            activation="gelu",
         )
         self.fusion = nn.TransformerDecoder(layer, num_layers=2, norm=nn.LayerNorm(WIDTH))
         self.head = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, outputs))

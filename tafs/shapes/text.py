@@ -6,6 +6,8 @@ tokenizer's merges join each word's letters from left to right, the T5 pieces ar
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
@@ -43,7 +45,9 @@ def clip_tokenizer() -> CLIPTokenizer:
             parts = _merge(letters, ranks)
         pieces.update(dict.fromkeys(a + b for a, b in ranks))
     vocab = {piece: index for index, piece in enumerate([*pieces, start, end])}
-    return CLIPTokenizer(vocab=vocab, merges=list(ranks), model_max_length=MAX_TOKENS)
+    # transformers' annotation says lines of text; what it reads is pairs.
+    merges: Any = list(ranks)
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
 
 
 def _merge(parts: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:

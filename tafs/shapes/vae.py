@@ -40,9 +40,7 @@ def build(block_out_channels: tuple[int, ...] = (8, 24, 48)) -> AutoencoderKL:
     )
 
 
-def scene_batches(
-    rows: list[prompts.Prompt], size: int, seed: int
-) -> Iterator[Tensor]:
+def scene_batches(rows: list[prompts.Prompt], size: int, seed: int) -> Iterator[Tensor]:
     """Endless batches of scenes, [size, 3, H, W] in [0, 1]; tasks are drawn equally often."""
     rng = np.random.default_rng(seed)
     while True:

@@ -22,12 +22,14 @@ rule compare:
         ),
     log:
         f"{ROOT}/logs/compare.log",
-    resources:
-        mem_mb=2000,
     conda:
         "../../environment.yml"
+    resources:
+        mem_mb=2000,
+    params:
+        root=subpath(output[0], ancestor=2),
     shell:
-        "python -m tafs.report {ROOT:q} {input.descriptions:q} > {log:q} 2>&1"
+        "python -m tafs.report {params.root:q} {input.descriptions:q} > {log:q} 2>&1"
 
 
 rule track:
@@ -39,12 +41,12 @@ rule track:
         touch(f"{ROOT}/tracked"),
     log:
         f"{ROOT}/logs/track.log",
+    conda:
+        "../../environment.yml"
     resources:
         mem_mb=2000,
     params:
         store=f"{PLAN.results}/mlflow",
         runs=PLAN.files("", trained=True),
-    conda:
-        "../../environment.yml"
     shell:
         "python -m tafs.tracking sync --store {params.store:q} {params.runs:q} > {log:q} 2>&1"

@@ -2,12 +2,12 @@
 rule describe:
     output:
         f"{ROOT}/runs/{{run}}/run.json",
-    params:
-        description=lambda wildcards: PLAN.description(wildcards.run),
     log:
         f"{ROOT}/logs/describe/{{run}}.log",
     conda:
         "../../environment.yml"
+    params:
+        description=lambda wildcards: PLAN.description(wildcards.run),
     shell:
         "printf '%s\\n' {params.description:q} > {output:q} 2> {log:q}"
 
@@ -24,10 +24,10 @@ rule train:
         f"{ROOT}/logs/train/{{run}}.log",
     # The longest first, so that no core waits for a late one.
     priority: 10
-    resources:
-        mem_mb=3000,
     conda:
         "../../environment.yml"
+    resources:
+        mem_mb=3000,
     shell:
         "python -m tafs.train $(dirname {input.run:q}) > {log:q} 2>&1"
 
@@ -41,9 +41,9 @@ rule evaluate:
         samples=f"{ROOT}/runs/{{run}}/samples.safetensors",
     log:
         f"{ROOT}/logs/evaluate/{{run}}.log",
-    resources:
-        mem_mb=3000,
     conda:
         "../../environment.yml"
+    resources:
+        mem_mb=3000,
     shell:
         "python -m tafs.evaluate $(dirname {input.run:q}) > {log:q} 2>&1"
