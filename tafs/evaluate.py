@@ -7,6 +7,8 @@ image, metric); samples.safetensors keeps each prompt's first image of every set
 
 from __future__ import annotations
 
+import json
+import time
 from dataclasses import dataclass
 
 import pandas as pd
@@ -113,13 +115,19 @@ def evaluate(run: rundir.RunDir) -> None:
     reporter = Reporter(run.folder, "evaluate", sum(s.nfe for s in settings))
     tables: list[pd.DataFrame] = []
     samples: dict[str, Tensor] = {}
+    clock = time.perf_counter
+    seconds = {"sample": 0.0, "reward": 0.0}
     for setting in settings:
         per_prompt = setting.images_per_prompt
         owners = [prompt for prompt in prompts for _ in range(per_prompt)]
+        start = clock()
         images = generate(
             backbone, [p.text for p in prompts], setting, description["settings"]["micro_batch"]
         )
+        sampled = clock()
         scores = metrics.report(metrics.score(images, owners))
+        seconds["sample"] += sampled - start
+        seconds["reward"] += clock() - sampled
         for metric, values in scores.items():
             tables.append(
                 pd.DataFrame(
@@ -144,6 +152,7 @@ def evaluate(run: rundir.RunDir) -> None:
     table = table.astype({n: "category" for n in ("run", "method", "tag", "sampler", "metric")})
     checkpoint.atomic_write(run.scores, lambda path: table.to_parquet(path, index=False))
     checkpoint.atomic_write(run.samples, lambda path: save_file(samples, path))
+    print(json.dumps({"evaluated": run.name, "seconds": seconds}))
     reporter.finish()
 
 

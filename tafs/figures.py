@@ -101,7 +101,7 @@ def figure4(
         ValueError: an input is missing or broken; names it.
     """
     results = tables.read_results(run_dirs)
-    steps = list(nfe or results[0].evaluation("nfe", range(1, 9)))
+    steps = list(nfe or results[0].evaluation("curve_nfe", range(1, 9)))
     full = full_steps or int(results[0].evaluation("base_nfe", 28))
     systems = tables.systems(results)
     looks = _looks(systems)

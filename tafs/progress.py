@@ -1,18 +1,26 @@
 """What a person sees while the workflow runs: every job's stage, run, progress and time left.
 
-Jobs write a small file each; `watch` reads them and draws one live table on a terminal, or a line
-now and then where there is none. Losing such a file loses nothing else.
+Training and evaluation write a small file each; the watcher reads them beside Snakemake's own
+account of its jobs and draws one live table on a terminal, or prints it now and then where there
+is none. Losing such a file loses nothing else.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
+import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.live import Live
 
 FOLDER = ".progress"
 STALE = 900.0  # s; a job that has been silent for longer is not shown
@@ -44,7 +52,8 @@ class Reporter:
 
     def finish(self) -> None:
         """The job is over: nothing is left to show."""
-        self.file.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.file.unlink()
 
     def _write(self) -> None:
         self._written = time.time()
@@ -55,7 +64,8 @@ class Reporter:
             os.replace(temporary, self.file)
         except OSError:
             # A full disk must not stop a run for the sake of its progress bar.
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
 
 
 def active(runs: Path, now: float) -> list[dict[str, Any]]:
@@ -80,58 +90,157 @@ def seconds_left(record: dict[str, Any], now: float) -> float | None:
     return max(0.0, pace * (record["total"] - record["done"]) - (now - record["updated"]))
 
 
-def line(record: dict[str, Any], now: float) -> str:
-    """One job in one line."""
+def cells(record: dict[str, Any], now: float) -> tuple[str, str, str]:
+    """Progress, time left and note of a job."""
     left = seconds_left(record, now)
-    remaining = "" if left is None else f"  {_clock(left)} left"
-    progress = f"{record['done']}/{record['total']}"
-    return (
-        f"{record['stage']:<9} {record['run']:<44} {progress:>7}{remaining:>12}  {record['note']}"
-    )
+    remaining = "" if left is None else f"{_clock(left)} left"
+    return f"{record['done']}/{record['total']}", remaining, record["note"]
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The rows as lines with columns of one width."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
 
 
 def _clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-class Watcher:
-    """A thread that shows the active jobs while the workflow runs."""
+@dataclass(frozen=True)
+class Job:
+    """A job that Snakemake has started (on a cluster: submitted)."""
 
-    def __init__(
-        self, runs: Path, finished: Callable[[], tuple[int, int]], stream: TextIO, title: str
-    ) -> None:
+    stage: str
+    run: str  # "" for what is made of all runs
+    since: float
+
+
+class Jobs(logging.Handler):
+    """Snakemake's log, read as an account of its jobs; what goes wrong is said at once."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__()
+        self.say = say
+        self.running: dict[int, Job] = {}
+        self.done = self.total = self.failed = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        facts = vars(record)
+        event = facts.get("event")
+        if event == "job_info":
+            run = (facts["wildcards"] or {}).get("run", "")
+            self.running[facts["jobid"]] = Job(facts["rule_name"], run, time.time())
+        elif event == "job_finished":
+            self.running.pop(facts["job_id"], None)
+        elif event == "progress":
+            self.done, self.total = facts["done"], facts["total"]
+        elif event == "job_error":
+            job = self.running.pop(facts["jobid"], None)
+            self.failed += 1
+            self.say(failure(facts["rule_name"], job.run if job else "", facts["log"]))
+        elif facts.get("exception") == "RuleException":
+            pass  # the shell's exit status, beside a job_error that says more
+        elif record.levelno >= logging.WARNING and record.msg:
+            self.say(record.getMessage())
+
+
+def failure(stage: str, run: str, logs: Sequence[str]) -> str:
+    """A failed job: which one, the last thing that it said, and where the rest stands."""
+    log = logs[0] if logs else "no log"
+    try:
+        said = Path(log).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    except OSError:
+        said = []
+    return f"FAILED {stage} {run}".rstrip() + f" ({log})\n    {said[-1] if said else 'no output'}"
+
+
+class Watcher:
+    """A thread that shows the running jobs in the place of Snakemake's own lines."""
+
+    def __init__(self, runs: Path, stream: TextIO, title: str) -> None:
         self.runs = runs
-        self.finished = finished  # () -> (jobs done, jobs in all)
         self.stream = stream
         self.title = title
+        self.jobs = Jobs(self.say)
         self.interval = 1.0 if stream.isatty() else 30.0
+        self._live: Live | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._started = time.time()
 
-    def start(self) -> None:
+    def start(self, logger: logging.Logger) -> None:
+        """Show the jobs that `logger` tells of; its file keeps every line, its screen none."""
+        self._logger = logger
+        self._screen = [
+            handler
+            for handler in logger.handlers
+            if isinstance(handler, logging.StreamHandler)
+            and not isinstance(handler, logging.FileHandler)
+        ]
+        for handler in self._screen:
+            handler.setLevel(logging.CRITICAL + 1)
+        logger.addHandler(self.jobs)
+        if self.stream.isatty():
+            from rich.console import Console
+            from rich.live import Live
+
+            console = Console(file=self.stream)
+            self._live = Live(console=console, auto_refresh=False, transient=True)
+            self._live.start()
         self._thread.start()
+        atexit.register(self.stop)  # an interrupted workflow calls no hook
 
     def stop(self) -> None:
+        """Give the screen back; Snakemake's warnings and errors appear on it again."""
+        if self._stop.is_set():
+            return
         self._stop.set()
         self._thread.join(timeout=5)
+        if self._live:
+            self._live.stop()
+        self._logger.removeHandler(self.jobs)
+        for handler in self._screen:
+            handler.setLevel(logging.WARNING)
+
+    def say(self, text: str) -> None:
+        """Lines that stay."""
+        if self._live:
+            self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=self.stream, flush=True)
+
+    def elapsed(self) -> str:
+        return _clock(time.time() - self._started)
 
     def lines(self) -> list[str]:
+        """The table: a head, then a line a job."""
         now = time.time()
-        done, total = self.finished()
-        head = f"{self.title}  {done} of {total} jobs done  {_clock(now - self._started)}"
-        return [head, *(line(record, now) for record in active(self.runs, now))]
+        head = f"{self.title}  {self.elapsed()}"
+        if self.jobs.total:
+            head += f"  {self.jobs.done} of {self.jobs.total} jobs done"
+        if self.jobs.failed:
+            head += f", {self.jobs.failed} failed"
+        reports = {(r["stage"], r["run"]): r for r in active(self.runs, now)}
+        rows = []
+        for job in list(self.jobs.running.values()):
+            report = reports.get((job.stage, job.run))
+            # An older report is that of a job that was killed.
+            if report is None or report["updated"] < job.since:
+                rows.append((job.stage, job.run, "", "", ""))
+            else:
+                rows.append((job.stage, job.run, *cells(report, now)))
+        return [head, *aligned(rows)]
 
     def _watch(self) -> None:
-        if not self.stream.isatty():
-            while not self._stop.wait(self.interval):
-                print("\n".join(self.lines()), file=self.stream, flush=True)
-            return
-        from rich.console import Console
-        from rich.live import Live
         from rich.text import Text
 
-        console = Console(file=self.stream)
-        with Live(console=console, refresh_per_second=2, transient=True) as live:
-            while not self._stop.wait(self.interval):
-                live.update(Text("\n".join(self.lines()), overflow="ellipsis", no_wrap=True))
+        while not self._stop.wait(self.interval):
+            text = "\n".join(self.lines())
+            if self._live:
+                self._live.update(Text(text, overflow="ellipsis", no_wrap=True), refresh=True)
+            else:
+                self.say(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Mapping
 from functools import cache
@@ -48,18 +49,26 @@ class Plan:
     def watch(self) -> None:
         """Show the jobs' progress on standard error until `finish`."""
         self._watcher = Watcher(
-            Path(self.root) / "runs", self._finished, sys.stderr, f"scale {self.settings.scale}"
+            Path(self.root) / "runs", sys.stderr, f"scale {self.settings.scale}"
         )
-        self._watcher.start()
+        self._watcher.start(logging.getLogger("snakemake.logging"))
 
-    def finish(self) -> None:
-        if self._watcher:
-            self._watcher.stop()
-
-    def _finished(self) -> tuple[int, int]:
-        """(training and evaluation jobs whose results are there, all of them)."""
-        wanted = self.files("adapter.safetensors", trained=True) + self.files("scores.parquet")
-        return sum(Path(file).exists() for file in wanted), len(wanted)
+    def finish(self, succeeded: bool) -> None:
+        """Take the live table away and say where the results are, or what has failed."""
+        if self._watcher is None:
+            return
+        watcher = self._watcher
+        watcher.stop()
+        tables, figures = Path(self.root) / "tables", Path(self.root) / "figures"
+        if not succeeded:
+            watcher.say(
+                f"stopped after {watcher.elapsed()} with {watcher.jobs.failed} failed (see above); "
+                "other results are kept, and the same command continues from them"
+            )
+        elif tables.is_dir() and figures.is_dir():
+            watcher.say(f"done in {watcher.elapsed()}: {tables}/ and {figures}/")
+        else:  # only some of the files were asked for
+            watcher.say(f"done in {watcher.elapsed()}: {self.root}/")
 
     def _run(self, name: str) -> Run:
         if name not in self.runs:

@@ -24,6 +24,7 @@ from tafs.shapes.scenes import COLORS, IMAGE_SIZE, RELATIONS, SHAPES, Scene, sam
 
 QUALITIES = ("alignment", "sharpness", "background", "purity", "composition")
 NUMBER_RANGE = (1, 4)
+TIE = 0.1  # two pictures whose utilities differ by less are equally good
 
 
 @dataclass(frozen=True)

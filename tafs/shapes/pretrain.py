@@ -26,7 +26,7 @@ from tafs import prompts, seeding
 from tafs.backbones.base import Backbone
 from tafs.backbones.sd3 import SD3Backbone
 from tafs.rewards.geneval import TASKS, judge
-from tafs.shapes import pretrain_rewards, text, vae, weights
+from tafs.shapes import cards, pretrain_rewards, text, vae, weights
 from tafs.shapes.captions import DATA
 from tafs.shapes.detector import detect
 from tafs.shapes.render import render
@@ -233,7 +233,7 @@ def pretrain_sd3(recipe: Recipe) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("target", choices=("vae", "sd3", *pretrain_rewards.NAMES, "all"))
+    parser.add_argument("target", choices=("vae", "sd3", *pretrain_rewards.NAMES, "cards", "all"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     for name, default in asdict(Recipe()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
@@ -246,6 +246,8 @@ def main() -> None:
     for name in pretrain_rewards.NAMES:
         if args.target in (name, "all"):
             print(name, json.dumps(pretrain_rewards.pretrain(name)), flush=True)
+    if args.target in ("cards", "all"):
+        cards.write()
 
 
 if __name__ == "__main__":

@@ -48,15 +48,24 @@ def draw_prompts(count: int, split: str, rng: np.random.Generator) -> list[promp
 def draw_pairs(
     count: int, split: str, taste: annotators.Taste, autoencoder: AutoencoderKL, seed: int
 ) -> Pairs:
-    """Judged pairs; the annotator's noise makes some verdicts contradict its own utility."""
+    """Judged pairs; the annotator's noise makes some verdicts contradict its own utility.
+
+    Pictures that it finds equally good are a tie, and ties are left out, as in the real data sets.
+    """
     rng = np.random.default_rng(seed)
-    drawn = draw_prompts(count, split, rng)
+    drawn = draw_prompts(2 * count, split, rng)
     first, second = (annotators.pictures(drawn, autoencoder, rng) for _ in range(2))
     utility = torch.stack([taste.utility(first[1]), taste.utility(second[1])], dim=1)
-    chance = torch.sigmoid((utility[:, 0] - utility[:, 1]) / taste.temperature)
-    verdict = torch.from_numpy(rng.random(count)).float() < chance
-    ids = scorers.tokens(text.clip_tokenizer(), [p.text for p in drawn])
-    return Pairs(ids, torch.stack([first[0], second[0]], dim=1), utility, verdict.float())
+    difference = utility[:, 0] - utility[:, 1]
+    kept = (difference.abs() > annotators.TIE).nonzero().squeeze(1)[:count]
+    if len(kept) < count:
+        raise ValueError(f"only {len(kept)} of {2 * count} drawn pairs are no ties")
+    verdict = torch.from_numpy(rng.random(2 * count)).float() < torch.sigmoid(
+        difference / taste.temperature
+    )
+    ids = scorers.tokens(text.clip_tokenizer(), [drawn[i].text for i in kept.tolist()])
+    images = torch.stack([first[0][kept], second[0][kept]], dim=1)
+    return Pairs(ids, images, utility[kept], verdict[kept].float())
 
 
 def fit(
@@ -65,7 +74,7 @@ def fit(
     count: int,
     steps: int,
     seed: int,
-    lr: float = 1.5e-3,
+    lr: float,
     name: str = "",
 ) -> None:
     """AdamW with a one-cycle rate; `loss_of` maps indices [BATCH] of the data to a loss."""
@@ -156,7 +165,6 @@ def train_preference(
     seed = SEEDS[name]
     taste = annotators.TASTES[name]
     torch.manual_seed(seed)
-    tokenizer = text.clip_tokenizer()
     clip = scorers.DualEncoder.load(weights.ROOT / "clip")
     train = draw_pairs(pairs, "train", taste, autoencoder, seed)
     held_out = draw_pairs(2000, "test", taste, autoencoder, seed + 1000)
@@ -164,14 +172,15 @@ def train_preference(
         model: Any = clip
         score = lambda images, ids: scorers.TEMPERATURE * model(images, ids)  # noqa: E731
     elif name == "imagereward":
-        model = scorers.FusionScorer(len(tokenizer), outputs=1)
+        model = scorers.FusionScorer(outputs=1)
         score = lambda images, ids: model(images, ids)[:, 0]  # noqa: E731
     else:
-        model = scorers.FusionScorer(len(tokenizer), outputs=scorers.GRADES)
+        model = scorers.FusionScorer(outputs=scorers.GRADES)
         score = lambda images, ids: scorers.grade(model(images, ids))  # noqa: E731
 
     if isinstance(model, scorers.FusionScorer):
         model.vision.load_state_dict(clip.model.vision_model.state_dict())
+        model.text.load_state_dict(clip.model.text_model.state_dict())
 
     def preference_loss(index: Tensor) -> Tensor:
         images, ids = train.images[index].flatten(0, 1), train.ids[index].repeat_interleave(2, 0)
@@ -186,7 +195,8 @@ def train_preference(
         return functional.cross_entropy(model(images, ids), grades)
 
     loss_of = grade_loss if name == "unifiedreward" else preference_loss
-    fit(model, loss_of, pairs, steps, seed, name=name)
+    # A higher rate would undo what the towers learnt by contrast before the task is learnt.
+    fit(model, loss_of, pairs, steps, seed, lr=7e-4, name=name)
     with torch.no_grad():
         scores = torch.cat(
             [
@@ -232,7 +242,7 @@ def pretrain(name: str) -> dict[str, float]:
     if name == "clip":
         model, facts = train_clip(autoencoder, scenes=30_000, steps=3000)
     else:
-        steps = 1000 if name in ("pickscore", "hpsv2") else 1500
+        steps = 900 if name in ("pickscore", "hpsv2") else 1200
         model, facts = train_preference(name, autoencoder, pairs=20_000, steps=steps)
     facts["seconds"] = round(time.monotonic() - start)
     folder = weights.ROOT / name

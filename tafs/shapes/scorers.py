@@ -14,7 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModel
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+)
 
 from tafs.shapes import text
 from tafs.shapes.scenes import IMAGE_SIZE
@@ -89,12 +96,11 @@ class DualEncoder(nn.Module):
 class FusionScorer(nn.Module):
     """Caption tokens attend to image patches; a small head gives `outputs` numbers."""
 
-    def __init__(self, vocabulary: int, outputs: int) -> None:
+    def __init__(self, outputs: int) -> None:
         super().__init__()
-        self.settings = {"vocabulary": vocabulary, "outputs": outputs}
+        self.settings = {"outputs": outputs}
         self.vision = CLIPVisionModel(vision_config())
-        self.embedding = nn.Embedding(vocabulary, WIDTH)
-        self.position = nn.Parameter(torch.zeros(text.MAX_TOKENS, WIDTH))
+        self.text = CLIPTextModel(text.clip_text_config(text.clip_tokenizer(), WIDTH))
         layer = nn.TransformerDecoderLayer(
             WIDTH,
             nhead=4,
@@ -110,7 +116,7 @@ class FusionScorer(nn.Module):
     def forward(self, images: Tensor, ids: Tensor) -> Tensor:
         """[B, outputs] for images [B, 3, H, W] in [0, 1] and token ids [B, L]."""
         patches = self.vision(pixel_values=images * 2 - 1).last_hidden_state
-        hidden = self.fusion(self.embedding(ids) + self.position, patches)
+        hidden = self.fusion(self.text(input_ids=ids).last_hidden_state, patches)
         return self.head(hidden.mean(1))
 
     def save(self, folder: Path) -> None:

@@ -1,0 +1,115 @@
+"""Model cards of the embedded models, written from what their training measured (facts.json)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from tafs.rewards.geneval import TASKS
+from tafs.shapes import annotators, weights
+
+SCORERS = {
+    "clip": "A dual encoder (transformers' CLIPModel): the cosine of picture and caption.",
+    "pickscore": "A preference model, fine-tuned from `clip` as PickScore is from CLIP.",
+    "hpsv2": "A preference model, fine-tuned from `clip` as HPSv2 is from CLIP.",
+    "imagereward": "A preference model whose caption tokens attend to the picture's patches.",
+    "unifiedreward": "A graded judge: it tells a picture's grade from 1 to 5.",
+}
+REPRODUCE = "Trained by `make shapes-weights` (on another processor the last digits differ)."
+
+
+def write(root: Path = weights.ROOT) -> None:
+    """A README.md in every model's folder, and the manifest anew."""
+    cards = {"vae": _vae(root / "vae"), "shapes-sd3": _base(root / "shapes-sd3")}
+    cards |= {name: _scorer(name, text, root / name) for name, text in SCORERS.items()}
+    for name, card in cards.items():
+        (root / name / "README.md").write_text(card, encoding="utf-8")
+    weights.write_manifest(root)
+
+
+def _vae(folder: Path) -> str:
+    facts = weights.read_facts(folder)
+    return _card(
+        "vae",
+        folder,
+        "The embedded world's autoencoder (diffusers' AutoencoderKL), 24 x 24 pixels to 6 x 6 "
+        "latents of 8 channels.",
+        f"L1, L2 and a slight KL term on rendered scenes of the training captions, "
+        f"{facts['steps']} steps of 32 ({facts['seconds']} s on two cores).",
+        f"On 1,000 scenes of held-out captions the detector finds the same objects and colours "
+        f"before and after reconstruction in {100 * facts['reconstruction_accuracy']:.1f} %.",
+    )
+
+
+def _base(folder: Path) -> str:
+    facts = weights.read_facts(folder)
+    recipe = facts["recipe"]
+    header = "| Euler steps | overall | " + " | ".join(TASKS) + " |"
+    rows = [header, "|---" * (len(TASKS) + 2) + "|"]
+    for steps, scores in facts["strict_geneval"].items():
+        cells = [f"{scores[task]:.3f}" for task in ("overall", *TASKS)]
+        rows.append(f"| {steps} | " + " | ".join(cells) + " |")
+    return _card(
+        "shapes-sd3",
+        folder,
+        "The embedded base model: a diffusers pipeline in Stable Diffusion 3's layout "
+        "(SD3Transformer2DModel of width 128 and 5 layers, two CLIP text encoders, a T5, three "
+        "tokenizers, AutoencoderKL, flow-matching scheduler).",
+        f"Flow matching on {recipe['scenes']:,} rendered scenes of the training captions, "
+        f"{recipe['steps']} steps of {recipe['batch']}, AdamW with a cosine from {recipe['lr']:g}, "
+        f"the average of the weights kept ({facts['seconds'] / 60:.0f} minutes on one core).",
+        "Strict GenEval of the shipped weights on the held-out captions, four images each:\n\n"
+        + "\n".join(rows),
+    )
+
+
+def _scorer(name: str, text: str, folder: Path) -> str:
+    facts = weights.read_facts(folder)
+    if name == "clip":
+        data = f"{facts['train_scenes']:,} scenes, each beside a copy altered in one thing"
+        result = (
+            f"On {facts['pairs']:,} held-out captions it prefers the matching picture to the "
+            f"altered one in {100 * facts['pair_accuracy']:.1f} %."
+        )
+    else:
+        taste = annotators.TASTES[name]
+        cares = ", ".join(
+            f"{quality} {getattr(taste, quality):g}"
+            for quality in annotators.QUALITIES
+            if getattr(taste, quality)
+        )
+        data = f"{facts['train_pairs']:,} pairs judged by an annotator who weighs {cares}"
+        result = (
+            f"On {facts['pairs']:,} pairs of held-out captions it agrees with the annotator in "
+            f"{100 * facts['pair_accuracy']:.1f} % (the annotator's noise leaves at most "
+            f"{100 * facts['annotator_consistency']:.1f} %)."
+        )
+    training = f"{data}; {facts['steps']} steps, {facts['seconds']:.0f} s on one core."
+    return _card(name, folder, text, training[0].upper() + training[1:], result)
+
+
+def _card(name: str, folder: Path, what: str, training: str, result: str) -> str:
+    count, size = _size(folder)
+    return (
+        f"# {name}\n\n{what} {count:,} parameters, {size / 2**20:.1f} MiB in float16.\n\n"
+        f"**Training.** {training} {REPRODUCE}\n\n**Held out.** {result}\n\n"
+        "**Use.** Only in the embedded world: 24 x 24 pictures of glyphs and its closed list of "
+        "words. Files are verified against `manifest.json` before they are loaded. Licence: that "
+        "of this repository.\n"
+    )
+
+
+def _size(folder: Path) -> tuple[int, int]:
+    """Parameters and bytes of the folder's safetensors files."""
+    count = size = 0
+    for file in sorted(folder.rglob("*.safetensors")):
+        size += file.stat().st_size
+        with safe_open(file, framework="numpy") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 - no mapping
+                total: Any = 1
+                for side in tensors.get_slice(key).get_shape():
+                    total *= side
+                count += int(total)
+    return count, size
