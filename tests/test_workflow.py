@@ -92,7 +92,6 @@ def workplace(tmp_path_factory) -> Workplace:
             ignored = shutil.ignore_patterns("__pycache__", "weights")
             shutil.copytree(ROOT / name, folder / name, ignore=ignored)
     (folder / "tafs/shapes/weights").symlink_to(ROOT / "tafs/shapes/weights")
-    shutil.copy2(ROOT / "tafs/shapes/weights.py", folder / "tafs/shapes/weights.py")
     place = Workplace(folder, tmp_path_factory.mktemp("results") / "absolute")
     done = place.snakemake("all")
     assert done.returncode == 0, done.stderr
