@@ -1,4 +1,4 @@
-"""`python -m tafs.report ROOT RUN_JSON...`: every table and figure of the given runs, in one process."""
+"""`python -m tafs.report ROOT RUN_JSON...`: every table and figure of the given runs."""
 
 from __future__ import annotations
 
