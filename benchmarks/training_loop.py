@@ -45,7 +45,7 @@ def bare(run: Trainer) -> float:
             for _ in range(run.method.nfe_old):
                 backbone.velocity(x, t, cond)
             for _ in run.method.scored_steps():
-                run.rewards.score(backbone.decode(x), owners)
+                run.rewards.score(backbone.decode(x, run.decode_dtype), owners)
         for _ in range(run.method.nfe_theta):
             backbone.velocity(x, t, cond).sum().backward()
     return time.perf_counter() - start

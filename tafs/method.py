@@ -240,9 +240,14 @@ def method_class(name: str) -> type[Method]:
     """The dataclass METHOD of a method's file.
 
     Raises:
-        ValueError: no such method, or its file defines no METHOD; names it.
+        ValueError: no such method, or its file is broken or defines no METHOD; names it.
     """
-    module = importlib.import_module(_module(name))
+    path = _module(name)
+    try:
+        module = importlib.import_module(path)
+    except Exception as error:  # whatever a method's file may raise
+        problem = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{source_file(name)}: cannot be imported ({problem})") from error
     found = getattr(module, "METHOD", None)
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise ValueError(f"{source_file(name)}: defines no METHOD derived from tafs.method.Method")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tafs import checkpoint, prompts, provenance, rundir, seeding
 from tafs import method as methods
-from tafs.backbones.base import Backbone
+from tafs.backbones.base import Backbone, fast_dtype
 from tafs.journal import Journal
 from tafs.method import Method, Trajectory
 from tafs.progress import Reporter
@@ -68,6 +68,8 @@ class Trainer:
         self.seed: int = description["seed"]
         self.method = methods.create(description["method"], dict(description["hyperparameters"]))
         self.weights: dict[str, float] = description["rewards"]
+        # Rewards see pixels to about 8 bits in any case; evaluation decodes in full precision.
+        self.decode_dtype = fast_dtype(backbone.device)
         self.iterations: int = settings["iterations"]
         self.groups: int = settings["prompts_per_iteration"]
         self.group_size: int = settings["group_size"]
@@ -164,7 +166,7 @@ class Trainer:
         for chunk in chunks:
             scored, size = chunk.scored.shape[:2]
             with torch.no_grad():
-                images = self.backbone.decode(chunk.scored.flatten(0, 1))
+                images = self.backbone.decode(chunk.scored.flatten(0, 1), self.decode_dtype)
             scores = self.rewards.score(images, owners[low : low + size] * scored)
             for name, values in scores.items():
                 if not values.isfinite().all():

@@ -61,9 +61,11 @@ class Plan:
         watcher.stop()
         tables, figures = Path(self.root) / "tables", Path(self.root) / "figures"
         if not succeeded:
+            failed = watcher.jobs.failed
             watcher.say(
-                f"stopped after {watcher.elapsed()} with {watcher.jobs.failed} failed (see above); "
-                "other results are kept, and the same command continues from them"
+                f"stopped after {watcher.elapsed()}"
+                + (f" with {failed} failed (see above)" if failed else "")
+                + "; other results are kept, and the same command continues from them"
             )
         elif tables.is_dir() and figures.is_dir():
             watcher.say(f"done in {watcher.elapsed()}: {tables}/ and {figures}/")

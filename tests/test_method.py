@@ -148,3 +148,23 @@ def test_every_method_file_is_its_name():
         assert method.source_file(name).stem == name
         assert module.endswith(f".{name}")
         assert config.NAME.fullmatch(name)
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ("def broken(:", "cannot be imported (SyntaxError: invalid syntax"),
+        ("import torch\ntorch.no_such_thing", "cannot be imported (AttributeError: "),
+        ("METHOD = 3", "defines no METHOD derived from tafs.method.Method"),
+    ],
+)
+def test_a_broken_method_file_is_named_in_one_line(source, problem, tmp_path, monkeypatch):
+    (tmp_path / "broken_method.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "broken_method", raising=False)
+    monkeypatch.setattr(method, "sources", lambda: {"broken_method": "broken_method"})
+    with pytest.raises(ValueError) as raised:
+        method.create("broken_method", {})
+    message = str(raised.value)
+    assert message.startswith(f"{tmp_path / 'broken_method.py'}: {problem}")
+    assert "\n" not in message

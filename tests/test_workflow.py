@@ -231,6 +231,7 @@ def test_a_failing_run_is_named_and_leaves_the_other_results_as_they_were(workpl
     log = other.smoke / "logs" / "train" / f"{FLOW}.log"
     at = said.index(f"FAILED train {FLOW} ({log})")
     assert "no advantage in sight" in said[at + 1]
+    assert any(re.match(r"stopped after \d+:\d\d with 1 failed", line) for line in said)
     after = states(other.smoke)
     own = {file for file in before if FLOW in file.parts or file.stem == FLOW}
     assert {file: after.get(file) for file in before.keys() - own} == {

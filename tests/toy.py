@@ -26,7 +26,7 @@ class ToyBackbone:
         shift = self.weight * t[:, None] + self.bias if self.active else 0.0
         return (x_t - (x_t / 2 + shift)) / t[:, None]
 
-    def decode(self, x_0: Tensor) -> Tensor:
+    def decode(self, x_0: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return x_0
 
     def time_grid(self, steps: int) -> Tensor:

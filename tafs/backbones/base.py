@@ -103,11 +103,16 @@ class Backbone:
         """v(x_t, t), float32 [B, ...]; t: [B] in (0, 1]."""
         raise NotImplementedError
 
-    def decode(self, x_0: Tensor) -> Tensor:
-        """Images of the latents, [B, 3, H, W] in [0, 1], float32; differentiable."""
+    def decode(self, x_0: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Images of the latents, [B, 3, H, W] in [0, 1], float32; differentiable.
+
+        `dtype` is the precision of the decoder's convolutions, by default that of its weights.
+        """
         vae = self.pipeline.vae
         latents = x_0.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0)
-        return (vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+        with torch.autocast(latents.device.type, dtype, enabled=dtype is not None):
+            decoded = vae.decode(latents, return_dict=False)[0]
+        return (decoded.float() / 2 + 0.5).clamp(0, 1)
 
     def time_grid(self, steps: int) -> Tensor:
         """The model's own grid, [steps + 1] from 1 to 0: uniform, then the scheduler's shift."""
@@ -160,6 +165,16 @@ class Backbone:
     def _modules(self) -> list[nn.Module]:
         components = self.pipeline.components.values()
         return [c for c in components if isinstance(c, nn.Module)]
+
+
+def fast_dtype(device: torch.device) -> torch.dtype | None:
+    """bfloat16 where the device multiplies it in hardware, else None: the weights' own precision.
+
+    Elsewhere it is emulated, several times slower than float32.
+    """
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None
 
 
 def describe(path: Path) -> dict[str, Any]:
