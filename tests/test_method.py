@@ -1,6 +1,7 @@
 """The contract of every method that is found, a user's own too."""
 
 import dataclasses
+import sys
 
 import pytest
 import torch

@@ -3,6 +3,7 @@
 The copy lets tests edit sources without touching the tree that everybody else works in.
 """
 
+import json
 import os
 import re
 import shutil
@@ -37,6 +38,9 @@ class Workplace:
     @property
     def smoke(self) -> Path:
         return self.results / "smoke"
+
+    def runs(self, method: str) -> list[str]:
+        return [folder.name for folder in (self.smoke / "runs").glob(f"{method}.*")]
 
     def snakemake(self, *arguments: str) -> subprocess.CompletedProcess:
         """`snakemake ARGUMENTS --config scale=smoke results=...`, as a person calls it."""
@@ -145,8 +149,10 @@ def test_scores_are_a_long_table_of_all_six_metrics(workplace, run):
 
 def test_the_journals_tell_every_iteration(workplace):
     for run in (FLOW, TAFS):
-        records = journal.iterations(workplace.smoke / "runs" / run / "journal.jsonl")
-        assert [record["iteration"] for record in records] == [0, 1]
+        folder = workplace.smoke / "runs" / run
+        description = json.loads((folder / "run.json").read_text())
+        records = journal.iterations(folder / "journal.jsonl")
+        assert [r["iteration"] for r in records] == list(range(description["iterations"])) != []
 
 
 def test_the_adapters_were_trained(workplace):
@@ -181,14 +187,18 @@ def test_a_second_call_has_nothing_to_do(workplace):
 
 
 def test_an_edited_method_reruns_its_own_runs_and_no_others(workplace):
-    with workplace.edited("baselines/flow_grpo.py", "eta: float = 0.7", "eta: float = 0.7  # so"):
-        assert workplace.planned() == {("train", FLOW), ("evaluate", FLOW), *COMPARED}
+    with workplace.edited("baselines/flow_grpo.py", "METHOD = FlowGrpo", "METHOD = FlowGrpo  # so"):
+        own = {
+            (stage, run) for stage in ("train", "evaluate") for run in workplace.runs("flow_grpo")
+        }
+        assert workplace.planned() == {*own, *COMPARED}
 
 
 def test_a_changed_hyperparameter_reruns_its_methods_runs_and_no_others(workplace):
-    old, new = "tafs_grpo: {learning_rate: 3e-4}", "tafs_grpo: {learning_rate: 2e-4}"
+    old, new = "  tafs_grpo: {", "  tafs_grpo: {max_grad_norm: 0.5, "
     with workplace.edited("config.yaml", old, new):
-        own = {("describe", TAFS), ("train", TAFS), ("evaluate", TAFS)}
+        stages = ("describe", "train", "evaluate")
+        own = {(stage, run) for stage in stages for run in workplace.runs("tafs_grpo")}
         assert workplace.planned() == {*own, *COMPARED}
 
 
