@@ -26,6 +26,7 @@ class FlowGrpo(Method):
     steps: int = 10
     trained: int = 6  # the first steps; the last one is never trained
     eta: float = 0.7
+    time_grid: str = "model"
     updates: int = 2
     ema: float = 0.9
     global_std: bool = True

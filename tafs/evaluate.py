@@ -72,7 +72,10 @@ def generate(
     """
     per_prompt = setting.images_per_prompt
     step = sampling.SAMPLERS[setting.sampler]
-    grid = backbone.time_grid(setting.nfe).to(backbone.device)
+    # Euler walks the model's own grid; annealed sampling is defined on the uniform one (Eq. 4).
+    uniform = setting.sampler == "anneal"
+    grid = sampling.uniform_grid(setting.nfe) if uniform else backbone.time_grid(setting.nfe)
+    grid = grid.to(backbone.device)
     shape = (len(texts), *backbone.latent_shape)
     noise = torch.stack(
         [
