@@ -254,6 +254,8 @@ def main() -> None:
     for name in pretrain_rewards.NAMES:
         if args.target in (name, "all"):
             print(name, json.dumps(pretrain_rewards.pretrain(name)), flush=True)
+    if args.target == "score":
+        score_sd3()
     if args.target in ("score", "cards", "all"):
         cards.write()
 
