@@ -15,6 +15,8 @@ import torch
 
 ROOT = Path(__file__).parent / "weights"
 MANIFEST = "manifest.json"
+FACTS = "facts.json"
+NOT_LOADED = (MANIFEST, FACTS, "README.md")
 
 
 def sha256(path: Path) -> str:
@@ -45,16 +47,16 @@ def save_scorer(scorer: Any, folder: Path) -> None:
 
 def write_facts(folder: Path, facts: dict[str, Any]) -> None:
     """What training measured, read by the model card."""
-    (folder / "facts.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    (folder / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    return json.loads((folder / FACTS).read_text(encoding="utf-8"))
 
 
 def write_manifest(root: Path = ROOT) -> None:
-    """List every file below `root` with its SHA-256."""
-    files = sorted(p for p in root.rglob("*") if p.is_file() and p.name != MANIFEST)
+    """List every file below `root` that is loaded with its SHA-256."""
+    files = sorted(p for p in root.rglob("*") if p.is_file() and p.name not in NOT_LOADED)
     sums = {p.relative_to(root).as_posix(): sha256(p) for p in files}
     (root / MANIFEST).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
 
