@@ -81,7 +81,7 @@ def test_a_saved_adapter_gives_identical_images_in_a_plain_pipeline(adapted, tmp
     file = tmp_path / "adapter.safetensors"
     adapted.save_adapter(file)
     pipeline = StableDiffusion3Pipeline.from_pretrained(
-        weights.verify("shapes-sd3"), torch_dtype=torch.float32, local_files_only=True
+        weights.verify("shapes-sd3"), dtype=torch.float32, local_files_only=True
     )
     pipeline.set_progress_bar_config(disable=True)
     base = their_images(pipeline, noise_for(adapted))

@@ -75,7 +75,7 @@ class Backbone:
         if not index.is_file():
             raise FileNotFoundError(f"{index}: not found; {path} is no diffusers pipeline folder")
         pipeline = DiffusionPipeline.from_pretrained(
-            path, torch_dtype=dtype, local_files_only=True, use_safetensors=True
+            path, dtype=dtype, local_files_only=True, use_safetensors=True
         )
         pipeline.set_progress_bar_config(disable=True)
         return cls(pipeline.to(device), guidance=guidance, max_sequence_length=max_sequence_length)
@@ -148,13 +148,18 @@ class Backbone:
 
     def save_adapter(self, file: Path) -> None:
         """Write the adapter as diffusers does, its alpha included."""
+        # Without the metadata diffusers forgets alpha and scales the adapter wrongly.
+        metadata = _collate_lora_metadata({"transformer": self.transformer})
+        for values in metadata.values():
+            # A set's order changes from process to process.
+            values |= {key: sorted(v) for key, v in values.items() if isinstance(v, set)}
         self.pipeline.save_lora_weights(
             file.parent,
             weight_name=file.name,
             transformer_lora_layers=get_peft_model_state_dict(self.transformer),
-            # Without the metadata diffusers forgets alpha and scales the adapter wrongly.
-            **_collate_lora_metadata({"transformer": self.transformer}),
+            **metadata,
         )
+        _sort_header(file)
 
     def load_adapter(self, file: Path) -> None:
         """Load an adapter that `save_adapter` or diffusers wrote."""
@@ -167,6 +172,15 @@ class Backbone:
         return [c for c in components if isinstance(c, nn.Module)]
 
 
+def _sort_header(file: Path) -> None:
+    """Give equal adapters equal bytes: safetensors writes its metadata in a random order."""
+    content = file.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)  # the data stays aligned
+    file.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + size :])
+
+
 def fast_dtype(device: torch.device) -> torch.dtype | None:
     """bfloat16 where the device multiplies it in hardware, else None: the weights' own precision.
 
@@ -175,8 +189,3 @@ def fast_dtype(device: torch.device) -> torch.dtype | None:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None
-
-
-def describe(path: Path) -> dict[str, Any]:
-    """The pipeline folder's `model_index.json`."""
-    return json.loads((path / "model_index.json").read_text(encoding="utf-8"))

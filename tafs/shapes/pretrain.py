@@ -219,7 +219,7 @@ def pretrain_vae() -> None:
 
 def pretrain_sd3(recipe: Recipe) -> None:
     autoencoder = AutoencoderKL.from_pretrained(
-        weights.ROOT / "vae", local_files_only=True, torch_dtype=torch.float32
+        weights.ROOT / "vae", local_files_only=True, dtype=torch.float32
     )
     torch.manual_seed(recipe.seed)
     backbone = build_sd3(autoencoder)
