@@ -15,6 +15,7 @@ import argparse
 import fcntl
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -319,6 +320,8 @@ def _open(store: Path) -> MlflowClient:
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
     from mlflow.tracking import MlflowClient
 
+    # The environment's level counts only where nothing imported mlflow before.
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
     # A new one gets its name when it is complete: a half-made one could not be opened again.
     target = store / f"incoming-{DATABASE}" if new else database
     for left_over in store.glob("incoming-*"):

@@ -46,7 +46,7 @@ class Taste:
 
 TASTES = {
     "pickscore": Taste(0.60, 0.25, 0.05, 0.10, 0.00),
-    "hpsv2": Taste(0.35, 0.25, 0.30, 0.10, 0.00),
+    "hpsv2": Taste(0.45, 0.25, 0.10, 0.20, 0.00),
     "imagereward": Taste(0.45, 0.15, 0.15, 0.15, 0.10),
     "unifiedreward": Taste(0.50, 0.20, 0.20, 0.10, 0.00),
 }

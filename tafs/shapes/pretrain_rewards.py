@@ -29,7 +29,7 @@ NAMES = ("clip", "pickscore", "hpsv2", "imagereward", "unifiedreward")
 SEEDS = {name: 101 + index for index, name in enumerate(NAMES)}
 BATCH = 128
 # Longer training on as many pairs fits the pairs, not the held-out captions.
-PAIRS = {"pickscore": 20_000, "hpsv2": 40_000, "imagereward": 20_000, "unifiedreward": 20_000}
+PAIRS = 20_000
 STEPS = {"pickscore": 900, "hpsv2": 900, "imagereward": 1200, "unifiedreward": 1200}
 
 
@@ -245,7 +245,7 @@ def pretrain(name: str) -> dict[str, float]:
     if name == "clip":
         model, facts = train_clip(autoencoder, scenes=30_000, steps=3000)
     else:
-        model, facts = train_preference(name, autoencoder, pairs=PAIRS[name], steps=STEPS[name])
+        model, facts = train_preference(name, autoencoder, pairs=PAIRS, steps=STEPS[name])
     facts["seconds"] = round(time.monotonic() - start)
     folder = weights.ROOT / name
     weights.save_scorer(model, folder)
