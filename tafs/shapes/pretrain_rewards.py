@@ -28,7 +28,6 @@ from tafs.shapes.scenes import sample_scene
 NAMES = ("clip", "pickscore", "hpsv2", "imagereward", "unifiedreward")
 SEEDS = {name: 101 + index for index, name in enumerate(NAMES)}
 BATCH = 128
-# Longer training on as many pairs fits the pairs, not the held-out captions.
 PAIRS = 20_000
 STEPS = {"pickscore": 900, "hpsv2": 900, "imagereward": 1200, "unifiedreward": 1200}
 
