@@ -58,6 +58,7 @@ class Scale(_Strict):
     micro_batch: Count
     checkpoint_every: Count
     lora: Lora
+    resolution: Count  # of the images, in pixels
     guidance: float = 1.0
     max_sequence_length: Count
     evaluation: Evaluation
@@ -149,7 +150,7 @@ class Run:
         if self.trained:
             algorithm = methods.create(self.method, dict(self.hyperparameters))
             out |= {
-                "sampler": algorithm.SAMPLER,
+                "sampler": algorithm.evaluation_sampler,
                 "nfe_old": algorithm.nfe_old,
                 "nfe_theta": algorithm.nfe_theta,
                 "iterations": self.settings["iterations"],

@@ -95,14 +95,14 @@ def figure4(
     intervals (none on dashed lines); the dotted line is the base model at its full steps.
 
     Args:
-        nfe, full_steps: None takes those of the scale (else 1..8, and 28).
+        nfe, full_steps: None takes those of the scale.
 
     Raises:
         ValueError: an input is missing or broken; names it.
     """
     results = tables.read_results(run_dirs)
-    steps = list(nfe or results[0].evaluation("curve_nfe", range(1, 9)))
-    full = full_steps or int(results[0].evaluation("base_nfe", 28))
+    steps = list(nfe or results[0].evaluation("curve_nfe"))
+    full = full_steps or int(results[0].evaluation("base_nfe"))
     systems = tables.systems(results)
     looks = _looks(systems)
     metrics = _metrics(results)
@@ -204,14 +204,14 @@ def image_grid(
     Args:
         captions: the text of every prompt that the samples hold, in their order.
         indices: the prompts to show; None takes the first `per_tag` of each task.
-        nfe, full_steps: None takes those of the scale (else 4, and 28).
+        nfe, full_steps: None takes those of the scale.
 
     Raises:
         ValueError: an input is missing or broken, or the captions do not fit; names it.
     """
     results = tables.read_results(run_dirs)
-    few = nfe or int(results[0].evaluation("table_nfe", (4,))[0])
-    full = full_steps or int(results[0].evaluation("base_nfe", 28))
+    few = nfe or int(results[0].evaluation("table_nfe")[0])
+    full = full_steps or int(results[0].evaluation("base_nfe"))
     columns: list[tuple[str, Result, str]] = []
     systems = tables.systems(results)
     for system in systems:

@@ -38,32 +38,30 @@ def global_std_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
     return centred / (std.sqrt() + eps)
 
 
-def assign_credit(advantages: Tensor, credit: str, last: int | None = None) -> Tensor:
+def assign_credit(advantages: Tensor, credit: str, steps: int) -> Tensor:
     """Advantage of each re-noising step from the advantages of the images they lead to.
 
     Args:
-        advantages: [steps, groups, G], step n's from the image x0_hat^n, n = 2..N.
+        advantages: [K, groups, G] of the last K = N_adv of the images x0_hat^n, n = 2..N.
         credit: `step` (Eq. 10), `sum` (Algorithm 1, line 18), `to_go` (sum over m >= n), `final`
-            (the last image's, for every step: "w/o Step Adv.").
-        last: N_adv, only the last `last` images count; None counts all. Under `step`, an action
-            whose own image does not count takes the first one that does, so that N_adv = 1 is
-            `final`, as Tables 3 and 5 print it.
+            (the last image's, for every step: "w/o Step Adv."). Under `step`, an action whose own
+            image does not count takes the first one that does, so that N_adv = 1 is `final`, as
+            Tables 3 and 5 print it.
+        steps: N - 1.
 
     Returns:
         [steps, groups, G].
     """
-    steps = len(advantages)
-    first = 0 if last is None else max(0, steps - last)
-    order = torch.arange(steps)
+    first_counted = (torch.arange(steps) - (steps - len(advantages))).clamp(min=0)
     if credit == "step":
-        return advantages[order.clamp(min=first)]
+        return advantages[first_counted]
     if credit == "final":
-        return advantages[-1:].expand_as(advantages)
-    counted = advantages * (order >= first).to(advantages).view(-1, 1, 1)
+        return advantages[-1:].expand(steps, -1, -1)
+    to_go = advantages.flip(0).cumsum(0).flip(0)
     if credit == "sum":
-        return counted.sum(0, keepdim=True).expand_as(advantages)
+        return to_go[:1].expand(steps, -1, -1)
     if credit == "to_go":
-        return counted.flip(0).cumsum(0).flip(0)
+        return to_go[first_counted]
     raise ValueError(f"unknown credit {credit!r} (available: {', '.join(CREDITS)})")
 
 

@@ -95,13 +95,14 @@ def load_backbone(description: dict[str, Any]) -> Backbone:
     Raises:
         ValueError: no such backbone, or its weights are altered or missing.
     """
-    from tafs.backbones.sd3 import SD3Backbone
+    from tafs import backbones
     from tafs.shapes import weights
 
     settings = description["settings"]
     folder = weights.verify(description["backbone"])
-    return SD3Backbone.load(
+    return backbones.load(
         folder,
+        resolution=settings["resolution"],
         guidance=settings["guidance"],
         max_sequence_length=settings["max_sequence_length"],
     )

@@ -53,6 +53,12 @@ def x0_estimate(x_t: Tensor, v: Tensor, t: Time) -> Tensor:
     return x_t.float() - _like(t, x_t) * v.float()
 
 
+def interpolate(x_0: Tensor, e: Tensor, t: Time) -> Tensor:
+    """The noised data x_t = (1 - t) x_0 + t e."""
+    t_ = _like(t, x_0)
+    return (1 - t_) * x_0 + t_ * e
+
+
 def x1_estimate(x_t: Tensor, v: Tensor, t: Time) -> Tensor:
     """The noise that the velocity points to: x1_hat = x_t + (1 - t) v."""
     return x_t.float() + (1 - _like(t, x_t)) * v.float()
@@ -80,16 +86,20 @@ def dance_sde(x_t: Tensor, v: Tensor, t: Time, s: Time, eta: float = 0.3) -> Tra
     return _sde(x_t, v, t_, s_, torch.full_like(t_, eta))
 
 
-def cps(x_t: Tensor, v: Tensor, t: Time, s: Time, eta: float = 0.7) -> Transition:
-    """Coefficient-preserving sampling (Wang and Yu, 2025): std = s sin(eta pi / 2).
+def renoise(x_t: Tensor, v: Tensor, t: Time, s: Time, eta: Time) -> Transition:
+    """x_s = (1 - s) x0_hat + s (sqrt(1 - eta^2) x1_hat + eta e): of the noise, eta^2 is fresh.
 
     eta = 0 is `ode`, eta = 1 is `anneal`.
     """
-    s_ = _like(s, x_t)
-    std = s_ * math.sin(eta * math.pi / 2)
-    keep = (s_.square() - std.square()).clamp(min=0).sqrt()
-    mean = (1 - s_) * x0_estimate(x_t, v, t) + keep * x1_estimate(x_t, v, t)
-    return Transition(mean, std)
+    s_, eta_ = _like(s, x_t), _like(eta, x_t)
+    keep = (1 - eta_.square()).clamp(min=0).sqrt()
+    mean = (1 - s_) * x0_estimate(x_t, v, t) + s_ * keep * x1_estimate(x_t, v, t)
+    return Transition(mean, s_ * eta_)
+
+
+def cps(x_t: Tensor, v: Tensor, t: Time, s: Time, eta: float = 0.7) -> Transition:
+    """Coefficient-preserving sampling (Wang and Yu, 2025): std = s sin(eta pi / 2)."""
+    return renoise(x_t, v, t, s, math.sin(eta * math.pi / 2))
 
 
 def anneal(x_t: Tensor, v: Tensor, t: Time, s: Time) -> Transition:
@@ -99,6 +109,31 @@ def anneal(x_t: Tensor, v: Tensor, t: Time, s: Time) -> Transition:
     """
     s_ = _like(s, x_t)
     return Transition((1 - s_) * x0_estimate(x_t, v, t), s_)
+
+
+def ode_to(x_t: Tensor, x0_hat: Tensor, t: Time, s: Time) -> Tensor:
+    """Euler's step to s, from the estimate of the data: x_s = x0_hat + (s / t) (x_t - x0_hat)."""
+    t_, s_ = _like(t, x_t), _like(s, x_t)
+    return x0_hat + s_ / t_ * (x_t.float() - x0_hat)
+
+
+def dpm_solver_to(
+    x_t: Tensor, x0_hat: Tensor, t: Time, s: Time, x0_before: Tensor, t_before: Time
+) -> Tensor:
+    """DPM-Solver++(2M)'s step to s > 0 (Lu et al., 2022, Algorithm 2), for x_t = (1-t) x_0 + t e.
+
+    With lambda = log((1 - t) / t) and h = lambda_s - lambda_t, the data estimate is extrapolated
+    from this step and the one before: D = x0_hat + h / (2 h_before) (x0_hat - x0_before).
+    """
+    t_, s_, u_ = _like(t, x_t), _like(s, x_t), _like(t_before, x_t)
+    h = _half_log_snr(s_) - _half_log_snr(t_)
+    h_before = _half_log_snr(t_) - _half_log_snr(u_)
+    estimate = x0_hat + h / (2 * h_before) * (x0_hat - x0_before)
+    return s_ / t_ * x_t.float() - (1 - s_) * torch.expm1(-h) * estimate
+
+
+def _half_log_snr(t: Tensor) -> Tensor:
+    return torch.log1p(-t) - t.log()
 
 
 def _sde(x_t: Tensor, v: Tensor, t: Tensor, s: Tensor, g: Tensor) -> Transition:
@@ -117,8 +152,21 @@ def uniform_grid(steps: int) -> Tensor:
     return torch.linspace(1, 0, steps + 1)
 
 
+def shifted(t: Tensor, shift: float) -> Tensor:
+    """Times moved towards noise, t -> shift t / (1 + (shift - 1) t) (Esser et al., 2024)."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
 Step = Callable[[Tensor, Tensor, Tensor, Tensor], Transition]
 SAMPLERS: dict[str, Step] = {"ode": ode, "anneal": anneal}  # evaluation
+
+# Policies: samplers whose steps have a density, with the noise level of those that have one.
+TRANSITIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, float], Transition]] = {
+    "anneal": lambda x_t, v, t, s, eta: anneal(x_t, v, t, s),
+    "cps": cps,
+    "dance_sde": dance_sde,
+    "flow_sde": flow_sde,
+}
 
 
 def integrate(

@@ -175,9 +175,17 @@ class Result:
         except (KeyError, TypeError):
             raise ValueError(f"{self.run.journal}: an iteration has no seconds.total") from None
 
-    def evaluation(self, key: str, default: Any) -> Any:
-        """A setting of the scale's evaluation."""
-        return self.info.get("settings", {}).get("evaluation", {}).get(key, default)
+    def evaluation(self, key: str) -> Any:
+        """A setting of the scale's evaluation.
+
+        Raises:
+            ValueError: run.json has none; names the file and the key.
+        """
+        try:
+            return self.info["settings"]["evaluation"][key]
+        except (KeyError, TypeError):
+            file = self.run.folder / "run.json"
+            raise ValueError(f"{file}: has no settings.evaluation.{key}") from None
 
 
 @dataclass(frozen=True)
@@ -665,7 +673,7 @@ def table2(
         run_dirs: folders of runs: base models and trained methods, all seeds.
         scale: None takes the runs' own; the paper's values stand beside ours only where it is
             "paper".
-        full_steps, few_steps: None takes those of the scale (else 28, and 4).
+        full_steps, few_steps: None takes those of the scale.
 
     Returns:
         The written files.
@@ -674,8 +682,8 @@ def table2(
         ValueError: an input is missing or broken; names it.
     """
     results = read_results(run_dirs)
-    full = full_steps or int(results[0].evaluation("base_nfe", 28))
-    few = list(few_steps or results[0].evaluation("table_nfe", (4,)))
+    full = full_steps or int(results[0].evaluation("base_nfe"))
+    few = list(few_steps or results[0].evaluation("table_nfe"))
     found = systems(results)
     trained = [system for system in found if system.trained]
     bases = [system for system in found if not system.trained]

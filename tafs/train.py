@@ -9,8 +9,10 @@ draws what an undisturbed one draws.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from tafs import checkpoint, prompts, provenance, rundir, seeding
 from tafs import method as methods
 from tafs.backbones.base import Backbone, fast_dtype
 from tafs.journal import Journal
-from tafs.method import Method, Trajectory
+from tafs.method import Feedback, Trajectory
 from tafs.progress import Reporter
 from tafs.rewards import registry
 from tafs.rewards.registry import RewardSet
@@ -44,15 +46,6 @@ class Rewards:
     def total(self) -> Tensor:
         """Weighted sum, [K, groups, G]."""
         parts = [weight * self.by_name[name] for name, weight in self.weights.items()]
-        return torch.stack(parts).sum(0)
-
-    def advantages(self, method: Method) -> Tensor:
-        """[T, groups, G]: of the weighted sum, or the weighted sum of each reward's own."""
-        if not method.normalize_rewards:
-            return method.advantages(self.total)
-        parts = [
-            weight * method.advantages(self.by_name[name]) for name, weight in self.weights.items()
-        ]
         return torch.stack(parts).sum(0)
 
 
@@ -105,17 +98,20 @@ class Trainer:
         chunks = self._rollout([p.text for p in drawn], iteration)
         sampled = clock()
         rewards = self._score(chunks, drawn, iteration)
-        advantages = rewards.advantages(self.method).flatten(1)
+        advantages = self.method.credit(rewards.by_name, rewards.weights).flatten(1)
         scored = clock()
-        learned = self._update(chunks, advantages, iteration)
+        learned = self._update(chunks, drawn, advantages, iteration)
         end = clock()
+        group = chunks[0].images(slice(0, self.group_size))
+        with torch.no_grad():
+            divergence = self.method.divergence(self.backbone, group, iteration)
         batch = self.groups * self.group_size
         return {
             "iteration": iteration,
             "rewards": {n: r.mean((1, 2)).tolist() for n, r in rewards.reported.items()},
             "reward_std": rewards.total[-1].std(-1).mean().item(),
             **learned,
-            "kl": self._kl(chunks[0], iteration),
+            **({} if divergence is None else {"kl": divergence}),
             "images_per_s": batch / (end - start),
             "seconds": {
                 "sample": sampled - start,
@@ -125,13 +121,13 @@ class Trainer:
             },
         }
 
+    @torch.no_grad()
     def _rollout(self, texts: Sequence[str], iteration: int) -> list[Trajectory]:
         """The iteration's images in micro-batches, the very ones that the update will take: the
         ratio is exactly 1 before the first update only if both see the same shapes."""
-        with torch.no_grad():
-            cond = self.backbone.encode(texts).repeat_interleave(self.group_size)
+        cond = self.backbone.encode(texts).repeat_interleave(self.group_size)
         shape = self.backbone.latent_shape
-        per_group = 1 if self.method.shared_noise else self.group_size
+        per_group = 1 if self.method.shares_start_noise else self.group_size
         noise = torch.randn(
             self.groups,
             per_group,
@@ -160,7 +156,7 @@ class Trainer:
         self, chunks: Sequence[Trajectory], drawn: Sequence[prompts.Prompt], iteration: int
     ) -> Rewards:
         """Decode and score every scored image."""
-        owners = [prompt for prompt in drawn for _ in range(self.group_size)]
+        owners = self._owners(drawn)
         columns: dict[str, list[Tensor]] = {name: [] for name in self.weights}
         low = 0
         for chunk in chunks:
@@ -171,10 +167,9 @@ class Trainer:
             for name, values in scores.items():
                 if not values.isfinite().all():
                     row = int((~values.isfinite()).nonzero()[0, 0])
-                    step = self.method.scored_steps()[row // size] + 1
                     raise NonFinite(
                         f"iteration {iteration}: reward {name!r} is {values[row].item()} for image "
-                        f"{low + row % size} at step {step}"
+                        f"{low + row % size}, scored step {row // size + 1} of {scored}"
                     )
                 columns[name].append(values.view(scored, size))
             low += size
@@ -183,28 +178,39 @@ class Trainer:
         return Rewards(by_name, self.rewards.report(by_name), self.weights)
 
     def _update(
-        self, chunks: Sequence[Trajectory], advantages: Tensor, iteration: int
+        self,
+        chunks: Sequence[Trajectory],
+        drawn: Sequence[prompts.Prompt],
+        advantages: Tensor,
+        iteration: int,
     ) -> dict[str, Any]:
         """The optimiser steps; advantages: [T, B]."""
         method = self.method
-        ratios, clipped, norms = [], [], []
+        owners = self._owners(drawn)
+        facts: dict[str, list[Tensor]] = {}
+        norms = []
         pending = iter(chunks)
         for number, update in enumerate(self._updates()):
             self.optimizer.zero_grad(set_to_none=True)
             low = update.start
             while low < update.stop:
                 chunk = next(pending)
-                size = chunk.x_t.shape[1]
+                size = chunk.t.shape[1]
+                of = slice(low, low + size)
+                feedback = Feedback(
+                    advantages[:, of],
+                    partial(self._differentiable_rewards, owners[of]),
+                    self.weights,
+                    self.averaged,
+                )
                 share = size / (update.stop - update.start)
-                for part in method.losses(
-                    self.backbone, chunk, advantages[:, low : low + size], self.micro_batch
-                ):
+                for part in method.losses(self.backbone, chunk, feedback, self.micro_batch):
                     if not part.loss.isfinite():
                         where = f"iteration {iteration}, update {number}"
                         raise NonFinite(f"{where}: the loss is {part.loss.item()}")
                     (part.loss * share).backward()
-                    ratios.append(part.ratio)
-                    clipped.append(part.clipped)
+                    for name, values in part.facts.items():
+                        facts.setdefault(name, []).append(values)
                 low += size
             norm = nn.utils.clip_grad_norm_(self.parameters.values(), method.max_grad_norm)
             if not norm.isfinite():
@@ -215,23 +221,32 @@ class Trainer:
             norms.append(norm.item())
             for name, parameter in self.parameters.items():
                 self.averages[name].lerp_(parameter.detach(), 1 - method.ema)
-        ratio = torch.cat(ratios)
-        return {
-            "ratio_mean": ratio.mean().item(),
-            "ratio_deviation": (ratio - 1).abs().max().item(),
-            "clip_fraction": torch.cat(clipped).float().mean().item(),
-            "grad_norm": sum(norms) / len(norms),
-        }
+        means = {name: torch.cat(parts).mean().item() for name, parts in facts.items()}
+        return {**means, "grad_norm": sum(norms) / len(norms)}
 
-    @torch.no_grad()
-    def _kl(self, chunk: Trajectory, iteration: int) -> float:
-        """KL to the base model, of one group at one trained step: an estimate that costs little."""
-        n = iteration % len(chunk.x_t)
-        group = chunk.images(slice(0, self.group_size))
-        x_t, t, s = group.x_t[n], group.t[n], group.s[n]
-        v = self.backbone.velocity(x_t, t, group.cond)
-        transition = self.method.transition(x_t, v, t, s)
-        return self.method.kl(self.backbone, x_t, t, s, group.cond, transition).mean().item()
+    def _owners(self, drawn: Sequence[prompts.Prompt]) -> list[prompts.Prompt]:
+        """The prompt of every image."""
+        return [prompt for prompt in drawn for _ in range(self.group_size)]
+
+    def _differentiable_rewards(
+        self, owners: Sequence[prompts.Prompt], x_0: Tensor, part: slice
+    ) -> dict[str, Tensor]:
+        """Training-scale rewards of latents, with gradients; see `method.Feedback`."""
+        images = self.backbone.decode(x_0, self.decode_dtype)
+        return self.rewards.differentiate(images, owners[part])
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averaged adapter is in place inside the block."""
+        self._swap_averages()
+        try:
+            yield
+        finally:
+            self._swap_averages()
+
+    def _swap_averages(self) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.data, self.averages[name] = self.averages[name], parameter.data
 
     # -- resuming ------------------------------------------------------------------------------
 
@@ -251,11 +266,9 @@ class Trainer:
 
     def export(self, path: Path) -> None:
         """Write the adapter: the averaged one where the method keeps an average."""
-        if self.method.ema > 0:
-            with torch.no_grad():
-                for name, parameter in self.parameters.items():
-                    parameter.copy_(self.averages[name])
-        checkpoint.atomic_write(path, self.backbone.save_adapter)
+        kept = self.averaged() if self.method.ema > 0 else nullcontext()
+        with kept:
+            checkpoint.atomic_write(path, self.backbone.save_adapter)
 
 
 def train(run: rundir.RunDir) -> None:

@@ -17,6 +17,7 @@ from tafs.progress import Watcher
 __all__ = ["ConfigError", "Plan", "read"]
 
 OVERRIDES = ("scale", "results")
+WEIGHTS_MANIFEST = Path(__file__).parent / "shapes" / "weights" / "manifest.json"
 
 
 class Plan:
@@ -41,6 +42,11 @@ class Plan:
 
     def method_source(self, name: str) -> str:
         return str(methods.source_file(self._run(name).method))
+
+    @property
+    def weights(self) -> str:
+        """The list of the embedded models' files with their sums: other models rerun everything."""
+        return str(WEIGHTS_MANIFEST)
 
     def adapter(self, name: str) -> list[str]:
         """The trained adapter, or nothing for a base model."""

@@ -85,6 +85,9 @@ def write_run(
         "nfe_theta": kind.nfe_theta,
         "rewards": {"pickscore": 1.0, "clip": 1.0},
         "iterations": iterations if kind.seconds else 0,
+        "settings": {
+            "evaluation": {"table_nfe": [4], "curve_nfe": list(range(1, 9)), "base_nfe": 28}
+        },
         **info,
     }
     (folder / "run.json").write_text(json.dumps(described), encoding="utf-8")

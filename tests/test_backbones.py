@@ -1,45 +1,56 @@
-"""The SD3 backbone on the shipped embedded model: diffusers' own pipeline is the reference."""
+"""The backbones on the shipped embedded models: diffusers' own pipelines are the reference."""
 
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline
 
-from tafs import sampling, seeding
-from tafs.backbones.sd3 import SD3Backbone
+from tafs import backbones, sampling, seeding
+from tafs.backbones.base import Backbone
 from tafs.shapes import text, weights
+from tafs.shapes.scenes import IMAGE_SIZE
 
 PROMPTS = ["a red ring left of a blue square", "two crosses"]
 
 
-def load() -> SD3Backbone:
-    return SD3Backbone.load(
-        weights.verify("shapes-sd3"), guidance=1.0, max_sequence_length=text.MAX_TOKENS
+NAMES = ("shapes-sd3",)
+
+
+def load(name: str, guidance: float = 1.0) -> Backbone:
+    return backbones.load(
+        weights.verify(name),
+        resolution=IMAGE_SIZE,
+        guidance=guidance,
+        max_sequence_length=text.MAX_TOKENS,
     )
 
 
-@pytest.fixture(scope="module")
-def backbone() -> SD3Backbone:
-    return load()
+@pytest.fixture(scope="module", params=NAMES)
+def backbone(request) -> Backbone:
+    return load(request.param)
 
 
 @pytest.fixture
-def adapted() -> SD3Backbone:
+def adapted(backbone) -> Backbone:
     """A model with an adapter that changes its output."""
-    backbone = load()
-    backbone.add_lora(4, 8, seeding.generator(0, "lora"))
+    fresh = load(name_of(backbone))
+    fresh.add_lora(4, 8, seeding.generator(0, "lora"))
     with torch.no_grad():
-        for name, parameter in backbone.lora_parameters().items():
+        for name, parameter in fresh.lora_parameters().items():
             if "lora_B" in name:
                 parameter.normal_(std=0.1, generator=seeding.generator(1, name))
-    return backbone
+    return fresh
 
 
-def noise_for(backbone: SD3Backbone) -> torch.Tensor:
+def name_of(backbone: Backbone) -> str:
+    return {"SD3Backbone": "shapes-sd3", "FluxBackbone": "shapes-flux"}[type(backbone).__name__]
+
+
+def noise_for(backbone: Backbone) -> torch.Tensor:
     generator = seeding.generator(0, "start")
     return torch.randn(len(PROMPTS), *backbone.latent_shape, generator=generator)
 
 
-def our_images(backbone: SD3Backbone, steps: int = 6) -> torch.Tensor:
+def our_images(backbone: Backbone, steps: int = 6) -> torch.Tensor:
     cond = backbone.encode(PROMPTS)
     with torch.no_grad():
         x_0 = sampling.integrate(
@@ -52,27 +63,28 @@ def our_images(backbone: SD3Backbone, steps: int = 6) -> torch.Tensor:
         return backbone.decode(x_0)
 
 
-def their_images(pipeline: StableDiffusion3Pipeline, noise: torch.Tensor, guidance: float = 1.0):
-    size = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
+def their_images(backbone: Backbone, pipeline: DiffusionPipeline, guidance: float = 1.0):
+    latents = noise_for(backbone)
+    if name_of(backbone) == "shapes-flux":
+        latents = pipeline._pack_latents(latents, *latents.shape)
     return pipeline(
         PROMPTS,
         num_inference_steps=6,
         sigmas=[1 - n / 6 for n in range(6)],
         guidance_scale=guidance,
-        height=size,
-        width=size,
-        latents=noise,
+        height=IMAGE_SIZE,
+        width=IMAGE_SIZE,
+        latents=latents,
         max_sequence_length=text.MAX_TOKENS,
         output_type="pt",
     ).images
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_images_equal_those_of_diffusers_own_pipeline(guidance):
-    backbone = SD3Backbone.load(
-        weights.verify("shapes-sd3"), guidance=guidance, max_sequence_length=text.MAX_TOKENS
-    )
-    theirs = their_images(backbone.pipeline, noise_for(backbone), guidance)
+@pytest.mark.parametrize("name", NAMES)
+def test_images_equal_those_of_diffusers_own_pipeline(name, guidance):
+    backbone = load(name, guidance)
+    theirs = their_images(backbone, backbone.pipeline, guidance)
     torch.testing.assert_close(our_images(backbone), theirs, atol=1e-4, rtol=1e-4)
 
 
@@ -80,13 +92,13 @@ def test_a_saved_adapter_gives_identical_images_in_a_plain_pipeline(adapted, tmp
     ours = our_images(adapted)
     file = tmp_path / "adapter.safetensors"
     adapted.save_adapter(file)
-    pipeline = StableDiffusion3Pipeline.from_pretrained(
-        weights.verify("shapes-sd3"), dtype=torch.float32, local_files_only=True
+    pipeline = DiffusionPipeline.from_pretrained(
+        weights.verify(name_of(adapted)), dtype=torch.float32, local_files_only=True
     )
     pipeline.set_progress_bar_config(disable=True)
-    base = their_images(pipeline, noise_for(adapted))
+    base = their_images(adapted, pipeline)
     pipeline.load_lora_weights(tmp_path, weight_name=file.name)
-    theirs = their_images(pipeline, noise_for(adapted))
+    theirs = their_images(adapted, pipeline)
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     assert (theirs - base).abs().max() > 0.05
 
@@ -94,7 +106,7 @@ def test_a_saved_adapter_gives_identical_images_in_a_plain_pipeline(adapted, tmp
 def test_a_saved_adapter_loads_into_the_backbone(adapted, tmp_path):
     file = tmp_path / "adapter.safetensors"
     adapted.save_adapter(file)
-    fresh = load()
+    fresh = load(name_of(adapted))
     fresh.load_adapter(file)
     torch.testing.assert_close(our_images(fresh), our_images(adapted), atol=1e-5, rtol=1e-5)
 
@@ -106,15 +118,15 @@ def test_the_reference_is_the_model_without_its_adapter(adapted, backbone):
 
 
 def test_a_fresh_adapter_changes_nothing(backbone):
-    fresh = load()
+    fresh = load(name_of(backbone))
     fresh.add_lora(4, 8, seeding.generator(0, "lora"))
     torch.testing.assert_close(our_images(fresh), our_images(backbone))
 
 
-def test_the_same_seed_gives_the_same_adapter():
+def test_the_same_seed_gives_the_same_adapter(backbone):
     parameters = []
     for _ in range(2):
-        fresh = load()
+        fresh = load(name_of(backbone))
         fresh.add_lora(4, 8, seeding.generator(3, "lora"))
         parameters.append(fresh.lora_parameters())
     assert all(torch.equal(parameters[0][n], parameters[1][n]) for n in parameters[0])
@@ -133,17 +145,22 @@ def test_every_word_of_the_world_is_one_token_in_both_tokenizers():
 
 
 def test_shipped_tokenizers_are_those_that_the_code_makes(backbone):
+    components = backbone.pipeline.components
+    t5 = components.get("tokenizer_3") or components["tokenizer_2"]
     for prompt in PROMPTS:
-        shipped = backbone.pipeline.tokenizer(prompt).input_ids
-        assert shipped == text.clip_tokenizer()(prompt).input_ids
-        assert (
-            backbone.pipeline.tokenizer_3(prompt).input_ids == text.t5_tokenizer()(prompt).input_ids
-        )
+        assert components["tokenizer"](prompt).input_ids == text.clip_tokenizer()(prompt).input_ids
+        assert t5(prompt).input_ids == text.t5_tokenizer()(prompt).input_ids
 
 
 def test_a_folder_without_a_pipeline_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="model_index.json"):
-        SD3Backbone.load(tmp_path, guidance=1.0, max_sequence_length=8)
+        backbones.load(tmp_path)
+
+
+def test_a_pipeline_of_another_kind_is_named(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "SanaPipeline"}')
+    with pytest.raises(ValueError, match="cannot drive a 'SanaPipeline'.*FluxPipeline"):
+        backbones.load(tmp_path)
 
 
 def test_an_altered_weight_file_is_refused_and_named(tmp_path):

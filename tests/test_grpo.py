@@ -44,29 +44,31 @@ def test_global_std_divides_by_the_batch_wide_std():
     torch.testing.assert_close(grpo.global_std_advantages(rewards), expected, atol=1e-4, rtol=0)
 
 
-STEPS = torch.tensor([1.0, 10.0, 100.0]).view(3, 1, 1)
+IMAGES = torch.tensor([1.0, 10.0, 100.0]).view(3, 1, 1)
 
 
 @pytest.mark.parametrize(
-    ("credit", "last", "expected"),
+    ("credit", "counted", "expected"),
     [
-        ("step", None, [1, 10, 100]),
+        ("step", 3, [1, 10, 100]),
         ("step", 2, [10, 10, 100]),
         ("step", 1, [100, 100, 100]),
-        ("final", None, [100, 100, 100]),
-        ("sum", None, [111, 111, 111]),
+        ("final", 1, [100, 100, 100]),
+        ("sum", 3, [111, 111, 111]),
         ("sum", 2, [110, 110, 110]),
-        ("to_go", None, [111, 110, 100]),
+        ("to_go", 3, [111, 110, 100]),
+        ("to_go", 2, [110, 110, 100]),
         ("to_go", 1, [100, 100, 100]),
     ],
 )
-def test_credit_readings_give_the_hand_computed_sums(credit, last, expected):
-    assert grpo.assign_credit(STEPS, credit, last).flatten().tolist() == expected
+def test_credit_readings_give_the_hand_computed_sums(credit, counted, expected):
+    credited = grpo.assign_credit(IMAGES[-counted:], credit, steps=3)
+    assert credited.flatten().tolist() == expected
 
 
 def test_an_unknown_credit_reading_is_refused_by_name():
     with pytest.raises(ValueError, match="'steps'.*step, sum, to_go, final"):
-        grpo.assign_credit(STEPS, "steps")
+        grpo.assign_credit(IMAGES, "steps", 3)
 
 
 def test_the_objective_is_minus_the_mean_advantage_before_the_first_update():

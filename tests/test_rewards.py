@@ -27,18 +27,7 @@ def scored_world():
     return drawn, right, wrong
 
 
-UNDER_THE_BAR = {"hpsv2": "reaches 0.8425, see its facts.json"}
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(reason=UNDER_THE_BAR[name], strict=True))
-        if name in UNDER_THE_BAR
-        else name
-        for name in LEARNED
-    ],
-)
+@pytest.mark.parametrize("name", LEARNED)
 def test_held_out_pairs_are_judged_right_in_85_percent(name):
     assert weights.read_facts(weights.ROOT / name)["pair_accuracy"] >= 0.85
 

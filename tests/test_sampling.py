@@ -155,3 +155,63 @@ def test_times_can_differ_within_a_batch():
     for i in range(3):
         one = sampling.flow_sde(x_t[i : i + 1], v[i : i + 1], t[i].item(), s[i].item())
         torch.testing.assert_close(batch.mean[i : i + 1], one.mean)
+
+
+def gaussian_error(steps: int, second_order: bool) -> float:
+    """Error of the ODE from t = 0.9 to 0.1 for data N(0, 0.5^2), whose exact solution is known."""
+
+    def std(t):
+        return math.sqrt((1 - t) ** 2 * 0.25 + t**2)
+
+    def estimate(x, t):
+        return (1 - t) * 0.25 / std(t) ** 2 * x
+
+    grid = torch.linspace(0.9, 0.1, steps + 1, dtype=torch.float64).tolist()
+    start = torch.ones(1, 1)
+    x = start
+    before = None
+    for t, s in zip(grid[:-1], grid[1:], strict=True):
+        x0_hat = estimate(x, t)
+        if second_order and before is not None:
+            x_s = sampling.dpm_solver_to(x, x0_hat, t, s, *before)
+        else:
+            x_s = sampling.ode_to(x, x0_hat, t, s)
+        before = (x0_hat, t)
+        x = x_s
+    return abs(x.item() - std(0.1) / std(0.9))
+
+
+@pytest.mark.parametrize(("second_order", "power"), [(False, 1), (True, 2)])
+def test_solvers_have_their_order_of_convergence(second_order, power):
+    coarse, fine = gaussian_error(16, second_order), gaussian_error(64, second_order)
+    assert math.log(coarse / fine, 4) == pytest.approx(power, abs=0.35)
+
+
+def test_both_solvers_are_exact_for_a_point_mass():
+    x_0, noise = states()
+    x_t = sampling.interpolate(x_0, noise, 0.8)
+    expected = sampling.interpolate(x_0, noise, 0.5)
+    torch.testing.assert_close(sampling.ode_to(x_t, x_0, 0.8, 0.5), expected)
+    torch.testing.assert_close(sampling.dpm_solver_to(x_t, x_0, 0.8, 0.5, x_0, 0.9), expected)
+
+
+def test_euler_from_the_estimate_is_eulers_step():
+    x_t, v = states()
+    x0_hat = sampling.x0_estimate(x_t, v, 0.8)
+    expected = sampling.ode(x_t, v, 0.8, 0.5).mean
+    torch.testing.assert_close(sampling.ode_to(x_t, x0_hat, 0.8, 0.5), expected)
+
+
+def test_the_share_of_fresh_noise_can_differ_within_a_batch():
+    x_t, v = states()
+    eta = torch.tensor([0.0, 0.6, 1.0])
+    step = sampling.renoise(x_t, v, 0.8, 0.5, eta)
+    assert step.std.flatten().tolist() == pytest.approx([0, 0.3, 0.5])
+    torch.testing.assert_close(step.mean[:1], sampling.ode(x_t, v, 0.8, 0.5).mean[:1])
+    torch.testing.assert_close(step.mean[2:], sampling.anneal(x_t, v, 0.8, 0.5).mean[2:])
+
+
+def test_the_shift_of_a_grid_keeps_its_ends_and_moves_it_towards_noise():
+    grid = sampling.shifted(sampling.uniform_grid(4), 3.0)
+    # 3t / (1 + 2t) at t = 1, 3/4, 1/2, 1/4, 0
+    assert grid.tolist() == pytest.approx([1, 0.9, 0.75, 0.5, 0])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tafs.backbones.base import Conditioning
+from tafs.method import PolicyGradient, method_class
 from tafs.rewards.registry import Reward, RewardSet
 
 
@@ -56,12 +57,14 @@ def toy_rewards() -> RewardSet:
 
 def toy_run(method: str, **hyperparameters: object) -> dict:
     """The description of a toy run: seconds of work."""
+    policy = issubclass(method_class(method), PolicyGradient)
+    clipping = {"clip_range": 0.2} if policy else {}
     return {
         "name": f"{method}.toy",
         "method": method,
         "seed": 0,
         "rewards": {"clip": 1.0},
-        "hyperparameters": {"learning_rate": 0.02, "clip_range": 0.2, **hyperparameters},
+        "hyperparameters": {"learning_rate": 0.02, **clipping, **hyperparameters},
         "settings": {
             "world": "shapes",
             "iterations": 30,

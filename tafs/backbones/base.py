@@ -15,7 +15,21 @@ from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 
+from tafs.sampling import shifted
+
 TIMESTEPS = 1000  # the networks read t in [0, 1] as a timestep in [0, 1000]
+
+# The adapted layers: every projection of the joint attention, as in Flow-GRPO's public settings.
+ATTENTION = (
+    "attn.add_k_proj",
+    "attn.add_q_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+    "attn.to_k",
+    "attn.to_out.0",
+    "attn.to_q",
+    "attn.to_v",
+)
 
 
 @dataclass(frozen=True)
@@ -48,9 +62,15 @@ class Backbone:
     lora_targets: ClassVar[Sequence[str]]
 
     def __init__(
-        self, pipeline: DiffusionPipeline, *, guidance: float, max_sequence_length: int
+        self,
+        pipeline: DiffusionPipeline,
+        *,
+        resolution: int,
+        guidance: float,
+        max_sequence_length: int,
     ) -> None:
         self.pipeline = pipeline
+        self.resolution = resolution  # of the images, in pixels
         self.guidance = guidance
         self.max_sequence_length = max_sequence_length
         for module in self._modules():
@@ -61,24 +81,23 @@ class Backbone:
         cls,
         path: Path,
         *,
+        resolution: int,
         guidance: float,
         max_sequence_length: int,
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> Self:
-        """Read a diffusers pipeline folder.
-
-        Raises:
-            FileNotFoundError: the folder holds no pipeline; names the missing file.
-        """
-        index = path / "model_index.json"
-        if not index.is_file():
-            raise FileNotFoundError(f"{index}: not found; {path} is no diffusers pipeline folder")
+        """Read a diffusers pipeline folder of this backbone's kind; see `tafs.backbones.load`."""
         pipeline = DiffusionPipeline.from_pretrained(
             path, dtype=dtype, local_files_only=True, use_safetensors=True
         )
         pipeline.set_progress_bar_config(disable=True)
-        return cls(pipeline.to(device), guidance=guidance, max_sequence_length=max_sequence_length)
+        return cls(
+            pipeline.to(device),
+            resolution=resolution,
+            guidance=guidance,
+            max_sequence_length=max_sequence_length,
+        )
 
     # -- the network ---------------------------------------------------------------------------
 
@@ -89,6 +108,11 @@ class Backbone:
     @property
     def device(self) -> torch.device:
         return self.transformer.device
+
+    @property
+    def latent_size(self) -> int:
+        """Side of the latents."""
+        return self.resolution // self.pipeline.vae_scale_factor
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -116,9 +140,7 @@ class Backbone:
 
     def time_grid(self, steps: int) -> Tensor:
         """The model's own grid, [steps + 1] from 1 to 0: uniform, then the scheduler's shift."""
-        shift = self.pipeline.scheduler.config.shift
-        t = torch.linspace(1, 0, steps + 1)
-        return shift * t / (1 + (shift - 1) * t)
+        return shifted(torch.linspace(1, 0, steps + 1), self.pipeline.scheduler.config.shift)
 
     # -- LoRA ----------------------------------------------------------------------------------
 

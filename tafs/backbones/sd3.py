@@ -7,27 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tafs.backbones.base import TIMESTEPS, Backbone, Conditioning
+from tafs.backbones.base import ATTENTION, TIMESTEPS, Backbone, Conditioning
 
 
 class SD3Backbone(Backbone):
     """SD3Transformer2DModel with two CLIP text encoders and a T5."""
 
-    lora_targets = (
-        "attn.add_k_proj",
-        "attn.add_q_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-        "attn.to_k",
-        "attn.to_out.0",
-        "attn.to_q",
-        "attn.to_v",
-    )
+    lora_targets = ATTENTION
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        config = self.transformer.config
-        return (config.in_channels, config.sample_size, config.sample_size)
+        return (self.transformer.config.in_channels, self.latent_size, self.latent_size)
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         guided = self.guidance > 1

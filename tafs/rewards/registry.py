@@ -32,10 +32,6 @@ class Reward:
     higher_is_better: bool = True
 
 
-class NonFiniteReward(ValueError):
-    """A reward model gave NaN or infinity."""
-
-
 class RewardSet:
     """Several rewards on one device, loaded once."""
 
@@ -59,6 +55,17 @@ class RewardSet:
             ]
             out[reward.name] = torch.cat(parts)
         return out
+
+    def differentiate(self, images: Tensor, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        """Training-scale scores by name, [B] each, with gradients to the images.
+
+        Raises:
+            ValueError: a reward has no gradient; names it.
+        """
+        for reward in self.rewards:
+            if not reward.differentiable:
+                raise ValueError(f"reward {reward.name!r} is not differentiable")
+        return {reward.name: reward.score(images, prompts) for reward in self.rewards}
 
     def report(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
         """The same scores on the scale on which each metric is published."""

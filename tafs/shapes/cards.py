@@ -17,12 +17,20 @@ SCORERS = {
     "imagereward": "A preference model whose caption tokens attend to the picture's patches.",
     "unifiedreward": "A graded judge: it tells a picture's grade from 1 to 5.",
 }
+BASES = {
+    "shapes-sd3": "Stable Diffusion 3's layout (SD3Transformer2DModel of width 128 and 5 layers, "
+    "two CLIP text encoders, a T5, three tokenizers, AutoencoderKL, flow-matching scheduler)",
+    "shapes-flux": "FLUX.1-dev's layout (FluxTransformer2DModel of width 128 with 5 double and 4 "
+    "single layers, packed latents, a guidance input that only ever saw the value 1, a CLIP text "
+    "encoder, a T5, two tokenizers, AutoencoderKL, flow-matching scheduler with dynamic shift)",
+}
 REPRODUCE = "Trained by `make shapes-weights` (on another processor the last digits differ)."
 
 
 def write(root: Path = weights.ROOT) -> None:
     """A README.md in every model's folder, and the manifest anew."""
-    cards = {"vae": _vae(root / "vae"), "shapes-sd3": _base(root / "shapes-sd3")}
+    cards = {"vae": _vae(root / "vae")}
+    cards |= {name: _base(name, layout, root / name) for name, layout in BASES.items()}
     cards |= {name: _scorer(name, text, root / name) for name, text in SCORERS.items()}
     for name, card in cards.items():
         (root / name / "README.md").write_text(card, encoding="utf-8")
@@ -43,7 +51,7 @@ def _vae(folder: Path) -> str:
     )
 
 
-def _base(folder: Path) -> str:
+def _base(name: str, layout: str, folder: Path) -> str:
     facts = weights.read_facts(folder)
     recipe = facts["recipe"]
     header = "| Euler steps | overall | " + " | ".join(TASKS) + " |"
@@ -52,11 +60,9 @@ def _base(folder: Path) -> str:
         cells = [f"{scores[task]:.3f}" for task in ("overall", *TASKS)]
         rows.append(f"| {steps} | " + " | ".join(cells) + " |")
     return _card(
-        "shapes-sd3",
+        name,
         folder,
-        "The embedded base model: a diffusers pipeline in Stable Diffusion 3's layout "
-        "(SD3Transformer2DModel of width 128 and 5 layers, two CLIP text encoders, a T5, three "
-        "tokenizers, AutoencoderKL, flow-matching scheduler).",
+        f"An embedded base model: a diffusers pipeline in {layout}.",
         f"Flow matching on {recipe['scenes']:,} rendered scenes of the training captions, "
         f"{recipe['steps']} steps of {recipe['batch']}, AdamW with a cosine from {recipe['lr']:g}, "
         f"the average of the weights kept ({facts['seconds'] / 60:.0f} minutes on one core).",

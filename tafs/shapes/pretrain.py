@@ -1,7 +1,7 @@
 """Pretraining of the embedded models by flow matching: `python -m tafs.shapes.pretrain TARGET`.
 
-TARGET is vae, sd3, the name of a reward model, or all. Weights, model cards and a manifest of
-SHA-256 sums go to tafs/shapes/weights/.
+TARGET is vae, a base model's name, a reward model's name, or all. Weights, model cards and a
+manifest of SHA-256 sums go to tafs/shapes/weights/.
 """
 
 from __future__ import annotations
@@ -10,20 +10,25 @@ import argparse
 import json
 import math
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
 from torch import Tensor, nn
 
-from tafs import prompts, seeding
+from tafs import backbones, prompts, seeding
 from tafs.backbones.base import Backbone
+from tafs.backbones.flux import FluxBackbone
 from tafs.backbones.sd3 import SD3Backbone
 from tafs.rewards.geneval import TASKS, judge
 from tafs.shapes import cards, pretrain_rewards, text, vae, weights
@@ -60,6 +65,11 @@ class Recipe:
 
 
 VAE_STEPS = 4000
+SETTINGS: Any = {
+    "resolution": IMAGE_SIZE,
+    "guidance": 1.0,
+    "max_sequence_length": text.MAX_TOKENS,
+}
 # Shift of the sampling grid towards noise. Strict GenEval at 28 steps hardly depends on it (0.561,
 # 0.561, 0.565, 0.568, 0.562 for shifts 1 to 5); at 4 steps it falls from 0.443 to 0.366, and 4 is
 # the smallest of them that falls below 0.40. Chosen on the held-out captions, so the base model's
@@ -96,7 +106,42 @@ def build_sd3(autoencoder: AutoencoderKL, width: int = 128, layers: int = 5) -> 
         text_encoder_3=text.t5_encoder(t5_tokenizer),
         tokenizer_3=t5_tokenizer,
     )
-    return SD3Backbone(pipeline, guidance=1.0, max_sequence_length=text.MAX_TOKENS)
+    return SD3Backbone(pipeline, **SETTINGS)
+
+
+def build_flux(
+    autoencoder: AutoencoderKL, width: int = 128, layers: int = 5, single_layers: int = 4
+) -> FluxBackbone:
+    """An untrained `shapes-flux` around a trained autoencoder."""
+    tokenizer, t5_tokenizer = text.clip_tokenizer(), text.t5_tokenizer()
+    transformer = FluxTransformer2DModel(
+        in_channels=4 * vae.LATENT_CHANNELS,
+        num_layers=layers,
+        num_single_layers=single_layers,
+        attention_head_dim=32,
+        num_attention_heads=width // 32,
+        joint_attention_dim=text.T5_WIDTH,
+        pooled_projection_dim=text.CLIP_WIDTH,
+        guidance_embeds=True,
+        axes_dims_rope=(8, 12, 12),
+    )
+    pipeline = FluxPipeline(
+        transformer=transformer,
+        # As FLUX.1-dev's, where the shift depends on the number of image tokens.
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True,
+            base_image_seq_len=9,
+            max_image_seq_len=4096,
+            base_shift=math.log(SHIFT),
+            max_shift=math.log(SHIFT) + 1,
+        ),
+        vae=autoencoder,
+        text_encoder=text.clip_text_encoder(tokenizer, projected=False),
+        tokenizer=tokenizer,
+        text_encoder_2=text.t5_encoder(t5_tokenizer),
+        tokenizer_2=t5_tokenizer,
+    )
+    return FluxBackbone(pipeline, **SETTINGS)
 
 
 def draw_scenes(count: int, seed: int) -> tuple[list[str], Tensor]:
@@ -219,23 +264,37 @@ def pretrain_vae() -> None:
     print(json.dumps(facts))
 
 
-def pretrain_sd3(recipe: Recipe) -> None:
+@dataclass(frozen=True)
+class Base:
+    """A base model of the embedded world."""
+
+    build: Callable[[AutoencoderKL], Backbone]
+    recipe: Recipe
+
+
+BASES = {
+    "shapes-sd3": Base(build_sd3, Recipe()),
+    "shapes-flux": Base(build_flux, Recipe(steps=7500, seed=1)),
+}
+
+
+def pretrain_base(name: str, recipe: Recipe) -> None:
     autoencoder = AutoencoderKL.from_pretrained(
         weights.ROOT / "vae", local_files_only=True, dtype=torch.float32
     )
     torch.manual_seed(recipe.seed)
-    backbone = build_sd3(autoencoder)
+    backbone = BASES[name].build(autoencoder)
     facts = train(backbone, recipe)
-    folder = weights.ROOT / "shapes-sd3"
+    folder = weights.ROOT / name
     weights.save_pipeline(backbone.pipeline, folder)
     weights.write_facts(folder, {**facts, "recipe": asdict(recipe)})
-    score_sd3()
+    score_base(name)
 
 
-def score_sd3() -> None:
+def score_base(name: str) -> None:
     """Add to the card's facts what the shipped (rounded) weights reach."""
-    folder = weights.ROOT / "shapes-sd3"
-    shipped = SD3Backbone.load(folder, guidance=1.0, max_sequence_length=text.MAX_TOKENS)
+    folder = weights.ROOT / name
+    shipped = backbones.load(folder, **SETTINGS)
     scores = {str(steps): strict_geneval(shipped, steps) for steps in (28, 8, 4, 2, 1)}
     weights.write_facts(folder, {**weights.read_facts(folder), "strict_geneval": scores})
     print(json.dumps(scores, indent=1))
@@ -244,22 +303,25 @@ def score_sd3() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "target", choices=("vae", "sd3", *pretrain_rewards.NAMES, "score", "cards", "all")
+        "target", choices=("vae", *BASES, *pretrain_rewards.NAMES, "score", "cards", "all")
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     for name, default in asdict(Recipe()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.target in ("vae", "all"):
         pretrain_vae()
-    if args.target in ("sd3", "all"):
-        pretrain_sd3(Recipe(**{name: getattr(args, name) for name in asdict(Recipe())}))
+    given = {n: v for n in asdict(Recipe()) if (v := getattr(args, n)) is not None}
+    for name, base in BASES.items():
+        if args.target in (name, "all"):
+            pretrain_base(name, replace(base.recipe, **given))
     for name in pretrain_rewards.NAMES:
         if args.target in (name, "all"):
             print(name, json.dumps(pretrain_rewards.pretrain(name)), flush=True)
     if args.target == "score":
-        score_sd3()
+        for name in BASES:
+            score_base(name)
     if args.target in ("score", "cards", "all"):
         cards.write()
 

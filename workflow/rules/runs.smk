@@ -17,6 +17,7 @@ rule train:
         run=f"{ROOT}/runs/{{run}}/run.json",
         # An edited method reruns its own runs and no other's.
         method=lambda wildcards: PLAN.method_source(wildcards.run),
+        weights=PLAN.weights,
     output:
         adapter=f"{ROOT}/runs/{{run}}/adapter.safetensors",
         journal=f"{ROOT}/runs/{{run}}/journal.jsonl",
@@ -36,6 +37,7 @@ rule evaluate:
     input:
         run=f"{ROOT}/runs/{{run}}/run.json",
         adapter=lambda wildcards: PLAN.adapter(wildcards.run),
+        weights=PLAN.weights,
     output:
         scores=f"{ROOT}/runs/{{run}}/scores.parquet",
         samples=f"{ROOT}/runs/{{run}}/samples.safetensors",

@@ -1,0 +1,113 @@
+"""Reward-Instruct (Luo et al., 2025, arXiv 2503.13070): a few-step generator, rewards alone.
+
+There is no public code. From the paper: no distillation loss and no images; the gradients of
+several differentiable rewards, each normalised before the weighted sum; a regulariser of the
+weights toward the base model; a random number of steps and random-eta sampling; gradients stopped
+between steps, so that each step learns from its own image's reward.
+
+Our choices:
+- Each image's gradient is taken at the latents and scaled to length 1 for every reward.
+- The regulariser is AdamW's weight decay on the adapter, whose zero is the base model.
+- The number of steps is drawn per micro-batch from 1 to `steps`, eta per image and step from
+  [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from tafs import sampling
+from tafs.method import Feedback, LossPart, Method, Trajectory
+
+if TYPE_CHECKING:
+    from tafs.backbones.base import Backbone, Conditioning
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardInstruct(Method):
+    """Every step's image is pushed along the rewards' gradients."""
+
+    steps: int = 4  # at most
+    weight_decay: float = 1e-2
+    updates: int = 2
+
+    TITLE: ClassVar[str] = "Reward-Instruct"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least("steps", 1)
+
+    @property
+    def evaluation_sampler(self) -> str:
+        return "anneal"
+
+    @property
+    def needs_reward_gradients(self) -> bool:
+        return True
+
+    def rollout(
+        self,
+        backbone: Backbone,
+        cond: Conditioning,
+        noise: Tensor,
+        generator: torch.Generator,
+        iteration: int,
+    ) -> Trajectory:
+        steps = int(torch.randint(1, self.steps + 1, (), generator=generator))
+        grid = sampling.uniform_grid(steps).to(noise.device)
+        x = noise
+        states, ends, times, nexts = [], [], [], []
+        for n in range(steps):
+            t, s = grid[n].expand(len(x)), grid[n + 1].expand(len(x))
+            v = backbone.velocity(x, t, cond)
+            eta = torch.rand(len(x), generator=generator).to(x.device)
+            transition = sampling.renoise(x, v, t, s, eta)
+            states.append(x)
+            x = transition.sample(generator)
+            ends.append(x)
+            times.append(t)
+            nexts.append(s)
+        t = torch.stack(times)
+        return Trajectory(
+            x_t=torch.stack(states),
+            x_s=torch.stack(ends),
+            t=t,
+            s=torch.stack(nexts),
+            log_prob=torch.zeros_like(t),
+            scored=x[None],
+            cond=cond,
+        )
+
+    def losses(
+        self, backbone: Backbone, trajectory: Trajectory, feedback: Feedback, micro_batch: int
+    ) -> Iterator[LossPart]:
+        steps, batch = trajectory.t.shape
+        for n in range(steps):
+            for low in range(0, batch, micro_batch):
+                part = slice(low, low + micro_batch)
+                x_t, t = trajectory.x_t[n, part], trajectory.t[n, part]
+                v = backbone.velocity(x_t, t, trajectory.cond[part])
+                x0_hat = sampling.x0_estimate(x_t, v, t)
+                direction = self.direction(x0_hat.detach(), part, feedback)
+                share = len(x_t) / (steps * batch)
+                loss = -(direction * x0_hat).flatten(1).sum(1).mean()
+                yield LossPart(loss * share, {})
+
+    def direction(self, x0_hat: Tensor, part: slice, feedback: Feedback) -> Tensor:
+        """Weighted sum of the rewards' gradients at the latents, each image's of length 1."""
+        latents = x0_hat.requires_grad_()
+        rewards = feedback.rewards(latents, part)
+        total = torch.zeros_like(latents)
+        for name, weight in feedback.weights.items():
+            (gradient,) = torch.autograd.grad(rewards[name].sum(), latents, retain_graph=True)
+            length = gradient.flatten(1).norm(dim=1).clamp(min=1e-12)
+            total += weight * gradient / length.view(-1, *[1] * (gradient.dim() - 1))
+        return total
+
+
+METHOD = RewardInstruct
