@@ -144,7 +144,8 @@ def figure4(
 def learning_curves(run_dirs: Iterable[Path | str], out_dir: Path | str) -> list[Path]:
     """Each training reward of the final image against iterations, and against compute time.
 
-    Thin lines are the seeds, thick ones their mean, bands their range.
+    Thin lines are the seeds. Thick ones are their mean and bands their range, of running means over
+    an eighth of the iterations: every iteration draws other prompts, which hides the trend.
 
     Raises:
         ValueError: no run is trained, or an input is missing or broken; names it.
@@ -159,6 +160,7 @@ def learning_curves(run_dirs: Iterable[Path | str], out_dir: Path | str) -> list
     longest = max(sum(r.seconds()) for system in trained for r in system.results)
     larger = (unit for unit in (("h", 3600), ("min", 60)) if longest > 5 * unit[1])
     unit, scale = next(larger, ("s", 1))
+    window = max(1, min(len(r.iterations) for s in trained for r in s.results) // 8)
     with _style():
         size = (3.2 * len(names) + 0.2, 4.7)
         figure = Figure(figsize=size, layout="constrained")
@@ -181,10 +183,10 @@ def learning_curves(run_dirs: Iterable[Path | str], out_dir: Path | str) -> list
                     for result in system.results
                 ]
                 clock = [np.cumsum(result.seconds()) / scale for result in system.results]
-                _seeds(panels[0, j], numbers, rewards, colour, label)
-                _seeds(panels[1, j], clock, rewards, colour, label)
+                _seeds(panels[0, j], numbers, rewards, colour, label, window)
+                _seeds(panels[1, j], clock, rewards, colour, label, window)
         for axes in panels[:, 0]:
-            axes.set_ylabel("Mean reward (training scale)")
+            axes.set_ylabel(f"Reward, mean of {window} iterations" if window > 1 else "Reward")
         _legend(figure, *panels[0])
         return _save(figure, out_dir, "learning_curves")
 
@@ -263,7 +265,9 @@ def _grid(
             left = text + i * (side + gap)
             box = (left / width, (top - side) / height, side / width, side / height)
             axes = figure.add_axes(box)
-            axes.axis("off")
+            axes.set(xticks=[], yticks=[])
+            for spine in axes.spines.values():  # many pictures are white up to their edges
+                spine.set(visible=True, color="#dddddd")
             small = max(stack[row].shape[:2]) <= side * DPI
             axes.imshow(stack[row], interpolation="nearest" if small else "antialiased")
         top -= side + gap
@@ -348,21 +352,33 @@ def _reward(result: Result, name: str) -> Array | None:
     return np.array(values, dtype=float)  # null, where it was not finite, becomes NaN
 
 
-def _seeds(axes: Axes, x: Sequence[Array], y: Sequence[Array], colour: str, label: str) -> None:
-    """Every seed, their mean and their range where all of them have values."""
-    if len(x) > 1:
+def _seeds(
+    axes: Axes, x: Sequence[Array], y: Sequence[Array], colour: str, label: str, window: int
+) -> None:
+    """Every seed; the mean and the range of their running means where all of them have values."""
+    smooth = [_running_mean(values, window) for values in y]
+    if len(x) > 1 or window > 1:
         for times, values in zip(x, y, strict=True):
-            axes.plot(times, values, color=colour, linewidth=0.5, alpha=0.4)
+            axes.plot(times, values, color=colour, linewidth=0.5, alpha=0.35)
+    if len(x) > 1:
         low, high = max(times[0] for times in x), min(times[-1] for times in x)
         grid = np.linspace(low, high, max(len(times) for times in x))
         curves = np.stack(
-            [np.interp(grid, times, values) for times, values in zip(x, y, strict=True)]
+            [np.interp(grid, times, values) for times, values in zip(x, smooth, strict=True)]
         )
         axes.fill_between(grid, curves.min(0), curves.max(0), color=colour, alpha=0.15, linewidth=0)
     else:
-        grid, curves = x[0], y[0][None]
+        grid, curves = x[0], smooth[0][None]
     single = "o" if len(grid) == 1 else None  # one point makes no line
     axes.plot(grid, curves.mean(0), color=colour, label=label, marker=single)
+
+
+def _running_mean(values: Array, window: int) -> Array:
+    """Centred means of `window` values, of fewer at the ends."""
+    kernel = np.ones(window)
+    counts = np.convolve(np.ones(len(values)), kernel, mode="same")
+    means: Array = np.convolve(values, kernel, mode="same") / counts
+    return means
 
 
 def _looks(systems: Sequence[System]) -> list[tuple[str, str]]:

@@ -41,7 +41,7 @@ def test_runs_are_named_after_method_task_backbone_and_seed():
     ("old", "new", "message"),
     [
         (
-            "iterations: 40",
+            "iterations: 30",
             "iteratons: 25",
             "unknown key 'scales.shapes.iteratons'; did you mean 'iterations'",
         ),
@@ -58,9 +58,9 @@ def test_runs_are_named_after_method_task_backbone_and_seed():
             "experiments.table2.methods: unknown method 'tafs'",
         ),
         ("task: preference", "task: prefs", "experiments.table2.task: unknown task 'prefs'"),
-        ("iterations: 40", "iterations: -1", "scales.shapes.iterations: input should be greater"),
+        ("iterations: 30", "iterations: -1", "scales.shapes.iterations: input should be greater"),
         (
-            "iterations: 40",
+            "iterations: 30",
             "iterations: many",
             "scales.shapes.iterations: input should be a valid integer",
         ),

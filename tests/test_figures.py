@@ -137,6 +137,12 @@ def test_learning_curves_are_means_over_seeds(runs: list[Path], drawn: list[Figu
     assert lines(drawn[0].axes[1])["Flow-GRPO"].get_ydata() == pytest.approx(mean)
 
 
+def test_running_means_are_centred_and_shorter_at_the_ends() -> None:
+    values = np.array([0.0, 3.0, 6.0, 3.0])
+    assert figures._running_mean(values, 3).tolist() == [1.5, 3.0, 4.0, 4.5]
+    assert figures._running_mean(values, 1).tolist() == values.tolist()
+
+
 def test_long_training_is_shown_in_hours(own_runs: list[Path], drawn: list[Figure]) -> None:
     for run in own_runs:
         file = run / "journal.jsonl"

@@ -184,10 +184,17 @@ class Backbone:
         _sort_header(file)
 
     def load_adapter(self, file: Path) -> None:
-        """Load an adapter that `save_adapter` or diffusers wrote."""
+        """Load an adapter that `save_adapter` or diffusers wrote, for sampling alone.
+
+        It is merged into the weights where they are float32, which saves its products at every
+        evaluation; in bfloat16 merging would round it.
+        """
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such adapter")
         self.pipeline.load_lora_weights(file.parent, weight_name=file.name, local_files_only=True)
+        if self.transformer.dtype == torch.float32:
+            self.pipeline.fuse_lora(components=["transformer"])
+            self.pipeline.unload_lora_weights()
 
     def _modules(self) -> list[nn.Module]:
         components = self.pipeline.components.values()

@@ -4,6 +4,8 @@ rule describe:
         f"{ROOT}/runs/{{run}}/run.json",
     log:
         f"{ROOT}/logs/describe/{{run}}.log",
+    # Before all else, so that every training can start early.
+    priority: 20
     conda:
         "../../environment.yml"
     params:
