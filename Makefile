@@ -15,6 +15,9 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
 export MLFLOW_ALLOW_PICKLE_DESERIALIZATION := false
 
+# Nor would a machine that forbids compiled modules compile torch and diffusers anew in every job.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Without it every look-up of a model that is not cached retries for many seconds.
 all test: export HF_HUB_OFFLINE ?= 1
 

@@ -51,7 +51,7 @@ def test_runs_are_named_after_method_task_backbone_and_seed():
             "methods.tafs_grpo: unknown hyperparameter 'learning_rte'",
         ),
         ("scale: shapes", "scale: shape", "scale: unknown scale 'shape'; did you mean 'shapes'"),
-        ("clip: 1.0}", "clipp: 1.0}", "tasks.preference.rewards: unknown reward 'clipp'"),
+        ("clip: 2.0}", "clipp: 2.0}", "tasks.preference.rewards: unknown reward 'clipp'"),
         (
             "[flow_grpo, tafs_grpo]",
             "[flow_grpo, tafs]",
@@ -67,8 +67,8 @@ def test_runs_are_named_after_method_task_backbone_and_seed():
         ("results: results", "scale: smoke", "'scale' is given twice"),
         ("  tafs_grpo: {", "  tafs_grp: {", "methods.tafs_grp: unknown method 'tafs_grp'"),
         (
-            "pickscore: 1.0, clip: 1.0}\n  comp",
-            "pickscore: -1, clip: 1.0}\n  comp",
+            "pickscore: 1.0, clip: 2.0}\n  comp",
+            "pickscore: -1, clip: 2.0}\n  comp",
             "tasks.preference.rewards.pickscore",
         ),
     ],
