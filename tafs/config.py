@@ -44,6 +44,7 @@ class Evaluation(_Strict):
     curve_nfe: tuple[Count, ...]  # steps of the curves, with the method's own sampler
     curve_images_per_prompt: Count
     base_nfe: Count  # the base model's full steps
+    batch: Count  # images at once; sampling takes less memory than training
 
 
 class Scale(_Strict):

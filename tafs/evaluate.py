@@ -124,9 +124,7 @@ def evaluate(run: rundir.RunDir) -> None:
         per_prompt = setting.images_per_prompt
         owners = [prompt for prompt in prompts for _ in range(per_prompt)]
         start = clock()
-        images = generate(
-            backbone, [p.text for p in prompts], setting, description["settings"]["micro_batch"]
-        )
+        images = generate(backbone, [p.text for p in prompts], setting, evaluation["batch"])
         sampled = clock()
         scores = metrics.report(metrics.score(images, owners))
         seconds["sample"] += sampled - start

@@ -63,7 +63,7 @@ def score(description: dict[str, Any], nfe: int, adapter: Path | None) -> float:
         backbone,
         [p.text for p in drawn],
         evaluate.Setting(description["sampler"], nfe, images_per_prompt=2),
-        batch=description["settings"]["micro_batch"],
+        batch=description["settings"]["evaluation"]["batch"],
         seed=description["seed"],
     )
     rewards = registry.load(list(description["rewards"]), world)

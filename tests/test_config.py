@@ -41,7 +41,7 @@ def test_runs_are_named_after_method_task_backbone_and_seed():
     ("old", "new", "message"),
     [
         (
-            "iterations: 30",
+            "iterations: 38",
             "iteratons: 25",
             "unknown key 'scales.shapes.iteratons'; did you mean 'iterations'",
         ),
@@ -58,9 +58,9 @@ def test_runs_are_named_after_method_task_backbone_and_seed():
             "experiments.table2.methods: unknown method 'tafs'",
         ),
         ("task: preference", "task: prefs", "experiments.table2.task: unknown task 'prefs'"),
-        ("iterations: 30", "iterations: -1", "scales.shapes.iterations: input should be greater"),
+        ("iterations: 38", "iterations: -1", "scales.shapes.iterations: input should be greater"),
         (
-            "iterations: 30",
+            "iterations: 38",
             "iterations: many",
             "scales.shapes.iterations: input should be a valid integer",
         ),
