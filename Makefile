@@ -22,7 +22,7 @@ unexport PYTHONDONTWRITEBYTECODE
 all test: export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup all test ui shapes-weights lint lock
+.PHONY: help setup all test ui new-method shapes-weights lint lock
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
@@ -37,6 +37,9 @@ test: $(STAMP)  ## Run the tests; pass pytest's options with ARGS='-k NAME'
 
 ui: $(STAMP)  ## Browse the tracked runs with MLflow on 127.0.0.1
 	$(RUN) python -m tafs.tracking ui $(ARGS)
+
+new-method: $(STAMP)  ## Write a method that runs as it stands: make new-method NAME=my_method
+	$(RUN) python -m tafs.new_method "$(NAME)"
 
 shapes-weights: $(STAMP)  ## Pretrain the shipped models of the embedded world again
 	$(RUN) python -m tafs.shapes.pretrain all $(ARGS)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 BASE = "base"  # the untrained model's place among the methods
+# What an experiment can be drawn as; tafs.figures has a function for each.
+FIGURES = ("steps", "curves", "images", "hacking", "profiles")
 
 Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
 Count = Annotated[int, Field(ge=1)]
@@ -51,11 +54,13 @@ class Scale(_Strict):
     """Which models and budgets; never how."""
 
     world: Literal["shapes"]
-    backbones: tuple[Name, ...]
+    backbones: dict[Name, Name]  # the models that play the experiments' parts
     iterations: Count
     prompts_per_iteration: Count
     group_size: Annotated[int, Field(ge=2)]
-    seeds: tuple[Annotated[int, Field(ge=0)], ...]
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+    ablation_seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+    experiments: tuple[Name, ...]  # what `snakemake all` builds
     micro_batch: Count
     checkpoint_every: Count
     lora: Lora
@@ -68,14 +73,23 @@ class Scale(_Strict):
 class Task(_Strict):
     """Rewards with their weights, on the training scale of each reward."""
 
+    title: str = ""  # of its row where a table compares tasks
     rewards: dict[Name, Annotated[float, Field(gt=0)]]
 
 
 class Experiment(_Strict):
-    """The systems that a table compares."""
+    """A table: every method on every task and backbone, at every number of steps."""
 
-    task: Name
-    methods: tuple[Name, ...]
+    caption: str
+    tasks: Annotated[tuple[Name, ...], Field(min_length=1)]
+    backbones: Annotated[tuple[Name, ...], Field(min_length=1)]  # parts that a scale casts
+    methods: Annotated[tuple[Name, ...], Field(min_length=1)]
+    header: str = "Method"  # of the rows' labels
+    labels: dict[Name, str] = {}  # of methods; by default their titles
+    nfe: tuple[Count, ...] | None = None  # by default the first of the scale's table_nfe
+    base: bool = False  # the base models too, at their full and at few steps
+    ablation: bool = False  # trained with the scale's ablation_seeds
+    figures: dict[Name, Name] = {}  # what is drawn, of FIGURES, and the file's name
 
 
 class Tuning(_Strict):
@@ -91,6 +105,7 @@ class Variant(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
     method: Name | None = None  # the method's file; by default the variant's own name
+    title: str = ""  # by default the method's
 
 
 class Config(_Strict):
@@ -203,6 +218,15 @@ def read(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
     Raises:
         ConfigError: one line that names the file, the key and the remedy.
     """
+    return check({**load_yaml(path, dict), **(overrides or {})}, str(path))
+
+
+def load_yaml(path: Path, kind: type) -> Any:
+    """The file's content, a mapping (`dict`) or a list.
+
+    Raises:
+        ConfigError: one line that names the file and what is wrong.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -215,9 +239,10 @@ def read(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
         raise ConfigError(f"{path}: {error}") from None
     except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{path}: is not YAML ({_yaml_problem(error)})") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: holds no mapping of keys to values")
-    return check({**raw, **(overrides or {})}, str(path))
+    if not isinstance(raw, kind):
+        wanted = "mapping of keys to values" if kind is dict else "list"
+        raise ConfigError(f"{path}: holds no {wanted}")
+    return raw
 
 
 def check(raw: Mapping[str, Any], source: str = "config.yaml") -> Config:
@@ -225,11 +250,39 @@ def check(raw: Mapping[str, Any], source: str = "config.yaml") -> Config:
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(f"{source}: {_first_problem(error)}") from None
+        raise ConfigError(f"{source}: {first_problem(error)}") from None
     problem = _inconsistency(config)
     if problem:
         raise ConfigError(f"{source}: {problem}")
     return config
+
+
+def with_method(config: Config, name: str) -> Config:
+    """The configuration with one more method in every experiment that has the base models.
+
+    A method that config.yaml does not list gets its file's own hyperparameters.
+
+    Raises:
+        ConfigError: there is no such method, or it cannot join an experiment; names it.
+    """
+    if not NAME.fullmatch(name):
+        raise ConfigError(f"--config method: {name[:60]!r} is no method's name")
+    methods = {**config.methods, name: config.methods.get(name)}
+    found = config.model_copy(update={"methods": methods})
+    problem = _inconsistency(found)
+    joined = {}
+    for key, experiment in config.experiments.items():
+        new = experiment.model_copy(update={"methods": (*experiment.methods, name)})
+        known = problem or not experiment.base or name in experiment.methods
+        # A method that differentiates its rewards cannot join a task whose rewards have no gradient.
+        fits = not known and _experiment_inconsistency(found, key, new) is None
+        joined[key] = new if fits else experiment
+    found = found.model_copy(update={"experiments": joined})
+    if not problem and not any(name in joined[key].methods for key in config.active.experiments):
+        problem = f"no table of scale {config.scale!r} can take it"
+    if problem:
+        raise ConfigError(f"--config method={name}: {problem}")
+    return found
 
 
 def _yaml_problem(error: Exception) -> str:
@@ -238,14 +291,14 @@ def _yaml_problem(error: Exception) -> str:
     return f"line {mark.line + 1}: {problem}" if mark else str(problem)
 
 
-def _first_problem(error: ValidationError) -> str:
-    """The first mistake as `key.path: what is wrong (remedy)`."""
+def first_problem(error: ValidationError, known: Sequence[str] | None = None) -> str:
+    """The first mistake as `key.path: what is wrong (remedy)`; `known` are the keys there are."""
     problems = error.errors()
     # A misspelt key is both unknown and missing: what was written says more.
     first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     path = ".".join(str(part) for part in first["loc"]).encode("unicode_escape").decode()
     if first["type"] == "extra_forbidden":
-        known = _known_keys(first["loc"])
+        known = known or _known_keys(first["loc"])
         return f"unknown key {path!r}{_suggestion(str(first['loc'][-1]), known)}"
     if first["type"] == "missing":
         return f"missing key {path!r}"
@@ -269,7 +322,7 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     return list(Config.model_fields)
 
 
-def _suggestion(name: str, available: list[str]) -> str:
+def _suggestion(name: str, available: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, available, n=1)
     if close:
         return f"; did you mean {close[0]!r}?"
@@ -303,24 +356,59 @@ def _inconsistency(config: Config) -> str | None:
         except (ValueError, TypeError) as error:
             return f"methods.{variant}: {error}"
     for name, experiment in config.experiments.items():
-        if experiment.task not in config.tasks:
-            return (
-                f"experiments.{name}.task: unknown task {experiment.task!r}"
-                f"{_suggestion(experiment.task, list(config.tasks))}"
-            )
-        for variant in experiment.methods:
-            if variant not in config.methods:
-                return (
-                    f"experiments.{name}.methods: unknown method {variant!r}"
-                    f"{_suggestion(variant, list(config.methods))}"
-                )
+        problem = _experiment_inconsistency(config, name, experiment)
+        if problem:
+            return problem
+    for name, scale in config.scales.items():
+        for wanted in scale.experiments:
+            if wanted not in config.experiments:
+                hint = _suggestion(wanted, list(config.experiments))
+                return f"scales.{name}.experiments: unknown experiment {wanted!r}{hint}"
+            for part in config.experiments[wanted].backbones:
+                if part not in scale.backbones:
+                    hint = _suggestion(part, list(scale.backbones))
+                    return (
+                        f"experiments.{wanted}.backbones: scale {name!r} has no backbone for "
+                        f"{part!r}{hint}"
+                    )
     if config.tuning is not None:
         return _tuning_inconsistency(config, config.tuning)
     return None
 
 
+def _experiment_inconsistency(config: Config, name: str, experiment: Experiment) -> str | None:
+    from tafs import method as methods
+    from tafs.rewards import DIFFERENTIABLE
+
+    where = f"experiments.{name}"
+    known: dict[str, Mapping[str, Any]] = {
+        "tasks": config.tasks,
+        "methods": config.methods,
+        "labels": config.methods,
+        "backbones": {part: None for scale in config.scales.values() for part in scale.backbones},
+    }
+    for key, available in known.items():
+        for entry in getattr(experiment, key):
+            if entry not in available:
+                hint = _suggestion(entry, list(available))
+                return f"{where}.{key}: unknown {key.rstrip('s')} {entry!r}{hint}"
+    for kind in experiment.figures:
+        if kind not in FIGURES:
+            return f"{where}.figures: unknown figure {kind!r}{_suggestion(kind, list(FIGURES))}"
+    for variant in experiment.methods:
+        algorithm = methods.create(*_method_of(variant, config.methods[variant]))
+        for task in experiment.tasks if algorithm.needs_reward_gradients else ():
+            for reward in config.tasks[task].rewards:
+                if reward not in DIFFERENTIABLE:
+                    return (
+                        f"{where}.methods: {variant!r} needs the rewards' gradients, and "
+                        f"{reward!r} of task {task!r} has none"
+                    )
+    return None
+
+
 def _tuning_inconsistency(config: Config, tuning: Tuning) -> str | None:
-    trained = {v for e in config.experiments.values() if e.task == tuning.task for v in e.methods}
+    trained = {v for e in config.experiments.values() if tuning.task in e.tasks for v in e.methods}
     for variant in tuning.grids:
         if variant not in trained:
             return (
@@ -330,7 +418,7 @@ def _tuning_inconsistency(config: Config, tuning: Tuning) -> str | None:
     sizes = {v: math.prod(len(values) for values in g.values()) for v, g in tuning.grids.items()}
     if len(set(sizes.values())) > 1:
         return f"tuning.grids: the methods get different numbers of trials ({sizes})"
-    if any(tuning.seed in scale.seeds for scale in config.scales.values()):
+    if any(tuning.seed in (*s.seeds, *s.ablation_seeds) for s in config.scales.values()):
         return f"tuning.seed: {tuning.seed} is one of the tables' seeds; choose another"
     return None
 
@@ -345,34 +433,95 @@ def _method_of(variant: str, settings: Variant | None) -> tuple[str, dict[str, A
 # -- runs --------------------------------------------------------------------------------------
 
 
+# Settings of a scale that say which runs there are, and nothing about any one of them.
+SELECTION = {"backbones", "seeds", "ablation_seeds", "experiments"}
+
+
 def runs(config: Config) -> dict[str, Run]:
     """Every run of the active scale's experiments, by name; shared runs appear once."""
-    from tafs import method as methods
-
     scale = config.active
-    settings = scale.model_dump(mode="json")
+    settings = scale.model_dump(mode="json", exclude=SELECTION)
     found: dict[str, Run] = {}
-    for backbone in scale.backbones:
-        name = f"{BASE}.{backbone}"
-        found[name] = Run(
-            name, BASE, BASE, backbone, "", backbone, 0, config.scale, settings, {}, {}
-        )
-        for experiment in config.experiments.values():
-            for variant in experiment.methods:
+    for name in scale.experiments:
+        experiment = config.experiments[name]
+        for backbone in (scale.backbones[part] for part in experiment.backbones):
+            base = f"{BASE}.{backbone}"
+            found[base] = Run(
+                base, BASE, BASE, backbone, "", backbone, 0, config.scale, settings, {}, {}
+            )
+            for variant, task in itertools.product(experiment.methods, experiment.tasks):
                 method, parameters = _method_of(variant, config.methods[variant])
-                for seed in scale.seeds:
-                    name = f"{variant}.{experiment.task}.{backbone}.{seed}"
-                    found[name] = Run(
-                        name=name,
+                for seed in scale.ablation_seeds if experiment.ablation else scale.seeds:
+                    run = f"{variant}.{task}.{backbone}.{seed}"
+                    found[run] = Run(
+                        name=run,
                         variant=variant,
                         method=method,
-                        title=methods.method_class(method).TITLE or variant,
-                        task=experiment.task,
+                        title=_title(config, variant),
+                        task=task,
                         backbone=backbone,
                         seed=seed,
                         scale=config.scale,
                         settings=settings,
-                        rewards=config.tasks[experiment.task].rewards,
+                        rewards=config.tasks[task].rewards,
                         hyperparameters=parameters,
                     )
+    return found
+
+
+def _title(config: Config, variant: str) -> str:
+    from tafs import method as methods
+
+    settings = config.methods[variant]
+    own = settings.title if settings else ""
+    return own or methods.method_class(_method_of(variant, settings)[0]).TITLE or variant
+
+
+def tables(config: Config) -> list[dict[str, Any]]:
+    """What the active scale's tables and figures show, as plain data.
+
+    Each has `name`, `caption`, `header`, `figures`, and `rows` of {runs, variant, task, backbone,
+    nfe, sampler, label, rule}: the names of the runs that a row stands for and what they share, at
+    how many steps and by which sampler they are judged (None: the run's own), the row's label, and
+    whether a line separates it from the row above.
+    """
+    scale = config.active
+    evaluation = scale.evaluation
+    members: dict[tuple[str, str, str], list[str]] = {}
+    for run in runs(config).values():
+        members.setdefault((run.variant, run.task, run.backbone), []).append(run.name)
+    found = []
+    for name in scale.experiments:
+        experiment = config.experiments[name]
+        few = experiment.nfe or evaluation.table_nfe[:1]
+        rows: list[dict[str, Any]] = []
+        for backbone in (scale.backbones[part] for part in experiment.backbones):
+            common = {"backbone": backbone, "rule": False}
+            if experiment.base:
+                base = {"variant": BASE, "task": "", "label": backbone, "sampler": "ode"}
+                steps = dict.fromkeys((evaluation.base_nfe, *evaluation.table_nfe[:1]))
+                names = members[BASE, "", backbone]
+                rows += [{**common, **base, "runs": names, "nfe": n} for n in steps]
+            first = True
+            for variant, task in itertools.product(experiment.methods, experiment.tasks):
+                label = experiment.labels.get(variant) or _title(config, variant)
+                if len(experiment.tasks) > 1:
+                    label = config.tasks[task].title or task
+                if len(experiment.backbones) > 1:
+                    label = f"{label} + {backbone}"
+                for n in few:
+                    row = {"variant": variant, "task": task, "label": label, "sampler": None}
+                    names = members[variant, task, backbone]
+                    rule = first and bool(rows)
+                    rows.append({**common, **row, "runs": names, "nfe": n, "rule": rule})
+                    first = False
+        found.append(
+            {
+                "name": name,
+                "caption": experiment.caption,
+                "header": experiment.header,
+                "figures": experiment.figures,
+                "rows": rows,
+            }
+        )
     return found

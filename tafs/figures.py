@@ -1,11 +1,7 @@
-"""The figures, as PNG (200 dpi) and PDF. Files in, files out; equal input gives equal bytes.
-
-python -m tafs.figures figure4 --runs results/shapes/runs/* --out results/shapes/figures
-"""
+"""The figures, as PNG (200 dpi) and PDF. Files in, files out; equal input gives equal bytes."""
 
 from __future__ import annotations
 
-import argparse
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from safetensors import SafetensorError, safe_open
 
-from tafs import prompts, rundir, stats, tables
+from tafs import rundir, stats, tables
 from tafs.stats import Array
 from tafs.tables import METRICS, Result, System
 
@@ -81,10 +77,25 @@ STYLE: dict[str, Any] = {
 }
 
 
+def draw(kind: str, name: str, run_dirs: Sequence[Path], out_dir: Path) -> list[Path]:
+    """One of config.FIGURES as NAME.png and NAME.pdf.
+
+    Raises:
+        ValueError: an input is missing or broken; names it.
+    """
+    if kind == "images":
+        settings = rundir.RunDir(run_dirs[0]).description["settings"]
+        held_out = rundir.test_prompts(settings["world"], settings["evaluation"]["prompts"])
+        captions = [prompt.text for prompt in held_out]
+        return image_grid(run_dirs, out_dir, name=name, captions=captions)
+    return DRAW[kind](run_dirs, out_dir, name=name)
+
+
 def figure4(
     run_dirs: Iterable[Path | str],
     out_dir: Path | str,
     *,
+    name: str = "figure4",
     nfe: Sequence[int] | None = None,
     full_steps: int | None = None,
 ) -> list[Path]:
@@ -134,14 +145,16 @@ def figure4(
                     axes.plot(steps, values, label=f"{label}, Euler", **line)
                 if not system.trained:
                     value = _mean(system, "ode", full, metric)
-                    name = f"{label}, {full} steps"
-                    axes.axhline(value, color=colour, linestyle=":", linewidth=1.2, label=name)
+                    at_full = f"{label}, {full} steps"
+                    axes.axhline(value, color=colour, linestyle=":", linewidth=1.2, label=at_full)
         figure.align_ylabels(panels)
         _legend(figure, panels[0, 0])
-        return _save(figure, out_dir, "figure4")
+        return _save(figure, out_dir, name)
 
 
-def learning_curves(run_dirs: Iterable[Path | str], out_dir: Path | str) -> list[Path]:
+def learning_curves(
+    run_dirs: Iterable[Path | str], out_dir: Path | str, *, name: str = "learning_curves"
+) -> list[Path]:
     """Each training reward of the final image against iterations, and against compute time.
 
     Thin lines are the seeds. Thick ones are their mean and bands their range, of running means over
@@ -165,15 +178,15 @@ def learning_curves(run_dirs: Iterable[Path | str], out_dir: Path | str) -> list
         size = (3.2 * len(names) + 0.2, 4.7)
         figure = Figure(figsize=size, layout="constrained")
         panels = figure.subplots(2, len(names), squeeze=False, sharey="col")
-        for j, name in enumerate(names):
-            title = METRICS[name].title if name in METRICS else name
+        for j, reward in enumerate(names):
+            title = METRICS[reward].title if reward in METRICS else reward
             panels[0, j].set_title(title)
             for axes, xlabel in zip(
                 panels[:, j], ("Iteration", f"Compute time ({unit})"), strict=True
             ):
                 axes.set_xlabel(xlabel)
             for system in trained:
-                curves = [_reward(result, name) for result in system.results]
+                curves = [_reward(result, reward) for result in system.results]
                 if any(curve is None for curve in curves):
                     continue
                 rewards = [curve for curve in curves if curve is not None]
@@ -188,13 +201,14 @@ def learning_curves(run_dirs: Iterable[Path | str], out_dir: Path | str) -> list
         for axes in panels[:, 0]:
             axes.set_ylabel(f"Reward, mean of {window} iterations" if window > 1 else "Reward")
         _legend(figure, *panels[0])
-        return _save(figure, out_dir, "learning_curves")
+        return _save(figure, out_dir, name)
 
 
 def image_grid(
     run_dirs: Iterable[Path | str],
     out_dir: Path | str,
     *,
+    name: str = "image_grid",
     captions: Sequence[str],
     indices: Sequence[int] | None = None,
     per_tag: int = 2,
@@ -229,7 +243,105 @@ def image_grid(
         raise ValueError("no prompts to show")
     images = [_samples(result, key, shown, len(captions)) for _, result, key in columns]
     with _style():
-        return _save(_grid(columns, images, shown, captions, tags), out_dir, "image_grid")
+        return _save(_grid(columns, images, shown, captions, tags), out_dir, name)
+
+
+IN_DOMAIN = ("pickscore", "clip")
+OUT_OF_DOMAIN = ("hpsv2", "imagereward", "unifiedreward")
+
+
+def hacking(
+    run_dirs: Iterable[Path | str], out_dir: Path | str, *, name: str = "hacking"
+) -> list[Path]:
+    """Reward hacking: gain on the trained rewards against gain on rewards that took no part.
+
+    Gains are on the base model at the same few steps, in standard deviations of its prompts, so
+    that rewards of different scales can be averaged. A dot a seed, a large marker their mean; below
+    the dotted diagonal a method gains more where it was trained.
+
+    Raises:
+        ValueError: no base model is among the runs, or an input is missing or broken; names it.
+    """
+    systems, few = _few_step_systems(run_dirs)
+    looks = _looks(systems)
+    with _style():
+        figure = Figure(figsize=(3.6, 3.9), layout="constrained")
+        axes = figure.subplots()
+        for system, (colour, marker) in zip(systems, looks, strict=True):
+            if not system.trained:
+                continue
+            x, y = (
+                np.mean([_effects(system, systems, few, metric) for metric in metrics], axis=0)
+                for metrics in (IN_DOMAIN, OUT_OF_DOMAIN)
+            )
+            if len(x) > 1:
+                axes.plot(x, y, ".", color=colour, alpha=0.5, markersize=3)
+            label = system.label
+            axes.plot(x.mean(), y.mean(), marker, color=colour, markersize=7, label=label)
+        axes.axline((0, 0), slope=1, color="#999999", linestyle=":", linewidth=0.8)
+        axes.axhline(0, color="#cccccc", linewidth=0.6)
+        axes.axvline(0, color="#cccccc", linewidth=0.6)
+        axes.set_xlabel("Gain on " + " and ".join(METRICS[m].title for m in IN_DOMAIN))
+        axes.set_ylabel("Gain on " + ", ".join(METRICS[m].title for m in OUT_OF_DOMAIN))
+        _legend(figure, axes, columns=2)
+        return _save(figure, out_dir, name)
+
+
+def profiles(
+    run_dirs: Iterable[Path | str], out_dir: Path | str, *, name: str = "profiles"
+) -> list[Path]:
+    """Performance profiles (Agarwal et al., 2021): the share of a method's scores above a gain.
+
+    A score is one seed's gain on one metric, over the base model at the same few steps, in standard
+    deviations of its prompts; the legend gives their interquartile mean.
+
+    Raises:
+        ValueError: no base model is among the runs, or an input is missing or broken; names it.
+    """
+    systems, few = _few_step_systems(run_dirs)
+    looks = _looks(systems)
+    metrics = [m for m in METRICS if m in _metrics([r for s in systems for r in s.results])]
+    gains = {
+        system.label: np.concatenate([_effects(system, systems, few, m) for m in metrics])
+        for system in systems
+        if system.trained
+    }
+    everything = np.concatenate(list(gains.values()))
+    margin = 0.05 * float(np.ptp(everything)) + 1e-3
+    grid = np.linspace(everything.min() - margin, everything.max() + margin, 400)
+    with _style():
+        figure = Figure(figsize=(3.6, 3.2), layout="constrained")
+        axes = figure.subplots()
+        for system, (colour, _) in zip(systems, looks, strict=True):
+            if system.trained:
+                values = gains[system.label]
+                above = (values[:, None] > grid).mean(0)
+                label = f"{system.label} ({stats.interquartile_mean(values):+.2f})"
+                axes.plot(grid, above, color=colour, label=label)
+        axes.set_xlabel("Gain on the base model, in standard deviations")
+        axes.set_ylabel("Share of seeds and metrics above it")
+        axes.set_ylim(-0.02, 1.02)
+        _legend(figure, axes, columns=2)
+        return _save(figure, out_dir, name)
+
+
+def _few_step_systems(run_dirs: Iterable[Path | str]) -> tuple[list[System], int]:
+    """The systems, and the few steps that tables print."""
+    results = tables.read_results(run_dirs)
+    systems = tables.systems(results)
+    if not any(system.trained for system in systems):
+        raise ValueError("no trained run among the given ones")
+    return systems, int(results[0].evaluation("table_nfe")[0])
+
+
+def _effects(system: System, systems: Sequence[System], nfe: int, metric: str) -> Array:
+    """Each seed's gain on the base model of its backbone; see `stats.effects`."""
+    backbone = system.info["backbone"]
+    bases = [s for s in systems if not s.trained and s.info["backbone"] == backbone]
+    if not bases:
+        raise ValueError(f"no run of the base model {backbone!r} among the given ones")
+    own = system.values(str(system.info["sampler"]), nfe, metric)
+    return stats.effects(own, bases[0].values("ode", nfe, metric))
 
 
 def _grid(
@@ -391,13 +503,13 @@ def _looks(systems: Sequence[System]) -> list[tuple[str, str]]:
     return looks
 
 
-def _legend(figure: Figure, *panels: Axes) -> None:
+def _legend(figure: Figure, *panels: Axes, columns: int = 5) -> None:
     """One legend for all panels, above them."""
     entries: dict[str, Artist] = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
-    rows = -(-len(entries) // 5)
+    rows = -(-len(entries) // columns)
     figure.legend(
         list(entries.values()),
         list(entries),
@@ -428,33 +540,10 @@ def _save(figure: Figure, out_dir: Path | str, name: str) -> list[Path]:
     return files
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m tafs.figures", description="Draw a figure.")
-    parser.add_argument("figure", choices=("figure4", "learning_curves", "image_grid"))
-    parser.add_argument("--runs", nargs="+", required=True, metavar="DIR", help="folders of runs")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to")
-    parser.add_argument(
-        "--captions", type=Path, metavar="FILE", help="image_grid's prompts: JSON Lines"
-    )
-    given = parser.parse_args(arguments)
-    if given.figure == "image_grid" and given.captions is None:
-        parser.error("image_grid needs --captions FILE")
-
-    def grid(runs: list[str], out: str) -> list[Path]:
-        return image_grid(runs, out, captions=[p.text for p in prompts.read(given.captions)])
-
-    draw: dict[str, Callable[[list[str], str], list[Path]]] = {
-        "figure4": figure4,
-        "learning_curves": learning_curves,
-        "image_grid": grid,
-    }
-
-    def work() -> None:
-        for file in draw[given.figure](given.runs, given.out):
-            print(file)
-
-    rundir.fail_in_one_line(f"figures {given.figure}", work)
-
-
-if __name__ == "__main__":
-    main()
+DRAW: dict[str, Callable[..., list[Path]]] = {
+    "steps": figure4,
+    "curves": learning_curves,
+    "images": image_grid,
+    "hacking": hacking,
+    "profiles": profiles,
+}

@@ -17,6 +17,7 @@ import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -353,12 +354,24 @@ class PolicyGradient(Method):
 
 
 def sources() -> dict[str, str]:
-    """Name -> importable module of every method, without importing any."""
+    """Name -> importable module of every method, without importing any.
+
+    They come from tafs/, baselines/ and installed packages' entry points in the group
+    `tafs.methods` (NAME = "package.module").
+
+    Raises:
+        ValueError: two files claim one name; names both.
+    """
     import baselines
 
     found = {"tafs_grpo": "tafs.tafs_grpo"}
     for info in pkgutil.iter_modules(baselines.__path__):
         found[info.name] = f"baselines.{info.name}"
+    for point in entry_points(group="tafs.methods"):
+        if found.setdefault(point.name, point.module) != point.module:
+            raise ValueError(
+                f"method {point.name!r} is defined twice: by {found[point.name]} and {point.module}"
+            )
     return dict(sorted(found.items()))
 
 

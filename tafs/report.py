@@ -1,36 +1,63 @@
-"""`python -m tafs.report ROOT RUN_JSON...`: every table and figure of the given runs."""
+"""`python -m tafs.report ROOT`: every table and figure that ROOT/tables.json lists."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from tafs import rundir
 
+CLAIMS = Path("claims.yaml")
+
 
 def main() -> None:
-    rundir.fail_in_one_line(
-        "compare", lambda: build(Path(sys.argv[1]), [Path(p) for p in sys.argv[2:]])
-    )
+    if len(sys.argv) != 2:
+        print("usage: python -m tafs.report ROOT", file=sys.stderr)
+        sys.exit(2)
+    rundir.fail_in_one_line("compare", lambda: build(Path(sys.argv[1])))
 
 
-def build(root: Path, descriptions: list[Path]) -> None:
-    """Write ROOT/tables and ROOT/figures.
+def build(root: Path) -> None:
+    """Write ROOT/tables, ROOT/figures and ROOT/claims.* from ROOT/runs.
 
     Raises:
         ValueError, FileNotFoundError: an input is missing or broken; names it.
     """
-    from tafs import figures, tables
+    from tafs import claims, figures, tables
 
-    runs = [file.parent for file in descriptions]
-    settings = rundir.RunDir(runs[0]).description["settings"]
-    evaluation = settings["evaluation"]
-    captions = [p.text for p in rundir.test_prompts(settings["world"], evaluation["prompts"])]
-    # As in the paper: every method at its few steps; Figure 4 shows the others.
-    tables.table2(runs, root / "tables", few_steps=evaluation["table_nfe"][:1])
-    figures.figure4(runs, root / "figures")
-    figures.learning_curves(runs, root / "figures")
-    figures.image_grid(runs, root / "figures", captions=captions)
+    stated = claims.read(CLAIMS)
+    verdicts: list[claims.Verdict] = []
+    for spec in contents(root):
+        names = dict.fromkeys(name for row in spec["rows"] for name in row["runs"])
+        runs = [root / "runs" / name for name in names]
+        tables.comparison(spec, runs, root / "tables")
+        for kind, name in spec["figures"].items():
+            figures.draw(kind, name, runs, root / "figures")
+        results = tables.read_results(runs)
+        own = [claim for claim in stated if claim.experiment == spec["name"]]
+        verdicts += [claims.judge(claim, spec, results) for claim in own]
+    judged = {verdict.claim.id for verdict in verdicts}
+    untested = [claim for claim in stated if claim.id not in judged]
+    verdicts += [claims.Verdict(claim, claims.NOT_TESTED, ()) for claim in untested]
+    claims.write(verdicts, root.name, root)
+
+
+def contents(root: Path) -> list[dict[str, Any]]:
+    """The tables of tables.json.
+
+    Raises:
+        ValueError, FileNotFoundError: it is missing or broken; names it.
+    """
+    file = root / "tables.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: not found; snakemake writes it from config.yaml")
+    try:
+        found: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["tables"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: is no list of tables ({error})") from None
+    return found
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ resampled (one seed, one prompt a stratum) there is a value and no interval.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Hashable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -26,6 +27,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtri, stdtrit
+from scipy.stats import bootstrap, pearsonr, trim_mean
 
 Array = NDArray[np.float64]
 
@@ -118,6 +120,117 @@ def paired_difference(
     n_images, n_missing = int(common.sum()), int((~common).sum())
     resampled = _resampled(max(len(left), len(right)), groups)
     return _estimate(value, draws, level, seeds, n_images, n_missing, resampled)
+
+
+def interquartile_mean(values: ArrayLike) -> float:
+    """The mean of the middle half (Agarwal et al., 2021); NaN where there is no value."""
+    array = np.asarray(values, dtype=float)
+    array = array[np.isfinite(array)]
+    return float(trim_mean(array, 0.25)) if len(array) else np.nan
+
+
+def effects(values: ArrayLike, reference: ArrayLike) -> Array:
+    """Each seed's gain on a reference, in standard deviations of the reference's prompts: [seeds].
+
+    This puts all metrics on one scale: 1 is as far as a typical prompt lies from the mean.
+
+    Args:
+        values: [seeds, prompts, images]; reference: [seeds, prompts, images] of the same prompts.
+
+    Raises:
+        ValueError: the prompts are not the same, or the reference does not vary over them.
+    """
+    array, base = np.asarray(values, dtype=float), np.asarray(reference, dtype=float)
+    if array.ndim != 3 or array.shape[1:] != base.shape[1:]:
+        raise ValueError(f"not paired: {array.shape[1:]} and {base.shape[1:]} prompts and images")
+    prompts = np.nanmean(base, axis=(0, 2))
+    spread = float(np.nanstd(prompts))
+    if not spread > 0:
+        raise ValueError("the reference is the same for every prompt: it gives no scale")
+    return (np.nanmean(array, axis=(1, 2)) - np.nanmean(base)) / spread
+
+
+def probability_of_improvement(
+    a: ArrayLike,
+    b: ArrayLike,
+    strata: Sequence[str],
+    *,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Estimate:
+    """How often a prompt is better under a than under b, ties counting half, and its interval.
+
+    A prompt's value is its mean over images; every seed of a meets every seed of b (Agarwal et al.,
+    2021). The p-value is that of 1/2.
+
+    Args:
+        a, b: [seeds, prompts, images] of the same prompts and start noise.
+    """
+    (left, groups), (right, _) = _checked(a, strata), _checked(b, strata)
+    if not (len(left) and len(right)):
+        return _estimate(np.nan, np.empty(0), level, 0, 0, 0, "")
+    with np.errstate(invalid="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a prompt without any value
+        first, second = np.nanmean(left, axis=2)[:, None], np.nanmean(right, axis=2)[None]
+    wins = np.where(first == second, 0.5, first > second)  # [seeds of a, seeds of b, prompts]
+    wins = np.where(np.isnan(first) | np.isnan(second), np.nan, wins)
+    pairs = wins.reshape(-1, wins.shape[2], 1) - 0.5
+    weights = _prompt_weights(groups, resamples, seed)
+    means = _seed_means(pairs, groups, weights, macro=False).reshape(-1, *wins.shape[:2])
+    ours = _seed_weights(len(left), level, resamples, seed, stream=0) / len(left)
+    theirs = _seed_weights(len(right), level, resamples, seed, stream=1) / len(right)
+    draws = np.einsum("rab,ra,rb->r", means, ours, theirs)
+    value = mean(pairs, strata)
+    seeds = min(len(left), len(right))
+    n_missing = int(np.isnan(wins).sum())
+    resampled = _resampled(max(len(left), len(right)), groups)
+    half = _estimate(value, draws, level, seeds, wins.size - n_missing, n_missing, resampled)
+    low, high = (min(1.0, max(0.0, bound + 0.5)) for bound in (half.low, half.high))
+    return half._replace(value=half.value + 0.5, low=low, high=high)
+
+
+def correlation(
+    x: ArrayLike, y: ArrayLike, *, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0
+) -> Estimate:
+    """Pearson's r of paired values and its bias-corrected bootstrap interval; p-value of r = 0.
+
+    Args:
+        x, y: [n]; pairs with a missing value are left out, and counted.
+
+    Raises:
+        ValueError: fewer than three pairs, or one side does not vary.
+    """
+    left, right = (np.asarray(v, dtype=float).ravel() for v in (x, y))
+    if left.shape != right.shape:
+        raise ValueError(f"not paired: {len(left)} and {len(right)} values")
+    kept = np.isfinite(left) & np.isfinite(right)
+    left, right = left[kept], right[kept]
+    if len(left) < 3 or not (left.std() > 0 and right.std() > 0):
+        raise ValueError("a correlation needs three pairs, and both sides to vary")
+    found = pearsonr(left, right)
+    interval = bootstrap(
+        (left, right),
+        lambda a, b, axis: pearsonr(a, b, axis=axis).statistic,
+        paired=True,
+        vectorized=True,
+        confidence_level=level,
+        n_resamples=resamples,
+        method="BCa",
+        rng=np.random.default_rng(seed),
+        batch=100,
+    ).confidence_interval
+    missing = int((~kept).sum())
+    return Estimate(
+        float(found.statistic),
+        float(interval.low),
+        float(interval.high),
+        1,
+        len(left),
+        missing,
+        "prompts",
+        float(found.pvalue),
+    )
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -216,13 +329,17 @@ def _draws(
     if not len(array):
         return np.empty(0)
     means = _seed_means(array, groups, _prompt_weights(groups, resamples, seed), macro)
-    n = len(array)
+    return (means * _seed_weights(len(array), level, resamples, seed, stream)).mean(1)
+
+
+def _seed_weights(n: int, level: float, resamples: int, seed: int, stream: int) -> Array:
+    """[resamples, n] of mean 1, stretched by Student's factor; ones where n is 1."""
     if n == 1:
-        return means[:, 0]
+        return np.ones((resamples, 1))
     weights = _resample(n, resamples, np.random.default_rng([seed, 1, stream]))
     tail = (1 + level) / 2
-    weights = 1 + (weights - 1) * (stdtrit(n - 1, tail) / ndtri(tail))
-    return (means * weights).mean(1)
+    stretched: Array = 1 + (weights - 1) * (stdtrit(n - 1, tail) / ndtri(tail))
+    return stretched
 
 
 @lru_cache(maxsize=8)

@@ -1,16 +1,15 @@
 """Tables as data: rows select runs, columns say what is printed. Files in, files out.
 
-Each table is written four times: CSV (every number with its interval and counts, for machines),
-Markdown, LaTeX (booktabs), and JSON (which runs each row came from). Equal input gives equal bytes.
-
-    python -m tafs.tables table2 --runs results/shapes/runs/* --out results/shapes/tables
+Each table is written as CSV and Parquet (every number with its interval and counts, for machines),
+Markdown, LaTeX (booktabs), HTML, and JSON (which runs each row came from). Equal input gives equal
+bytes.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import hashlib
+import html
 import io
 import json
 import math
@@ -23,14 +22,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tafs import config, journal, rundir, stats
+from tafs import journal, rundir, stats
 from tafs.stats import Array
 
 PUBLISHED = Path(__file__).parent / "paper"  # the paper's tables
-
-# The paper's order; methods that it does not know stand before its own.
-ORDER = (config.BASE, "dance_grpo", "mix_grpo", "flow_grpo", "rg_lcd", "reward_instruct")
-LAST = "tafs_grpo"
 
 
 @dataclass(frozen=True)
@@ -270,27 +265,24 @@ def _lookup(result: Result, key: str) -> Any:
 
 
 def systems(results: Sequence[Result]) -> list[System]:
-    """Every system among the runs: base models first, then methods in the paper's order."""
-
-    def place(result: Result) -> tuple[str, int, str]:
-        method, known = result.info["method"], len(ORDER)
-        rank = ORDER.index(method) if method in ORDER else known + (method == LAST)
-        return str(result.info["backbone"]), rank, result.variant
-
-    keys = {(place(r), r.variant, r.info["backbone"]): r for r in results}
-    ordered = [(variant, backbone) for (_, variant, backbone) in sorted(keys, key=lambda k: k[0])]
-    found = [
-        select(results, {"variant": variant, "backbone": backbone}) for variant, backbone in ordered
-    ]
-    titles = [system.label for system in found]
-    backbones = {backbone for _, backbone in ordered}
+    """Every system among the runs: base models first, then in the order of the runs."""
+    keys = ("variant", "task", "backbone")
+    found: dict[tuple[str, ...], System] = {}
+    for result in sorted(results, key=lambda r: r.run.trained):
+        where = {key: _lookup(result, key) for key in keys}
+        if tuple(where.values()) not in found:
+            found[tuple(where.values())] = select(results, where)
+    backbones = {backbone for _, _, backbone in found}
     named = []
-    for system, (variant, backbone) in zip(found, ordered, strict=True):
+    for (variant, task, backbone), system in found.items():
         label = system.label
+        namesakes = [w for w, s in found.items() if s.label == label and w[2] == backbone]
+        if len({other for other, _, _ in namesakes}) > 1:
+            label = f"{label} ({variant})"
+        elif len(namesakes) > 1:
+            label = f"{label} ({task})"
         if system.trained and len(backbones) > 1:
             label = f"{label} + {backbone}"
-        elif titles.count(label) > 1:
-            label = f"{label} ({variant})"
         named.append(System(label, system.results))
     return named
 
@@ -334,6 +326,7 @@ class Table:
     caption: str
     rows: Sequence[Row]
     columns: Sequence[Number | Score]
+    header: str = "Method"  # of the rows' labels
 
 
 @dataclass(frozen=True)
@@ -425,8 +418,11 @@ def _score_cells(
 
 
 def _published(name: str) -> dict[str, dict[str, str]]:
-    """Rows of the paper's table by the name in their first column."""
-    with (PUBLISHED / f"{name}.csv").open(encoding="utf-8", newline="") as file:
+    """Rows of the paper's table by the name in their first column; none of a table of our own."""
+    published = PUBLISHED / f"{name}.csv"
+    if not published.is_file():
+        return {}
+    with published.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     return {next(iter(row.values())).casefold(): row for row in rows}
 
@@ -437,7 +433,7 @@ def _published(name: str) -> dict[str, dict[str, str]]:
 def write(
     table: Table, results: Sequence[Result], out_dir: Path | str, published: bool = False
 ) -> list[Path]:
-    """Fill a table and write NAME.csv, NAME.md, NAME.tex and NAME.json into `out_dir`.
+    """Fill a table and write NAME.csv, .parquet, .md, .tex, .html and .json into `out_dir`.
 
     Raises:
         ValueError: see `fill`.
@@ -447,6 +443,7 @@ def write(
         "csv": _csv(table, lines, published),
         "md": _markdown(table, lines),
         "tex": _latex(table, lines),
+        "html": _html(table, lines),
         "json": _provenance(table, lines),
     }
     folder = Path(out_dir)
@@ -456,6 +453,8 @@ def write(
         file = folder / f"{table.name}.{ending}"
         file.write_text(text, encoding="utf-8", newline="\n")
         files.append(file)
+    files.append(folder / f"{table.name}.parquet")
+    pd.read_csv(io.StringIO(texts["csv"])).to_parquet(files[-1], index=False)
     return files
 
 
@@ -493,15 +492,15 @@ def _exact(value: float | None) -> str:
 
 
 def _markdown(table: Table, lines: Sequence[Line]) -> str:
-    header = ["Method", "Steps", *(_title(column) for column in table.columns), "Seeds"]
+    header = [table.header, "Steps", *(_title(column) for column in table.columns), "Seeds"]
     rows = [header, ["---", *["---:"] * (len(header) - 1)]]
     for line in lines:
         cells = [_markdown_cell(cell) for cell in line.cells]
-        label = _escape(line.system.label, MARKDOWN)
+        label = escape(line.system.label, MARKDOWN)
         rows.append([label, str(line.row.nfe), *cells, str(len(line.system.results))])
     body = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    notes = "\n".join(f"- {_escape(note, MARKDOWN)}" for note in _notes(table, lines))
-    caption = _escape(table.caption, MARKDOWN)
+    notes = "\n".join(f"- {escape(note, MARKDOWN)}" for note in _notes(table, lines))
+    caption = escape(table.caption, MARKDOWN)
     interval = "Brackets hold 95 % intervals."
     return f"{caption}\n\n{body}\n\n- {interval}\n{notes}\n"
 
@@ -520,11 +519,55 @@ def _markdown_cell(cell: Cell) -> str:
     return text
 
 
+STYLE = (
+    "body{font:14px sans-serif;margin:2em}caption{text-align:left;margin-bottom:.6em}"
+    "table{border-collapse:collapse}th,td{padding:.3em .8em;text-align:right;white-space:nowrap}"
+    "th:first-child,td:first-child{text-align:left}thead th{border-bottom:1px solid}"
+    "tr.rule td{border-top:1px solid #bbb}small{color:#666}"
+)
+
+
+def _html(table: Table, lines: Sequence[Line]) -> str:
+    """One page without scripts or other files."""
+    titles = [html.escape(table.header), "Steps"]
+    titles += [_title(column, plain=html.escape) for column in table.columns]
+    head = "".join(f"<th>{title}</th>" for title in titles)
+    body = []
+    for line in lines:
+        fields = [html.escape(line.system.label), str(line.row.nfe)]
+        fields += [_html_cell(cell) for cell in line.cells]
+        fields.append(str(len(line.system.results)))
+        kind = ' class="rule"' if line.row.rule else ""
+        body.append(f"<tr{kind}>{''.join(f'<td>{field}</td>' for field in fields)}</tr>")
+    notes = "".join(f"<li>{html.escape(note)}</li>" for note in _notes(table, lines))
+    caption = html.escape(table.caption)
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{table.name}</title>'
+        f"<style>{STYLE}</style><table><caption>{caption}</caption>"
+        f"<thead><tr>{head}<th>Seeds</th></tr></thead><tbody>\n"
+        + "\n".join(body)
+        + f"\n</tbody></table><ul><li>Brackets hold 95 % intervals.</li>{notes}</ul></html>\n"
+    )
+
+
+def _html_cell(cell: Cell) -> str:
+    if cell.value is None:
+        return "–"
+    text = f"{cell.value:.{cell.digits}f}"
+    text = f"<b>{text}</b>" if cell.best else text
+    if cell.estimate and math.isfinite(cell.estimate.low):
+        low, high = (f"{x:.{cell.digits}f}" for x in (cell.estimate.low, cell.estimate.high))
+        text += f" <small>[{low}, {high}]</small>"
+    if cell.published is not None:
+        text += f" <small>(paper: {html.escape(cell.published)})</small>"
+    return text
+
+
 def _latex(table: Table, lines: Sequence[Line]) -> str:
     """A table* for booktabs; the values' intervals as half their width."""
-    header = ["Method", "Steps", *(_title(column, latex=True) for column in table.columns)]
+    header = [table.header, "Steps", *(_title(column, latex=True) for column in table.columns)]
     header.append("Seeds")
-    notes = [_escape(note, LATEX) for note in _notes(table, lines)]
+    notes = [escape(note, LATEX) for note in _notes(table, lines)]
     beside = any(cell.published is not None for line in lines for cell in line.cells)
     notes.insert(0, r"$\pm$: half the width of the 95\,\% interval.")
     if beside:
@@ -532,7 +575,7 @@ def _latex(table: Table, lines: Sequence[Line]) -> str:
     body = []
     for line in lines:
         cells = [_latex_cell(cell) for cell in line.cells]
-        label = _escape(line.system.label, LATEX)
+        label = escape(line.system.label, LATEX)
         if line.row.rule:
             body.append(r"\midrule")
         fields = [label, str(line.row.nfe), *cells, str(len(line.system.results))]
@@ -542,7 +585,7 @@ def _latex(table: Table, lines: Sequence[Line]) -> str:
             r"\begin{table*}[t]",
             r"\centering\footnotesize",
             r"\setlength{\tabcolsep}{3.5pt}",
-            rf"\caption{{{_escape(table.caption, LATEX)} {' '.join(notes)}}}",
+            rf"\caption{{{escape(table.caption, LATEX)} {' '.join(notes)}}}",
             rf"\label{{tab:{table.name}}}",
             rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
             r"\toprule",
@@ -572,9 +615,13 @@ def _latex_cell(cell: Cell) -> str:
     return text
 
 
-def _title(column: Number | Score, latex: bool = False) -> str:
+def _title(
+    column: Number | Score, latex: bool = False, plain: Callable[[str], str] | None = None
+) -> str:
     if isinstance(column, Number):
-        return column.latex if latex else _escape(column.title, MARKDOWN)
+        if plain:
+            return plain(column.title)
+        return column.latex if latex else escape(column.title, MARKDOWN)
     title = METRICS[column.metric].title
     return rf"{title} $\uparrow$" if latex else f"{title} ↑"
 
@@ -652,28 +699,27 @@ LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
 }
 
 
-def _escape(text: str, special: Mapping[str, str]) -> str:
+def escape(text: str, special: Mapping[str, str]) -> str:
+    """The text with MARKDOWN's or LATEX's special characters made literal."""
     return "".join(special.get(character, character) for character in text)
 
 
-# --- The paper's tables -------------------------------------------------------------------------
+# --- An experiment's table -----------------------------------------------------------------------
 
 
-def table2(
+def comparison(
+    spec: Mapping[str, Any],
     run_dirs: Iterable[Path | str],
     out_dir: Path | str,
     *,
     scale: str | None = None,
-    full_steps: int | None = None,
-    few_steps: Sequence[int] | None = None,
 ) -> list[Path]:
-    """Table 2: the methods at few steps, beside their base model at full and at few steps.
+    """The table of an experiment, an entry of `config.tables`: counts, times and all metrics.
 
     Args:
-        run_dirs: folders of runs: base models and trained methods, all seeds.
+        run_dirs: the folders of the rows' runs.
         scale: None takes the runs' own; the paper's values stand beside ours only where it is
             "paper".
-        full_steps, few_steps: None takes those of the scale.
 
     Returns:
         The written files.
@@ -682,24 +728,20 @@ def table2(
         ValueError: an input is missing or broken; names it.
     """
     results = read_results(run_dirs)
-    full = full_steps or int(results[0].evaluation("base_nfe"))
-    few = list(few_steps or results[0].evaluation("table_nfe"))
-    found = systems(results)
-    trained = [system for system in found if system.trained]
-    bases = [system for system in found if not system.trained]
-    if not bases:
-        raise ValueError("no run of the base model (method 'base') among the given ones")
     if scale is None:
         scale = _common_scale(results)
-    rows = []
-    for system in bases:
-        rows += [_row(system, full, sampler="ode", published=str(system.info["title"]))]
-        rows += [_row(system, nfe) for nfe in few if nfe != full]
-    for nfe in few:
-        # The paper's Table 2 has each method once, at its few steps.
-        for i, system in enumerate(trained):
-            published = str(system.info["title"]) if nfe == few[0] else None
-            rows.append(_row(system, nfe, published=published, rule=i == 0))
+    rows = [
+        Row(
+            where={key: row[key] for key in ("variant", "task", "backbone")},
+            nfe=row["nfe"],
+            sampler=row["sampler"],
+            label=row["label"],
+            # The paper prints a system once, at the first number of steps that a table gives it.
+            published=row["label"] if _first_of_its_runs(row, spec["rows"]) else None,
+            rule=row["rule"],
+        )
+        for row in spec["rows"]
+    ]
     known = {metric for result in results for metric in result.scores.metrics()}
     columns: list[Number | Score] = [
         NFE_OLD,
@@ -707,17 +749,13 @@ def table2(
         TIME,
         *(Score(metric) for metric in METRICS if metric in known),
     ]
-    caption = (
-        "Alignment methods at few inference steps, each with its own sampler, and their base model."
-    )
-    return write(
-        Table("table2", caption, rows, columns), results, out_dir, published=scale == "paper"
-    )
+    table = Table(spec["name"], spec["caption"], rows, columns, header=spec["header"])
+    return write(table, results, out_dir, published=scale == "paper")
 
 
-def _row(system: System, nfe: int, **fields: Any) -> Row:
-    where = {"variant": system.results[0].variant, "backbone": system.info["backbone"]}
-    return Row(where, nfe, label=system.label, **fields)
+def _first_of_its_runs(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> bool:
+    keys = ("variant", "task", "backbone")
+    return next(r for r in rows if all(r[key] == row[key] for key in keys)) is row
 
 
 def _common_scale(results: Sequence[Result]) -> str:
@@ -729,26 +767,3 @@ def _common_scale(results: Sequence[Result]) -> str:
                 f"{first.info['scale']!r}"
             )
     return str(first.info["scale"])
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m tafs.tables", description="Write a table.")
-    parser.add_argument("table", choices=("table2",))
-    parser.add_argument("--runs", nargs="+", required=True, metavar="DIR", help="folders of runs")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to")
-    parser.add_argument("--scale", help="default: the runs' own")
-    given = parser.parse_args(arguments)
-    tables = {"table2": table2}
-    rundir.fail_in_one_line(
-        f"tables {given.table}",
-        lambda: _print(tables[given.table](given.runs, given.out, scale=given.scale)),
-    )
-
-
-def _print(files: Iterable[Path]) -> None:
-    for file in files:
-        print(file)
-
-
-if __name__ == "__main__":
-    main()

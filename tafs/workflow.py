@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,35 @@ from tafs.progress import Watcher
 
 __all__ = ["ConfigError", "Plan", "read"]
 
-OVERRIDES = ("scale", "results")
+OVERRIDES = ("scale", "results", "method")
 WEIGHTS_MANIFEST = Path(__file__).parent / "shapes" / "weights" / "manifest.json"
 
 
 class Plan:
     """The active scale's runs, as the graph needs them."""
 
-    def __init__(self, settings: Config) -> None:
+    def __init__(self, settings: Config, compared: str | None = None) -> None:
         self.settings = settings
+        self.compared = compared  # the method that `--config method=NAME` adds
         self.runs: dict[str, Run] = config.runs(settings)
         self.results = settings.results
         self.root = f"{settings.results}/{settings.scale}"
         self._watcher: Watcher | None = None
+
+    @property
+    def contents(self) -> str:
+        """The text of tables.json: what every table and figure shows."""
+        return config.to_json({"tables": config.tables(self.settings)})
+
+    def results_of(self, kind: str, suffixes: Sequence[str]) -> list[str]:
+        """The files of every table, or of every figure."""
+        found = config.tables(self.settings)
+        names = (
+            [table["name"] for table in found]
+            if kind == "tables"
+            else [figure for table in found for figure in table["figures"].values()]
+        )
+        return [f"{self.root}/{kind}/{name}.{suffix}" for name in names for suffix in suffixes]
 
     def files(self, name: str, trained: bool = False) -> list[str]:
         """`name` in every run's folder, or the folders; `trained` leaves out the base models."""
@@ -77,6 +93,10 @@ class Plan:
             watcher.say(f"done in {watcher.elapsed()}: {tables}/ and {figures}/")
         else:  # only some of the files were asked for
             watcher.say(f"done in {watcher.elapsed()}: {self.root}/")
+        if succeeded and self.compared:
+            for table in config.tables(self.settings):
+                if any(row["variant"] == self.compared for row in table["rows"]):
+                    watcher.say((tables / f"{table['name']}.md").read_text(encoding="utf-8"))
 
     def _run(self, name: str) -> Run:
         if name not in self.runs:
@@ -93,7 +113,12 @@ def read(overrides: Mapping[str, Any], path: Path = Path("config.yaml")) -> Plan
     for key in overrides:
         if key not in OVERRIDES:
             raise ConfigError(
-                f"--config {key}: only {' and '.join(OVERRIDES)} can be given on the command line; "
+                f"--config {key}: only {', '.join(OVERRIDES)} can be given on the command line; "
                 f"everything else stands in {path}"
             )
-    return Plan(config.read(path, overrides))
+    given = dict(overrides)
+    method = given.pop("method", None)
+    settings = config.read(path, given)
+    if method is None:
+        return Plan(settings)
+    return Plan(config.with_method(settings, str(method)), compared=str(method))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -210,3 +211,37 @@ def write_runs(root: Path, seeds: int = 3, **options: Any) -> list[Path]:
         for method in KINDS
         for seed in range(seeds if method != "base" else 1)
     ]
+
+
+def table2(
+    runs: Sequence[Path], few: Sequence[int] = (4,), full: int | None = 28
+) -> dict[str, Any]:
+    """The contents of a table of these runs: base models, then methods in the order of KINDS.
+
+    Runs that a test has damaged have no row.
+    """
+    infos = []
+    for run in runs:
+        try:
+            info = json.loads((run / "run.json").read_text(encoding="utf-8"))
+            infos += [info] if {"method", "title"} <= set(info) else []
+        except (OSError, ValueError):
+            continue
+    infos.sort(key=lambda info: list(KINDS).index(info["method"]))
+    rows: list[dict[str, Any]] = []
+    for steps in [(n,) for n in few]:
+        for info in infos:
+            base = info["method"] == "base"
+            row = {
+                "variant": info.get("variant", info["method"]),
+                "task": info["task"],
+                "backbone": info["backbone"],
+                "label": info["title"],
+            }
+            nfes = [n for n in (full, *few) if n] if base else steps
+            for n in nfes if not base or steps[0] == few[0] else ():
+                extra = {"nfe": n, "sampler": "ode" if base else None, "rule": False}
+                if {**row, **extra} not in rows:
+                    rows.append({**row, **extra})
+    caption = "Alignment methods."
+    return {"name": "table2", "caption": caption, "header": "Method", "figures": [], "rows": rows}

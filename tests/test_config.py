@@ -57,7 +57,11 @@ def test_runs_are_named_after_method_task_backbone_and_seed():
             "[flow_grpo, tafs]",
             "experiments.table2.methods: unknown method 'tafs'",
         ),
-        ("task: preference", "task: prefs", "experiments.table2.task: unknown task 'prefs'"),
+        ("tasks: [preference]", "tasks: [prefs]", "experiments.table2.tasks: unknown task 'prefs'"),
+        ("figures: {steps", "figures: {step", "experiments.table2.figures: unknown figure 'step'"),
+        ("backbones: [sd3]", "backbones: [sd2]", "table1.backbones: unknown backbone 'sd2'"),
+        ("backbones: {sd3:", "backbones: {sd2:", "scale 'smoke' has no backbone for 'sd3'"),
+        ("experiments: [table2]", "experiments: [tabel2]", "did you mean 'table2'?"),
         ("iterations: 38", "iterations: -1", "scales.shapes.iterations: input should be greater"),
         (
             "iterations: 38",
@@ -143,3 +147,33 @@ def test_reading_the_plan_imports_no_model_library():
         "sys.exit(bool({'diffusers', 'transformers', 'mlflow', 'pandas'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_one_more_method_joins_the_tables_that_have_the_base_models():
+    settings = config.with_method(config.read(SHIPPED), "dance_grpo")
+    names = set(config.runs(settings)) - set(config.runs(config.read(SHIPPED)))
+    assert names == {f"dance_grpo.preference.shapes-sd3.{seed}" for seed in (0, 1, 2)}
+    table = next(t for t in config.tables(settings) if t["name"] == "table2")
+    assert "dance_grpo" in [row["variant"] for row in table["rows"]]
+
+
+@pytest.mark.parametrize("name", ["nothing", "../x", "a;b"])
+def test_a_method_that_is_not_there_cannot_join(name):
+    with pytest.raises(config.ConfigError, match="--config method"):
+        config.with_method(config.read(SHIPPED), name)
+
+
+def test_what_runs_there_are_changes_no_run(tmp_path):
+    """One more seed or experiment must not train again what is there."""
+    before = config.runs(config.read(SHIPPED))
+    after = config.runs(config.read(changed(tmp_path, "seeds: [0, 1, 2]", "seeds: [0, 1, 2, 3]")))
+    assert len(after) > len(before)
+    assert all(after[name].describe() == before[name].describe() for name in before)
+
+
+def test_rewards_without_gradients_are_refused_to_methods_that_need_them(tmp_path):
+    path = changed(tmp_path, "tasks: [preference]", "tasks: [composition]")
+    path.write_text(path.read_text().replace("[flow_grpo, tafs_grpo]", "[reward_instruct]"))
+    path.write_text(path.read_text().replace("\nmethods:\n", "\nmethods:\n  reward_instruct:\n"))
+    with pytest.raises(config.ConfigError, match="'reward_instruct' needs .*'geneval'.* has none"):
+        config.read(path)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ import synthetic
 from matplotlib.figure import Figure
 from safetensors.numpy import load_file
 
-from tafs import figures, tables
+from tafs import config, figures, tables
 
 SMALL = {"prompts": 18, "images": 2, "iterations": 6, "nfe": (1, 4)}
 FEW = {"nfe": (1, 4)}
@@ -253,25 +251,36 @@ def test_bad_input_is_one_line_that_names_the_file(own_runs: list[Path], tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-def test_command_line_writes_and_fails_with_two(
-    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_every_kind_of_figure_in_the_configuration_can_be_drawn() -> None:
+    assert tuple(figures.DRAW) == config.FIGURES
+
+
+def test_hacking_compares_trained_rewards_with_those_that_took_no_part(
+    runs: list[Path], drawn: list[Figure]
 ) -> None:
-    captions = tmp_path / "prompts.jsonl"
-    captions.write_text("".join(json.dumps({"prompt": c}) + "\n" for c in synthetic.captions(18)))
-    arguments = ["image_grid", "--runs", *map(str, runs), "--out", str(tmp_path)]
-    figures.main([*arguments, "--captions", str(captions)])
-    assert capsys.readouterr().out.splitlines() == [
-        str(tmp_path / "image_grid.png"),
-        str(tmp_path / "image_grid.pdf"),
-    ]
-    for wrong in (arguments, ["figure4", "--runs", str(tmp_path / "no"), "--out", str(tmp_path)]):
-        with pytest.raises(SystemExit) as stopped:
-            figures.main(wrong)
-        assert stopped.value.code == 2
-    assert "run.json: not found" in capsys.readouterr().err.splitlines()[-1]
+    figures.hacking(runs, "")
+    (point,) = lines(drawn[0].axes[0])["TAFS-GRPO"].get_xdata()
+    base, *_, first, second = tables.read_results(runs)
+    gains = []
+    for metric in ("pickscore", "clip"):
+        reference = base.scores.values["ode", 4, metric]
+        spread = np.nanstd(reference.mean(1))
+        for result in (first, second):
+            own = result.scores.values["anneal", 4, metric]
+            gains.append((own.mean() - reference.mean()) / spread)
+    assert point == pytest.approx(np.mean(gains))
 
 
-def test_neither_torch_nor_mlflow_is_imported() -> None:
-    code = "import sys, tafs.figures; print({'torch', 'mlflow'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
+def test_profiles_fall_from_one_to_zero(runs: list[Path], drawn: list[Figure]) -> None:
+    figures.profiles(runs, "")
+    found = [line for line in drawn[0].axes[0].get_lines() if "(" in str(line.get_label())]
+    assert len(found) == 2
+    for line in found:
+        shares = line.get_ydata()
+        assert (shares[0], shares[-1]) == (1, 0)
+        assert (np.diff(shares) <= 0).all()
+
+
+def test_gains_without_their_base_model_are_refused(runs: list[Path]) -> None:
+    with pytest.raises(ValueError, match="no run of the base model 'shapes-sd3'"):
+        figures.hacking(runs[1:], "")

@@ -222,3 +222,76 @@ def test_equal_seeds_give_equal_numbers_and_others_differ() -> None:
     x, tags = rows(0)[0], ["a"] * 50 + ["b"] * 50
     assert stats.mean_interval(x, tags) == stats.mean_interval(x, tags)
     assert stats.mean_interval(x, tags, seed=1) != stats.mean_interval(x, tags)
+
+
+def test_the_interquartile_mean_drops_both_outer_quarters() -> None:
+    assert stats.interquartile_mean([100, 1, 2, 3, 4, 5, 6, -50]) == pytest.approx(
+        (2 + 3 + 4 + 5) / 4
+    )
+    assert stats.interquartile_mean([np.nan, 7.0]) == 7
+    assert np.isnan(stats.interquartile_mean([np.nan]))
+
+
+def test_effects_are_gains_in_standard_deviations_of_the_references_prompts() -> None:
+    reference = values([[0, 2], [4, 6], [8, 10]])  # prompts at 1, 5 and 9: mean 5, std sqrt(32 / 3)
+    trained = values([[5, 5]] * 3, [[9, 9]] * 3)
+    assert stats.effects(trained, reference).tolist() == pytest.approx([0, 4 / np.sqrt(32 / 3)])
+
+
+def test_a_reference_without_spread_gives_no_scale() -> None:
+    with pytest.raises(ValueError, match="gives no scale"):
+        stats.effects(values([[1], [2], [3]]), values([[1], [1], [1]]))
+
+
+def test_the_probability_of_improvement_counts_prompts_and_halves_ties() -> None:
+    a, b = values([[3], [1], [2]]), values([[2], [1], [5]])
+    estimate = stats.probability_of_improvement(a, b, ["x"] * 3)
+    assert estimate.value == pytest.approx((1 + 0.5 + 0) / 3)
+    assert 0 <= estimate.low <= estimate.value <= estimate.high <= 1
+    # Every seed of one side meets every seed of the other: wins 1, 1/2, 0 and 1, 1, 1.
+    two = stats.probability_of_improvement(np.concatenate([a, a + 10]), b, ["x"] * 3)
+    assert two.value == pytest.approx((1.5 + 3) / 6)
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 3), min_size=4, max_size=4), min_size=2, max_size=6),
+)
+@settings(max_examples=40, deadline=None)
+def test_probabilities_of_both_directions_add_up_to_one(rows: list[list[int]]) -> None:
+    table = np.array(rows, dtype=float)
+    a, b = table[:, :2, None].transpose(1, 0, 2), table[:, 2:, None].transpose(1, 0, 2)
+    strata = ["x"] * len(rows)
+    forth = stats.probability_of_improvement(a, b, strata).value
+    back = stats.probability_of_improvement(b, a, strata).value
+    assert forth + back == pytest.approx(1)
+
+
+def test_a_sure_improvement_has_an_interval_above_a_half() -> None:
+    rng = np.random.default_rng(0)
+    prompts = rng.normal(size=(1, 60, 1))
+    a = prompts + 0.8 + 0.3 * rng.normal(size=(3, 60, 1))
+    b = prompts + 0.3 * rng.normal(size=(3, 60, 1))
+    estimate = stats.probability_of_improvement(a, b, ["x"] * 60)
+    assert estimate.low > 0.8
+    assert estimate.p_value < 0.01
+
+
+def test_correlation_is_pearsons_and_leaves_out_missing_pairs() -> None:
+    x = np.array([1.0, 2, 3, 4, np.nan])
+    y = np.array([2.0, 1, 4, 3, 9])
+    estimate = stats.correlation(x, y)
+    assert estimate.value == pytest.approx(0.6)
+    assert (estimate.n_images, estimate.n_missing) == (4, 1)
+
+
+def test_a_correlations_interval_covers_it() -> None:
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=400)
+    y = 0.6 * x + 0.8 * rng.normal(size=400)
+    estimate = stats.correlation(x, y, resamples=500)
+    assert 0.5 < estimate.low < 0.6 < estimate.high < 0.7
+
+
+def test_a_constant_has_no_correlation() -> None:
+    with pytest.raises(ValueError, match="both sides to vary"):
+        stats.correlation([1, 1, 1], [1, 2, 3])

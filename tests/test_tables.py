@@ -6,8 +6,9 @@ import csv
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -36,12 +37,18 @@ def read(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def table2(
+    runs: Sequence[Path], out: Path, *, scale: str | None = None, **steps: Any
+) -> list[Path]:
+    return tables.comparison(synthetic.table2(runs, **steps), runs, out, scale=scale)
+
+
 def test_metrics_are_those_of_the_rewards_in_their_order() -> None:
     assert tuple(tables.METRICS) == rewards.METRICS
 
 
 def test_rows_are_the_base_then_each_method(runs: list[Path], tmp_path: Path) -> None:
-    tables.table2(runs[::-1], tmp_path, few_steps=(4, 8))
+    table2(runs[::-1], tmp_path, few=(4, 8))
     assert [(r["row"], r["sampler"], r["nfe"]) for r in read(tmp_path)] == [
         ("shapes-sd3", "ode", "28"),
         ("shapes-sd3", "ode", "4"),
@@ -53,16 +60,8 @@ def test_rows_are_the_base_then_each_method(runs: list[Path], tmp_path: Path) ->
     ]
 
 
-def test_steps_come_from_the_scale_where_run_json_gives_them(tmp_path: Path) -> None:
-    evaluation = {"nfe": [4, 8], "table_nfe": [8], "base_nfe": 4}
-    settings = {"evaluation": evaluation}
-    base = synthetic.write_run(tmp_path, "base", settings=settings, **SMALL)
-    tables.table2([base], tmp_path)
-    assert [r["nfe"] for r in read(tmp_path)] == ["4", "8"]
-
-
 def test_values_are_the_files_values(runs: list[Path], tmp_path: Path) -> None:
-    tables.table2(runs, tmp_path)
+    table2(runs, tmp_path)
     row = read(tmp_path)[3]
     scores = pd.concat(pd.read_parquet(r / "scores.parquet") for r in runs if "tafs" in r.name)
     scores = scores[(scores["sampler"] == "anneal") & (scores["nfe"] == 4)]
@@ -77,7 +76,7 @@ def test_values_are_the_files_values(runs: list[Path], tmp_path: Path) -> None:
 
 
 def test_training_columns_are_the_runs_own(runs: list[Path], tmp_path: Path) -> None:
-    tables.table2(runs, tmp_path)
+    table2(runs, tmp_path)
     base, *_, tafs = read(tmp_path)
     assert (base["nfe_old"], base["nfe_theta"], base["iteration_time_s"]) == ("", "", "")
     assert (tafs["nfe_old"], tafs["nfe_theta"]) == ("4", "3")
@@ -94,7 +93,7 @@ def test_the_last_record_of_an_iteration_counts(own_runs: list[Path], tmp_path: 
                 for i in range(5):
                     record = {"kind": "iteration", "iteration": i, "seconds": {"total": 77.0}}
                     file.write(json.dumps(record) + "\n")
-    tables.table2(own_runs, tmp_path)
+    table2(own_runs, tmp_path)
     assert read(tmp_path)[2]["iteration_time_s"] == "77"
 
 
@@ -109,7 +108,7 @@ def test_missing_values_are_counted_and_told(own_runs: list[Path], tmp_path: Pat
         return scores.assign(value=scores["value"].mask(first))
 
     change_scores(own_runs[0], lose)
-    tables.table2(own_runs, tmp_path)
+    table2(own_runs, tmp_path)
     base = read(tmp_path)[1]
     assert (base["clip_n_images"], base["clip_n_missing"]) == ("34", "2")
     text = (tmp_path / "table2.md").read_text(encoding="utf-8")
@@ -131,7 +130,7 @@ def test_only_a_sure_winner_is_bold(own_runs: list[Path], tmp_path: Path) -> Non
         change_scores(run, change)
     shutil.copy(tafs[0].parent / "flow_grpo-0" / "scores.parquet", tafs[0].parent / "flow_grpo-1")
     change_scores(tafs[0].parent / "flow_grpo-1", lambda s: s.assign(seed=1))
-    tables.table2(own_runs, tmp_path)
+    table2(own_runs, tmp_path)
     rows = read(tmp_path)
     assert [row["hpsv2_best"] for row in rows] == ["0", "0", "0", "1"]
     # In the other columns the two methods are equal, so neither is best.
@@ -143,9 +142,16 @@ def test_only_a_sure_winner_is_bold(own_runs: list[Path], tmp_path: Path) -> Non
 
 
 def test_equal_input_gives_equal_bytes(runs: list[Path], tmp_path: Path) -> None:
-    first = tables.table2(runs, tmp_path / "a")
-    second = tables.table2(runs[::-1], tmp_path / "b")
-    assert [file.suffix for file in first] == [".csv", ".md", ".tex", ".json"]
+    first = table2(runs, tmp_path / "a")
+    second = table2(runs[::-1], tmp_path / "b")
+    assert [file.suffix for file in first] == [
+        ".csv",
+        ".md",
+        ".tex",
+        ".html",
+        ".json",
+        ".parquet",
+    ]
     for a, b in zip(first, second, strict=True):
         assert a.read_bytes() == b.read_bytes()
 
@@ -153,10 +159,10 @@ def test_equal_input_gives_equal_bytes(runs: list[Path], tmp_path: Path) -> None
 def test_the_papers_values_stand_at_the_papers_scale_alone(
     runs: list[Path], tmp_path: Path
 ) -> None:
-    tables.table2(runs, tmp_path / "shapes")
-    texts = [file.read_text(encoding="utf-8") for file in (tmp_path / "shapes").iterdir()]
-    assert not any("paper" in text or "published" in text for text in texts)
-    tables.table2(runs, tmp_path / "paper", scale="paper")
+    table2(runs, tmp_path / "shapes")
+    texts = [file.read_bytes() for file in (tmp_path / "shapes").iterdir()]
+    assert not any(b"paper" in text or b"published" in text for text in texts)
+    table2(runs, tmp_path / "paper", scale="paper")
     base, _, flow, tafs = read(tmp_path / "paper")
     assert (tafs["pickscore_published"], tafs["iteration_time_s_published"]) == ("22.46", "116")
     assert flow["hpsv2_published"] == "0.304"
@@ -166,7 +172,7 @@ def test_the_papers_values_stand_at_the_papers_scale_alone(
 
 def test_the_base_is_compared_with_its_namesake_in_the_paper(tmp_path: Path) -> None:
     base = synthetic.write_run(tmp_path, "base", title="FLUX.1-dev", scale="paper", **SMALL)
-    tables.table2([base], tmp_path)
+    table2([base], tmp_path)
     full, few = read(tmp_path)
     assert (full["clip_published"], few["clip_published"]) == ("25.95", "")
 
@@ -178,7 +184,7 @@ def test_published_tables_are_all_there() -> None:
 
 
 def test_provenance_names_the_runs_of_each_row(runs: list[Path], tmp_path: Path) -> None:
-    tables.table2(runs, tmp_path)
+    table2(runs, tmp_path)
     record = json.loads((tmp_path / "table2.json").read_text(encoding="utf-8"))
     last = record["rows"][-1]
     assert [run["name"] for run in last["runs"]] == ["tafs_grpo-0", "tafs_grpo-1"]
@@ -187,7 +193,7 @@ def test_provenance_names_the_runs_of_each_row(runs: list[Path], tmp_path: Path)
 
 def test_latex_is_balanced_and_escaped(tmp_path: Path) -> None:
     base = synthetic.write_run(tmp_path, "base", title="100% \\ {x}_y & ~z^", **SMALL)
-    tables.table2([base], tmp_path)
+    table2([base], tmp_path)
     text = (tmp_path / "table2.tex").read_text(encoding="utf-8")
     label = r"100\% \textbackslash{} \{x\}\_y \& \textasciitilde{}z\textasciicircum{} & 28 & --"
     assert label in text
@@ -203,7 +209,7 @@ def test_latex_is_balanced_and_escaped(tmp_path: Path) -> None:
 
 def test_markdown_is_a_table_whatever_the_title(tmp_path: Path) -> None:
     base = synthetic.write_run(tmp_path, "base", title="a|b_*c*", **SMALL)
-    tables.table2([base], tmp_path)
+    table2([base], tmp_path)
     lines = (tmp_path / "table2.md").read_text(encoding="utf-8").splitlines()
     rows = [line for line in lines if line.startswith("|")]
     assert rows[2].startswith(r"| a\|b\_\*c\* | 28 |")
@@ -212,39 +218,17 @@ def test_markdown_is_a_table_whatever_the_title(tmp_path: Path) -> None:
 
 def test_one_seed_is_told(tmp_path: Path) -> None:
     runs = synthetic.write_runs(tmp_path / "runs", seeds=1, **SMALL)
-    tables.table2(runs, tmp_path)
+    table2(runs, tmp_path)
     assert {row["clip_resampled"] for row in read(tmp_path)} == {"prompts"}
     assert "not of seeds" in (tmp_path / "table2.md").read_text(encoding="utf-8")
 
 
 def test_one_prompt_a_task_has_values_and_no_intervals(tmp_path: Path) -> None:
     small = {**SMALL, "prompts": 6, "images": 1}
-    tables.table2(synthetic.write_runs(tmp_path / "runs", seeds=1, **small), tmp_path)
+    table2(synthetic.write_runs(tmp_path / "runs", seeds=1, **small), tmp_path)
     for row in read(tmp_path):
         assert row["clip"] and not row["clip_low"] and row["clip_best"] == "0"
     assert "±" not in (tmp_path / "table2.md").read_text(encoding="utf-8")
-
-
-def test_variants_of_a_method_are_told_apart(tmp_path: Path) -> None:
-    runs = [synthetic.write_run(tmp_path, "base", **SMALL)]
-    for variant in ("tafs_grpo", "tafs_short"):
-        runs.append(
-            synthetic.write_run(tmp_path, "tafs_grpo", name=variant, variant=variant, **SMALL)
-        )
-    tables.table2(runs, tmp_path)
-    labels = [row["row"] for row in read(tmp_path)[2:]]
-    assert labels == ["TAFS-GRPO (tafs_grpo)", "TAFS-GRPO (tafs_short)"]
-
-
-def test_methods_on_two_backbones_are_told_apart(tmp_path: Path) -> None:
-    runs = [
-        synthetic.write_run(tmp_path, method, name=f"{method}-{b}", backbone=b, title=t, **SMALL)
-        for b in ("one", "two")
-        for method, t in (("base", b), ("tafs_grpo", "TAFS-GRPO"))
-    ]
-    tables.table2(runs, tmp_path)
-    labels = [row["row"] for row in read(tmp_path)]
-    assert labels == ["one", "one", "two", "two", "TAFS-GRPO + one", "TAFS-GRPO + two"]
 
 
 def test_rows_select_by_nested_fields(tmp_path: Path) -> None:
@@ -323,31 +307,35 @@ def test_bad_input_is_one_line_that_names_the_file(
 ) -> None:
     damage(own_runs)
     with pytest.raises(ValueError, match=message) as caught:
-        tables.table2(own_runs, tmp_path / "out")
+        table2(own_runs, tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
 def test_runs_that_cannot_be_one_table_are_refused(runs: list[Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no runs were given"):
-        tables.table2([], tmp_path)
-    with pytest.raises(ValueError, match="no run of the base model"):
-        tables.table2(runs[1:], tmp_path)
+        table2([], tmp_path)
+    with pytest.raises(ValueError, match="no run with variant base.* among the given ones"):
+        tables.comparison(synthetic.table2(runs), runs[1:], tmp_path)
     twin = synthetic.write_run(tmp_path, "base", name="twin", **SMALL)
     with pytest.raises(ValueError, match="twin: the same system and seed as .*base-0"):
-        tables.table2([*runs, twin], tmp_path)
+        table2([*runs, twin], tmp_path)
     other = synthetic.write_run(tmp_path, "tafs_grpo", 5, scale="paper", **SMALL)
     with pytest.raises(ValueError, match="scale 'paper', but .*base-0 has 'shapes'"):
-        tables.table2([*runs, other], tmp_path)
+        table2([*runs, other], tmp_path)
 
 
-def test_command_line_writes_and_fails_with_two(
-    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tables.main(["table2", "--runs", *map(str, runs), "--out", str(tmp_path)])
-    assert capsys.readouterr().out.splitlines()[0] == str(tmp_path / "table2.csv")
-    with pytest.raises(SystemExit) as stopped:
-        tables.main(["table2", "--runs", str(tmp_path / "no"), "--out", str(tmp_path)])
-    assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "run.json: not found" in line
+def test_html_escapes_what_users_write_and_runs_nothing(tmp_path: Path) -> None:
+    base = synthetic.write_run(tmp_path, "base", title="<script>alert(1)</script>&", **SMALL)
+    table2([base], tmp_path)
+    text = (tmp_path / "table2.html").read_text(encoding="utf-8")
+    assert "<script" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;&amp;" in text
+    assert text.count("<tr>") + text.count('<tr class="rule">') == 3
+
+
+def test_parquet_holds_what_the_csv_holds(runs: list[Path], tmp_path: Path) -> None:
+    table2(runs, tmp_path)
+    pd.testing.assert_frame_equal(
+        pd.read_parquet(tmp_path / "table2.parquet"), pd.read_csv(tmp_path / "table2.csv")
+    )

@@ -22,7 +22,15 @@ from tafs import journal
 from tafs.rewards import METRICS
 
 ROOT = Path(__file__).resolve().parent.parent
-NEEDED = ("config.yaml", "environment.yml", "pyproject.toml", "workflow", "tafs", "baselines")
+NEEDED = (
+    "config.yaml",
+    "claims.yaml",
+    "environment.yml",
+    "pyproject.toml",
+    "workflow",
+    "tafs",
+    "baselines",
+)
 FLOW, TAFS = "flow_grpo.preference.shapes-sd3.0", "tafs_grpo.preference.shapes-sd3.0"
 BASE = "base.shapes-sd3"
 COMPARED = {("compare", ""), ("track", ""), ("all", "")}
@@ -113,16 +121,19 @@ def states(folder: Path) -> dict[Path, tuple[int, bytes]]:
 
 
 def test_every_promised_file_is_there_and_not_empty(workplace):
-    promised = [f"tables/table2.{suffix}" for suffix in ("csv", "md", "tex")]
+    promised = [
+        f"tables/table2.{suffix}" for suffix in ("csv", "html", "json", "md", "parquet", "tex")
+    ]
     promised += [
         f"figures/{name}.{suffix}"
-        for name in ("figure4", "learning_curves", "image_grid")
+        for name in ("figure4", "learning_curves", "image_grid", "hacking", "profiles")
         for suffix in ("png", "pdf")
     ]
     trained = ("run.json", "adapter.safetensors", "journal.jsonl", "scores.parquet")
     promised += [f"runs/{run}/{name}" for run in (FLOW, TAFS) for name in trained]
     promised += [f"runs/{run}/samples.safetensors" for run in (BASE, FLOW, TAFS)]
     promised += [f"runs/{BASE}/run.json", f"runs/{BASE}/scores.parquet"]
+    promised += ["tables.json", "claims.md", "claims.json"]
     promised += [f"logs/{stage}/{FLOW}.log" for stage in ("describe", "train", "evaluate")]
     missing = [name for name in promised if not (workplace.smoke / name).is_file()]
     assert missing == []
@@ -226,7 +237,7 @@ def test_an_unknown_key_on_the_command_line_is_one_line_that_names_it(workplace)
     done = workplace.snakemake("all", "--config", "scael=shapes")
     assert done.returncode == 2
     [line] = own_lines(done.stderr)
-    assert line.startswith("--config scael: only scale and results can be given")
+    assert line.startswith("--config scael: only scale, results, method can be given")
 
 
 def test_a_failing_run_is_named_and_leaves_the_other_results_as_they_were(workplace, tmp_path):

@@ -77,8 +77,9 @@ class DualEncoder(nn.Module):
     def embed(self, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Unit embeddings of the images and the captions, [B, WIDTH] each."""
         image = self.model.get_image_features(pixel_values=images * 2 - 1).pooler_output
-        caption = self.model.get_text_features(input_ids=ids).pooler_output
-        return functional.normalize(image, dim=-1), functional.normalize(caption, dim=-1)
+        unique, owner = ids.unique(dim=0, return_inverse=True)  # a group shares its caption
+        caption = self.model.get_text_features(input_ids=unique).pooler_output
+        return functional.normalize(image, dim=-1), functional.normalize(caption, dim=-1)[owner]
 
     def forward(self, images: Tensor, ids: Tensor) -> Tensor:
         """Cosines [B] of images [B, 3, H, W] in [0, 1] and token ids [B, L]."""
@@ -116,7 +117,8 @@ class FusionScorer(nn.Module):
     def forward(self, images: Tensor, ids: Tensor) -> Tensor:
         """[B, outputs] for images [B, 3, H, W] in [0, 1] and token ids [B, L]."""
         patches = self.vision(pixel_values=images * 2 - 1).last_hidden_state
-        hidden = self.fusion(self.text(input_ids=ids).last_hidden_state, patches)
+        unique, owner = ids.unique(dim=0, return_inverse=True)
+        hidden = self.fusion(self.text(input_ids=unique).last_hidden_state[owner], patches)
         return self.head(hidden.mean(1))
 
     def save(self, folder: Path) -> None:

@@ -1,24 +1,40 @@
 # What is made of all runs: tables, figures, and the tracking server's copy.
+rule contents:
+    output:
+        f"{ROOT}/tables.json",
+    log:
+        f"{ROOT}/logs/contents.log",
+    conda:
+        "../../environment.yml"
+    params:
+        contents=PLAN.contents,
+    shell:
+        "printf '%s\\n' {params.contents:q} > {output:q} 2> {log:q}"
+
+
 rule compare:
     input:
+        contents=rules.contents.output,
+        claims="claims.yaml",
         descriptions=PLAN.files("run.json"),
         journals=PLAN.files("journal.jsonl", trained=True),
         scores=PLAN.files("scores.parquet"),
         samples=PLAN.files("samples.safetensors"),
     output:
         report(
-            expand(f"{ROOT}/tables/table2.{{suffix}}", suffix=["csv", "md", "tex"]),
+            PLAN.results_of("tables", ["csv", "html", "json", "md", "parquet", "tex"]),
             category="Tables",
-            caption="../report/table2.rst",
+            caption="../report/tables.rst",
         ),
         report(
-            expand(
-                f"{ROOT}/figures/{{name}}.{{suffix}}",
-                name=["figure4", "learning_curves", "image_grid"],
-                suffix=["png", "pdf"],
-            ),
+            PLAN.results_of("figures", ["png", "pdf"]),
             category="Figures",
             caption="../report/figures.rst",
+        ),
+        report(
+            multiext(f"{ROOT}/claims", ".md", ".json"),
+            category="Claims",
+            caption="../report/claims.rst",
         ),
     log:
         f"{ROOT}/logs/compare.log",
@@ -26,10 +42,8 @@ rule compare:
         "../../environment.yml"
     resources:
         mem_mb=2000,
-    params:
-        root=subpath(output[0], ancestor=2),
     shell:
-        "python -m tafs.report {params.root:q} {input.descriptions:q} > {log:q} 2>&1"
+        "python -m tafs.report $(dirname {input.contents:q}) > {log:q} 2>&1"
 
 
 rule track:

@@ -1,0 +1,276 @@
+"""The paper's claims as predicates over the tables' runs: reproduced, not reproduced or undecided.
+
+A claim is a family of comparisons. Each has an effect and an interval; their p-values are corrected
+together (Holm, 1979). The claim is reproduced where every comparison supports it, not reproduced
+where one contradicts it, and else undecided.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tafs import config, stats, tables
+from tafs.stats import Estimate
+from tafs.tables import METRICS, Result, System
+
+REPRODUCED, NOT_REPRODUCED, UNDECIDED = "reproduced", "not reproduced", "undecided"
+NOT_TESTED = "not tested"  # the scale does not build the claim's table
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RowName(_Strict):
+    """A row of the experiment's table; what is None is not asked."""
+
+    method: config.Name
+    task: config.Name | None = None
+    backbone: config.Name | None = None
+    nfe: int | None = None
+
+
+class Better(_Strict):
+    row: RowName
+    than: Annotated[tuple[RowName, ...], Field(min_length=1)]
+    metrics: Annotated[tuple[config.Name, ...], Field(min_length=1)]
+
+
+class Rising(_Strict):
+    rows: Annotated[tuple[RowName, ...], Field(min_length=2)]
+    metrics: Annotated[tuple[config.Name, ...], Field(min_length=1)]
+
+
+class Holds(_Strict):
+    row: RowName
+    than: RowName
+    metrics: Annotated[tuple[config.Name, ...], Field(min_length=1)]
+    margin: Annotated[float, Field(gt=0)]  # standard deviations of the prompts of `than`
+
+
+class Faster(_Strict):
+    row: RowName
+    than: RowName
+    share: Annotated[float, Field(gt=0)]  # of the other's iteration time, as published
+    within: Annotated[float, Field(gt=0)]  # of that share
+
+
+class Claim(_Strict):
+    id: config.Name
+    claim: str
+    source: str
+    experiment: config.Name
+    better: Better | None = None
+    rising: Rising | None = None
+    holds: Holds | None = None
+    faster: Faster | None = None
+
+
+class Comparison(NamedTuple):
+    """One comparison of a claim; `sign` is 1 for support, -1 for contradiction, 0 for neither."""
+
+    what: str
+    estimate: Estimate
+    p_value: float  # adjusted for the claim's comparisons
+    sign: int
+
+
+class Verdict(NamedTuple):
+    claim: Claim
+    verdict: str
+    comparisons: tuple[Comparison, ...]
+
+
+def read(path: Path) -> list[Claim]:
+    """The claims of a file.
+
+    Raises:
+        config.ConfigError: one line that names the file, the claim and the key.
+    """
+    found = []
+    for number, raw in enumerate(config.load_yaml(path, list), start=1):
+        try:
+            claim = Claim.model_validate(raw)
+        except ValidationError as error:
+            name = raw.get("id", number) if isinstance(raw, dict) else number
+            problem = config.first_problem(error, list(Claim.model_fields))
+            raise config.ConfigError(f"{path}: claim {name}: {problem}") from None
+        kinds = [k for k in ("better", "rising", "holds", "faster") if getattr(claim, k)]
+        if len(kinds) != 1:
+            said = " and ".join(kinds) or "nothing"
+            raise config.ConfigError(
+                f"{path}: claim {claim.id}: tests {said}; give one of better, rising, holds, faster"
+            )
+        found.append(claim)
+    return found
+
+
+def judge(claim: Claim, spec: Mapping[str, Any], results: Sequence[Result]) -> Verdict:
+    """The verdict on a claim from the runs of its experiment.
+
+    Args:
+        spec: the experiment's entry of `config.tables`.
+
+    Raises:
+        ValueError: a row or a metric is not there; names it.
+    """
+    table = _Rows(claim, spec, results)
+    if claim.faster:
+        return _judge_times(claim, claim.faster, table)
+    tested = list(_differences(claim, table))
+    adjusted = stats.holm([estimate.p_value for _, estimate, _ in tested])
+    comparisons = []
+    for (what, estimate, sides), p_value in zip(tested, adjusted, strict=True):
+        sure = p_value <= 1 - stats.LEVEL
+        sign = int(np.sign(estimate.value)) if sure else 0
+        if sides == 1:  # non-inferiority: only failing to reach the margin contradicts
+            sign = 1 if sure and estimate.value > 0 else -1 if estimate.high < 0 else 0
+        comparisons.append(Comparison(what, estimate, p_value, sign))
+    return Verdict(claim, _verdict(comparisons), tuple(comparisons))
+
+
+class _Rows:
+    """The experiment's rows as systems."""
+
+    def __init__(self, claim: Claim, spec: Mapping[str, Any], results: Sequence[Result]) -> None:
+        self.claim, self.rows = claim, spec["rows"]
+        self.by_name = {str(result.info["name"]): result for result in results}
+
+    def system(self, name: RowName) -> tuple[System, str, int]:
+        """(system, sampler, steps)."""
+        wanted = {k: v for k, v in name.model_dump().items() if v is not None}
+        wanted["variant"] = wanted.pop("method")
+        found = [r for r in self.rows if all(r[key] == value for key, value in wanted.items())]
+        said = ", ".join(f"{key} {value}" for key, value in wanted.items())
+        if len(found) != 1:
+            raise ValueError(
+                f"claim {self.claim.id}: {len(found)} rows of {self.claim.experiment} have {said}"
+            )
+        (row,) = found
+        missing = [n for n in row["runs"] if n not in self.by_name]
+        if missing:
+            raise ValueError(f"claim {self.claim.id}: run {missing[0]} is not there")
+        runs = tuple(self.by_name[n] for n in row["runs"])
+        system = System(row["label"], runs)
+        return system, row["sampler"] or str(system.info["sampler"]), row["nfe"]
+
+    def values(self, name: RowName, metric: str) -> tuple[System, stats.Array, str]:
+        system, sampler, nfe = self.system(name)
+        values = METRICS[metric].factor * system.values(sampler, nfe, metric)
+        return system, values, f"{system.label} at {nfe} steps"
+
+
+def _differences(claim: Claim, table: _Rows) -> Iterator[tuple[str, Estimate, int]]:
+    """(what, difference, 2 for a two-sided test and 1 for non-inferiority) of every comparison."""
+    pairs: list[tuple[RowName, RowName]] = []
+    metrics: tuple[str, ...] = ()
+    margin = 0.0
+    if claim.better:
+        pairs = [(claim.better.row, other) for other in claim.better.than]
+        metrics = claim.better.metrics
+    elif claim.rising:
+        rows = claim.rising.rows
+        pairs, metrics = list(zip(rows[1:], rows[:-1], strict=True)), claim.rising.metrics
+    elif claim.holds:
+        pairs, metrics = [(claim.holds.row, claim.holds.than)], claim.holds.metrics
+        margin = claim.holds.margin
+    for metric in metrics:
+        if metric not in METRICS:
+            known = ", ".join(METRICS)
+            raise ValueError(f"claim {claim.id}: unknown metric {metric!r} (available: {known})")
+        for one, other in pairs:
+            (a, left, said), (b, right, than) = (table.values(n, metric) for n in (one, other))
+            spread = float(np.nanstd(np.nanmean(right, axis=(0, 2))))
+            tags = a.results[0].scores.tags
+            tables.check_paired(a.results[0].scores, b.results[0].scores)
+            difference = stats.paired_difference(
+                left + margin * spread,
+                right,
+                tags,
+                same_seeds=[r.run.folder for r in a.results] == [r.run.folder for r in b.results],
+                macro=METRICS[metric].macro,
+            )
+            allowed = f" + {margin:g} sd" if margin else ""
+            what = f"{METRICS[metric].title}: {said}{allowed} - {than}"
+            yield what, difference, 1 if margin else 2
+
+
+def _judge_times(claim: Claim, test: Faster, table: _Rows) -> Verdict:
+    """The ratio of median iteration times; its interval resamples iterations."""
+    times = [
+        np.array([t for r in table.system(n)[0].results for t in r.seconds()])
+        for n in (test.row, test.than)
+    ]
+    rng = np.random.default_rng(0)
+    draws = [
+        np.median(t[rng.integers(len(t), size=(stats.RESAMPLES, len(t)))], axis=1) for t in times
+    ]
+    value = float(np.median(times[0]) / np.median(times[1]))
+    low, high = np.quantile(draws[0] / draws[1], [(1 - stats.LEVEL) / 2, (1 + stats.LEVEL) / 2])
+    bounds = (test.share * (1 - test.within), test.share * (1 + test.within))
+    inside, outside = bounds[0] <= low and high <= bounds[1], high < bounds[0] or low > bounds[1]
+    seeds = min(len(table.system(n)[0].results) for n in (test.row, test.than))
+    images = sum(len(t) for t in times)
+    estimate = Estimate(value, float(low), float(high), seeds, images, 0, "iterations", 1.0)
+    sign = 1 if inside else -1 if outside else 0
+    what = f"iteration time: published share {test.share:g} +- {100 * test.within:g} %"
+    comparison = Comparison(what, estimate, 1.0, sign)
+    return Verdict(claim, _verdict([comparison]), (comparison,))
+
+
+def _verdict(comparisons: Sequence[Comparison]) -> str:
+    signs = {comparison.sign for comparison in comparisons}
+    if -1 in signs:
+        return NOT_REPRODUCED
+    return REPRODUCED if signs == {1} else UNDECIDED
+
+
+# -- reporting -----------------------------------------------------------------------------------
+
+
+def write(verdicts: Sequence[Verdict], scale: str, out_dir: Path) -> list[Path]:
+    """CLAIMS.md for people and CLAIMS.json for machines."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    lines = [
+        f"The paper's claims, tested at the scale `{scale}`.",
+        "",
+        "| Claim | Source | Verdict | Effects with 95 % intervals | Seeds |",
+        "| --- | --- | --- | --- | ---: |",
+    ]
+    for claim, verdict, comparisons in verdicts:
+        effects = "<br>".join(
+            f"{c.what}: {c.estimate.value:+.3g} [{c.estimate.low:+.3g}, {c.estimate.high:+.3g}]"
+            for c in comparisons
+        )
+        seeds = min((c.estimate.n_seeds for c in comparisons), default="–")
+        said = tables.escape(claim.claim, tables.MARKDOWN)
+        lines.append(f"| {said} | {claim.source} | **{verdict}** | {effects} | {seeds} |")
+    record = [
+        {
+            "id": claim.id,
+            "claim": claim.claim,
+            "source": claim.source,
+            "scale": scale,
+            "verdict": verdict,
+            "comparisons": [
+                {
+                    "what": c.what,
+                    **{k: getattr(c.estimate, k) for k in ("value", "low", "high", "n_seeds")},
+                    "p_adjusted": c.p_value,
+                    "supports": c.sign,
+                }
+                for c in comparisons
+            ],
+        }
+        for claim, verdict, comparisons in verdicts
+    ]
+    files = [out_dir / "claims.md", out_dir / "claims.json"]
+    files[0].write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+    files[1].write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8", newline="\n")
+    return files
