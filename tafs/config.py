@@ -274,7 +274,7 @@ def with_method(config: Config, name: str) -> Config:
     for key, experiment in config.experiments.items():
         new = experiment.model_copy(update={"methods": (*experiment.methods, name)})
         known = problem or not experiment.base or name in experiment.methods
-        # A method that differentiates its rewards cannot join a task whose rewards have no gradient.
+        # A method that differentiates its rewards cannot join tasks whose rewards have no gradient.
         fits = not known and _experiment_inconsistency(found, key, new) is None
         joined[key] = new if fits else experiment
     found = found.model_copy(update={"experiments": joined})

@@ -244,8 +244,14 @@ def test_a_failing_run_is_named_and_leaves_the_other_results_as_they_were(workpl
     other = Workplace(workplace.folder, tmp_path / "results")
     shutil.copytree(workplace.smoke, other.smoke)
     before = states(other.smoke)
-    raising = 'raise RuntimeError("no advantage in sight")'
-    with other.edited("baselines/flow_grpo.py", "return range(self.trained)", raising):
+    raising = """
+def broken(*_):
+    raise RuntimeError("no advantage in sight")
+
+FlowGrpo.assign = broken
+METHOD = FlowGrpo
+"""
+    with other.edited("baselines/flow_grpo.py", "METHOD = FlowGrpo\n", raising):
         done = other.snakemake("all")
     assert done.returncode == 1
     said = done.stderr.splitlines()
