@@ -495,7 +495,7 @@ def _markdown(table: Table, lines: Sequence[Line]) -> str:
     header = [table.header, "Steps", *(_title(column) for column in table.columns), "Seeds"]
     rows = [header, ["---", *["---:"] * (len(header) - 1)]]
     for line in lines:
-        cells = [_markdown_cell(cell) for cell in line.cells]
+        cells = [_cell(cell, "**{}**", "{}") for cell in line.cells]
         label = escape(line.system.label, MARKDOWN)
         rows.append([label, str(line.row.nfe), *cells, str(len(line.system.results))])
     body = "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -505,17 +505,17 @@ def _markdown(table: Table, lines: Sequence[Line]) -> str:
     return f"{caption}\n\n{body}\n\n- {interval}\n{notes}\n"
 
 
-def _markdown_cell(cell: Cell) -> str:
+def _cell(cell: Cell, bold: str, small: str) -> str:
+    """A value, its interval and what is published; `bold` and `small` are formats of a field."""
     if cell.value is None:
-        text = "–"
-    else:
-        text = f"{cell.value:.{cell.digits}f}"
-        text = f"**{text}**" if cell.best else text
+        return "–"
+    text = f"{cell.value:.{cell.digits}f}"
+    text = bold.format(text) if cell.best else text
     if cell.estimate and math.isfinite(cell.estimate.low):
         low, high = (f"{x:.{cell.digits}f}" for x in (cell.estimate.low, cell.estimate.high))
-        text += f" [{low}, {high}]"
+        text += " " + small.format(f"[{low}, {high}]")
     if cell.published is not None:
-        text += f" (paper: {cell.published})"
+        text += " " + small.format(f"(paper: {cell.published})")
     return text
 
 
@@ -535,7 +535,7 @@ def _html(table: Table, lines: Sequence[Line]) -> str:
     body = []
     for line in lines:
         fields = [html.escape(line.system.label), str(line.row.nfe)]
-        fields += [_html_cell(cell) for cell in line.cells]
+        fields += [_cell(cell, "<b>{}</b>", "<small>{}</small>") for cell in line.cells]
         fields.append(str(len(line.system.results)))
         kind = ' class="rule"' if line.row.rule else ""
         body.append(f"<tr{kind}>{''.join(f'<td>{field}</td>' for field in fields)}</tr>")
@@ -548,19 +548,6 @@ def _html(table: Table, lines: Sequence[Line]) -> str:
         + "\n".join(body)
         + f"\n</tbody></table><ul><li>Brackets hold 95 % intervals.</li>{notes}</ul></html>\n"
     )
-
-
-def _html_cell(cell: Cell) -> str:
-    if cell.value is None:
-        return "–"
-    text = f"{cell.value:.{cell.digits}f}"
-    text = f"<b>{text}</b>" if cell.best else text
-    if cell.estimate and math.isfinite(cell.estimate.low):
-        low, high = (f"{x:.{cell.digits}f}" for x in (cell.estimate.low, cell.estimate.high))
-        text += f" <small>[{low}, {high}]</small>"
-    if cell.published is not None:
-        text += f" <small>(paper: {html.escape(cell.published)})</small>"
-    return text
 
 
 def _latex(table: Table, lines: Sequence[Line]) -> str:

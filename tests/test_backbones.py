@@ -1,23 +1,44 @@
-"""The backbones on the shipped embedded models: diffusers' own pipelines are the reference."""
+"""The backbones on the embedded models: diffusers' own pipelines are the reference."""
+
+import tempfile
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
+from torch import nn
 
 from tafs import backbones, sampling, seeding
 from tafs.backbones.base import Backbone
-from tafs.shapes import text, weights
+from tafs.shapes import pretrain, text, weights
 from tafs.shapes.scenes import IMAGE_SIZE
 
 PROMPTS = ["a red ring left of a blue square", "two crosses"]
 
 
-NAMES = ("shapes-sd3",)
+NAMES = ("shapes-sd3", "shapes-flux")
+
+
+@cache
+def folder(name: str) -> Path:
+    """The shipped model, or an untrained one of its layout where none is shipped."""
+    if (weights.ROOT / name).is_dir():
+        return weights.verify(name)
+    autoencoder = AutoencoderKL.from_pretrained(
+        weights.verify("vae"), local_files_only=True, dtype=torch.float32
+    )
+    torch.manual_seed(0)
+    untrained = pretrain.BASES[name].build(autoencoder)
+    nn.init.normal_(untrained.transformer.proj_out.weight, std=0.1)
+    place = Path(tempfile.mkdtemp()) / name
+    weights.save_pipeline(untrained.pipeline, place)
+    return place
 
 
 def load(name: str, guidance: float = 1.0) -> Backbone:
     return backbones.load(
-        weights.verify(name),
+        folder(name),
         resolution=IMAGE_SIZE,
         guidance=guidance,
         max_sequence_length=text.MAX_TOKENS,
@@ -93,7 +114,7 @@ def test_a_saved_adapter_gives_identical_images_in_a_plain_pipeline(adapted, tmp
     file = tmp_path / "adapter.safetensors"
     adapted.save_adapter(file)
     pipeline = DiffusionPipeline.from_pretrained(
-        weights.verify(name_of(adapted)), dtype=torch.float32, local_files_only=True
+        folder(name_of(adapted)), dtype=torch.float32, local_files_only=True
     )
     pipeline.set_progress_bar_config(disable=True)
     base = their_images(adapted, pipeline)

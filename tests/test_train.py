@@ -33,6 +33,20 @@ def undisturbed(tmp_path_factory) -> rundir.RunDir:
     return run
 
 
+def train_until(run: rundir.RunDir, last: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train, and stop before iteration `last` as Ctrl-C does."""
+    iterate = train.Trainer.iterate
+
+    def stop(self, iteration):
+        if iteration == last:
+            raise KeyboardInterrupt
+        return iterate(self, iteration)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train.Trainer, "iterate", stop)
+        train.train(run)
+
+
 def same_adapter(a: rundir.RunDir, b: rundir.RunDir) -> bool:
     return a.adapter.read_bytes() == b.adapter.read_bytes()
 
@@ -60,17 +74,7 @@ def test_a_run_that_stopped_continues_to_the_same_adapter(
         reference = prepare(tmp_path / "reference", variant)
         train.train(reference)
     run = prepare(tmp_path / "stopped", variant)
-    iterate = train.Trainer.iterate
-
-    def stop(self, iteration):
-        if iteration == failing:
-            raise KeyboardInterrupt
-        return iterate(self, iteration)
-
-    monkeypatch.setattr(train.Trainer, "iterate", stop)
-    with pytest.raises(KeyboardInterrupt):
-        train.train(run)
-    monkeypatch.setattr(train.Trainer, "iterate", iterate)
+    train_until(run, failing, monkeypatch)
     assert run.checkpoints.exists() and not run.adapter.exists()
     train.train(run)
     assert same_adapter(run, reference)
@@ -100,17 +104,7 @@ def test_a_killed_process_continues_to_the_same_adapter(undisturbed, tmp_path):
 
 def test_a_state_of_other_settings_is_not_continued(undisturbed, tmp_path, monkeypatch):
     run = prepare(tmp_path)
-    iterate = train.Trainer.iterate
-
-    def stop(self, iteration):
-        if iteration == 2:
-            raise KeyboardInterrupt
-        return iterate(self, iteration)
-
-    monkeypatch.setattr(train.Trainer, "iterate", stop)
-    with pytest.raises(KeyboardInterrupt):
-        train.train(run)
-    monkeypatch.setattr(train.Trainer, "iterate", iterate)
+    train_until(run, 2, monkeypatch)
     description = {**run.description, "hyperparameters": {"learning_rate": 0.01}}
     (run.folder / "run.json").write_text(json.dumps(description))
     changed = rundir.RunDir(run.folder)
