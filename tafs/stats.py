@@ -193,7 +193,7 @@ def probability_of_improvement(
 def correlation(
     x: ArrayLike, y: ArrayLike, *, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0
 ) -> Estimate:
-    """Pearson's r of paired values and its bias-corrected bootstrap interval; p-value of r = 0.
+    """Pearson's r of paired values and its bootstrap interval over the pairs; p-value of r = 0.
 
     Args:
         x, y: [n]; pairs with a missing value are left out, and counted.
@@ -216,7 +216,7 @@ def correlation(
         vectorized=True,
         confidence_level=level,
         n_resamples=resamples,
-        method="BCa",
+        method="percentile",
         rng=np.random.default_rng(seed),
         batch=100,
     ).confidence_interval

@@ -277,11 +277,11 @@ def test_a_sure_improvement_has_an_interval_above_a_half() -> None:
 
 
 def test_correlation_is_pearsons_and_leaves_out_missing_pairs() -> None:
-    x = np.array([1.0, 2, 3, 4, np.nan])
-    y = np.array([2.0, 1, 4, 3, 9])
+    x = np.array([1.0, 2, 3, 4, 5, 6, 7, 8, np.nan])
+    y = np.array([2.0, 1, 4, 3, 6, 5, 8, 7, 9])
     estimate = stats.correlation(x, y)
-    assert estimate.value == pytest.approx(0.6)
-    assert (estimate.n_images, estimate.n_missing) == (4, 1)
+    assert estimate.value == pytest.approx(38 / 42)
+    assert (estimate.n_images, estimate.n_missing) == (8, 1)
 
 
 def test_a_correlations_interval_covers_it() -> None:
