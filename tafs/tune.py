@@ -1,9 +1,9 @@
-"""The hyperparameter search: `python -m tafs.tune [--scale shapes]`.
+"""The hyperparameter search: `snakemake tune`, or `python -m tafs.tune [--scale shapes]`.
 
 Every method gets the same number of trials over its grid in config.yaml's `tuning`, on a seed that
 no table uses. A trial's score is the mean total reward of its model at the tables' few steps on
 training prompts with noise of their own, so the held-out prompts take no part in the choice.
-Writes results/SCALE/tuning.csv, and continues where it was stopped.
+Writes results/SCALE/tuning/METHOD.csv, and continues where it was stopped.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import io
 import itertools
 import sys
 from pathlib import Path
@@ -72,6 +73,15 @@ def score(description: dict[str, Any], nfe: int, adapter: Path | None) -> float:
     return float(total)
 
 
+def is_trained(run: rundir.RunDir) -> bool:
+    """Whether the folder's adapter is of the present settings and method, not of earlier ones."""
+    from tafs import journal
+
+    if not (run.adapter.is_file() and run.journal.is_file()):
+        return False
+    return bool(journal.read(run.journal)[0]["fingerprint"] == run.fingerprint())
+
+
 def run_trial(trial: config.Run, folder: Path, nfe: int) -> dict[str, Any]:
     """Train and score one point; a trial that was stopped continues."""
     from tafs import journal, train
@@ -79,7 +89,7 @@ def run_trial(trial: config.Run, folder: Path, nfe: int) -> dict[str, Any]:
     description = trial.describe()
     run = rundir.RunDir(folder / trial.name)
     checkpoint.atomic_text(run.folder / "run.json", config.to_json(description))
-    if not run.adapter.exists():
+    if not is_trained(run):
         train.train(run)
     records = journal.iterations(run.journal)
     base = {**description, "sampler": "ode"}
@@ -97,25 +107,29 @@ def run_trial(trial: config.Run, folder: Path, nfe: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Search the methods' hyperparameters.")
     parser.add_argument("--scale", default="shapes")
-    parser.add_argument("--only", help="one method")
+    parser.add_argument("--results", help="default: config.yaml's")
+    parser.add_argument("--only", metavar="METHOD", help="one method")
     arguments = parser.parse_args()
     rundir.limit_threads()
     try:
-        settings = config.read(Path("config.yaml"), {"scale": arguments.scale})
+        given = {"results": arguments.results} if arguments.results else {}
+        settings = config.read(Path("config.yaml"), {"scale": arguments.scale, **given})
         chosen = [t for t in trials(settings) if arguments.only in (None, t.variant)]
     except config.ConfigError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
     folder = Path(settings.results) / arguments.scale / "tuning"
     nfe = settings.active.evaluation.table_nfe[0]
+    rows: dict[str, list[dict[str, Any]]] = {}
     for number, trial in enumerate(chosen, start=1):
-        row = run_trial(trial, folder, nfe)
-        print(f"{number}/{len(chosen)} {row}", flush=True)
-        with (folder / f"{trial.variant}.csv").open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerow(row)
+        found = rows.setdefault(trial.variant, [])
+        found.append(run_trial(trial, folder, nfe))
+        print(f"{number}/{len(chosen)} {found[-1]}", flush=True)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(found)
+        checkpoint.atomic_text(folder / f"{trial.variant}.csv", text.getvalue())
 
 
 if __name__ == "__main__":

@@ -46,6 +46,11 @@ class Plan:
         )
         return [f"{self.root}/{kind}/{name}.{suffix}" for name in names for suffix in suffixes]
 
+    @property
+    def tuned(self) -> list[str]:
+        """The methods that are searched."""
+        return list(self.settings.tuning.grids) if self.settings.tuning else []
+
     def files(self, name: str, trained: bool = False) -> list[str]:
         """`name` in every run's folder, or the folders; `trained` leaves out the base models."""
         names = [n for n, run in self.runs.items() if run.trained or not trained]

@@ -1,0 +1,58 @@
+"""The search gives every method as many trials, on a seed of its own, and trusts no stale model."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tafs import config, rundir, tune
+from tafs.journal import Journal
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def trials() -> list[config.Run]:
+    return tune.trials(config.read(ROOT / "config.yaml"))
+
+
+def test_every_method_gets_as_many_trials_on_the_tuning_seed(trials):
+    settings = config.read(ROOT / "config.yaml")
+    assert settings.tuning is not None
+    counts = Counter(trial.variant for trial in trials)
+    assert set(counts) == set(settings.tuning.grids)
+    assert len(set(counts.values())) == 1
+    assert {trial.seed for trial in trials} == {settings.tuning.seed}
+    assert settings.tuning.seed not in settings.active.seeds
+
+
+def test_trials_have_names_of_their_own(trials):
+    assert len({trial.name for trial in trials}) == len(trials)
+
+
+def trained(folder: Path, trial: config.Run) -> rundir.RunDir:
+    """A folder as a finished trial leaves it."""
+    run = rundir.RunDir(folder / trial.name)
+    run.folder.mkdir(parents=True)
+    (run.folder / "run.json").write_text(json.dumps(trial.describe()))
+    run.adapter.write_bytes(b"")
+    Journal(run.journal).append("start", fingerprint=run.fingerprint())
+    return run
+
+
+def test_a_finished_trial_is_not_trained_again(trials, tmp_path):
+    assert tune.is_trained(trained(tmp_path, trials[0]))
+
+
+def test_a_trial_of_other_settings_is_trained_again(trials, tmp_path):
+    run = trained(tmp_path, trials[0])
+    changed = {**trials[0].describe(), "rewards": {"clip": 5.0}}
+    (run.folder / "run.json").write_text(json.dumps(changed))
+    assert not tune.is_trained(rundir.RunDir(run.folder))
+
+
+def test_an_unfinished_trial_is_trained(trials, tmp_path):
+    run = trained(tmp_path, trials[0])
+    run.adapter.unlink()
+    assert not tune.is_trained(run)
