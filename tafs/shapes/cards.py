@@ -30,7 +30,8 @@ REPRODUCE = "Trained by `make shapes-weights` (on another processor the last dig
 def write(root: Path = weights.ROOT) -> None:
     """A README.md in every model's folder, and the manifest anew."""
     cards = {"vae": _vae(root / "vae")}
-    cards |= {name: _base(name, layout, root / name) for name, layout in BASES.items()}
+    present = {name: layout for name, layout in BASES.items() if (root / name).is_dir()}
+    cards |= {name: _base(name, layout, root / name) for name, layout in present.items()}
     cards |= {name: _scorer(name, text, root / name) for name, text in SCORERS.items()}
     for name, card in cards.items():
         (root / name / "README.md").write_text(card, encoding="utf-8")

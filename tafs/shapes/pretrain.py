@@ -274,7 +274,7 @@ class Base:
 
 BASES = {
     "shapes-sd3": Base(build_sd3, Recipe()),
-    "shapes-flux": Base(build_flux, Recipe(steps=4500, seed=1)),
+    "shapes-flux": Base(build_flux, Recipe(steps=9000, seed=1)),
 }
 
 
