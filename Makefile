@@ -19,10 +19,10 @@ export MLFLOW_ALLOW_PICKLE_DESERIALIZATION := false
 unexport PYTHONDONTWRITEBYTECODE
 
 # Without it every look-up of a model that is not cached retries for many seconds.
-all test: export HF_HUB_OFFLINE ?= 1
+all reference test: export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup all test ui new-method shapes-weights lint lock
+.PHONY: help setup all reference test ui new-method shapes-weights lint lock
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
@@ -31,6 +31,14 @@ setup: $(STAMP)  ## Install the locked dependencies and this project into .venv
 
 all: $(STAMP)  ## Run the whole workflow; pass snakemake's options with ARGS='-n'
 	$(RUN) snakemake all $(ARGS)
+
+reference: $(STAMP)  ## Five seeds of everything (hours), kept in results/reference/
+	$(RUN) snakemake all --config scale=shapes seeds=5 $(ARGS)
+	mkdir -p results/reference
+	for kept in tables figures provenance; do \
+		rm -rf results/reference/$$kept && cp -R results/shapes/$$kept results/reference/; \
+	done
+	cp results/shapes/claims.md results/shapes/claims.json results/reference/
 
 test: $(STAMP)  ## Run the tests; pass pytest's options with ARGS='-k NAME'
 	$(RUN) python -m pytest $(ARGS)

@@ -10,6 +10,7 @@ As published, except:
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -47,8 +48,22 @@ class MixGrpo(PolicyGradient):
         if self.flash_steps is not None:
             self._at_least("flash_steps", 1)
 
+    @property
+    def _places(self) -> int:
+        """How many places the window takes before it starts anew."""
+        return self.steps - self.window
+
+    @property
+    def nfe_old(self) -> float:
+        """Of MixGRPO-Flash the mean over the window's places, the later the costlier."""
+        if self.flash_steps is None:
+            return self.steps
+        return statistics.fmean(
+            min(place + self.window + self.flash_steps, self.steps) for place in range(self._places)
+        )
+
     def trained_steps(self, iteration: int) -> Sequence[int]:
-        start = iteration // self.interval % (self.steps - self.window)
+        start = iteration // self.interval % self._places
         return range(start, start + self.window)
 
     def stochastic_steps(self, iteration: int) -> Sequence[int]:

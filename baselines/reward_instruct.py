@@ -50,6 +50,11 @@ class RewardInstruct(Method):
     def needs_reward_gradients(self) -> bool:
         return True
 
+    @property
+    def cost(self) -> float:
+        """Each step is sampled and trained; their number is uniform on 1 to `steps`."""
+        return (1 + 3) * (self.steps + 1) / 2
+
     def rollout(
         self,
         backbone: Backbone,

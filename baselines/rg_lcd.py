@@ -57,6 +57,11 @@ class RgLcd(Method):
     def needs_reward_gradients(self) -> bool:
         return self.reward_weight > 0
 
+    @property
+    def cost(self) -> float:
+        """The teacher's sample, its step, the scored and the target's estimate, and the trained."""
+        return self.teacher_steps + 1 + 1 + 1 + 3
+
     def rollout(
         self,
         backbone: Backbone,

@@ -1,9 +1,10 @@
-"""How much of an iteration is the network: `python benchmarks/training_loop.py`.
+"""Iteration times against their network calls: `python benchmarks/training_loop.py`.
 
-For each method it alternates real iterations with the bare network calls that one needs (sampling
-without gradients, forward and backward passes, decoding, reward models, in the same micro-batches)
-and prints the ratio, then TAFS-GRPO's iteration time over Flow-GRPO's and what the count of
-evaluations predicts, (NFE_old + 3 NFE_theta).
+In every round each method runs one real iteration, in turn, and the bare network calls that it
+needs (sampling without gradients, forward and backward passes, decoding, reward models, in the same
+micro-batches). Printed are the medians: seconds, how much the iteration takes over its bare calls,
+and its ratio to TAFS-GRPO's beside what the count of evaluations predicts (`Method.cost`) and what
+the paper's Tables 2 and 4 print.
 """
 
 from __future__ import annotations
@@ -17,10 +18,21 @@ import torch
 
 from tafs import config, rundir
 from tafs.backbones.base import Backbone
+from tafs.method import PolicyGradient
 from tafs.rewards import registry
 from tafs.train import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
+REFERENCE = "tafs_grpo"
+# Iteration times in seconds: Tables 2 and 4.
+PAPER = {
+    "tafs_grpo": 116,
+    "tafs_n_annealed_1": 47,
+    "tafs_n_annealed_5": 185,
+    "flow_grpo": 248,
+    "mix_grpo": 334,
+    "dance_grpo": 646,
+}
 
 
 def trainer(run: config.Run) -> Trainer:
@@ -32,6 +44,8 @@ def trainer(run: config.Run) -> Trainer:
 def bare(run: Trainer) -> float:
     """Seconds of the network calls of one iteration, and nothing else."""
     backbone: Backbone = run.backbone
+    method = run.method
+    assert isinstance(method, PolicyGradient)
     images = run.groups * run.group_size
     batch = run.micro_batch
     with torch.no_grad():
@@ -42,11 +56,11 @@ def bare(run: Trainer) -> float:
     start = time.perf_counter()
     for _ in range(0, images, batch):
         with torch.no_grad():
-            for _ in range(run.method.nfe_old):
+            for _ in range(int(method.nfe_old)):
                 backbone.velocity(x, t, cond)
-            for _ in run.method.scored_steps():
+            for _ in method.scored_steps():
                 run.rewards.score(backbone.decode(x, run.decode_dtype), owners)
-        for _ in range(run.method.nfe_theta):
+        for _ in range(method.nfe_theta):
             backbone.velocity(x, t, cond).sum().backward()
     return time.perf_counter() - start
 
@@ -55,32 +69,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Iteration time against its network calls.")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--scale", default="shapes")
+    parser.add_argument("--backbone", default="shapes-flux")
     arguments = parser.parse_args()
     rundir.limit_threads()
     settings = config.read(ROOT / "config.yaml", {"scale": arguments.scale})
-    runs = config.runs(settings)
-    names = ("tafs_grpo", "flow_grpo")
-    trainers = {n: trainer(next(r for r in runs.values() if r.variant == n)) for n in names}
-    iteration: dict[str, list[float]] = {n: [] for n in names}
-    overhead: dict[str, list[float]] = {n: [] for n in names}
-    for name in names:  # warm up
-        trainers[name].iterate(0)
-    for repeat in range(arguments.repeats):
-        for name in names:
-            seconds = trainers[name].iterate(repeat + 1)["seconds"]["total"]
-            iteration[name].append(seconds)
-            overhead[name].append(seconds / bare(trainers[name]))
-    for name in names:
+    known = [r for r in config.runs(settings).values() if r.backbone == arguments.backbone]
+    trainers = {
+        name: trainer(next(r for r in known if r.variant == name and r.task == "preference"))
+        for name in PAPER
+        if any(r.variant == name and r.task == "preference" for r in known)
+    }
+    if REFERENCE not in trainers:
+        parser.error(f"no run of {REFERENCE} on {arguments.backbone} at scale {arguments.scale}")
+    iteration: dict[str, list[float]] = {name: [] for name in trainers}
+    overhead: dict[str, list[float]] = {name: [] for name in trainers}
+    for repeat in range(arguments.repeats + 1):
+        for name, run in trainers.items():
+            seconds = run.iterate(repeat)["seconds"]["total"]
+            alone = bare(run)
+            if repeat:  # the first round warms up
+                iteration[name].append(seconds)
+                overhead[name].append(seconds / alone)
+    print(f"{'':18} seconds  over bare calls  ratio to TAFS-GRPO  evaluations predict  paper")
+    for name, run in trainers.items():
+        pairs = zip(iteration[name], iteration[REFERENCE], strict=True)
+        ratio = statistics.median(a / b for a, b in pairs)
         print(
-            f"{name:10} iteration {statistics.median(iteration[name]):6.2f} s   "
-            f"over its bare network calls {statistics.median(overhead[name]):.3f}"
+            f"{name:18} {statistics.median(iteration[name]):7.2f} "
+            f"{statistics.median(overhead[name]):16.3f} {ratio:19.3f} "
+            f"{run.method.cost / trainers[REFERENCE].method.cost:20.3f} "
+            f"{PAPER[name] / PAPER[REFERENCE]:6.2f}"
         )
-    ratios = [a / b for a, b in zip(iteration["tafs_grpo"], iteration["flow_grpo"], strict=True)]
-    counts = [m.nfe_old + 3 * m.nfe_theta for m in (trainers[n].method for n in names)]
-    print(
-        f"TAFS-GRPO / Flow-GRPO {statistics.median(ratios):.3f}   "
-        f"(evaluations predict {counts[0] / counts[1]:.3f})"
-    )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -32,8 +32,8 @@ class RowName(_Strict):
 
     method: config.Name
     task: config.Name | None = None
-    backbone: config.Name | None = None
-    nfe: int | None = None
+    backbone: config.Name | None = None  # the part that a scale's model plays
+    nfe: int | Literal["few", "full"] | None = None  # few, full: the scale's
 
 
 class Better(_Strict):
@@ -61,6 +61,15 @@ class Faster(_Strict):
     within: Annotated[float, Field(gt=0)]  # of that share
 
 
+class Correlated(_Strict):
+    """Pearson's r of an earlier image's reward with the final image's, of a base model."""
+
+    backbone: config.Name | None = None  # None: the only one
+    step: Annotated[int, Field(ge=1)]  # the earlier image's
+    above: Annotated[float, Field(ge=-1, lt=1)]
+    metrics: Annotated[tuple[config.Name, ...], Field(min_length=1)]
+
+
 class Claim(_Strict):
     id: config.Name
     claim: str
@@ -70,6 +79,10 @@ class Claim(_Strict):
     rising: Rising | None = None
     holds: Holds | None = None
     faster: Faster | None = None
+    correlated: Correlated | None = None
+
+
+KINDS = ("better", "rising", "holds", "faster", "correlated")
 
 
 class Comparison(NamedTuple):
@@ -101,11 +114,11 @@ def read(path: Path) -> list[Claim]:
             name = raw.get("id", number) if isinstance(raw, dict) else number
             problem = config.first_problem(error, list(Claim.model_fields))
             raise config.ConfigError(f"{path}: claim {name}: {problem}") from None
-        kinds = [k for k in ("better", "rising", "holds", "faster") if getattr(claim, k)]
+        kinds = [k for k in KINDS if getattr(claim, k)]
         if len(kinds) != 1:
             said = " and ".join(kinds) or "nothing"
             raise config.ConfigError(
-                f"{path}: claim {claim.id}: tests {said}; give one of better, rising, holds, faster"
+                f"{path}: claim {claim.id}: tests {said}; give one of {', '.join(KINDS)}"
             )
         found.append(claim)
     return found
@@ -123,6 +136,8 @@ def judge(claim: Claim, spec: Mapping[str, Any], results: Sequence[Result]) -> V
     table = _Rows(claim, spec, results)
     if claim.faster:
         return _judge_times(claim, claim.faster, table)
+    if claim.correlated:
+        return _judge_correlations(claim, claim.correlated, table)
     tested = list(_differences(claim, table))
     adjusted = stats.holm([estimate.p_value for _, estimate, _ in tested])
     comparisons = []
@@ -140,12 +155,17 @@ class _Rows:
 
     def __init__(self, claim: Claim, spec: Mapping[str, Any], results: Sequence[Result]) -> None:
         self.claim, self.rows = claim, spec["rows"]
+        self.steps = spec["evaluation"]
         self.by_name = {str(result.info["name"]): result for result in results}
 
-    def system(self, name: RowName) -> tuple[System, str, int]:
-        """(system, sampler, steps)."""
+    def system(self, name: RowName) -> tuple[System, Mapping[str, Any]]:
+        """The row and its runs."""
         wanted = {k: v for k, v in name.model_dump().items() if v is not None}
         wanted["variant"] = wanted.pop("method")
+        if isinstance(wanted.get("nfe"), str):
+            wanted["nfe"] = self.steps[wanted["nfe"]]
+        if "backbone" in wanted:
+            wanted["part"] = wanted.pop("backbone")
         found = [r for r in self.rows if all(r[key] == value for key, value in wanted.items())]
         said = ", ".join(f"{key} {value}" for key, value in wanted.items())
         if len(found) != 1:
@@ -157,13 +177,16 @@ class _Rows:
         if missing:
             raise ValueError(f"claim {self.claim.id}: run {missing[0]} is not there")
         runs = tuple(self.by_name[n] for n in row["runs"])
-        system = System(row["label"], runs)
-        return system, row["sampler"] or str(system.info["sampler"]), row["nfe"]
+        return System(row["label"], runs), row
 
     def values(self, name: RowName, metric: str) -> tuple[System, stats.Array, str]:
-        system, sampler, nfe = self.system(name)
-        values = METRICS[metric].factor * system.values(sampler, nfe, metric)
-        return system, values, f"{system.label} at {nfe} steps"
+        system, row = self.system(name)
+        sampler = row["sampler"] or system.sampler
+        values = system.values(sampler, row["nfe"], metric, row["iteration"])
+        said = f"{system.label} at {row['nfe']} steps"
+        if row["iteration"] is not None:
+            said += f" after {row['iteration']} iterations"
+        return system, METRICS[metric].factor * values, said
 
 
 def _differences(claim: Claim, table: _Rows) -> Iterator[tuple[str, Estimate, int]]:
@@ -196,9 +219,26 @@ def _differences(claim: Claim, table: _Rows) -> Iterator[tuple[str, Estimate, in
                 same_seeds=[r.run.folder for r in a.results] == [r.run.folder for r in b.results],
                 macro=METRICS[metric].macro,
             )
+            # A base model is not trained, so it has no seeds to vary.
+            seeds = min(len(s.results) for s in (a, b) if s.trained or not (a.trained or b.trained))
+            difference = difference._replace(n_seeds=seeds)
             allowed = f" + {margin:g} sd" if margin else ""
             what = f"{METRICS[metric].title}: {said}{allowed} - {than}"
             yield what, difference, 1 if margin else 2
+
+
+def _judge_correlations(claim: Claim, test: Correlated, table: _Rows) -> Verdict:
+    """Reproduced where every interval lies above the bar, not reproduced where one lies below."""
+    system, _ = table.system(RowName(method=config.BASE, backbone=test.backbone))
+    comparisons = []
+    for metric in test.metrics:
+        r = tables.step_correlation(system.results[0], metric, test.step)
+        sign = 1 if r.low > test.above else -1 if r.high < test.above else 0
+        what = (
+            f"{METRICS[metric].title}: r of image {test.step} with the last (above {test.above:g})"
+        )
+        comparisons.append(Comparison(what, r, r.p_value, sign))
+    return Verdict(claim, _verdict(comparisons), tuple(comparisons))
 
 
 def _judge_times(claim: Claim, test: Faster, table: _Rows) -> Verdict:

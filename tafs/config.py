@@ -19,7 +19,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 BASE = "base"  # the untrained model's place among the methods
 # What an experiment can be drawn as; tafs.figures has a function for each.
-FIGURES = ("steps", "curves", "images", "hacking", "profiles")
+FIGURES = ("steps", "pareto", "compute", "curves", "images", "hacking", "profiles")
+# What a table prints: every metric at its steps, the same at equal training compute, all metrics'
+# gains in one number, or the correlation of earlier images' rewards with the final image's.
+KINDS = ("scores", "compute", "gains", "correlation")
+# Shares of the reference method's training compute at which models are kept for the comparison.
+MARKS = (0.25, 0.5, 0.75, 1.0)
 
 Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
 Count = Annotated[int, Field(ge=1)]
@@ -39,14 +44,15 @@ class Lora(_Strict):
 
 
 class Evaluation(_Strict):
-    """Which samplers and step counts a trained model is judged with."""
+    """How models are judged; which of it a run needs follows from the experiments it is in."""
 
     images_per_prompt: Count
     prompts: Count | None = None  # the first so many of each task; None takes all
-    table_nfe: tuple[Count, ...]  # steps that the tables print, with every sampler
-    curve_nfe: tuple[Count, ...]  # steps of the curves, with the method's own sampler
+    few_nfe: Count  # steps that tables print unless they say otherwise
+    curve_nfe: tuple[Count, ...]  # steps of the curves
     curve_images_per_prompt: Count
     base_nfe: Count  # the base model's full steps
+    correlation_prompts: Count  # training prompts whose images' rewards are correlated
     batch: Count  # images at once; sampling takes less memory than training
 
 
@@ -81,12 +87,13 @@ class Experiment(_Strict):
     """A table: every method on every task and backbone, at every number of steps."""
 
     caption: str
-    tasks: Annotated[tuple[Name, ...], Field(min_length=1)]
+    kind: Literal["scores", "compute", "gains", "correlation"] = "scores"  # see KINDS
+    tasks: tuple[Name, ...] = ()
     backbones: Annotated[tuple[Name, ...], Field(min_length=1)]  # parts that a scale casts
-    methods: Annotated[tuple[Name, ...], Field(min_length=1)]
+    methods: tuple[Name, ...] = ()
     header: str = "Method"  # of the rows' labels
     labels: dict[Name, str] = {}  # of methods; by default their titles
-    nfe: tuple[Count, ...] | None = None  # by default the first of the scale's table_nfe
+    nfe: tuple[Count, ...] | None = None  # by default the scale's few_nfe
     base: bool = False  # the base models too, at their full and at few steps
     ablation: bool = False  # trained with the scale's ablation_seeds
     figures: dict[Name, Name] = {}  # what is drawn, of FIGURES, and the file's name
@@ -114,6 +121,7 @@ class Config(_Strict):
     scales: dict[Name, Scale]
     tasks: dict[Name, Task]
     methods: dict[Name, Variant | None]
+    reference: Name  # the method whose training compute is the measure of equal compute
     experiments: dict[Name, Experiment]
     tuning: Tuning | None = None
 
@@ -137,6 +145,7 @@ class Run:
     settings: Mapping[str, Any]  # of the scale
     rewards: Mapping[str, float]
     hyperparameters: Mapping[str, Any]
+    snapshots: tuple[int, ...] = ()  # iterations after which the model is kept besides the last
 
     @property
     def trained(self) -> bool:
@@ -161,7 +170,9 @@ class Run:
             "sampler": "ode",
             "nfe_old": None,
             "nfe_theta": None,
+            "cost": 0,
             "iterations": 0,
+            "snapshots": list(self.snapshots),
         }
         if self.trained:
             algorithm = methods.create(self.method, dict(self.hyperparameters))
@@ -169,6 +180,7 @@ class Run:
                 "sampler": algorithm.evaluation_sampler,
                 "nfe_old": algorithm.nfe_old,
                 "nfe_theta": algorithm.nfe_theta,
+                "cost": algorithm.cost,
                 "iterations": self.settings["iterations"],
             }
         return out
@@ -285,6 +297,23 @@ def with_method(config: Config, name: str) -> Config:
     return found
 
 
+def with_seeds(config: Config, count: Any) -> Config:
+    """The configuration with the seeds 0 to `count` - 1 in every experiment of the active scale.
+
+    Raises:
+        ConfigError: `count` is no number of seeds, or they meet the search's.
+    """
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 1000:
+        raise ConfigError(f"--config seeds={count}: give a number from 1 to 1000")
+    seeds = tuple(range(count))
+    scale = config.active.model_copy(update={"seeds": seeds, "ablation_seeds": seeds})
+    found = config.model_copy(update={"scales": {**config.scales, config.scale: scale}})
+    problem = _inconsistency(found)
+    if problem:
+        raise ConfigError(f"--config seeds={count}: {problem}")
+    return found
+
+
 def _yaml_problem(error: Exception) -> str:
     mark = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None) or type(error).__name__
@@ -352,9 +381,16 @@ def _inconsistency(config: Config) -> str | None:
             return f"methods.{BASE}: the name is taken by the untrained model"
         name, parameters = _method_of(variant, settings)
         try:
-            methods.create(name, parameters)
+            cost = methods.create(name, parameters).cost
         except (ValueError, TypeError) as error:
             return f"methods.{variant}: {error}"
+        except NotImplementedError as error:
+            return f"methods.{variant}: {str(error) or 'is a stub'}"
+        if not cost > 0:
+            return f"methods.{variant}: its `cost` is {cost}; it must be above 0"
+    if config.reference not in config.methods:
+        hint = _suggestion(config.reference, list(config.methods))
+        return f"reference: unknown method {config.reference!r}{hint}"
     for name, experiment in config.experiments.items():
         problem = _experiment_inconsistency(config, name, experiment)
         if problem:
@@ -395,6 +431,10 @@ def _experiment_inconsistency(config: Config, name: str, experiment: Experiment)
     for kind in experiment.figures:
         if kind not in FIGURES:
             return f"{where}.figures: unknown figure {kind!r}{_suggestion(kind, list(FIGURES))}"
+    for key in ("tasks", "methods"):
+        if bool(getattr(experiment, key)) == (experiment.kind == "correlation"):
+            needed = "takes no" if experiment.kind == "correlation" else "needs at least one of its"
+            return f"{where}.{key}: a table of kind {experiment.kind!r} {needed} {key}"
     for variant in experiment.methods:
         algorithm = methods.create(*_method_of(variant, config.methods[variant]))
         for task in experiment.tasks if algorithm.needs_reward_gradients else ():
@@ -433,14 +473,15 @@ def _method_of(variant: str, settings: Variant | None) -> tuple[str, dict[str, A
 # -- runs --------------------------------------------------------------------------------------
 
 
-# Settings of a scale that say which runs there are, and nothing about any one of them.
-SELECTION = {"backbones", "seeds", "ablation_seeds", "experiments"}
+# Settings of a scale that say which runs there are and how they are judged, not how one is trained.
+SELECTION = {"backbones", "seeds", "ablation_seeds", "experiments", "evaluation"}
 
 
 def runs(config: Config) -> dict[str, Run]:
     """Every run of the active scale's experiments, by name; shared runs appear once."""
     scale = config.active
     settings = scale.model_dump(mode="json", exclude=SELECTION)
+    costs, titles = _costs(config), _titles(config)
     found: dict[str, Run] = {}
     for name in scale.experiments:
         experiment = config.experiments[name]
@@ -457,7 +498,7 @@ def runs(config: Config) -> dict[str, Run]:
                         name=run,
                         variant=variant,
                         method=method,
-                        title=_title(config, variant),
+                        title=titles[variant],
                         task=task,
                         backbone=backbone,
                         seed=seed,
@@ -465,62 +506,148 @@ def runs(config: Config) -> dict[str, Run]:
                         settings=settings,
                         rewards=config.tasks[task].rewards,
                         hyperparameters=parameters,
+                        snapshots=_snapshots(config, costs, variant),
                     )
     return found
 
 
-def _title(config: Config, variant: str) -> str:
+def _costs(config: Config) -> dict[str, float]:
+    """Of every method an iteration's evaluations per image; see `Method.cost`."""
     from tafs import method as methods
 
-    settings = config.methods[variant]
-    own = settings.title if settings else ""
-    return own or methods.method_class(_method_of(variant, settings)[0]).TITLE or variant
+    return {
+        variant: methods.create(*_method_of(variant, settings)).cost
+        for variant, settings in config.methods.items()
+    }
+
+
+def _iterations_at(config: Config, costs: Mapping[str, float], variant: str, share: float) -> int:
+    """How many iterations a share of the reference's training compute pays for."""
+    iterations = config.active.iterations
+    paid = iterations * share * costs[config.reference] / costs[variant]
+    # The ratio of two equal costs is 1 up to rounding.
+    return max(1, min(iterations, math.floor(paid + 1e-9)))
+
+
+def _snapshots(config: Config, costs: Mapping[str, float], variant: str) -> tuple[int, ...]:
+    found = {_iterations_at(config, costs, variant, share) for share in MARKS}
+    return tuple(sorted(found - {config.active.iterations}))
+
+
+def evaluations(config: Config) -> dict[str, dict[str, Any]]:
+    """How each run is judged, as plain data: what evaluation.json holds.
+
+    `settings` lists {sampler, nfe, images_per_prompt, iteration}; iteration None is the final
+    model. A run is judged at the steps of every table that it stands in; the curves' points
+    are judged on fewer images, since they only draw a line.
+    """
+    evaluation = config.active.evaluation
+    found: dict[str, dict[tuple[str, int, int | None], int]] = {}
+    all_runs = runs(config)
+    samplers = {name: str(run.describe()["sampler"]) for name, run in all_runs.items()}
+    for table in tables(config):
+        few = table["evaluation"]["few"]
+        for row in table["rows"] if table["kind"] != "correlation" else ():
+            for name in row["runs"]:
+                run = all_runs[name]
+                wanted = found.setdefault(name, {})
+                own = str(row["sampler"] or samplers[name])
+                if "steps" in table["figures"] or "pareto" in table["figures"]:
+                    for n in evaluation.curve_nfe:
+                        wanted.setdefault((own, n, None), evaluation.curve_images_per_prompt)
+                if "compute" in table["figures"]:
+                    for iteration in (*run.snapshots, None):
+                        wanted[own, few, iteration] = evaluation.images_per_prompt
+                kept = row["iteration"] if row["iteration"] in run.snapshots else None
+                wanted[own, row["nfe"], kept] = evaluation.images_per_prompt
+    return {
+        name: {
+            "prompts": evaluation.prompts,
+            "batch": evaluation.batch,
+            "correlation": {
+                "nfe": evaluation.few_nfe,
+                "prompts": evaluation.correlation_prompts,
+            },
+            "settings": [
+                {"sampler": sampler, "nfe": n, "iteration": iteration, "images_per_prompt": images}
+                for (sampler, n, iteration), images in sorted(
+                    found.get(name, {}).items(), key=lambda item: (item[0][2] or 0, item[0][:2])
+                )
+            ],
+        }
+        for name in all_runs
+    }
+
+
+def _titles(config: Config) -> dict[str, str]:
+    """Of every method."""
+    from tafs import method as methods
+
+    return {
+        variant: (settings.title if settings else "")
+        or methods.method_class(_method_of(variant, settings)[0]).TITLE
+        or variant
+        for variant, settings in config.methods.items()
+    }
 
 
 def tables(config: Config) -> list[dict[str, Any]]:
     """What the active scale's tables and figures show, as plain data.
 
-    Each has `name`, `caption`, `header`, `figures`, and `rows` of {runs, variant, task, backbone,
-    nfe, sampler, label, rule}: the names of the runs that a row stands for and what they share, at
-    how many steps and by which sampler they are judged (None: the run's own), the row's label, and
-    whether a line separates it from the row above.
+    Each has `name`, `kind`, `caption`, `header`, `figures`, `reference`, `evaluation` (the few,
+    full and curve's steps), and `rows` of {runs, variant, task, part, backbone, nfe, iteration,
+    sampler, label, rule}: the names of the runs that a row stands for and what they share, at how
+    many steps and after which iteration (None: the last) and by which sampler they are judged
+    (None: the run's own), the row's label, and whether a line separates it from the row above.
     """
     scale = config.active
     evaluation = scale.evaluation
+    costs, titles = _costs(config), _titles(config)
     members: dict[tuple[str, str, str], list[str]] = {}
     for run in runs(config).values():
         members.setdefault((run.variant, run.task, run.backbone), []).append(run.name)
     found = []
     for name in scale.experiments:
         experiment = config.experiments[name]
-        few = experiment.nfe or evaluation.table_nfe[:1]
+        few = experiment.nfe or (evaluation.few_nfe,)
         rows: list[dict[str, Any]] = []
-        for backbone in (scale.backbones[part] for part in experiment.backbones):
-            common = {"backbone": backbone, "rule": False}
-            if experiment.base:
+        for part in experiment.backbones:
+            backbone = scale.backbones[part]
+            common = {"part": part, "backbone": backbone, "rule": False, "iteration": None}
+            if experiment.base or experiment.kind == "correlation":
                 base = {"variant": BASE, "task": "", "label": backbone, "sampler": "ode"}
-                steps = dict.fromkeys((evaluation.base_nfe, *evaluation.table_nfe[:1]))
+                full = evaluation.base_nfe if experiment.kind == "scores" else evaluation.few_nfe
                 names = members[BASE, "", backbone]
-                rows += [{**common, **base, "runs": names, "nfe": n} for n in steps]
+                for n in dict.fromkeys((full, evaluation.few_nfe)):
+                    rows.append({**common, **base, "runs": names, "nfe": n})
             first = True
             for variant, task in itertools.product(experiment.methods, experiment.tasks):
-                label = experiment.labels.get(variant) or _title(config, variant)
+                label = experiment.labels.get(variant) or titles[variant]
                 if len(experiment.tasks) > 1:
                     label = config.tasks[task].title or task
                 if len(experiment.backbones) > 1:
                     label = f"{label} + {backbone}"
                 for n in few:
-                    row = {"variant": variant, "task": task, "label": label, "sampler": None}
-                    names = members[variant, task, backbone]
-                    rule = first and bool(rows)
-                    rows.append({**common, **row, "runs": names, "nfe": n, "rule": rule})
+                    row: dict[str, Any] = {**common, "variant": variant, "task": task, "nfe": n}
+                    row |= {"label": label, "sampler": None, "rule": first and bool(rows)}
+                    row["runs"] = members[variant, task, backbone]
+                    if experiment.kind == "compute":
+                        row["iteration"] = _iterations_at(config, costs, variant, 1.0)
+                    rows.append(row)
                     first = False
         found.append(
             {
                 "name": name,
+                "kind": experiment.kind,
                 "caption": experiment.caption,
                 "header": experiment.header,
                 "figures": experiment.figures,
+                "reference": config.reference,
+                "evaluation": {
+                    "few": evaluation.few_nfe,
+                    "full": evaluation.base_nfe,
+                    "curve": list(evaluation.curve_nfe),
+                },
                 "rows": rows,
             }
         )

@@ -1,14 +1,17 @@
 """Evaluation: `python -m tafs.evaluate RUN_DIR` generates, scores and writes the run's long table.
 
 Every run is judged on the same held-out prompts with the same start noise; the steps' noise of the
-annealed sampler comes from a stream of its own. scores.parquet has a row per (sampler, nfe, prompt,
-image, metric); samples.safetensors keeps each prompt's first image of every setting.
+annealed sampler comes from a stream of its own. scores.parquet has a row per (iteration, sampler,
+nfe, prompt, image, metric); samples.safetensors keeps each prompt's first image of every setting of
+the final model.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -19,6 +22,7 @@ from torch import Tensor
 from tafs import checkpoint, rundir, sampling, seeding
 from tafs.backbones.base import Backbone
 from tafs.progress import Reporter
+from tafs.prompts import Prompt
 from tafs.rewards import METRICS, registry
 
 # One seed for all: methods are compared on the same prompts and noise. It is no training seed.
@@ -32,29 +36,11 @@ class Setting:
     sampler: str
     nfe: int
     images_per_prompt: int
+    iteration: int | None = None  # a snapshot's; None: the final model
 
     @property
     def name(self) -> str:
         return f"{self.sampler}-{self.nfe}"
-
-
-def settings_of(run: rundir.RunDir) -> list[Setting]:
-    """The tables' settings with both samplers, the curve's with the method's own one, and the base
-    model's full steps. The curve's points are judged on fewer images: they only draw a line."""
-    description = run.description
-    evaluation = description["settings"]["evaluation"]
-    full, curve = evaluation["images_per_prompt"], evaluation["curve_images_per_prompt"]
-    found = [
-        Setting(sampler, nfe, full)
-        for sampler in sampling.SAMPLERS
-        for nfe in evaluation["table_nfe"]
-    ]
-    own = description["sampler"]
-    others = [nfe for nfe in evaluation["curve_nfe"] if nfe not in evaluation["table_nfe"]]
-    found += [Setting(own, nfe, curve) for nfe in others]
-    if not run.trained:
-        found.append(Setting("ode", evaluation["base_nfe"], full))
-    return found
 
 
 @torch.no_grad()
@@ -104,49 +90,34 @@ def evaluate(run: rundir.RunDir) -> None:
     """Write the run's scores and samples.
 
     Raises:
-        FileNotFoundError: a trained run has no adapter yet; names it.
+        FileNotFoundError: a trained run has no adapter yet, or not one of its snapshots; names it.
     """
-    description = run.description
-    evaluation = description["settings"]["evaluation"]
-    backbone = rundir.load_backbone(description)
-    if run.trained:
-        backbone.load_adapter(run.adapter)
+    description, evaluation = run.description, run.evaluation
     world = description["settings"]["world"]
     prompts = rundir.test_prompts(world, evaluation["prompts"])
     metrics = registry.load(METRICS, world, strict_geneval=True)
-    settings = settings_of(run)
+    settings = [Setting(**setting) for setting in evaluation["settings"]]
     reporter = Reporter(run.folder, "evaluate", sum(s.nfe for s in settings))
     tables: list[pd.DataFrame] = []
     samples: dict[str, Tensor] = {}
     clock = time.perf_counter
     seconds = {"sample": 0.0, "reward": 0.0}
-    for setting in settings:
-        per_prompt = setting.images_per_prompt
-        owners = [prompt for prompt in prompts for _ in range(per_prompt)]
-        start = clock()
-        images = generate(backbone, [p.text for p in prompts], setting, evaluation["batch"])
-        sampled = clock()
-        scores = metrics.report(metrics.score(images, owners))
-        seconds["sample"] += sampled - start
-        seconds["reward"] += clock() - sampled
-        for metric, values in scores.items():
-            tables.append(
-                pd.DataFrame(
-                    {
-                        "prompt": [i for i in range(len(prompts)) for _ in range(per_prompt)],
-                        "tag": [prompt.tag for prompt in owners],
-                        "image": list(range(per_prompt)) * len(prompts),
-                        "sampler": setting.sampler,
-                        "nfe": setting.nfe,
-                        "metric": metric,
-                        "value": values.double().numpy(),
-                    }
-                )
-            )
-        first = images[::per_prompt].permute(0, 2, 3, 1)
-        samples[setting.name] = (first * 255).round().byte().contiguous()
-        geneval = scores["geneval"].mean().item()
-        reporter.advance(f"{setting.name}  geneval {geneval:.2f}", setting.nfe)
+    for iteration, group in itertools.groupby(settings, lambda setting: setting.iteration):
+        backbone = load_model(run, iteration)
+        for setting in group:
+            owners = [prompt for prompt in prompts for _ in range(setting.images_per_prompt)]
+            start = clock()
+            images = generate(backbone, [p.text for p in prompts], setting, evaluation["batch"])
+            sampled = clock()
+            scores = metrics.report(metrics.score(images, owners))
+            seconds["sample"] += sampled - start
+            seconds["reward"] += clock() - sampled
+            tables += _long(scores, prompts, setting, description["iterations"])
+            if iteration is None:
+                first = images[:: setting.images_per_prompt].permute(0, 2, 3, 1)
+                samples[setting.name] = (first * 255).round().byte().contiguous()
+            geneval = scores["geneval"].mean().item()
+            reporter.advance(f"{setting.name}  geneval {geneval:.2f}", setting.nfe)
     table = pd.concat(tables, ignore_index=True)
     for name in ("seed", "method", "run"):
         table.insert(0, name, run.name if name == "run" else description[name])
@@ -155,6 +126,33 @@ def evaluate(run: rundir.RunDir) -> None:
     checkpoint.atomic_write(run.samples, lambda path: save_file(samples, path))
     print(json.dumps({"evaluated": run.name, "seconds": seconds}))
     reporter.finish()
+
+
+def load_model(run: rundir.RunDir, iteration: int | None) -> Backbone:
+    """The run's model after an iteration; None: as it was left, or the base model."""
+    backbone = rundir.load_backbone(run.description)
+    if run.trained:
+        backbone.load_adapter(run.adapter if iteration is None else run.snapshot(iteration))
+    return backbone
+
+
+def _long(
+    scores: dict[str, Tensor], prompts: Sequence[Prompt], setting: Setting, final: int
+) -> list[pd.DataFrame]:
+    """A setting's scores [prompts x images], a row each."""
+    images = setting.images_per_prompt
+    axes = {
+        "prompt": [i for i in range(len(prompts)) for _ in range(images)],
+        "tag": [prompt.tag for prompt in prompts for _ in range(images)],
+        "image": list(range(images)) * len(prompts),
+        "iteration": final if setting.iteration is None else setting.iteration,
+        "sampler": setting.sampler,
+        "nfe": setting.nfe,
+    }
+    return [
+        pd.DataFrame({**axes, "metric": metric, "value": values.double().numpy()})
+        for metric, values in scores.items()
+    ]
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,18 +77,34 @@ STYLE: dict[str, Any] = {
 }
 
 
-def draw(kind: str, name: str, run_dirs: Sequence[Path], out_dir: Path) -> list[Path]:
+def draw(
+    kind: str, name: str, spec: Mapping[str, Any], run_dirs: Sequence[Path], out_dir: Path
+) -> list[Path]:
     """One of config.FIGURES as NAME.png and NAME.pdf.
+
+    Args:
+        spec: the experiment's entry of `config.tables`.
 
     Raises:
         ValueError: an input is missing or broken; names it.
     """
+    few, full, curve = (spec["evaluation"][key] for key in ("few", "full", "curve"))
     if kind == "images":
-        settings = rundir.RunDir(run_dirs[0]).description["settings"]
-        held_out = rundir.test_prompts(settings["world"], settings["evaluation"]["prompts"])
+        run = rundir.RunDir(run_dirs[0])
+        held_out = rundir.test_prompts(
+            run.description["settings"]["world"], run.evaluation["prompts"]
+        )
         captions = [prompt.text for prompt in held_out]
-        return image_grid(run_dirs, out_dir, name=name, captions=captions)
-    return DRAW[kind](run_dirs, out_dir, name=name)
+        return image_grid(run_dirs, out_dir, name=name, captions=captions, nfe=few, full_steps=full)
+    given: dict[str, dict[str, Any]] = {
+        "steps": {"nfe": curve, "full_steps": full},
+        "pareto": {"nfe": curve, "few": few},
+        "compute": {"nfe": few},
+        "curves": {},
+        "hacking": {"nfe": few},
+        "profiles": {"nfe": few},
+    }
+    return DRAW[kind](run_dirs, out_dir, name=name, **given[kind])
 
 
 def figure4(
@@ -96,59 +112,130 @@ def figure4(
     out_dir: Path | str,
     *,
     name: str = "figure4",
-    nfe: Sequence[int] | None = None,
-    full_steps: int | None = None,
+    nfe: Sequence[int],
+    full_steps: int,
 ) -> list[Path]:
     """Figure 4: every metric against the number of inference steps, a line a method.
 
-    Each method is sampled with its own few-step sampler; one whose sampler is not Euler's has a
-    dashed line with Euler's, where that was evaluated. Lines are means over seeds, bands 95 %
-    intervals (none on dashed lines); the dotted line is the base model at its full steps.
-
-    Args:
-        nfe, full_steps: None takes those of the scale.
+    Each method is sampled with its own few-step sampler. Lines are means over seeds, bands 95 %
+    intervals; the dotted line is the base model at its full steps.
 
     Raises:
         ValueError: an input is missing or broken; names it.
     """
     results = tables.read_results(run_dirs)
-    steps = list(nfe or results[0].evaluation("curve_nfe"))
-    full = full_steps or int(results[0].evaluation("base_nfe"))
     systems = tables.systems(results)
     looks = _looks(systems)
-    metrics = _metrics(results)
+    metrics = tables.metrics_of(results)
     with _style():
-        columns = min(3, len(metrics))
-        rows = -(-len(metrics) // columns)
-        figure = Figure(figsize=(2.35 * columns + 0.2, 2.0 * rows + 0.5), layout="constrained")
-        panels = figure.subplots(rows, columns, squeeze=False)
-        for axes in panels.flat[len(metrics) :]:
-            axes.set_visible(False)
-        for place, metric in enumerate(metrics):
-            axes = panels.flat[place]
-            if place + columns >= len(metrics):  # nothing below
-                axes.set_xlabel("Inference steps (NFE)")
-            axes.set_title(METRICS[metric].title)
-            axes.set_ylabel(UNITS[metric])
-            axes.set_xticks(steps)
+        figure, panels = _panels(metrics, "Inference steps (NFE)")
+        for axes, metric in zip(panels, metrics, strict=True):
+            axes.set_xticks(list(nfe))
             for system, (colour, marker) in zip(systems, looks, strict=True):
-                label = system.label
-                own = str(system.info["sampler"])
-                line: dict[str, Any] = {"color": colour, "marker": marker}
-                estimates = [_estimate(system, own, n, metric) for n in steps]
-                low, high = [e.low for e in estimates], [e.high for e in estimates]
-                axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
-                axes.plot(steps, [e.value for e in estimates], label=label, **line)
-                if own != "ode" and _evaluated(system, "ode", steps, metric):
-                    line |= {"linestyle": (0, (3, 1.5)), "markerfacecolor": "white"}
-                    values = [_mean(system, "ode", n, metric) for n in steps]
-                    axes.plot(steps, values, label=f"{label}, Euler", **line)
+                estimates = [_estimate(system, n, metric) for n in nfe]
+                _band(axes, nfe, estimates, color=colour, marker=marker, label=system.label)
                 if not system.trained:
-                    value = _mean(system, "ode", full, metric)
-                    at_full = f"{label}, {full} steps"
+                    value = _estimate(system, full_steps, metric).value
+                    at_full = f"{system.label}, {full_steps} steps"
                     axes.axhline(value, color=colour, linestyle=":", linewidth=1.2, label=at_full)
-        figure.align_ylabels(panels)
-        _legend(figure, panels[0, 0])
+        _legend(figure, panels[0])
+        return _save(figure, out_dir, name)
+
+
+def compute(
+    run_dirs: Iterable[Path | str], out_dir: Path | str, *, name: str = "compute", nfe: int
+) -> list[Path]:
+    """Every metric against training compute, a line a method; all start at their base model.
+
+    Compute is the number of forward passes of the network per image of an iteration, times
+    iterations; one with gradients counts three (`Method.cost`). Bands are 95 % intervals; a
+    vertical line marks the least that any whole training takes.
+
+    Raises:
+        ValueError: no run is trained or a base model is missing, or an input is broken; names it.
+    """
+    results = tables.read_results(run_dirs)
+    systems = tables.systems(results)
+    trained = [system for system in systems if system.trained]
+    if not trained:
+        raise ValueError("no trained run among the given ones")
+    looks = dict(zip((s.label for s in systems), _looks(systems), strict=True))
+    metrics = tables.metrics_of(results)
+    whole = min(float(s.info["cost"] * s.info["iterations"]) for s in trained)
+    with _style():
+        figure, panels = _panels(metrics, "Training compute (evaluations per image)")
+        for axes, metric in zip(panels, metrics, strict=True):
+            for system in trained:
+                base = _estimate(_base_of(system, systems), nfe, metric)
+                at = [*system.info["snapshots"], system.info["iterations"]]
+                estimates = [base, *(_estimate(system, nfe, metric, i) for i in at)]
+                x = [0.0, *(float(system.info["cost"] * i) for i in at)]
+                colour, marker = looks[system.label]
+                _band(axes, x, estimates, color=colour, marker=marker, label=system.label)
+            axes.set_xscale("symlog", linthresh=whole / 4)
+            axes.set_xlim(left=0)
+            axes.axvline(whole, color="#999999", linestyle=":", linewidth=0.8)
+            ticks = [0.0, whole / 4, whole, 4 * whole]
+            axes.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks], minor=False)
+            axes.minorticks_off()
+        _legend(figure, panels[0])
+        return _save(figure, out_dir, name)
+
+
+def pareto(
+    run_dirs: Iterable[Path | str],
+    out_dir: Path | str,
+    *,
+    name: str = "pareto",
+    nfe: Sequence[int],
+    few: int,
+) -> list[Path]:
+    """Quality against inference steps: which system is best for a given number of steps.
+
+    Quality is the gain on the base model at `few` steps, in standard deviations of its prompts,
+    interquartile mean over seeds and metrics. The grey line is the Pareto front: the best that so
+    many steps or fewer reach.
+
+    Raises:
+        ValueError: a base model is missing, or an input is missing or broken; names it.
+    """
+    systems = tables.systems(tables.read_results(run_dirs))
+    looks = _looks(systems)
+    metrics = tables.metrics_of([result for system in systems for result in system.results])
+    drawn = {
+        (system.label, n, metric): system.values(system.sampler, n, metric)
+        for system in systems
+        for n in {*nfe, few}
+        for metric in metrics
+    }
+    # The first images of a prompt start from the same noise at every number of steps.
+    images = min(values.shape[2] for values in drawn.values())
+    front = np.full(len(nfe), -np.inf)
+    with _style():
+        figure = Figure(figsize=(3.8, 3.4), layout="constrained")
+        axes = figure.subplots()
+        for system, (colour, marker) in zip(systems, looks, strict=True):
+            base = _base_of(system, systems).label
+            values = []
+            for n in nfe:
+                effects = [
+                    stats.effects(
+                        drawn[system.label, n, m][:, :, :images],
+                        drawn[base, few, m][:, :, :images],
+                    )
+                    for m in metrics
+                ]
+                values.append(stats.interquartile_mean(np.concatenate(effects)))
+            front = np.maximum(front, values)
+            axes.plot(nfe, values, color=colour, marker=marker, label=system.label, linewidth=1)
+        best = np.maximum.accumulate(front)
+        axes.step(
+            nfe, best, where="post", color="#bbbbbb", linewidth=4, zorder=0, label="Pareto front"
+        )
+        axes.set_xticks(list(nfe))
+        axes.set_xlabel("Inference steps (NFE)")
+        axes.set_ylabel("Gain on the base model, in standard deviations")
+        _legend(figure, axes, columns=3)
         return _save(figure, out_dir, name)
 
 
@@ -212,30 +299,26 @@ def image_grid(
     captions: Sequence[str],
     indices: Sequence[int] | None = None,
     per_tag: int = 2,
-    nfe: int | None = None,
-    full_steps: int | None = None,
+    nfe: int,
+    full_steps: int,
 ) -> list[Path]:
     """The same prompts and start noise side by side, each system's lowest seed.
 
     Args:
         captions: the text of every prompt that the samples hold, in their order.
         indices: the prompts to show; None takes the first `per_tag` of each task.
-        nfe, full_steps: None takes those of the scale.
 
     Raises:
         ValueError: an input is missing or broken, or the captions do not fit; names it.
     """
     results = tables.read_results(run_dirs)
-    few = nfe or int(results[0].evaluation("table_nfe")[0])
-    full = full_steps or int(results[0].evaluation("base_nfe"))
     columns: list[tuple[str, Result, str]] = []
     systems = tables.systems(results)
     for system in systems:
-        steps = [full, few] if not system.trained else [few]
+        steps = [full_steps, nfe] if not system.trained else [nfe]
         for n in dict.fromkeys(steps):
-            sampler = "ode" if n == full else system.info["sampler"]
             title = f"{textwrap.fill(system.label, 14)}\n{n} steps"
-            columns.append((title, system.results[0], f"{sampler}-{n}"))
+            columns.append((title, system.results[0], f"{system.sampler}-{n}"))
     scores = systems[0].results[0].scores
     tags = dict(zip(scores.prompts, scores.tags, strict=True))
     shown = list(indices) if indices is not None else _first_of_each(tags, per_tag)
@@ -246,12 +329,8 @@ def image_grid(
         return _save(_grid(columns, images, shown, captions, tags), out_dir, name)
 
 
-IN_DOMAIN = ("pickscore", "clip")
-OUT_OF_DOMAIN = ("hpsv2", "imagereward", "unifiedreward")
-
-
 def hacking(
-    run_dirs: Iterable[Path | str], out_dir: Path | str, *, name: str = "hacking"
+    run_dirs: Iterable[Path | str], out_dir: Path | str, *, name: str = "hacking", nfe: int
 ) -> list[Path]:
     """Reward hacking: gain on the trained rewards against gain on rewards that took no part.
 
@@ -262,7 +341,7 @@ def hacking(
     Raises:
         ValueError: no base model is among the runs, or an input is missing or broken; names it.
     """
-    systems, few = _few_step_systems(run_dirs)
+    systems = _with_trained(run_dirs)
     looks = _looks(systems)
     with _style():
         figure = Figure(figsize=(3.6, 3.9), layout="constrained")
@@ -271,8 +350,8 @@ def hacking(
             if not system.trained:
                 continue
             x, y = (
-                np.mean([_effects(system, systems, few, metric) for metric in metrics], axis=0)
-                for metrics in (IN_DOMAIN, OUT_OF_DOMAIN)
+                np.mean([_effects(system, systems, nfe, metric) for metric in metrics], axis=0)
+                for metrics in (tables.IN_DOMAIN, tables.OUT_OF_DOMAIN)
             )
             if len(x) > 1:
                 axes.plot(x, y, ".", color=colour, alpha=0.5, markersize=3)
@@ -281,14 +360,14 @@ def hacking(
         axes.axline((0, 0), slope=1, color="#999999", linestyle=":", linewidth=0.8)
         axes.axhline(0, color="#cccccc", linewidth=0.6)
         axes.axvline(0, color="#cccccc", linewidth=0.6)
-        axes.set_xlabel("Gain on " + " and ".join(METRICS[m].title for m in IN_DOMAIN))
-        axes.set_ylabel("Gain on " + ", ".join(METRICS[m].title for m in OUT_OF_DOMAIN))
+        axes.set_xlabel("Gain on " + " and ".join(METRICS[m].title for m in tables.IN_DOMAIN))
+        axes.set_ylabel("Gain on " + ", ".join(METRICS[m].title for m in tables.OUT_OF_DOMAIN))
         _legend(figure, axes, columns=2)
         return _save(figure, out_dir, name)
 
 
 def profiles(
-    run_dirs: Iterable[Path | str], out_dir: Path | str, *, name: str = "profiles"
+    run_dirs: Iterable[Path | str], out_dir: Path | str, *, name: str = "profiles", nfe: int
 ) -> list[Path]:
     """Performance profiles (Agarwal et al., 2021): the share of a method's scores above a gain.
 
@@ -298,11 +377,11 @@ def profiles(
     Raises:
         ValueError: no base model is among the runs, or an input is missing or broken; names it.
     """
-    systems, few = _few_step_systems(run_dirs)
+    systems = _with_trained(run_dirs)
     looks = _looks(systems)
-    metrics = [m for m in METRICS if m in _metrics([r for s in systems for r in s.results])]
+    metrics = tables.metrics_of([result for system in systems for result in system.results])
     gains = {
-        system.label: np.concatenate([_effects(system, systems, few, m) for m in metrics])
+        system.label: np.concatenate([_effects(system, systems, nfe, m) for m in metrics])
         for system in systems
         if system.trained
     }
@@ -325,23 +404,32 @@ def profiles(
         return _save(figure, out_dir, name)
 
 
-def _few_step_systems(run_dirs: Iterable[Path | str]) -> tuple[list[System], int]:
-    """The systems, and the few steps that tables print."""
-    results = tables.read_results(run_dirs)
-    systems = tables.systems(results)
+def _with_trained(run_dirs: Iterable[Path | str]) -> list[System]:
+    systems = tables.systems(tables.read_results(run_dirs))
     if not any(system.trained for system in systems):
         raise ValueError("no trained run among the given ones")
-    return systems, int(results[0].evaluation("table_nfe")[0])
+    return systems
 
 
-def _effects(system: System, systems: Sequence[System], nfe: int, metric: str) -> Array:
-    """Each seed's gain on the base model of its backbone; see `stats.effects`."""
+def _base_of(system: System, systems: Sequence[System]) -> System:
+    """The base model of a system's backbone.
+
+    Raises:
+        ValueError: it is not there, or was scored with other prompts; names it.
+    """
     backbone = system.info["backbone"]
     bases = [s for s in systems if not s.trained and s.info["backbone"] == backbone]
     if not bases:
         raise ValueError(f"no run of the base model {backbone!r} among the given ones")
-    own = system.values(str(system.info["sampler"]), nfe, metric)
-    return stats.effects(own, bases[0].values("ode", nfe, metric))
+    tables.check_paired(system.results[0].scores, bases[0].results[0].scores)
+    return bases[0]
+
+
+def _effects(system: System, systems: Sequence[System], nfe: int, metric: str) -> Array:
+    """Each seed's gain on the base model of its backbone; see `stats.effects`."""
+    base = _base_of(system, systems)
+    own = system.values(system.sampler, nfe, metric)
+    return stats.effects(own, base.values(base.sampler, nfe, metric))
 
 
 def _grid(
@@ -416,28 +504,40 @@ def _first_of_each(tags: dict[int, str], count: int) -> list[int]:
     return [prompt for group in groups.values() for prompt in group[:count]]
 
 
-def _metrics(results: Sequence[Result]) -> list[str]:
-    known = {metric for result in results for metric in result.scores.metrics()}
-    return [metric for metric in METRICS if metric in known]
-
-
-def _evaluated(system: System, sampler: str, steps: Sequence[int], metric: str) -> bool:
-    return all(
-        (sampler, nfe, metric) in result.scores.values for result in system.results for nfe in steps
-    )
-
-
-def _estimate(system: System, sampler: str, nfe: int, metric: str) -> stats.Estimate:
-    """On the reported scale."""
-    values = METRICS[metric].factor * system.values(sampler, nfe, metric)
+def _estimate(
+    system: System, nfe: int, metric: str, iteration: int | None = None
+) -> stats.Estimate:
+    """With the system's own sampler, on the reported scale."""
+    values = METRICS[metric].factor * system.values(system.sampler, nfe, metric, iteration)
     tags = system.results[0].scores.tags
     return stats.mean_interval(values, tags, macro=METRICS[metric].macro)
 
 
-def _mean(system: System, sampler: str, nfe: int, metric: str) -> float:
-    """On the reported scale."""
-    values = METRICS[metric].factor * system.values(sampler, nfe, metric)
-    return stats.mean(values, system.results[0].scores.tags, macro=METRICS[metric].macro)
+def _panels(metrics: Sequence[str], xlabel: str) -> tuple[Figure, list[Axes]]:
+    """A panel a metric, with its title and units."""
+    columns = min(3, len(metrics))
+    rows = -(-len(metrics) // columns)
+    figure = Figure(figsize=(2.35 * columns + 0.2, 2.0 * rows + 0.5), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for axes in panels.flat[len(metrics) :]:
+        axes.set_visible(False)
+    for place, metric in enumerate(metrics):
+        axes = panels.flat[place]
+        if place + columns >= len(metrics):  # nothing below
+            axes.set_xlabel(xlabel)
+        axes.set_title(METRICS[metric].title)
+        axes.set_ylabel(UNITS[metric])
+    figure.align_ylabels(panels)
+    return figure, list(panels.flat[: len(metrics)])
+
+
+def _band(
+    axes: Axes, x: Sequence[float], estimates: Sequence[stats.Estimate], color: str, **line: Any
+) -> None:
+    """A line of values in the band of their intervals."""
+    low, high = [e.low for e in estimates], [e.high for e in estimates]
+    axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+    axes.plot(x, [e.value for e in estimates], color=color, **line)
 
 
 def _training_rewards(trained: Sequence[System]) -> list[str]:
@@ -542,6 +642,8 @@ def _save(figure: Figure, out_dir: Path | str, name: str) -> list[Path]:
 
 DRAW: dict[str, Callable[..., list[Path]]] = {
     "steps": figure4,
+    "pareto": pareto,
+    "compute": compute,
     "curves": learning_curves,
     "images": image_grid,
     "hacking": hacking,

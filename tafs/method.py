@@ -152,14 +152,32 @@ class Method:
         return False
 
     @property
-    def nfe_old(self) -> int | None:
-        """Network evaluations per image in the rollout, where the paper counts them."""
+    def nfe_old(self) -> float | None:
+        """Network evaluations per image in the rollout, where the paper counts them.
+
+        Their mean where iterations differ.
+        """
         return None
 
     @property
     def nfe_theta(self) -> int | None:
         """Network evaluations per image with gradients, where the paper counts them."""
         return None
+
+    @property
+    def cost(self) -> float:
+        """Network evaluations per image and iteration, in units of one forward pass.
+
+        One with gradients counts three: forward, and twice that backward. A mean where iterations
+        differ. Every call of the backbone's `velocity` in `rollout` and `losses` is counted;
+        decoder and reward models are not, nor is `divergence`, which only watches.
+        """
+        if self.nfe_old is None or self.nfe_theta is None:
+            raise NotImplementedError(
+                f"{type(self).__name__}: define `cost`, "
+                "the network evaluations per image and iteration"
+            )
+        return self.nfe_old + 3 * self.nfe_theta
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,12 +254,17 @@ class PolicyGradient(Method):
         return self.shared_noise
 
     @property
-    def nfe_old(self) -> int:
+    def nfe_old(self) -> float:
         return self.steps
 
     @property
     def nfe_theta(self) -> int:
         return len(self.trained_steps(0))
+
+    @property
+    def cost(self) -> float:
+        """As of every method, and the base model's evaluations where its KL is in the loss."""
+        return super().cost + (self.nfe_theta if self.beta > 0 else 0)
 
     @property
     def evaluation_sampler(self) -> str:

@@ -20,7 +20,7 @@ def main() -> None:
 
 
 def build(root: Path) -> None:
-    """Write ROOT/tables, ROOT/figures and ROOT/claims.* from ROOT/runs.
+    """Write ROOT/tables, ROOT/provenance, ROOT/figures and ROOT/claims.* from ROOT/runs.
 
     Raises:
         ValueError, FileNotFoundError: an input is missing or broken; names it.
@@ -32,9 +32,9 @@ def build(root: Path) -> None:
     for spec in contents(root):
         names = dict.fromkeys(name for row in spec["rows"] for name in row["runs"])
         runs = [root / "runs" / name for name in names]
-        tables.comparison(spec, runs, root / "tables")
+        tables.comparison(spec, runs, root)
         for kind, name in spec["figures"].items():
-            figures.draw(kind, name, runs, root / "figures")
+            figures.draw(kind, name, spec, runs, root / "figures")
         results = tables.read_results(runs)
         own = [claim for claim in stated if claim.experiment == spec["name"]]
         verdicts += [claims.judge(claim, spec, results) for claim in own]

@@ -26,6 +26,8 @@ class RunDir:
         self.journal = folder / "journal.jsonl"
         self.scores = folder / "scores.parquet"
         self.samples = folder / "samples.safetensors"
+        self.step_scores = folder / "step_scores.parquet"
+        self.snapshots = folder / "snapshots"
         self.state = folder / ".state"
         self.checkpoints = self.state / "checkpoints"
 
@@ -36,16 +38,20 @@ class RunDir:
         Raises:
             FileNotFoundError, ValueError: it is missing or no JSON object; names the file.
         """
-        file = self.folder / "run.json"
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: not found; snakemake writes it from config.yaml")
-        try:
-            description = json.loads(file.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}: is not JSON ({error})") from None
-        if not isinstance(description, dict):
-            raise ValueError(f"{file}: holds no JSON object")
-        return description
+        return read_json(self.folder / "run.json")
+
+    @cached_property
+    def evaluation(self) -> dict[str, Any]:
+        """evaluation.json: how the run is judged; see `config.evaluations`.
+
+        Raises:
+            FileNotFoundError, ValueError: it is missing or no JSON object; names the file.
+        """
+        return read_json(self.folder / "evaluation.json")
+
+    def snapshot(self, iteration: int) -> Path:
+        """The adapter after so many iterations, one of run.json's `snapshots`."""
+        return self.snapshots / f"{iteration}.safetensors"
 
     @property
     def trained(self) -> bool:
@@ -61,6 +67,23 @@ class RunDir:
         from tafs import checkpoint
 
         checkpoint.clear(self.state)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object that snakemake wrote from config.yaml.
+
+    Raises:
+        FileNotFoundError, ValueError: it is missing or no JSON object; names the file.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: not found; snakemake writes it from config.yaml")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}: is not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: holds no JSON object")
+    return content
 
 
 def prompt_file(world: str, split: str) -> Path:

@@ -143,16 +143,69 @@ def effects(values: ArrayLike, reference: ArrayLike) -> Array:
     array, base = np.asarray(values, dtype=float), np.asarray(reference, dtype=float)
     if array.ndim != 3 or array.shape[1:] != base.shape[1:]:
         raise ValueError(f"not paired: {array.shape[1:]} and {base.shape[1:]} prompts and images")
-    prompts = np.nanmean(base, axis=(0, 2))
-    spread = float(np.nanstd(prompts))
-    if not spread > 0:
-        raise ValueError("the reference is the same for every prompt: it gives no scale")
-    return (np.nanmean(array, axis=(1, 2)) - np.nanmean(base)) / spread
+    return (_nanmean(array, (1, 2)) - np.nanmean(base)) / _spread(base)
+
+
+def interquartile_effect(
+    values: Sequence[ArrayLike],
+    reference: Sequence[ArrayLike],
+    strata: Sequence[str],
+    *,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Estimate:
+    """The interquartile mean of the effects over all seeds and metrics, and its interval.
+
+    See `effects` and `interquartile_mean`. Prompts are resampled for all metrics, the values and
+    the reference at once; seeds for all metrics at once. The reference's seeds are not, and its
+    spread stays as it is: it is the unit. What the choice of seeds moves is stretched for their
+    small number, as everywhere in this module.
+
+    Args:
+        values: one [seeds, prompts, images] a metric; seed i is the same model in all of them.
+        reference: one [seeds, prompts, images] a metric, of the same prompts.
+
+    Raises:
+        ValueError: the metrics, their seeds or the prompts do not match, or a reference does not
+            vary over its prompts.
+    """
+    _check_metrics(values, reference)
+    arrays, groups = _by_metric(values, strata)
+    gains = [effects(x, base) for x, base in zip(arrays, reference, strict=True)]
+    n_seeds, n_images = len(arrays[0]), int(sum(np.isfinite(x).sum() for x in arrays))
+    n_missing = int(sum(np.isnan(np.asarray(x, dtype=float)).sum() for x in values))
+    if not n_seeds:
+        return _estimate(np.nan, np.empty(0), level, 0, 0, n_missing, "")
+    weights = _prompt_weights(groups, resamples, seed)
+    drawn = np.random.default_rng([seed, 2]).integers(n_seeds, size=(resamples, n_seeds))
+    means = []
+    for array, given in zip(arrays, reference, strict=True):
+        base = np.asarray(given, dtype=float)
+        # As one seed: `effects` takes the mean over all of the reference's images, too.
+        pooled = base.transpose(1, 0, 2).reshape(1, base.shape[1], -1)
+        gain = _seed_means(array, groups, weights, macro=False)
+        means.append((gain - _seed_means(pooled, groups, weights, macro=False)) / _spread(base))
+    draws = _interquartile_means(np.concatenate(means, axis=1))
+    if n_seeds > 1:
+        resampled = [np.take_along_axis(gain, drawn, axis=1) for gain in means]
+        moved = _interquartile_means(np.concatenate(resampled, axis=1)) - draws
+        # Drawing n of n seeds varies by (n - 1) / n of what n - 1 of n do (Rao & Wu, 1988).
+        draws = draws + _student(n_seeds, level) * np.sqrt(n_seeds / (n_seeds - 1)) * moved
+    return _estimate(
+        interquartile_mean(np.concatenate(gains)),
+        draws,
+        level,
+        n_seeds,
+        n_images,
+        n_missing,
+        _resampled(n_seeds, groups),
+    )
 
 
 def probability_of_improvement(
-    a: ArrayLike,
-    b: ArrayLike,
+    a: Sequence[ArrayLike],
+    b: Sequence[ArrayLike],
     strata: Sequence[str],
     *,
     level: float = LEVEL,
@@ -162,31 +215,38 @@ def probability_of_improvement(
     """How often a prompt is better under a than under b, ties counting half, and its interval.
 
     A prompt's value is its mean over images; every seed of a meets every seed of b (Agarwal et al.,
-    2021). The p-value is that of 1/2.
+    2021). A prompt's wins are averaged over the metrics that have it before anything is resampled:
+    the metrics of one image are not independent. The p-value is that of 1/2.
 
     Args:
-        a, b: [seeds, prompts, images] of the same prompts and start noise.
+        a, b: one [seeds, prompts, images] a metric, higher being better, of the same prompts and
+            start noise; seed i is the same model in all metrics.
+
+    Raises:
+        ValueError: the metrics, their seeds or the prompts do not match.
     """
-    (left, groups), (right, _) = _checked(a, strata), _checked(b, strata)
-    if not (len(left) and len(right)):
+    _check_metrics(a, b)
+    (left, groups), (right, _) = _by_metric(a, strata), _by_metric(b, strata)
+    if not (len(left[0]) and len(right[0])):
         return _estimate(np.nan, np.empty(0), level, 0, 0, 0, "")
-    with np.errstate(invalid="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a prompt without any value
-        first, second = np.nanmean(left, axis=2)[:, None], np.nanmean(right, axis=2)[None]
-    wins = np.where(first == second, 0.5, first > second)  # [seeds of a, seeds of b, prompts]
+    first = np.stack([_nanmean(x, 2) for x in left])[:, :, None]
+    second = np.stack([_nanmean(x, 2) for x in right])[:, None]
+    wins = np.where(first == second, 0.5, first > second)
     wins = np.where(np.isnan(first) | np.isnan(second), np.nan, wins)
+    wins = _nanmean(wins, 0)  # [seeds of a, seeds of b, prompts]
     pairs = wins.reshape(-1, wins.shape[2], 1) - 0.5
     weights = _prompt_weights(groups, resamples, seed)
     means = _seed_means(pairs, groups, weights, macro=False).reshape(-1, *wins.shape[:2])
-    ours = _seed_weights(len(left), level, resamples, seed, stream=0) / len(left)
-    theirs = _seed_weights(len(right), level, resamples, seed, stream=1) / len(right)
+    n_left, n_right = wins.shape[:2]
+    ours = _seed_weights(n_left, level, resamples, seed, stream=0) / n_left
+    theirs = _seed_weights(n_right, level, resamples, seed, stream=1) / n_right
     draws = np.einsum("rab,ra,rb->r", means, ours, theirs)
     value = mean(pairs, strata)
-    seeds = min(len(left), len(right))
     n_missing = int(np.isnan(wins).sum())
-    resampled = _resampled(max(len(left), len(right)), groups)
-    half = _estimate(value, draws, level, seeds, wins.size - n_missing, n_missing, resampled)
-    low, high = (min(1.0, max(0.0, bound + 0.5)) for bound in (half.low, half.high))
+    resampled = _resampled(max(n_left, n_right), groups)
+    n_seeds = min(n_left, n_right)
+    half = _estimate(value, draws, level, n_seeds, wins.size - n_missing, n_missing, resampled)
+    low, high = (float(np.clip(bound + 0.5, 0, 1)) for bound in (half.low, half.high))
     return half._replace(value=half.value + 0.5, low=low, high=high)
 
 
@@ -299,6 +359,51 @@ def _checked(values: ArrayLike, strata: Sequence[str]) -> tuple[Array, tuple[int
     return array[np.isfinite(array).any((1, 2))], tuple(number[name] for name in strata)
 
 
+def _check_metrics(a: Sequence[ArrayLike], b: Sequence[ArrayLike]) -> None:
+    if len(a) != len(b) or not len(a):
+        raise ValueError(f"not paired: {len(a)} and {len(b)} metrics")
+
+
+def _by_metric(
+    values: Sequence[ArrayLike], strata: Sequence[str]
+) -> tuple[list[Array], tuple[int, ...]]:
+    """Each metric's values of the seeds that have any in some metric, and the prompts' strata."""
+    groups = [_checked(metric, strata)[1] for metric in values]
+    arrays = [np.asarray(metric, dtype=float) for metric in values]
+    seeds = [len(array) for array in arrays]
+    if len(set(seeds)) > 1:
+        raise ValueError(f"the metrics must have the same seeds, not {seeds} of them")
+    kept = np.any([np.isfinite(array).any((1, 2)) for array in arrays], axis=0)
+    return [array[kept] for array in arrays], groups[0]
+
+
+def _nanmean(array: Array, axis: int | tuple[int, ...]) -> Array:
+    """The mean of the values there are; NaN, without a warning, where there is none."""
+    with np.errstate(invalid="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return np.asarray(np.nanmean(array, axis=axis))
+
+
+def _spread(reference: Array) -> float:
+    """The standard deviation of the prompts' means."""
+    prompts = _nanmean(reference, (0, 2))
+    prompts = prompts[np.isfinite(prompts)]
+    spread = float(prompts.std()) if len(prompts) else 0.0
+    if not spread > 0:
+        raise ValueError("the reference is the same for every prompt: it gives no scale")
+    return spread
+
+
+def _interquartile_means(rows: Array) -> Array:
+    """`interquartile_mean` of each row: [n] from [n, values]."""
+    ordered = np.sort(rows, axis=1)  # NaN last
+    count = np.isfinite(ordered).sum(1, keepdims=True)
+    cut = count // 4
+    place = np.arange(rows.shape[1])
+    middle = np.where((place >= cut) & (place < count - cut), ordered, np.nan)
+    return _nanmean(middle, 1)
+
+
 def _seed_means(array: Array, groups: tuple[int, ...], weights: Array, macro: bool) -> Array:
     """Each seed's weighted mean: [resamples, seeds] from weights [resamples, prompts]."""
     present = np.isfinite(array)
@@ -337,9 +442,14 @@ def _seed_weights(n: int, level: float, resamples: int, seed: int, stream: int) 
     if n == 1:
         return np.ones((resamples, 1))
     weights = _resample(n, resamples, np.random.default_rng([seed, 1, stream]))
-    tail = (1 + level) / 2
-    stretched: Array = 1 + (weights - 1) * (stdtrit(n - 1, tail) / ndtri(tail))
+    stretched: Array = 1 + (weights - 1) * _student(n, level)
     return stretched
+
+
+def _student(n: int, level: float) -> float:
+    """How much wider Student's interval of n values is than the normal one."""
+    tail = (1 + level) / 2
+    return float(stdtrit(n - 1, tail) / ndtri(tail))
 
 
 @lru_cache(maxsize=8)
@@ -383,7 +493,7 @@ def _estimate(
     resampled: str,
 ) -> Estimate:
     draws = draws[np.isfinite(draws)]
-    if not resampled or not np.isfinite(value):
+    if not resampled or not np.isfinite(value) or not len(draws):
         nan = float("nan")
         return Estimate(value, nan, nan, n_seeds, n_images, n_missing, "", 1.0)
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])

@@ -143,7 +143,7 @@ def read_run(folder: Path) -> Mirror | None:
     scores: list[Point] = []
     scores_sha256 = ""
     if scored:
-        scores, bad = _score_points(scores_file, next_iteration)
+        scores, bad = _score_points(scores_file)
         skipped += bad
         scores_sha256 = hashlib.sha256(scores_file.read_bytes()).hexdigest()
     started = int(records[0]["time"] * 1000) if records else _modified_ms(scores_file)
@@ -203,8 +203,10 @@ def _curve_points(record: Mapping[str, Any]) -> tuple[list[Point], int]:
     return points, skipped
 
 
-def _score_points(file: Path, step: int) -> tuple[list[Point], int]:
+def _score_points(file: Path) -> tuple[list[Point], int]:
     """score/METRIC/SAMPLER/nfe_N: means over the images, GenEval's as 100 x the mean of its tags'.
+
+    A snapshot's point stands at its iteration, so that the last point is the final model's.
 
     Raises:
         ValueError: the file is no table of scores.
@@ -212,12 +214,13 @@ def _score_points(file: Path, step: int) -> tuple[list[Point], int]:
     import pandas as pd
 
     try:
-        table = pd.read_parquet(file, columns=["tag", "sampler", "nfe", "metric", "value"])
+        columns = ["tag", "iteration", "sampler", "nfe", "metric", "value"]
+        table = pd.read_parquet(file, columns=columns)
     except Exception as error:  # pyarrow has no common class for what a damaged file raises
         raise ValueError(f"{file}: not a table of scores ({error})") from error
     points, skipped = [], 0
-    for keys, rows in table.groupby(["metric", "sampler", "nfe"], observed=True):
-        metric, sampler, nfe = keys
+    for keys, rows in table.groupby(["metric", "sampler", "nfe", "iteration"], observed=True):
+        metric, sampler, nfe, iteration = keys
         if metric == "geneval":
             tags = rows.groupby("tag", observed=True)["value"]
             value = 100 * tags.mean(skipna=False).mean(skipna=False)
@@ -225,7 +228,7 @@ def _score_points(file: Path, step: int) -> tuple[list[Point], int]:
             value = rows["value"].mean(skipna=False)
         if math.isfinite(value):
             key = _entity(f"score/{metric}/{sampler}/nfe_{nfe}")
-            points.append(Point(key, float(value), _modified_ms(file), step))
+            points.append(Point(key, float(value), _modified_ms(file), int(iteration)))
         else:
             skipped += 1
     return points, skipped

@@ -1,13 +1,14 @@
 """The one training loop: `python -m tafs.train RUN_DIR` trains what RUN_DIR/run.json describes.
 
-Writes adapter.safetensors and journal.jsonl. Until then the journal and the resume state live in
-RUN_DIR/.state, which outlives a kill, is refused when the run's fingerprint has changed, and is
-deleted on success. All randomness comes from streams of (seed, name, iteration), so a resumed run
-draws what an undisturbed one draws.
+Writes adapter.safetensors, journal.jsonl and, after the iterations that run.json names, snapshots/.
+Until then all of it and the resume state live in RUN_DIR/.state, which outlives a kill, is refused
+when the run's fingerprint has changed, and is deleted on success. All randomness comes from streams
+of (seed, name, iteration), so a resumed run draws what an undisturbed one draws.
 """
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -299,10 +300,17 @@ def train(run: rundir.RunDir) -> None:
         journal.append("iteration", **record)
         reporter.advance(_headline(record["rewards"]))
         done = iteration + 1
+        if done in description["snapshots"]:
+            run.state.joinpath("snapshots").mkdir(exist_ok=True)
+            trainer.export(run.state / "snapshots" / run.snapshot(done).name)
         if done % settings["checkpoint_every"] == 0 or done == trainer.iterations:
             trainer.save(run.checkpoints, fingerprint, done, seconds)
     journal.append("end", iterations=trainer.iterations, seconds=seconds)
     checkpoint.atomic_text(run.journal, journal.path.read_text(encoding="utf-8"))
+    run.snapshots.mkdir(exist_ok=True)
+    for iteration in description["snapshots"]:
+        kept = run.state / "snapshots" / run.snapshot(iteration).name
+        checkpoint.atomic_write(run.snapshot(iteration), partial(shutil.copyfile, kept))
     trainer.export(run.adapter)
     run.clear_state()
     reporter.finish()

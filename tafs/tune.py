@@ -44,12 +44,13 @@ def trials(settings: config.Config) -> list[config.Run]:
                     name=f"{variant}.{task}.{base.backbone}.tuning.{label}",
                     seed=settings.tuning.seed,
                     hyperparameters={**base.hyperparameters, **point},
+                    snapshots=(),
                 )
             )
     return found
 
 
-def score(description: dict[str, Any], nfe: int, adapter: Path | None) -> float:
+def score(description: dict[str, Any], nfe: int, batch: int, adapter: Path | None) -> float:
     """Mean total reward on training prompts, of a trained model or of the base."""
     from tafs import evaluate
     from tafs.rewards import registry
@@ -64,7 +65,7 @@ def score(description: dict[str, Any], nfe: int, adapter: Path | None) -> float:
         backbone,
         [p.text for p in drawn],
         evaluate.Setting(description["sampler"], nfe, images_per_prompt=2),
-        batch=description["settings"]["evaluation"]["batch"],
+        batch=batch,
         seed=description["seed"],
     )
     rewards = registry.load(list(description["rewards"]), world)
@@ -82,11 +83,12 @@ def is_trained(run: rundir.RunDir) -> bool:
     return bool(journal.read(run.journal)[0]["fingerprint"] == run.fingerprint())
 
 
-def run_trial(trial: config.Run, folder: Path, nfe: int) -> dict[str, Any]:
+def run_trial(trial: config.Run, folder: Path, evaluation: config.Evaluation) -> dict[str, Any]:
     """Train and score one point; a trial that was stopped continues."""
     from tafs import journal, train
 
     description = trial.describe()
+    nfe, batch = evaluation.few_nfe, evaluation.batch
     run = rundir.RunDir(folder / trial.name)
     checkpoint.atomic_text(run.folder / "run.json", config.to_json(description))
     if not is_trained(run):
@@ -97,8 +99,8 @@ def run_trial(trial: config.Run, folder: Path, nfe: int) -> dict[str, Any]:
         "method": trial.variant,
         "hyperparameters": config.to_json(dict(trial.hyperparameters)).strip(),
         "nfe": nfe,
-        "score": round(score(description, nfe, run.adapter), 4),
-        "base_score": round(score(base, nfe, None), 4),
+        "score": round(score(description, nfe, batch, run.adapter), 4),
+        "base_score": round(score(base, nfe, batch, None), 4),
         "iteration_s": round(float(np.median([r["seconds"]["total"] for r in records])), 2),
         "seed": trial.seed,
     }
@@ -119,11 +121,10 @@ def main() -> None:
         print(error, file=sys.stderr)
         sys.exit(2)
     folder = Path(settings.results) / arguments.scale / "tuning"
-    nfe = settings.active.evaluation.table_nfe[0]
     rows: dict[str, list[dict[str, Any]]] = {}
     for number, trial in enumerate(chosen, start=1):
         found = rows.setdefault(trial.variant, [])
-        found.append(run_trial(trial, folder, nfe))
+        found.append(run_trial(trial, folder, settings.active.evaluation))
         print(f"{number}/{len(chosen)} {found[-1]}", flush=True)
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")

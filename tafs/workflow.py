@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from tafs.progress import Watcher
 
 __all__ = ["ConfigError", "Plan", "read"]
 
-OVERRIDES = ("scale", "results", "method")
+OVERRIDES = ("scale", "results", "method", "seeds")
 WEIGHTS_MANIFEST = Path(__file__).parent / "shapes" / "weights" / "manifest.json"
 
 
@@ -34,15 +34,14 @@ class Plan:
     @property
     def contents(self) -> str:
         """The text of tables.json: what every table and figure shows."""
-        return config.to_json({"tables": config.tables(self.settings)})
+        return config.to_json({"tables": self._tables})
 
     def results_of(self, kind: str, suffixes: Sequence[str]) -> list[str]:
-        """The files of every table, or of every figure."""
-        found = config.tables(self.settings)
+        """The files of every figure, or of every table (its `tables` or its `provenance`)."""
         names = (
-            [table["name"] for table in found]
-            if kind == "tables"
-            else [figure for table in found for figure in table["figures"].values()]
+            [figure for table in self._tables for figure in table["figures"].values()]
+            if kind == "figures"
+            else [table["name"] for table in self._tables]
         )
         return [f"{self.root}/{kind}/{name}.{suffix}" for name in names for suffix in suffixes]
 
@@ -51,15 +50,45 @@ class Plan:
         """The methods that are searched."""
         return list(self.settings.tuning.grids) if self.settings.tuning else []
 
-    def files(self, name: str, trained: bool = False) -> list[str]:
-        """`name` in every run's folder, or the folders; `trained` leaves out the base models."""
-        names = [n for n, run in self.runs.items() if run.trained or not trained]
+    def files(self, name: str, trained: bool = False, judged: bool = False) -> list[str]:
+        """`name` in every run's folder, or the folders; `trained` leaves out the base models,
+        `judged` those whose images no table scores."""
+        names = [
+            n
+            for n, run in self.runs.items()
+            if (run.trained or not trained) and (self._evaluations[n]["settings"] or not judged)
+        ]
         return [f"{self.root}/runs/{n}/{name}".rstrip("/") for n in names]
 
     @cache  # noqa: B019 - one plan a process
     def description(self, name: str) -> str:
         """run.json's text."""
         return config.to_json(self._run(name).describe())
+
+    def evaluation(self, name: str) -> str:
+        """evaluation.json's text."""
+        self._run(name)
+        return config.to_json(self._evaluations[name])
+
+    @cached_property
+    def _tables(self) -> list[dict[str, Any]]:
+        return config.tables(self.settings)
+
+    @cached_property
+    def _evaluations(self) -> dict[str, dict[str, Any]]:
+        return config.evaluations(self.settings)
+
+    @property
+    def correlated(self) -> list[str]:
+        """The step scores that tables correlate."""
+        names = {
+            name
+            for table in self._tables
+            for row in table["rows"]
+            if table["kind"] == "correlation"
+            for name in row["runs"]
+        }
+        return [f"{self.root}/runs/{name}/step_scores.parquet" for name in sorted(names)]
 
     def method_source(self, name: str) -> str:
         return str(methods.source_file(self._run(name).method))
@@ -69,9 +98,12 @@ class Plan:
         """The list of the embedded models' files with their sums: other models rerun everything."""
         return str(WEIGHTS_MANIFEST)
 
-    def adapter(self, name: str) -> list[str]:
-        """The trained adapter, or nothing for a base model."""
-        return [f"{self.root}/runs/{name}/adapter.safetensors"] if self._run(name).trained else []
+    def adapters(self, name: str) -> list[str]:
+        """The trained adapter and its snapshots' folder, or nothing for a base model."""
+        folder = f"{self.root}/runs/{name}"
+        if not self._run(name).trained:
+            return []
+        return [f"{folder}/adapter.safetensors", f"{folder}/snapshots"]
 
     def watch(self) -> None:
         """Show the jobs' progress on standard error until `finish`."""
@@ -99,7 +131,7 @@ class Plan:
         else:  # only some of the files were asked for
             watcher.say(f"done in {watcher.elapsed()}: {self.root}/")
         if succeeded and self.compared:
-            for table in config.tables(self.settings):
+            for table in self._tables:
                 if any(row["variant"] == self.compared for row in table["rows"]):
                     watcher.say((tables / f"{table['name']}.md").read_text(encoding="utf-8"))
 
@@ -123,7 +155,10 @@ def read(overrides: Mapping[str, Any], path: Path = Path("config.yaml")) -> Plan
             )
     given = dict(overrides)
     method = given.pop("method", None)
+    given.pop("seeds", None)
     settings = config.read(path, given)
+    if "seeds" in overrides:
+        settings = config.with_seeds(settings, overrides["seeds"])
     if method is None:
         return Plan(settings)
     return Plan(config.with_method(settings, str(method)), compared=str(method))

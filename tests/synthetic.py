@@ -24,6 +24,9 @@ METRICS = {
 }
 
 
+Setting = tuple[str, int, int | None]  # sampler, steps, a snapshot's iteration or None
+
+
 @dataclass(frozen=True)
 class Kind:
     """A method: how much it gains, and how little few steps cost it."""
@@ -35,6 +38,15 @@ class Kind:
     seconds: float = 0.0
     nfe_old: int | None = None
     nfe_theta: int | None = None
+
+    @property
+    def cost(self) -> int:
+        """Network evaluations per image and iteration."""
+        return (self.nfe_old or 0) + 3 * (self.nfe_theta or 0)
+
+
+REFERENCE = "tafs_grpo"  # the method whose training compute is the measure
+FEW, FULL = 4, 28  # steps
 
 
 KINDS = {
@@ -58,6 +70,11 @@ def captions(prompts: int = 105) -> list[str]:
     ]
 
 
+def iterations_at(kind: Kind, iterations: int, share: float) -> int:
+    """How many iterations a share of the reference's training compute pays for."""
+    return min(iterations, max(1, int(iterations * share * KINDS[REFERENCE].cost / kind.cost)))
+
+
 def write_run(
     root: Path,
     method: str,
@@ -73,6 +90,9 @@ def write_run(
     kind = KINDS[method]
     folder = root / info.get("name", f"{method}-{seed}")
     folder.mkdir(parents=True)
+    marks = (
+        {iterations_at(kind, iterations, q / 4) for q in (1, 2, 3, 4)} if kind.seconds else set()
+    )
     described = {
         "name": folder.name,
         "method": method,
@@ -84,25 +104,37 @@ def write_run(
         "sampler": kind.sampler,
         "nfe_old": kind.nfe_old,
         "nfe_theta": kind.nfe_theta,
+        "cost": kind.cost,
         "rewards": {"pickscore": 1.0, "clip": 1.0},
         "iterations": iterations if kind.seconds else 0,
-        "settings": {
-            "evaluation": {"table_nfe": [4], "curve_nfe": list(range(1, 9)), "base_nfe": 28}
-        },
+        "snapshots": sorted(marks - {iterations}),
+        "settings": {"world": "shapes"},
         **info,
     }
     (folder / "run.json").write_text(json.dumps(described), encoding="utf-8")
     # One stream a run for its own noise; what the prompts share comes from a stream of theirs.
     own = np.random.default_rng([1, sum(map(ord, method)), seed])
-    settings = [("ode", n) for n in nfe]
-    if kind.sampler != "ode":
-        settings += [(kind.sampler, n) for n in nfe]
+    settings: list[Setting] = [(kind.sampler, n, None) for n in nfe]
     if method == "base":
-        settings.append(("ode", 28))
+        settings.append((kind.sampler, FULL, None))
+    settings += [(kind.sampler, FEW, iteration) for iteration in described["snapshots"]]
+    evaluation = {
+        "prompts": None,
+        "batch": 64,
+        "correlation": {"nfe": FEW, "prompts": prompts},
+        "settings": [
+            {"sampler": s, "nfe": n, "iteration": iteration, "images_per_prompt": images}
+            for s, n, iteration in settings
+        ],
+    }
+    (folder / "evaluation.json").write_text(json.dumps(evaluation), encoding="utf-8")
     _write_scores(folder, described, kind, settings, prompts, images, own)
     _write_samples(folder, settings, prompts, own)
     if kind.seconds:
         _write_journal(folder, kind, iterations, own)
+        save_file({"weight": own.normal(size=3)}, folder / "adapter.safetensors")
+    else:
+        _write_step_scores(folder, prompts, own)
     return folder
 
 
@@ -110,7 +142,7 @@ def _write_scores(
     folder: Path,
     info: dict[str, Any],
     kind: Kind,
-    settings: list[tuple[str, int]],
+    settings: list[Setting],
     prompts: int,
     images: int,
     own: np.random.Generator,
@@ -119,11 +151,13 @@ def _write_scores(
     tables = []
     for metric, (mean, spread, loss) in METRICS.items():
         hard = shared.normal(size=(prompts, 1)) + 0.5 * shared.normal(size=(prompts, images))
-        luck = 0.15 * own.normal()
-        for sampler, nfe in settings:
-            steps = kind.steps if sampler == kind.sampler else 0.8 * kind.steps
-            value = mean + spread * (kind.gain + luck * (kind.gain > 0) + hard)
-            value = value - loss / nfe**steps + 0.4 * spread * own.normal(size=(prompts, images))
+        luck = 0.15 * own.normal() if kind.gain else 0.0
+        for sampler, nfe, iteration in settings:
+            trained = 1.0 if iteration is None else iteration / info["iterations"]
+            value = mean + spread * (trained * (kind.gain + luck) + hard)
+            value = (
+                value - loss / nfe**kind.steps + 0.4 * spread * own.normal(size=(prompts, images))
+            )
             if metric == "geneval":
                 value = (value > 0.5).astype(float)
             if metric == "unifiedreward":
@@ -137,6 +171,7 @@ def _write_scores(
                         "prompt": np.repeat(np.arange(prompts), images),
                         "tag": np.repeat(tags(prompts), images),
                         "image": np.tile(np.arange(images), prompts),
+                        "iteration": info["iterations"] if iteration is None else iteration,
                         "sampler": sampler,
                         "nfe": nfe,
                         "metric": metric,
@@ -154,7 +189,7 @@ def tags(prompts: int = 105) -> list[str]:
 
 
 def _write_samples(
-    folder: Path, settings: list[tuple[str, int]], prompts: int, own: np.random.Generator
+    folder: Path, settings: list[Setting], prompts: int, own: np.random.Generator
 ) -> None:
     """Discs on a dark ground, blurred by noise at few steps."""
     y, x = np.mgrid[:24, :24]
@@ -168,14 +203,29 @@ def _write_samples(
             f"{sampler}-{nfe}": np.clip(
                 clean + own.normal(size=clean.shape) * 120 / nfe, 0, 255
             ).astype(np.uint8)
-            for sampler, nfe in settings
+            for sampler, nfe, iteration in settings
+            if iteration is None
         },
         folder / "samples.safetensors",
     )
 
 
+def _write_step_scores(folder: Path, prompts: int, own: np.random.Generator) -> None:
+    """One trajectory a prompt: the earlier an image, the less its reward says of the last one's."""
+    steps = np.arange(1, FEW + 1)
+    tables = []
+    for metric, (mean, spread, _) in METRICS.items():
+        noise = own.normal(size=(FEW, prompts)) * 0.4 * (FEW - steps)[:, None]
+        value = mean + spread * (own.normal(size=prompts) + noise)
+        index = {"prompt": np.tile(np.arange(prompts), FEW), "step": np.repeat(steps, prompts)}
+        tables.append(pd.DataFrame({**index, "metric": metric, "value": value.ravel()}))
+    table = pd.concat(tables, ignore_index=True).astype({"metric": "category"})
+    table.to_parquet(folder / "step_scores.parquet", index=False)
+
+
 def _write_journal(folder: Path, kind: Kind, iterations: int, own: np.random.Generator) -> None:
-    records: list[dict[str, Any]] = [{"kind": "start", "time": 0.0}]
+    start = {"fingerprint": f"of {folder.name}", "provenance": {"code": "abc"}}
+    records: list[dict[str, Any]] = [{"kind": "start", "time": 0.0, **start}]
     for i in range(iterations):
         grown = kind.gain * (1 - np.exp(-i / 20))
         final = {"pickscore": 0.80 + 0.05 * grown, "clip": 0.25 + 0.03 * grown}
@@ -214,9 +264,13 @@ def write_runs(root: Path, seeds: int = 3, **options: Any) -> list[Path]:
 
 
 def table2(
-    runs: Sequence[Path], few: Sequence[int] = (4,), full: int | None = 28
+    runs: Sequence[Path],
+    few: Sequence[int] = (FEW,),
+    full: int | None = FULL,
+    kind: str = "scores",
+    name: str = "table2",
 ) -> dict[str, Any]:
-    """The contents of a table of these runs: base models, then methods in the order of KINDS.
+    """An entry of `config.tables` of these runs: base models, then methods in the order of KINDS.
 
     Runs that a test has damaged have no row.
     """
@@ -228,20 +282,36 @@ def table2(
         except (OSError, ValueError):
             continue
     infos.sort(key=lambda info: list(KINDS).index(info["method"]))
-    rows: list[dict[str, Any]] = []
-    for steps in [(n,) for n in few]:
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for steps in few:
         for info in infos:
             base = info["method"] == "base"
-            row = {
-                "variant": info.get("variant", info["method"]),
-                "task": info["task"],
-                "backbone": info["backbone"],
-                "label": info["title"],
-            }
-            nfes = [n for n in (full, *few) if n] if base else steps
-            for n in nfes if not base or steps[0] == few[0] else ():
-                extra = {"nfe": n, "sampler": "ode" if base else None, "rule": False}
-                if {**row, **extra} not in rows:
-                    rows.append({**row, **extra})
-    caption = "Alignment methods."
-    return {"name": "table2", "caption": caption, "header": "Method", "figures": [], "rows": rows}
+            if base and steps != few[0] or not base and kind == "correlation":
+                continue
+            kept = None
+            if kind == "compute" and not base:
+                kept = iterations_at(KINDS[info["method"]], info["iterations"], 1.0)
+            for n in (full, *few) if base and kind == "scores" else (steps,):
+                row = {
+                    "variant": info.get("variant", info["method"]),
+                    "task": info["task"],
+                    "part": "sd3",
+                    "backbone": info["backbone"],
+                    "label": info["title"],
+                    "nfe": n,
+                    "iteration": kept,
+                    "sampler": "ode" if base else None,
+                    "rule": False,
+                }
+                row = rows.setdefault(tuple(row.values()), {**row, "runs": []})
+                row["runs"].append(info["name"])
+    return {
+        "name": name,
+        "kind": kind,
+        "caption": "Alignment methods.",
+        "header": "Method",
+        "figures": {},
+        "reference": REFERENCE,
+        "evaluation": {"few": FEW, "full": FULL, "curve": list(range(1, 9))},
+        "rows": [row for row in rows.values() if row["nfe"]],
+    }

@@ -26,7 +26,7 @@ def folder(name: str) -> Path:
     if (weights.ROOT / name).is_dir():
         return weights.verify(name)
     autoencoder = AutoencoderKL.from_pretrained(
-        weights.verify("vae"), local_files_only=True, dtype=torch.float32
+        weights.verify("shapes-sd3") / "vae", local_files_only=True, dtype=torch.float32
     )
     torch.manual_seed(0)
     untrained = pretrain.BASES[name].build(autoencoder)
@@ -188,15 +188,15 @@ def test_an_altered_weight_file_is_refused_and_named(tmp_path):
     import shutil
 
     root = tmp_path / "weights"
-    shutil.copytree(weights.ROOT / "vae", root / "vae")
+    shutil.copytree(weights.ROOT / "clip", root / "clip")
     weights.write_manifest(root)
-    assert weights.verify("vae", root) == root / "vae"
-    file = root / "vae" / "diffusion_pytorch_model.safetensors"
+    assert weights.verify("clip", root) == root / "clip"
+    file = root / "clip" / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(ValueError, match="diffusion_pytorch_model.safetensors: altered"):
-        weights.verify("vae", root)
+    with pytest.raises(ValueError, match="model.safetensors: altered"):
+        weights.verify("clip", root)
     file.unlink()
-    with pytest.raises(ValueError, match="diffusion_pytorch_model.safetensors: missing"):
-        weights.verify("vae", root)
+    with pytest.raises(ValueError, match="model.safetensors: missing"):
+        weights.verify("clip", root)

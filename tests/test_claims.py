@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import synthetic
+from pydantic import BaseModel
 
 from tafs import claims, config, tables
 
@@ -22,13 +27,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return synthetic.write_runs(tmp_path_factory.mktemp("runs"), seeds=3, **SMALL)
 
 
-def verdict(runs: list[Path], **test: Any) -> claims.Verdict:
+def verdict(runs: list[Path], spec: dict[str, Any] | None = None, **test: Any) -> claims.Verdict:
     claim = claims.Claim.model_validate(
         {"id": "one", "claim": "c", "source": "s", "experiment": "table2", **test}
     )
-    spec = synthetic.table2(runs, few=(4, 8))
-    for row in spec["rows"]:
-        row["runs"] = [r.name for r in runs if r.name.startswith(row["variant"])]
+    spec = spec or synthetic.table2(runs, few=(4, 8))
     return claims.judge(claim, spec, tables.read_results(runs))
 
 
@@ -37,6 +40,35 @@ def test_the_shipped_claims_are_read_and_name_known_metrics_and_experiments() ->
     stated = claims.read(ROOT / "claims.yaml")
     assert len({claim.id for claim in stated}) == len(stated) > 3
     assert {claim.experiment for claim in stated} <= set(settings.experiments)
+    tested = [getattr(claim, kind) for claim in stated for kind in claims.KINDS]
+    named = {metric for test in tested for metric in getattr(test, "metrics", ())}
+    assert named <= set(tables.METRICS)
+
+
+def row_names(value: Any) -> Iterator[claims.RowName]:
+    """Every row that a claim names, wherever it stands."""
+    if isinstance(value, claims.RowName):
+        yield value
+    elif isinstance(value, claims.Correlated):
+        yield claims.RowName(method=config.BASE, backbone=value.backbone)
+    elif isinstance(value, BaseModel):
+        for name in type(value).model_fields:
+            yield from row_names(getattr(value, name))
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from row_names(item)
+
+
+def test_every_row_of_the_shipped_claims_is_one_of_its_table() -> None:
+    settings = config.read(ROOT / "config.yaml", {"scale": "shapes"})
+    specs = {spec["name"]: spec for spec in config.tables(settings)}
+    runs = [SimpleNamespace(info={"name": name}) for name in config.runs(settings)]
+    for claim in claims.read(ROOT / "claims.yaml"):
+        table = claims._Rows(claim, specs[claim.experiment], runs)  # type: ignore[arg-type]
+        names = list(row_names(claim))
+        assert names
+        for name in names:
+            assert table.system(name)[1]["variant"] == name.method
 
 
 def test_a_clear_gain_is_reproduced_and_its_reverse_is_not(runs: list[Path]) -> None:
@@ -135,4 +167,123 @@ def test_verdicts_are_written_for_people_and_machines(runs: list[Path], tmp_path
     assert "**reproduced**" in (tmp_path / "claims.md").read_text(encoding="utf-8")
     (record,) = json.loads((tmp_path / "claims.json").read_text(encoding="utf-8"))
     assert (record["verdict"], record["comparisons"][0]["supports"]) == ("reproduced", 1)
-    assert record["comparisons"][0]["n_seeds"] == 1
+    assert record["comparisons"][0]["n_seeds"] == 3  # of the trained side: the other has none
+
+
+# -- rows ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("said", "meant"), [("few", 4), ("full", 28)])
+def test_few_and_full_are_the_scales_steps(runs: list[Path], said: str, meant: int) -> None:
+    test = {"row": TAFS, "metrics": ["clip"]}
+    by_word = verdict(runs, better={**test, "than": [{"method": "base", "nfe": said}]})
+    by_number = verdict(runs, better={**test, "than": [{"method": "base", "nfe": meant}]})
+    assert by_word.comparisons == by_number.comparisons
+    assert (
+        by_word.comparisons[0].what == f"CLIP: TAFS-GRPO at 4 steps - shapes-sd3 at {meant} steps"
+    )
+
+
+def test_a_backbone_is_the_part_that_it_plays(runs: list[Path]) -> None:
+    base = {**BASE, "backbone": "sd3"}
+    found = verdict(runs, better={"row": TAFS, "than": [base], "metrics": ["clip"]})
+    assert found.verdict == claims.REPRODUCED
+    test = {"row": TAFS, "than": [{**BASE, "backbone": "shapes-sd3"}], "metrics": ["clip"]}
+    with pytest.raises(ValueError, match="0 rows of table2 have nfe 4, .* part shapes-sd3"):
+        verdict(runs, better=test)
+
+
+def test_a_row_of_equal_compute_is_judged_by_its_snapshot(runs: list[Path]) -> None:
+    spec = synthetic.table2(runs, kind="compute")
+    test = {"row": {"method": "tafs_grpo"}, "than": [{"method": "flow_grpo"}], "metrics": ["clip"]}
+    (found,) = verdict(runs, spec, better=test).comparisons
+    # Twelve iterations of 13 evaluations pay for five of 28.
+    assert found.what.endswith("Flow-GRPO at 4 steps after 5 iterations")
+    scores = pd.concat(pd.read_parquet(run / "scores.parquet") for run in runs)
+    scores = scores[(scores["metric"] == "clip") & (scores["nfe"] == 4)]
+    means = scores.groupby(["method", "iteration"], observed=True)["value"].mean()
+    difference = means["tafs_grpo", 12] - means["flow_grpo", 5]
+    assert found.estimate.value == pytest.approx(difference)
+
+
+@pytest.mark.parametrize(
+    ("row", "than", "seeds"), [(TAFS, BASE, 3), (BASE, TAFS, 3), (TAFS, FLOW, 3), (BASE, BASE, 1)]
+)
+def test_a_base_model_has_no_seeds_to_count(
+    runs: list[Path], row: dict[str, Any], than: dict[str, Any], seeds: int
+) -> None:
+    (found,) = verdict(runs, better={"row": row, "than": [than], "metrics": ["clip"]}).comparisons
+    assert found.estimate.n_seeds == seeds
+
+
+# -- correlations ----------------------------------------------------------------------------------
+
+
+def correlated(r: float, prompts: int = 100) -> pd.DataFrame:
+    """Rewards of the images 2 and 4 whose correlation over the prompts is r, exactly."""
+    rng = np.random.default_rng(0)
+    last = rng.normal(size=prompts)
+    last = (last - last.mean()) / last.std()
+    other = rng.normal(size=prompts)
+    other -= other.mean() + (other @ last) / prompts * last
+    early = r * last + np.sqrt(1 - r * r) * other / other.std()
+    index = {"prompt": np.tile(np.arange(prompts), 2), "step": np.repeat([2, 4], prompts)}
+    return pd.DataFrame({**index, "metric": "clip", "value": np.concatenate([early, last])})
+
+
+def judge_correlation(runs: list[Path], **test: Any) -> claims.Verdict:
+    spec = synthetic.table2(runs, kind="correlation", name="table7")
+    return verdict(runs, spec, correlated={"step": 2, "metrics": ["clip"], **test})
+
+
+@pytest.mark.parametrize(
+    ("r", "expected", "sign"),
+    [
+        (0.9, claims.REPRODUCED, 1),  # the whole interval lies above 0.65
+        (0.2, claims.NOT_REPRODUCED, -1),  # below
+        (0.66, claims.UNDECIDED, 0),  # on both sides, although r is above
+    ],
+)
+def test_a_correlation_is_judged_by_its_interval(
+    tmp_path: Path, r: float, expected: str, sign: int
+) -> None:
+    base = synthetic.write_run(tmp_path, "base", **SMALL)
+    correlated(r).to_parquet(base / "step_scores.parquet")
+    found = judge_correlation([base], above=0.65)
+    assert found.verdict == expected
+    (comparison,) = found.comparisons
+    assert comparison.estimate.value == pytest.approx(r)
+    assert (comparison.sign, comparison.estimate.n_images) == (sign, 100)
+    assert comparison.what == "CLIP: r of image 2 with the last (above 0.65)"
+
+
+def test_every_metric_must_correlate(runs: list[Path], tmp_path: Path) -> None:
+    base = synthetic.write_run(tmp_path, "base", **SMALL)
+    weak = correlated(0.2).assign(metric="pickscore")
+    pd.concat([correlated(0.9), weak]).to_parquet(base / "step_scores.parquet")
+    found = judge_correlation([base], above=0.65, metrics=["clip", "pickscore"])
+    assert [c.sign for c in found.comparisons] == [1, -1]
+    assert found.verdict == claims.NOT_REPRODUCED
+
+
+@pytest.mark.parametrize(
+    ("test", "problem"),
+    [
+        ({"step": 5}, "base-0/step_scores.parquet: no clip of step 5"),
+        ({"metrics": ["clipp"]}, "base-0/step_scores.parquet: no clipp of step 2"),
+        ({"backbone": "flux"}, "claim one: 0 rows of table2 have variant base, part flux"),
+    ],
+)
+def test_a_correlation_that_is_not_there_is_refused_by_name(
+    runs: list[Path], test: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(ValueError, match=problem):
+        judge_correlation(runs, above=0.5, **test)
+
+
+def test_a_correlation_without_its_file_is_one_line_that_names_it(tmp_path: Path) -> None:
+    base = synthetic.write_run(tmp_path, "base", **SMALL)
+    (base / "step_scores.parquet").unlink()
+    with pytest.raises(ValueError, match="base-0/step_scores.parquet: not found") as caught:
+        judge_correlation([base], above=0.5)
+    assert "\n" not in str(caught.value)

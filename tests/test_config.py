@@ -1,15 +1,18 @@
 """config.yaml: what is read, and the one line that each mistake gets."""
 
+import json
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tafs import config
+from tafs import config, method, workflow
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "config.yaml"
@@ -31,10 +34,13 @@ def test_the_shipped_configuration_is_valid_at_every_scale():
 
 def test_runs_are_named_after_method_task_backbone_and_seed():
     runs = config.runs(config.read(SHIPPED, {"scale": "shapes"}))
-    assert "tafs_grpo.preference.shapes-sd3.2" in runs
-    assert "flow_grpo.preference.shapes-sd3.0" in runs
-    assert "base.shapes-sd3" in runs
-    assert len(runs) == 7
+    assert "tafs_grpo.preference.shapes-flux.2" in runs
+    assert "flow_grpo.preference.shapes-flux.0" in runs
+    assert "step_distillation.composition.shapes-sd3.0" in runs
+    assert {"base.shapes-sd3", "base.shapes-flux"} <= set(runs)
+    # Two base models, Table 2's six methods on three seeds, and on one seed two of Table 1 on two
+    # base models, five ablations and two more tasks.
+    assert len(runs) == 2 + 6 * 3 + 2 * 2 + 5 + 2
 
 
 @pytest.mark.parametrize(
@@ -53,15 +59,50 @@ def test_runs_are_named_after_method_task_backbone_and_seed():
         ("scale: shapes", "scale: shape", "scale: unknown scale 'shape'; did you mean 'shapes'"),
         ("clip: 2.0}", "clipp: 2.0}", "tasks.preference.rewards: unknown reward 'clipp'"),
         (
-            "[flow_grpo, tafs_grpo]",
-            "[flow_grpo, tafs]",
+            "reward_instruct, tafs_grpo]",
+            "reward_instruct, tafs]",
             "experiments.table2.methods: unknown method 'tafs'",
         ),
         ("tasks: [preference]", "tasks: [prefs]", "experiments.table2.tasks: unknown task 'prefs'"),
-        ("figures: {steps", "figures: {step", "experiments.table2.figures: unknown figure 'step'"),
-        ("backbones: [sd3]", "backbones: [sd2]", "table1.backbones: unknown backbone 'sd2'"),
-        ("backbones: {sd3:", "backbones: {sd2:", "scale 'smoke' has no backbone for 'sd3'"),
-        ("experiments: [table2]", "experiments: [tabel2]", "did you mean 'table2'?"),
+        ("figure1, steps", "figure1, step", "experiments.table2.figures: unknown figure 'step'"),
+        ("backbones: [sd3,", "backbones: [sd2,", "table1.backbones: unknown backbone 'sd2'"),
+        ("flux: shapes-flux}", "flox: shapes-flux}", "scale 'smoke' has no backbone for 'flux'"),
+        ("experiments: [table2,", "experiments: [tabel2,", "did you mean 'table2'?"),
+        (
+            "reference: tafs_grpo",
+            "reference: tafs_grp",
+            "reference: unknown method 'tafs_grp'; did you mean 'tafs_grpo'?",
+        ),
+        (
+            "kind: gains",
+            "kind: gain",
+            "experiments.gains.kind: input should be 'scores', 'compute'",
+        ),
+        (
+            "kind: correlation",
+            "kind: correlation\n    tasks: [preference]",
+            "experiments.table7.tasks: a table of kind 'correlation' takes no tasks",
+        ),
+        (
+            "kind: correlation",
+            "kind: correlation\n    methods: [tafs_grpo]",
+            "experiments.table7.methods: a table of kind 'correlation' takes no methods",
+        ),
+        (
+            "kind: gains\n    tasks: [preference]",
+            "kind: gains",
+            "experiments.gains.tasks: a table of kind 'gains' needs at least one of its tasks",
+        ),
+        (
+            "methods: *alignment\n    figures: {comp",
+            "figures: {comp",
+            "experiments.equal_compute.methods: a table of kind 'compute' needs at least one",
+        ),
+        (
+            "methods: [tafs_grpo, tafs_without_annealing, tafs_final_advantage]",
+            "methods: []",
+            "experiments.table3.methods: a table of kind 'scores' needs at least one of its",
+        ),
         ("iterations: 38", "iterations: -1", "scales.shapes.iterations: input should be greater"),
         (
             "iterations: 38",
@@ -88,7 +129,7 @@ def test_a_mistake_gets_one_line_that_names_its_key(tmp_path, old, new, message)
 
 def test_3e_4_is_a_number(tmp_path):
     path = changed(tmp_path, "tafs_grpo: {", "tafs_grpo: {weight_decay: 3e-4, ")
-    run = config.runs(config.read(path))["tafs_grpo.preference.shapes-sd3.0"]
+    run = config.runs(config.read(path))["tafs_grpo.preference.shapes-flux.0"]
     assert run.hyperparameters["weight_decay"] == 3e-4
 
 
@@ -118,7 +159,7 @@ json_values = st.recursive(
 @settings(max_examples=150, deadline=None)
 @given(data=st.data(), value=json_values)
 def test_any_value_anywhere_is_read_or_refused_in_one_line(data, value):
-    raw = yaml.safe_load(SHIPPED.read_text())
+    raw = config.load_yaml(SHIPPED, dict)
     place = raw
     while True:
         key = data.draw(st.sampled_from(sorted(place)))
@@ -128,7 +169,7 @@ def test_any_value_anywhere_is_read_or_refused_in_one_line(data, value):
         place[key] = value
         break
     try:
-        config.runs(config.check(raw))
+        config.evaluations(config.check(raw))
     except config.ConfigError as error:
         assert "\n" not in str(error)
 
@@ -150,11 +191,15 @@ def test_reading_the_plan_imports_no_model_library():
 
 
 def test_one_more_method_joins_the_tables_that_have_the_base_models():
-    settings = config.with_method(config.read(SHIPPED), "dance_grpo")
+    settings = config.with_method(config.read(SHIPPED), "step_distillation")
     names = set(config.runs(settings)) - set(config.runs(config.read(SHIPPED)))
-    assert names == {f"dance_grpo.preference.shapes-sd3.{seed}" for seed in (0, 1, 2)}
-    table = next(t for t in config.tables(settings) if t["name"] == "table2")
-    assert "dance_grpo" in [row["variant"] for row in table["rows"]]
+    assert names == {f"step_distillation.preference.shapes-flux.{seed}" for seed in (0, 1, 2)}
+    joined = {
+        table["name"]
+        for table in config.tables(settings)
+        if "step_distillation" in [row["variant"] for row in table["rows"]]
+    }
+    assert joined == {"table1", "table2", "equal_compute", "gains"}
 
 
 @pytest.mark.parametrize("name", ["nothing", "../x", "a;b"])
@@ -173,7 +218,207 @@ def test_what_runs_there_are_changes_no_run(tmp_path):
 
 def test_rewards_without_gradients_are_refused_to_methods_that_need_them(tmp_path):
     path = changed(tmp_path, "tasks: [preference]", "tasks: [composition]")
-    path.write_text(path.read_text().replace("[flow_grpo, tafs_grpo]", "[reward_instruct]"))
-    path.write_text(path.read_text().replace("\nmethods:\n", "\nmethods:\n  reward_instruct:\n"))
+    six = "[dance_grpo, mix_grpo, flow_grpo, rg_lcd, reward_instruct, tafs_grpo]"
+    assert six in path.read_text()
+    path.write_text(path.read_text().replace(six, "[reward_instruct]"))
     with pytest.raises(config.ConfigError, match="'reward_instruct' needs .*'geneval'.* has none"):
         config.read(path)
+
+
+def test_the_kinds_of_tables_are_those_that_are_read():
+    assert get_args(config.Experiment.model_fields["kind"].annotation) == config.KINDS
+
+
+def test_a_method_that_costs_nothing_or_does_not_say_what_is_refused_in_one_line(monkeypatch):
+    raw = config.load_yaml(SHIPPED, dict)
+    flow_grpo = method.method_class("flow_grpo")
+    for cost, problem in ((0, "its `cost` is 0; it must be above 0"), (None, "define `cost`")):
+        with monkeypatch.context() as patch:
+            patch.setattr(flow_grpo, "cost" if cost == 0 else "nfe_old", cost)
+            with pytest.raises(
+                config.ConfigError, match=f"methods.flow_grpo: .*{problem}"
+            ) as caught:
+                config.check(raw)
+        assert "\n" not in str(caught.value)
+
+
+# -- seeds -----------------------------------------------------------------------------------------
+
+
+def test_more_seeds_add_runs_and_change_none_that_is_there():
+    before, after = config.read(SHIPPED), workflow.read({"seeds": 5}, SHIPPED).settings
+    old, new = config.runs(before), config.runs(after)
+    trained = {name.rpartition(".")[0] for name, run in old.items() if run.trained}
+    bases = {name for name, run in old.items() if not run.trained}
+    assert set(new) == bases | {f"{name}.{seed}" for name in trained for seed in range(5)}
+    assert all(new[name].describe() == old[name].describe() for name in old)
+    judged = config.evaluations(after)
+    assert all(judged[name] == how for name, how in config.evaluations(before).items())
+
+
+def test_fewer_seeds_leave_every_table_its_first():
+    runs = workflow.read({"seeds": 1}, SHIPPED).runs
+    assert {run.seed for run in runs.values()} == {0}
+    assert {run.variant for run in runs.values()} == {
+        run.variant for run in config.runs(config.read(SHIPPED)).values()
+    }
+
+
+def test_seeds_are_given_to_the_active_scale_alone():
+    found = workflow.read({"seeds": 4, "scale": "smoke"}, SHIPPED).settings
+    assert found.scales["smoke"].seeds == found.scales["smoke"].ablation_seeds == (0, 1, 2, 3)
+    assert found.scales["shapes"] == config.read(SHIPPED).scales["shapes"]
+
+
+@pytest.mark.parametrize("count", [0, -1, 1001, 2.5, "x", "3", True, None, [1]])
+def test_what_is_no_number_of_seeds_is_refused_in_one_line(count):
+    with pytest.raises(config.ConfigError) as caught:
+        workflow.read({"seeds": count}, SHIPPED)
+    assert str(caught.value) == f"--config seeds={count}: give a number from 1 to 1000"
+
+
+def test_seeds_that_reach_the_searchs_are_refused_in_one_line(tmp_path):
+    path = changed(tmp_path, "  seed: 1000", "  seed: 5")
+    assert len(workflow.read({"seeds": 5}, path).runs) > 0
+    with pytest.raises(config.ConfigError) as caught:
+        workflow.read({"seeds": 6}, path)
+    problem = "tuning.seed: 5 is one of the tables' seeds; choose another"
+    assert str(caught.value) == f"--config seeds=6: {problem}"
+
+
+# -- equal compute ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variant", "cost", "snapshots", "iteration"),
+    [
+        # 38 iterations of TAFS-GRPO cost 494; a quarter, a half, three quarters and all of it pay
+        # for 4.4, 8.8, 13.2 and 17.6 iterations at 28.
+        ("flow_grpo", 28, (4, 8, 13, 17), 17),
+        # 1.8, 3.7, 5.5 and 7.4.
+        ("dance_grpo", 67, (1, 3, 5, 7), 7),
+        # 9.5, 19 and 28.5; all of it is the whole training.
+        ("tafs_grpo", 13, (9, 19, 28), 38),
+        # 12.4, 24.7, 37.1, and 49.4 where training ends after 38.
+        ("reward_instruct", 10, (12, 24, 37), 38),
+    ],
+)
+def test_models_are_kept_where_shares_of_the_references_compute_end(
+    variant, cost, snapshots, iteration
+):
+    settings = config.read(SHIPPED, {"scale": "shapes"})
+    assert settings.active.iterations == 38
+    run = config.runs(settings)[f"{variant}.preference.shapes-flux.0"]
+    assert run.describe()["cost"] == cost
+    assert run.snapshots == snapshots
+    assert run.describe()["snapshots"] == list(snapshots)
+    table = next(t for t in config.tables(settings) if t["kind"] == "compute")
+    [row] = [row for row in table["rows"] if row["variant"] == variant]
+    assert row["iteration"] == iteration
+
+
+def test_snapshots_are_the_last_iterations_that_the_reference_pays_for():
+    settings = config.read(SHIPPED, {"scale": "shapes"})
+    runs = config.runs(settings)
+    whole = runs["tafs_grpo.preference.shapes-flux.0"].describe()["cost"] * 38
+    for run in runs.values():
+        cost = Fraction(run.describe()["cost"])
+        paid = {
+            max(n for n in range(39) if n * cost <= Fraction(share) * Fraction(whole))
+            for share in config.MARKS
+        }
+        assert set(run.snapshots) == (paid - {38} if run.trained else set())
+        assert list(run.snapshots) == sorted(run.snapshots)
+
+
+def test_a_share_that_pays_for_no_iteration_keeps_the_first():
+    """Two iterations of TAFS-GRPO cost 26 and one of DanceGRPO 67."""
+    runs = config.runs(config.read(SHIPPED, {"scale": "smoke"}))
+    assert runs["dance_grpo.preference.shapes-flux.0"].snapshots == (1,)
+
+
+def test_another_reference_is_another_measure(tmp_path):
+    path = changed(tmp_path, "reference: tafs_grpo", "reference: flow_grpo")
+    runs = config.runs(config.read(path, {"scale": "shapes"}))
+    assert runs["flow_grpo.preference.shapes-flux.0"].snapshots == (9, 19, 28)
+    # A quarter of 38 x 28 pays for 20.5 iterations at 13, and a half for more than there are.
+    assert runs["tafs_grpo.preference.shapes-flux.0"].snapshots == (20,)
+
+
+# -- how runs are judged ---------------------------------------------------------------------------
+
+
+def setting(sampler: str, nfe: int, images: int, iteration: int | None = None) -> dict[str, Any]:
+    return {"sampler": sampler, "nfe": nfe, "iteration": iteration, "images_per_prompt": images}
+
+
+@pytest.fixture(scope="module")
+def judged() -> dict[str, dict[str, Any]]:
+    return config.evaluations(config.read(SHIPPED, {"scale": "shapes"}))
+
+
+@pytest.mark.parametrize(
+    ("run", "sampler"),
+    [
+        ("tafs_n_adv_2.preference.shapes-flux.0", "anneal"),
+        ("tafs_grpo.clip_only.shapes-flux.0", "anneal"),
+        ("tafs_without_annealing.preference.shapes-flux.0", "ode"),
+    ],
+)
+def test_a_run_that_no_curve_needs_is_judged_at_its_tables_steps_alone(judged, run, sampler):
+    assert judged[run]["settings"] == [setting(sampler, 4, images=4)]
+
+
+def test_a_run_of_the_curves_is_judged_at_their_steps_on_fewer_images(judged):
+    """And at its table's steps on all of them, after every snapshot too."""
+    curve = [setting("ode", n, images=4 if n == 4 else 2) for n in range(1, 9)]
+    kept = [setting("ode", 4, images=4, iteration=n) for n in (4, 8, 13, 17)]
+    assert judged["flow_grpo.preference.shapes-flux.0"]["settings"] == curve + kept
+
+
+def test_a_table_of_several_steps_judges_its_runs_at_each(judged):
+    settings = judged["tafs_grpo.composition.shapes-sd3.0"]["settings"]
+    assert [s["nfe"] for s in settings if s["images_per_prompt"] == 4] == [4, 8]
+    assert {s["iteration"] for s in settings} == {None}
+
+
+def test_a_base_model_is_judged_at_its_full_steps_by_eulers(judged):
+    for name in ("base.shapes-sd3", "base.shapes-flux"):
+        settings = judged[name]["settings"]
+        assert {s["sampler"] for s in settings} == {"ode"}
+        assert [s["nfe"] for s in settings if s["images_per_prompt"] == 4] == [4, 28]
+
+
+def test_models_at_equal_compute_are_judged_without_a_curve_too(tmp_path):
+    """The last iteration is the final model, and any other a snapshot."""
+    every = "[table1, table2, equal_compute, gains, table3, table4, table5, table6, table7]"
+    path = changed(tmp_path, every, "[equal_compute]")
+    path.write_text(path.read_text().replace("    figures: {compute: compute}\n", ""))
+    found = config.evaluations(config.read(path, {"scale": "shapes"}))
+    assert found["flow_grpo.preference.shapes-flux.0"]["settings"] == [setting("ode", 4, 4, 17)]
+    assert found["tafs_grpo.preference.shapes-flux.0"]["settings"] == [setting("anneal", 4, 4)]
+
+
+def test_a_base_model_of_correlations_alone_is_not_judged(tmp_path):
+    every = "[table1, table2, equal_compute, gains, table3, table4, table5, table6, table7]"
+    path = changed(tmp_path, every, "[table7]")
+    plan = workflow.read({"scale": "shapes"}, path)
+    [name] = plan.runs
+    assert name == "base.shapes-flux"
+    assert json.loads(plan.evaluation(name))["settings"] == []
+    assert plan.files("scores.parquet", judged=True) == []
+    assert plan.correlated == ["results/shapes/runs/base.shapes-flux/step_scores.parquet"]
+
+
+@pytest.mark.parametrize("key", sorted(config.Evaluation.model_fields))
+def test_how_runs_are_judged_changes_no_training(key):
+    """run.json is the same: what it says is all that training reads."""
+    raw = config.load_yaml(SHIPPED, dict)
+    before = config.check(raw)
+    value = raw["scales"]["shapes"]["evaluation"].get(key)
+    other = [1, 2] if isinstance(value, list) else (value or 0) + 1
+    raw["scales"]["shapes"]["evaluation"][key] = other
+    after = config.check(raw)
+    old, new = config.runs(before), config.runs(after)
+    assert {n: r.describe() for n, r in new.items()} == {n: r.describe() for n, r in old.items()}
+    assert config.evaluations(after) != config.evaluations(before)

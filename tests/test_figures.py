@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
 import synthetic
 from matplotlib.figure import Figure
@@ -18,7 +21,8 @@ from safetensors.numpy import load_file
 from tafs import config, figures, tables
 
 SMALL = {"prompts": 18, "images": 2, "iterations": 6, "nfe": (1, 4)}
-FEW = {"nfe": (1, 4)}
+FEW: dict[str, Any] = {"nfe": (1, 4), "full_steps": 28}
+AT_FOUR = {"nfe": 4, "full_steps": 28}
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +49,11 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     return found
 
 
+def change_scores(run: Path, change: Callable[[pd.DataFrame], pd.DataFrame]) -> None:
+    file = run / "scores.parquet"
+    change(pd.read_parquet(file)).to_parquet(file, index=False)
+
+
 def lines(axes: Any) -> dict[str, Any]:
     return {line.get_label(): line for line in axes.get_lines()}
 
@@ -62,7 +71,6 @@ def test_figure4_has_a_panel_a_metric_and_a_line_a_method(
             "shapes-sd3, 28 steps",
             "Flow-GRPO",
             "TAFS-GRPO",
-            "TAFS-GRPO, Euler",
         ]
 
 
@@ -70,28 +78,18 @@ def test_figure4_draws_the_files_values(runs: list[Path], drawn: list[Figure]) -
     figures.figure4(runs, "", **FEW)
     found = lines(drawn[0].axes[2])  # CLIP
     results = {r.run.name: r for r in tables.read_results(runs)}
-    base = results["base-0"].scores.values["ode", 28, "clip"].mean()
+    base = results["base-0"].scores.values["ode", 28, "clip", 0].mean()
     assert found["shapes-sd3, 28 steps"].get_ydata() == pytest.approx([base, base])
-    for label, sampler in (("TAFS-GRPO", "anneal"), ("TAFS-GRPO, Euler", "ode")):
+    for method, label, sampler in (
+        ("flow_grpo", "Flow-GRPO", "ode"),
+        ("tafs_grpo", "TAFS-GRPO", "anneal"),
+    ):
         values = [
-            np.mean([results[f"tafs_grpo-{s}"].scores.values[sampler, n, "clip"] for s in (0, 1)])
+            np.mean([results[f"{method}-{s}"].scores.values[sampler, n, "clip", 6] for s in (0, 1)])
             for n in (1, 4)
         ]
         assert found[label].get_ydata() == pytest.approx(values)
         assert list(found[label].get_xdata()) == [1, 4]
-
-
-def test_figure4_without_euler_scores_has_no_dashed_line(
-    own_runs: list[Path], drawn: list[Figure]
-) -> None:
-    import pandas as pd
-
-    for run in own_runs:
-        if "tafs" in run.name:
-            scores = pd.read_parquet(run / "scores.parquet")
-            scores[scores["sampler"] == "anneal"].to_parquet(run / "scores.parquet")
-    figures.figure4(own_runs, "", **FEW)
-    assert "TAFS-GRPO, Euler" not in lines(drawn[0].axes[0])
 
 
 def test_a_method_keeps_its_colour(runs: list[Path], drawn: list[Figure]) -> None:
@@ -164,7 +162,7 @@ def test_null_rewards_are_gaps(own_runs: list[Path], drawn: list[Figure]) -> Non
 def test_image_grid_shows_the_first_prompts_of_every_task(
     runs: list[Path], drawn: list[Figure]
 ) -> None:
-    figures.image_grid(runs, "", captions=synthetic.captions(18), per_tag=1)
+    figures.image_grid(runs, "", captions=synthetic.captions(18), per_tag=1, **AT_FOUR)
     texts = [text.get_text() for text in drawn[0].texts]
     assert texts[:4] == [
         "shapes-sd3\n28 steps",
@@ -185,17 +183,19 @@ def test_image_grid_shows_the_first_prompts_of_every_task(
 
 def test_image_grid_shows_the_given_prompts(runs: list[Path], drawn: list[Figure]) -> None:
     captions = [f"prompt {i}" for i in range(18)]
-    figures.image_grid(runs, "", captions=captions, indices=[7, 2])
+    figures.image_grid(runs, "", captions=captions, indices=[7, 2], **AT_FOUR)
     texts = [text.get_text() for text in drawn[0].texts]
     assert [text for text in texts if text.startswith("prompt")] == ["prompt 7", "prompt 2"]
 
 
 def test_equal_input_gives_equal_bytes(runs: list[Path], tmp_path: Path) -> None:
-    options = {"captions": synthetic.captions(18), "indices": [0]}
+    options = {"captions": synthetic.captions(18), "indices": [0], **AT_FOUR}
     runs = [runs[0], *runs[-2:]]
     for name, draw in (
         ("figure4", lambda order, out: figures.figure4(order, out, **FEW)),
         ("learning_curves", figures.learning_curves),
+        ("compute", lambda order, out: figures.compute(order, out, nfe=4)),
+        ("pareto", lambda order, out: figures.pareto(order, out, nfe=(1, 4), few=4)),
         ("image_grid", lambda order, out: figures.image_grid(order, out, **options)),
     ):
         first, second = draw(runs, tmp_path / "a"), draw(runs[::-1], tmp_path / "b")
@@ -212,9 +212,10 @@ def test_drawing_leaves_matplotlibs_settings_alone(runs: list[Path], tmp_path: P
         # Reading the backend would choose one.
         return {k: matplotlib.rcParams[k] for k in matplotlib.rcParams if k != "backend"}
 
+    options = {"captions": synthetic.captions(18), "indices": [0], **AT_FOUR}
     with matplotlib.rc_context({"font.size": 17}):
         before = parameters()
-        figures.image_grid(runs, tmp_path, captions=synthetic.captions(18), indices=[0])
+        figures.image_grid(runs, tmp_path, **options)
         assert parameters() == before
 
 
@@ -223,11 +224,12 @@ def test_a_single_prompt_a_task_is_drawn_without_bands(tmp_path: Path) -> None:
     runs = synthetic.write_runs(tmp_path / "runs", seeds=1, **small)
     figures.figure4(runs, tmp_path, **FEW)
     figures.learning_curves(runs, tmp_path)
+    figures.compute(runs, tmp_path, nfe=4)
 
 
 def test_bad_input_is_one_line_that_names_the_file(own_runs: list[Path], tmp_path: Path) -> None:
     def fails(message: str, **options: Any) -> None:
-        options = {"captions": synthetic.captions(18), **options}
+        options = {"captions": synthetic.captions(18), **AT_FOUR, **options}
         with pytest.raises(ValueError, match=message) as caught:
             figures.image_grid(own_runs, tmp_path / "out", **options)
         assert "\n" not in str(caught.value)
@@ -241,7 +243,7 @@ def test_bad_input_is_one_line_that_names_the_file(own_runs: list[Path], tmp_pat
     (own_runs[0] / "samples.safetensors").unlink()
     fails("base-0/samples.safetensors: not found")
     with pytest.raises(ValueError, match=r"scores.parquet: no geneval for sampler ode at nfe 3"):
-        figures.figure4(own_runs, tmp_path / "out", nfe=[3])
+        figures.figure4(own_runs, tmp_path / "out", nfe=[3], full_steps=28)
     with pytest.raises(ValueError, match="no trained run"):
         figures.learning_curves(own_runs[:1], tmp_path / "out")
     text = '{"kind": "iteration", "iteration": 0, "seconds": {"total": 1}}\n'
@@ -258,21 +260,21 @@ def test_every_kind_of_figure_in_the_configuration_can_be_drawn() -> None:
 def test_hacking_compares_trained_rewards_with_those_that_took_no_part(
     runs: list[Path], drawn: list[Figure]
 ) -> None:
-    figures.hacking(runs, "")
+    figures.hacking(runs, "", nfe=4)
     (point,) = lines(drawn[0].axes[0])["TAFS-GRPO"].get_xdata()
     base, *_, first, second = tables.read_results(runs)
     gains = []
     for metric in ("pickscore", "clip"):
-        reference = base.scores.values["ode", 4, metric]
+        reference = base.scores.values["ode", 4, metric, 0]
         spread = np.nanstd(reference.mean(1))
         for result in (first, second):
-            own = result.scores.values["anneal", 4, metric]
+            own = result.scores.values["anneal", 4, metric, 6]
             gains.append((own.mean() - reference.mean()) / spread)
     assert point == pytest.approx(np.mean(gains))
 
 
 def test_profiles_fall_from_one_to_zero(runs: list[Path], drawn: list[Figure]) -> None:
-    figures.profiles(runs, "")
+    figures.profiles(runs, "", nfe=4)
     found = [line for line in drawn[0].axes[0].get_lines() if "(" in str(line.get_label())]
     assert len(found) == 2
     for line in found:
@@ -281,6 +283,141 @@ def test_profiles_fall_from_one_to_zero(runs: list[Path], drawn: list[Figure]) -
         assert (np.diff(shares) <= 0).all()
 
 
-def test_gains_without_their_base_model_are_refused(runs: list[Path]) -> None:
+GAINS: list[Callable[[list[Path]], object]] = [
+    lambda runs: figures.hacking(runs, "", nfe=4),
+    lambda runs: figures.profiles(runs, "", nfe=4),
+    lambda runs: figures.pareto(runs, "", nfe=(1, 4), few=4),
+    lambda runs: figures.compute(runs, "", nfe=4),
+]
+
+
+@pytest.mark.parametrize("draw", GAINS)
+def test_gains_without_their_base_model_are_refused(
+    draw: Callable[[list[Path]], object], runs: list[Path]
+) -> None:
     with pytest.raises(ValueError, match="no run of the base model 'shapes-sd3'"):
-        figures.hacking(runs[1:], "")
+        draw(runs[1:])
+
+
+@pytest.mark.parametrize("draw", GAINS)
+def test_gains_on_a_base_model_with_other_prompts_are_refused(
+    draw: Callable[[list[Path]], object], own_runs: list[Path]
+) -> None:
+    change_scores(own_runs[0], lambda scores: scores.assign(prompt=scores["prompt"] + 1))
+    with pytest.raises(ValueError, match=r"its prompts are not those of .*base-0/scores.parquet"):
+        draw(own_runs)
+
+
+def test_compute_goes_from_the_base_model_to_the_whole_training(
+    runs: list[Path], drawn: list[Figure]
+) -> None:
+    figures.compute(runs, "", nfe=4)
+    results = {result.run.name: result for result in tables.read_results(runs)}
+    found = lines(drawn[0].axes[2])  # CLIP
+    # Six iterations of 4 + 3 x 3 evaluations pay for two of 10 + 3 x 6; quarters are rounded down.
+    for method, label, sampler, cost, iterations in (
+        ("flow_grpo", "Flow-GRPO", "ode", 28, [1, 2, 6]),
+        ("tafs_grpo", "TAFS-GRPO", "anneal", 13, [1, 3, 4, 6]),
+    ):
+        line = found[label]
+        assert list(line.get_xdata()) == [0, *(cost * i for i in iterations)]
+        both = [results[f"{method}-{seed}"].scores.values for seed in (0, 1)]
+        means = [np.mean([v[sampler, 4, "clip", i] for v in both]) for i in iterations]
+        base = results["base-0"].scores.values["ode", 4, "clip", 0].mean()
+        assert line.get_ydata() == pytest.approx([base, *means])
+
+
+def test_compute_reads_accuracies_in_percent(runs: list[Path], drawn: list[Figure]) -> None:
+    figures.compute(runs, "", nfe=4)
+    base = next(result for result in tables.read_results(runs) if not result.run.trained)
+    by_task = base.scores.values["ode", 4, "geneval", 0].reshape(6, -1).mean(1)  # equal tasks
+    for line in drawn[0].axes[0].get_lines()[:2]:
+        assert line.get_ydata()[0] == pytest.approx(100 * by_task.mean())
+
+
+def test_compute_without_a_scored_snapshot_names_the_file_and_the_iteration(
+    own_runs: list[Path],
+) -> None:
+    change_scores(own_runs[1], lambda scores: scores[scores["iteration"] != 2])
+    with pytest.raises(ValueError, match=r"flow_grpo-0/scores.parquet: .* after iteration 2 \(has"):
+        figures.compute(own_runs, "", nfe=4)
+
+
+def test_compute_needs_a_trained_run(runs: list[Path]) -> None:
+    with pytest.raises(ValueError, match="no trained run among the given ones"):
+        figures.compute(runs[:1], "", nfe=4)
+
+
+def test_the_pareto_front_is_the_best_of_so_many_steps_or_fewer(
+    own_runs: list[Path], drawn: list[Figure]
+) -> None:
+    # With three metrics the interquartile mean of one seed's gains is their mean.
+    runs = [run for run in own_runs if run.name.endswith("-0")]
+    for run in runs:
+        kept = ["pickscore", "clip", "hpsv2"]
+        change_scores(run, lambda scores, kept=kept: scores[scores["metric"].isin(kept)])
+
+    def fall(scores: pd.DataFrame) -> pd.DataFrame:
+        """A model that loses by having more than one step."""
+        value = scores["value"].where(scores["nfe"] == 1, scores["value"] - 50)
+        return scores.assign(value=value.where(scores["nfe"] > 1, scores["value"] + 50))
+
+    change_scores(runs[1], fall)
+    figures.pareto(runs, "", nfe=(1, 4), few=4)
+    found = lines(drawn[0].axes[0])
+    front = found.pop("Pareto front")
+    assert list(front.get_xdata()) == [1, 4]
+    base, *_ = results = tables.read_results(runs)
+    expected = {}
+    for result, title in zip(results, ("shapes-sd3", "Flow-GRPO", "TAFS-GRPO"), strict=True):
+        sampler, last = result.info["sampler"], result.info["iterations"]
+        expected[title] = []
+        for n in (1, 4):
+            effects = []
+            for metric in ("pickscore", "clip", "hpsv2"):
+                reference = base.scores.values["ode", 4, metric, 0]
+                own = result.scores.values[sampler, n, metric, last]
+                effects.append((own.mean() - reference.mean()) / reference.mean(1).std())
+            expected[title].append(np.mean(effects))
+    assert set(found) == set(expected)
+    for title, gains in expected.items():
+        assert found[title].get_ydata() == pytest.approx(gains)
+    assert expected["shapes-sd3"][1] == pytest.approx(0)
+    assert expected["Flow-GRPO"][0] > expected["Flow-GRPO"][1]
+    highest = np.max(list(expected.values()), axis=0)
+    assert front.get_ydata() == pytest.approx([highest[0], max(highest)])
+    assert (np.diff(front.get_ydata()) >= 0).all()
+
+
+def test_pareto_compares_the_images_that_every_setting_has(
+    own_runs: list[Path], drawn: list[Figure]
+) -> None:
+    figures.pareto(own_runs, "", nfe=(4,), few=4)
+    for run in own_runs:  # one image a prompt on the curve, two in the table
+        change_scores(run, lambda s: s[(s["nfe"] != 1) | (s["image"] == 0)])
+    figures.pareto(own_runs, "", nfe=(1, 4), few=4)
+    for run in own_runs:
+        change_scores(run, lambda s: s[s["image"] == 0])
+    figures.pareto(own_runs, "", nfe=(1, 4), few=4)
+    both, mixed, first = (lines(figure.axes[0])["TAFS-GRPO"].get_ydata() for figure in drawn)
+    assert list(mixed) == list(first)
+    assert both[0] != mixed[1]
+
+
+@pytest.mark.parametrize("kind", config.FIGURES)
+def test_every_figure_is_drawn_from_an_experiments_entry(
+    kind: str, runs: list[Path], drawn: list[Figure], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = [SimpleNamespace(text=caption) for caption in synthetic.captions(18)]
+    monkeypatch.setattr(figures.rundir, "test_prompts", lambda world_, per_tag: world)
+    spec = synthetic.table2(runs)
+    spec["evaluation"]["curve"] = [1, 4]
+    figures.draw(kind, "name", spec, runs, Path())
+    assert len(drawn) == 1
+
+
+def test_figures_are_named_by_their_experiment(runs: list[Path], tmp_path: Path) -> None:
+    spec = synthetic.table2(runs)
+    files = figures.draw("compute", "equal", spec, runs, tmp_path)
+    assert files == [tmp_path / "equal.png", tmp_path / "equal.pdf"]
+    assert all(file.stat().st_size for file in files)

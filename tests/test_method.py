@@ -1,14 +1,16 @@
 """The contract of every method that is found, a user's own too."""
 
 import dataclasses
+import itertools
+import statistics
 import sys
 
 import pytest
 import torch
 from toy import ToyBackbone, toy_rewards, toy_run
 
-from tafs import config, method
-from tafs.method import PolicyGradient
+from tafs import checkpoint, config, method
+from tafs.method import Method, PolicyGradient
 from tafs.train import NonFinite, Trainer
 
 NAMES = list(method.sources())
@@ -17,6 +19,46 @@ POLICIES = [n for n in NAMES if issubclass(method.method_class(n), PolicyGradien
 
 def trainer(name: str, **hyperparameters: object) -> Trainer:
     return Trainer(toy_run(name, **hyperparameters), ToyBackbone(), toy_rewards())  # type: ignore[arg-type]
+
+
+def count(run: Trainer) -> dict[str, int]:
+    """Evaluations with ("grad") and without ("free") gradients from now on, over all images."""
+    calls = {"grad": 0, "free": 0}
+    inner = run.backbone.velocity
+
+    def counted(x_t, t, cond):
+        calls["grad" if torch.is_grad_enabled() else "free"] += len(x_t)
+        return inner(x_t, t, cond)
+
+    run.backbone.velocity = counted  # type: ignore[method-assign]
+    return calls
+
+
+def costs(run: Trainer, iterations: int) -> list[float]:
+    """Of each iteration, per image and in forward passes: what the network was really asked."""
+    object.__setattr__(run.method, "divergence", lambda *_: None)  # only watches: not counted
+    calls = count(run)
+    totals = [0]
+    for iteration in range(iterations):
+        run.iterate(iteration)
+        totals.append(calls["free"] + 3 * calls["grad"])
+    images = run.groups * run.group_size
+    return [(after - before) / images for before, after in itertools.pairwise(totals)]
+
+
+def assert_costs_what_it_says(run: Trainer) -> None:
+    """Exactly, if every iteration costs the same.
+
+    A method that draws how often it evaluates is held to 4 standard errors of the mean of 200
+    iterations, whose draws are independent.
+    """
+    found = costs(run, 10)
+    if len(set(found)) == 1:
+        assert run.method.cost == pytest.approx(found[0], rel=1e-12)
+        return
+    found = costs(run, 200)
+    error = statistics.stdev(found) / len(found) ** 0.5
+    assert abs(run.method.cost - statistics.fmean(found)) <= 4 * error
 
 
 def test_the_methods_of_the_paper_are_found():
@@ -68,19 +110,62 @@ def test_an_unknown_hyperparameter_is_refused_by_name(name):
 @pytest.mark.parametrize("name", POLICIES)
 def test_evaluation_counts_are_those_of_the_rollout(name):
     run = trainer(name)
-    calls = {"grad": 0, "free": 0}
-    inner = run.backbone.velocity
-
-    def counted(x_t, t, cond):
-        calls["grad" if torch.is_grad_enabled() else "free"] += len(x_t)
-        return inner(x_t, t, cond)
-
-    run.backbone.velocity = counted  # type: ignore[method-assign]
+    calls = count(run)
     run.iterate(0)
     images = run.groups * run.group_size
     watching = 2 * run.group_size  # the KL of one group
     assert calls["grad"] == run.method.nfe_theta * images
     assert calls["free"] == run.method.nfe_old * images + watching
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_iteration_costs_what_the_method_says(name):
+    assert_costs_what_it_says(trainer(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("flow_grpo", {"beta": 0.1}),
+        ("dance_grpo", {"beta": 0.1, "fraction": 0.5}),
+        ("tafs_grpo", {"steps": 6, "n_adv": 2}),
+        ("rg_lcd", {"reward_weight": 0.0, "teacher_steps": 3}),
+        ("reward_instruct", {"steps": 1}),  # nothing is drawn: exact
+        ("reward_instruct", {"steps": 2}),
+    ],
+)
+def test_the_cost_follows_the_hyperparameters(name, parameters):
+    assert_costs_what_it_says(trainer(name, **parameters))
+
+
+@pytest.mark.parametrize("flash_steps", [1, 5, 12, 40])
+def test_mix_grpo_flash_costs_the_mean_over_its_windows_places(flash_steps):
+    run = trainer("mix_grpo", steps=12, window=3, interval=1, flash_steps=flash_steps, beta=0.1)
+    found = costs(run, 12 - 3)  # one iteration at each place
+    assert run.method.cost == pytest.approx(statistics.fmean(found), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "cost"),
+    [
+        ("tafs_grpo", {}, 13),
+        ("tafs_grpo", {"steps": 2}, 5),
+        ("tafs_grpo", {"steps": 6}, 21),
+        ("flow_grpo", {}, 28),
+        ("flow_grpo", {"beta": 0.04}, 34),
+        ("mix_grpo", {}, 37),
+        ("dance_grpo", {}, 67),
+        ("rg_lcd", {}, 16),
+        ("reward_instruct", {}, 10),
+    ],
+)
+def test_costs_are_those_of_the_paper_where_it_counts(name, parameters, cost):
+    assert method.create(name, parameters).cost == cost
+
+
+def test_a_method_without_a_cost_is_told_to_define_it():
+    with pytest.raises(NotImplementedError, match="^Method: define `cost`, the network eval"):
+        _ = Method().cost
 
 
 def test_an_unknown_method_is_refused_with_those_available():
@@ -192,3 +277,24 @@ def test_a_broken_method_file_is_named_in_one_line(source, problem, tmp_path, mo
     message = str(raised.value)
     assert message.startswith(f"{tmp_path / 'broken_method.py'}: {problem}")
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_training_that_stopped_ends_as_if_it_had_not(name, tmp_path):
+    undisturbed = trainer(name)
+    for iteration in range(4):
+        undisturbed.iterate(iteration)
+    stopped = trainer(name)
+    for iteration in range(2):
+        stopped.iterate(iteration)
+    stopped.save(tmp_path, "of this run", 2, seconds=0.0)
+    state = checkpoint.load(tmp_path, "of this run")
+    assert state is not None
+    continued = trainer(name)
+    continued.restore(state)
+    for iteration in range(2, 4):
+        continued.iterate(iteration)
+    for key, parameter in undisturbed.parameters.items():
+        assert torch.equal(continued.parameters[key], parameter)
+        assert torch.equal(continued.averages[key], undisturbed.averages[key])
+        assert not torch.equal(stopped.parameters[key], parameter)

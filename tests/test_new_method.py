@@ -6,6 +6,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
+from test_method import assert_costs_what_it_says
 from toy import ToyBackbone, toy_rewards, toy_run
 
 from tafs import method, new_method
@@ -30,6 +31,12 @@ def test_the_stub_trains(stub):
     for iteration in range(1, 30):
         last = run.iterate(iteration)["rewards"]["clip"][-1]
     assert last > first + 0.3
+
+
+def test_the_stub_costs_what_it_says(stub):
+    run = Trainer(toy_run(stub), ToyBackbone(), toy_rewards())  # type: ignore[arg-type]
+    assert_costs_what_it_says(run)
+    assert run.method.cost == 6 + 3 * 5
 
 
 def test_the_stub_is_clean_code(tmp_path):

@@ -243,13 +243,131 @@ def test_a_reference_without_spread_gives_no_scale() -> None:
         stats.effects(values([[1], [2], [3]]), values([[1], [1], [1]]))
 
 
+def seeds_of(*means: float, prompts: int = 40, std: float = 0.3) -> np.ndarray:
+    """Models of these means on prompts that share their difficulty."""
+    rng = np.random.default_rng(5)
+    hard = rng.normal(size=(1, prompts, 1))
+    return np.concatenate([hard + m + std * rng.normal(size=(1, prompts, 2)) for m in means])
+
+
+def test_the_interquartile_effect_is_the_interquartile_mean_of_the_effects() -> None:
+    # The prompts' deviations are 1 and 10; the effects 0, 1, 2, 30 and 4, 5, -60, 7.
+    bases = [values([[-1], [1]]), values([[-10], [10]])]
+    gains = [[0, 1, 2, 30], [40, 50, -600, 70]]
+    x = [values(*([[g - 1], [g + 1]] for g in metric)) for metric in gains]
+    estimate = stats.interquartile_effect(x, bases, ["a", "a"])
+    assert estimate.value == pytest.approx((1 + 2 + 4 + 5) / 4)
+    assert (estimate.n_seeds, estimate.n_images, estimate.n_missing) == (4, 16, 0)
+    assert estimate.resampled == "seeds and prompts"
+
+
+def test_the_interquartile_effect_agrees_with_effects_where_values_are_missing() -> None:
+    rng = np.random.default_rng(2)
+    x = [rng.normal(size=(5, 12, 3)) for _ in range(3)]
+    bases = [rng.normal(size=(2, 12, 3)) for _ in range(3)]
+    for array in [*x, *bases]:
+        array[rng.random(array.shape) < 0.2] = np.nan
+    x[1][3] = np.nan  # a seed without one of the metrics
+    bases[2][:, 4] = np.nan  # a prompt that the reference lacks
+    tags = ["a"] * 5 + ["b"] * 7
+    effects = np.concatenate([stats.effects(v, r) for v, r in zip(x, bases, strict=True)])
+    estimate = stats.interquartile_effect(x, bases, tags)
+    assert np.isnan(effects).sum() == 1
+    assert estimate.value == stats.interquartile_mean(effects)
+    assert estimate.low < estimate.value < estimate.high
+    assert estimate.n_missing == sum(int(np.isnan(v).sum()) for v in x)
+    assert estimate.n_images + estimate.n_missing == 3 * 5 * 12 * 3
+    # Without anything to draw, every draw is the value: the reference's mean is that of `effects`.
+    strata = [str(i) for i in range(12)]
+    one = [v[:1] for v in x]
+    assert stats.interquartile_effect(one, bases, strata).resampled == ""
+    twice = [np.repeat(v, 2, 0) for v in one]
+    estimate = stats.interquartile_effect(twice, bases, strata)
+    assert estimate[1:3] == pytest.approx((estimate.value, estimate.value))
+
+
+def test_the_trimmed_rows_are_scipys() -> None:
+    rng = np.random.default_rng(0)
+    for n in range(1, 14):
+        rows = rng.normal(size=(6, n))
+        rows[rng.random(rows.shape) < 0.2] = np.nan
+        expected = [stats.interquartile_mean(row) for row in rows]
+        np.testing.assert_allclose(stats._interquartile_means(rows), expected)
+
+
+def test_what_prompts_share_with_the_reference_cancels_in_the_interquartile_effect() -> None:
+    base = seeds_of(0)
+    estimate = stats.interquartile_effect([base + 2 * base.mean(2).std()], [base], ["a"] * 40)
+    assert estimate[:3] == pytest.approx((2, 2, 2))
+    assert estimate.p_value < 0.01
+    assert estimate.resampled == "prompts"
+
+
+def test_metrics_of_one_seed_are_drawn_together() -> None:
+    # Seeds differ, prompts do not: four copies of a metric tell no more than one.
+    base = values([[0], [2]])
+    x = values([[0], [2]], [[3], [5]])
+    one = stats.interquartile_effect([x], [base], ["a", "a"])
+    four = stats.interquartile_effect([x] * 4, [base] * 4, ["a", "a"])
+    # Student's factor of two seeds, 12.706 / 1.960, and sqrt(2) for drawing two of two.
+    reach = 1.5 * 12.7062047 / 1.9599640 * 2**0.5
+    assert one[:3] == pytest.approx((1.5, 1.5 - reach, 1.5 + reach))
+    assert four[:3] == pytest.approx(one[:3])
+
+
+@given(st.lists(st.integers(-5, 5), min_size=12, max_size=12), st.integers(-4, 4))
+@settings(max_examples=30, deadline=None)
+def test_a_shift_by_k_spreads_moves_the_interquartile_effect_by_k(x: list[int], k: int) -> None:
+    base = values([[0, 1], [3, 2], [5, 9]])
+    trained = np.array(x, dtype=float).reshape(2, 3, 2)
+    shift = k * base.mean((0, 2)).std()
+    before, after = (
+        stats.interquartile_effect([trained + by, by - trained], [base] * 2, ["a"] * 3)
+        for by in (0, shift)
+    )
+    assert after[:3] == pytest.approx([bound + k for bound in before[:3]])
+
+
+def test_the_interquartile_effect_covers_the_truth() -> None:
+    rng = np.random.default_rng(7)
+    n, prompts, covered = 100, 30, 0
+    for i in range(n):
+        hard = rng.normal(size=(1, prompts, 1))
+        base = hard + 0.3 * rng.normal(size=(1, prompts, 2))
+        models = 0.3 * rng.normal(size=(10, 1, 1))
+        x = [hard + models + 0.3 * rng.normal(size=(10, prompts, 2)) for _ in range(2)]
+        e = stats.interquartile_effect(x, [base, base], ["a"] * prompts, resamples=200, seed=i % 4)
+        covered += e.low <= 0 <= e.high
+    assert 0.85 * n <= covered <= 0.99 * n
+
+
+def test_an_interquartile_effect_of_no_seeds_is_nan() -> None:
+    empty = stats.interquartile_effect([np.full((2, 40, 2), np.nan)], [seeds_of(0)], ["a"] * 40)
+    assert np.isnan([empty.value, empty.low, empty.high]).all()
+    assert (empty.n_seeds, empty.n_missing, empty.resampled, empty.p_value) == (0, 160, "", 1)
+
+
+def test_interquartile_effects_of_unlike_metrics_are_refused() -> None:
+    x, tags = values([[1], [2], [3]]), ["a"] * 3
+    with pytest.raises(ValueError, match="not paired: 2 and 1 metrics"):
+        stats.interquartile_effect([x, x], [x], tags)
+    with pytest.raises(ValueError, match="not paired: 0 and 0 metrics"):
+        stats.interquartile_effect([], [], tags)
+    with pytest.raises(ValueError, match="not paired"):
+        stats.interquartile_effect([x], [x[:, :2]], tags)
+    with pytest.raises(ValueError, match=r"same seeds, not \[1, 2\]"):
+        stats.interquartile_effect([x, np.repeat(x, 2, 0)], [x, x], tags)
+    with pytest.raises(ValueError, match="gives no scale"):
+        stats.interquartile_effect([x], [np.ones((1, 3, 1))], tags)
+
+
 def test_the_probability_of_improvement_counts_prompts_and_halves_ties() -> None:
     a, b = values([[3], [1], [2]]), values([[2], [1], [5]])
-    estimate = stats.probability_of_improvement(a, b, ["x"] * 3)
+    estimate = stats.probability_of_improvement([a], [b], ["x"] * 3)
     assert estimate.value == pytest.approx((1 + 0.5 + 0) / 3)
     assert 0 <= estimate.low <= estimate.value <= estimate.high <= 1
     # Every seed of one side meets every seed of the other: wins 1, 1/2, 0 and 1, 1, 1.
-    two = stats.probability_of_improvement(np.concatenate([a, a + 10]), b, ["x"] * 3)
+    two = stats.probability_of_improvement([np.concatenate([a, a + 10])], [b], ["x"] * 3)
     assert two.value == pytest.approx((1.5 + 3) / 6)
 
 
@@ -261,9 +379,70 @@ def test_probabilities_of_both_directions_add_up_to_one(rows: list[list[int]]) -
     table = np.array(rows, dtype=float)
     a, b = table[:, :2, None].transpose(1, 0, 2), table[:, 2:, None].transpose(1, 0, 2)
     strata = ["x"] * len(rows)
-    forth = stats.probability_of_improvement(a, b, strata).value
-    back = stats.probability_of_improvement(b, a, strata).value
+    forth = stats.probability_of_improvement([a], [b], strata).value
+    back = stats.probability_of_improvement([b], [a], strata).value
     assert forth + back == pytest.approx(1)
+
+
+def test_identical_models_improve_with_probability_one_half() -> None:
+    x = [seeds_of(0), 1 - seeds_of(0)]
+    estimate = stats.probability_of_improvement(x, x, ["a"] * 40)
+    assert estimate[:3] == (0.5, 0.5, 0.5)
+    assert estimate.p_value == 1
+
+
+def test_wins_are_averaged_over_the_metrics_that_have_the_prompt() -> None:
+    a = [values([[3], [1], [2]]), values([[1], [np.nan], [9]])]
+    b = [values([[2], [1], [5]]), values([[2], [0], [5]])]
+    estimate = stats.probability_of_improvement(a, b, ["x"] * 3)
+    # Wins 1, 1/2, 0 of the first and 0, missing, 1 of the second.
+    assert estimate.value == pytest.approx(0.5)
+    assert (estimate.n_seeds, estimate.n_images, estimate.n_missing) == (1, 3, 0)
+    a[0][0, 1] = np.nan
+    estimate = stats.probability_of_improvement(a, b, ["x"] * 3)
+    assert (estimate.n_images, estimate.n_missing) == (2, 1)
+
+
+def test_copies_of_a_metric_do_not_narrow_the_probability_of_improvement() -> None:
+    a, b, tags = seeds_of(0, 0.2, 0.3), seeds_of(0.1, 0.1), ["a"] * 20 + ["b"] * 20
+    one = stats.probability_of_improvement([a], [b], tags)
+    assert stats.probability_of_improvement([a] * 4, [b] * 4, tags) == one
+
+
+def test_a_seed_without_one_metric_still_counts_by_the_others() -> None:
+    a, b, tags = seeds_of(0.1, 0.2), seeds_of(0, 0), ["a"] * 40
+    lacking = a.copy()
+    lacking[1] = np.nan
+    estimate = stats.probability_of_improvement([a, lacking], [b, b], tags)
+    alone = stats.probability_of_improvement([lacking], [b], tags)
+    assert (estimate.n_seeds, alone.n_seeds) == (2, 1)
+    assert estimate.value == stats.probability_of_improvement([a], [b], tags).value
+
+
+def test_models_without_a_common_value_have_no_interval() -> None:
+    # The second seeds share no metric: their pair has no value in any resample.
+    full, empty = seeds_of(0, 0), seeds_of(0, 0)
+    empty[1] = np.nan
+    estimate = stats.probability_of_improvement([full, empty], [empty, full], ["a"] * 40)
+    assert np.isnan([estimate.low, estimate.high]).all()
+    assert (estimate.n_images, estimate.n_missing, estimate.resampled) == (120, 40, "")
+
+
+def test_a_probability_with_nothing_to_resample_has_no_interval() -> None:
+    estimate = stats.probability_of_improvement([values([[3], [1]])], [values([[2], [1]])], "ab")
+    assert estimate.value == 0.75
+    assert np.isnan([estimate.low, estimate.high]).all()
+    assert estimate.resampled == ""
+
+
+def test_probabilities_of_unlike_metrics_are_refused() -> None:
+    x, tags = values([[1], [2]]), ["a"] * 2
+    with pytest.raises(ValueError, match="not paired: 1 and 2 metrics"):
+        stats.probability_of_improvement([x], [x, x], tags)
+    with pytest.raises(ValueError, match=r"same seeds, not \[1, 2\]"):
+        stats.probability_of_improvement([x, np.repeat(x, 2, 0)], [x, x], tags)
+    with pytest.raises(ValueError, match="with 2 prompts"):
+        stats.probability_of_improvement([x], [values([[1], [2], [3]])], tags)
 
 
 def test_a_sure_improvement_has_an_interval_above_a_half() -> None:
@@ -271,7 +450,7 @@ def test_a_sure_improvement_has_an_interval_above_a_half() -> None:
     prompts = rng.normal(size=(1, 60, 1))
     a = prompts + 0.8 + 0.3 * rng.normal(size=(3, 60, 1))
     b = prompts + 0.3 * rng.normal(size=(3, 60, 1))
-    estimate = stats.probability_of_improvement(a, b, ["x"] * 60)
+    estimate = stats.probability_of_improvement([a], [b], ["x"] * 60)
     assert estimate.low > 0.8
     assert estimate.p_value < 0.01
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import re
 import shutil
@@ -14,8 +15,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import synthetic
+from scipy.stats import pearsonr
 
-from tafs import rewards, tables
+from tafs import rewards, stats, tables
 
 SMALL = {"prompts": 18, "images": 2, "iterations": 5, "nfe": (4, 8)}
 DATA = Path(tables.__file__).parent / "paper"
@@ -32,9 +34,17 @@ def own_runs(runs: list[Path], tmp_path: Path) -> list[Path]:
     return [Path(shutil.copytree(run, tmp_path / "runs" / run.name)) for run in runs]
 
 
-def read(folder: Path) -> list[dict[str, str]]:
-    with (folder / "table2.csv").open(encoding="utf-8", newline="") as file:
+def read(folder: Path, name: str = "table2") -> list[dict[str, str]]:
+    with (folder / "tables" / f"{name}.csv").open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def text(folder: Path, ending: str, name: str = "table2") -> str:
+    return (folder / "tables" / f"{name}.{ending}").read_text(encoding="utf-8")
+
+
+def provenance(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "provenance" / "table2.json").read_text(encoding="utf-8"))
 
 
 def table2(
@@ -65,6 +75,7 @@ def test_values_are_the_files_values(runs: list[Path], tmp_path: Path) -> None:
     row = read(tmp_path)[3]
     scores = pd.concat(pd.read_parquet(r / "scores.parquet") for r in runs if "tafs" in r.name)
     scores = scores[(scores["sampler"] == "anneal") & (scores["nfe"] == 4)]
+    scores = scores[scores["iteration"] == SMALL["iterations"]]
     clip = scores[scores["metric"] == "clip"]["value"]
     assert float(row["clip"]) == pytest.approx(clip.mean())
     assert float(row["clip_low"]) < clip.mean() < float(row["clip_high"])
@@ -111,14 +122,15 @@ def test_missing_values_are_counted_and_told(own_runs: list[Path], tmp_path: Pat
     table2(own_runs, tmp_path)
     base = read(tmp_path)[1]
     assert (base["clip_n_images"], base["clip_n_missing"]) == ("34", "2")
-    text = (tmp_path / "table2.md").read_text(encoding="utf-8")
-    assert "Missing and left out: 2 of 216 values of CLIP." in text
+    assert "Missing and left out: 2 of 216 values of CLIP." in text(tmp_path, "md")
 
 
 def test_only_a_sure_winner_is_bold(own_runs: list[Path], tmp_path: Path) -> None:
     tafs = [run for run in own_runs if "tafs" in run.name]
     other = pd.read_parquet(tafs[0].parent / "flow_grpo-0" / "scores.parquet")
-    other = other[other["sampler"] == "ode"].set_index(["metric", "nfe", "prompt", "image"])
+    other = other[other["iteration"] == SMALL["iterations"]].set_index(
+        ["metric", "nfe", "prompt", "image"]
+    )
     for run in tafs:
 
         def change(scores: pd.DataFrame) -> pd.DataFrame:
@@ -137,20 +149,20 @@ def test_only_a_sure_winner_is_bold(own_runs: list[Path], tmp_path: Path) -> Non
     best = [row[f"{metric}_best"] for row in rows[2:] for metric in tables.METRICS]
     assert best.count("1") == 1
     bold = sum(row[f"{metric}_best"] == "1" for row in rows for metric in tables.METRICS)
-    assert (tmp_path / "table2.md").read_text(encoding="utf-8").count("**") == 2 * bold
-    assert (tmp_path / "table2.tex").read_text(encoding="utf-8").count(r"\textbf") == bold
+    assert text(tmp_path, "md").count("**") == 2 * bold
+    assert text(tmp_path, "tex").count(r"\textbf") == bold
 
 
 def test_equal_input_gives_equal_bytes(runs: list[Path], tmp_path: Path) -> None:
     first = table2(runs, tmp_path / "a")
     second = table2(runs[::-1], tmp_path / "b")
-    assert [file.suffix for file in first] == [
-        ".csv",
-        ".md",
-        ".tex",
-        ".html",
-        ".json",
-        ".parquet",
+    assert [str(file.relative_to(tmp_path / "a")) for file in first] == [
+        "tables/table2.csv",
+        "tables/table2.md",
+        "tables/table2.tex",
+        "tables/table2.html",
+        "tables/table2.parquet",
+        "provenance/table2.json",
     ]
     for a, b in zip(first, second, strict=True):
         assert a.read_bytes() == b.read_bytes()
@@ -160,14 +172,16 @@ def test_the_papers_values_stand_at_the_papers_scale_alone(
     runs: list[Path], tmp_path: Path
 ) -> None:
     table2(runs, tmp_path / "shapes")
-    texts = [file.read_bytes() for file in (tmp_path / "shapes").iterdir()]
-    assert not any(b"paper" in text or b"published" in text for text in texts)
+    files = [file for file in (tmp_path / "shapes").rglob("*") if file.is_file()]
+    assert len(files) == 6
+    contents = [file.read_bytes() for file in files]
+    assert not any(b"paper" in content or b"published" in content for content in contents)
     table2(runs, tmp_path / "paper", scale="paper")
     base, _, flow, tafs = read(tmp_path / "paper")
     assert (tafs["pickscore_published"], tafs["iteration_time_s_published"]) == ("22.46", "116")
     assert flow["hpsv2_published"] == "0.304"
     assert base["clip_published"] == tafs["geneval_published"] == ""
-    assert "(paper: 22.46)" in (tmp_path / "paper" / "table2.md").read_text(encoding="utf-8")
+    assert "(paper: 22.46)" in text(tmp_path / "paper", "md")
 
 
 def test_the_base_is_compared_with_its_namesake_in_the_paper(tmp_path: Path) -> None:
@@ -185,33 +199,67 @@ def test_published_tables_are_all_there() -> None:
 
 def test_provenance_names_the_runs_of_each_row(runs: list[Path], tmp_path: Path) -> None:
     table2(runs, tmp_path)
-    record = json.loads((tmp_path / "table2.json").read_text(encoding="utf-8"))
-    last = record["rows"][-1]
-    assert [run["name"] for run in last["runs"]] == ["tafs_grpo-0", "tafs_grpo-1"]
-    assert len({run["scores_sha256"] for row in record["rows"] for run in row["runs"]}) == 5
+    record = provenance(tmp_path)
+    rows = [(row["row"], row["nfe"], row["iteration"], row["runs"]) for row in record["rows"]]
+    assert rows == [
+        ("shapes-sd3", 28, None, ["base-0"]),
+        ("shapes-sd3", 4, None, ["base-0"]),
+        ("Flow-GRPO", 4, None, ["flow_grpo-0", "flow_grpo-1"]),
+        ("TAFS-GRPO", 4, None, ["tafs_grpo-0", "tafs_grpo-1"]),
+    ]
+    assert set(record["runs"]) == {run.name for run in runs}
+    assert len({run["sha256"]["scores.parquet"] for run in record["runs"].values()}) == 5
+
+
+def test_provenance_counts_what_is_behind_each_cell(runs: list[Path], tmp_path: Path) -> None:
+    table2(runs, tmp_path)
+    for row, printed in zip(provenance(tmp_path)["rows"], read(tmp_path), strict=True):
+        for metric in tables.METRICS:
+            cell = row["cells"][metric]
+            assert cell["value"] == pytest.approx(float(printed[metric]))
+            for count in ("n_seeds", "n_images", "n_missing", "resampled"):
+                assert str(cell[count]) == printed[f"{metric}_{count}"]
+    tafs = row["cells"]
+    assert (tafs["clip"]["n_seeds"], tafs["clip"]["n_images"]) == (2, 2 * 18 * 2)
+    assert tafs["nfe_old"] == {"value": 4}
+
+
+def test_provenance_has_the_digests_of_every_runs_files(runs: list[Path], tmp_path: Path) -> None:
+    table2(runs, tmp_path)
+    record = provenance(tmp_path)["runs"]
+    for run in runs:
+        second = "step_scores.parquet" if run.name == "base-0" else "adapter.safetensors"
+        assert record[run.name]["sha256"] == {
+            name: hashlib.sha256((run / name).read_bytes()).hexdigest()
+            for name in ("scores.parquet", second)
+        }
+        seed = int(run.name[-1])
+        assert (record[run.name]["seed"], record[run.name]["scale"]) == (seed, "shapes")
+    assert record["tafs_grpo-1"]["fingerprint"] == "of tafs_grpo-1"
+    assert record["tafs_grpo-1"]["provenance"] == {"code": "abc"}
+    assert "fingerprint" not in record["base-0"]
 
 
 def test_latex_is_balanced_and_escaped(tmp_path: Path) -> None:
     base = synthetic.write_run(tmp_path, "base", title="100% \\ {x}_y & ~z^", **SMALL)
     table2([base], tmp_path)
-    text = (tmp_path / "table2.tex").read_text(encoding="utf-8")
+    latex = text(tmp_path, "tex")
     label = r"100\% \textbackslash{} \{x\}\_y \& \textasciitilde{}z\textasciicircum{} & 28 & --"
-    assert label in text
-    bare = re.sub(r"\\[{}]", "", text)
+    assert label in latex
+    bare = re.sub(r"\\[{}]", "", latex)
     assert bare.count("{") == bare.count("}")
-    columns = re.search(r"\\begin{tabular}{(\w+)}", text)
+    columns = re.search(r"\\begin{tabular}{(\w+)}", latex)
     assert columns
-    for line in text.splitlines():
+    for line in latex.splitlines():
         if line.endswith(r"\\"):
             assert len(re.findall(r"(?<!\\)&", line)) == len(columns[1]) - 1
-    assert text.isascii()
+    assert latex.isascii()
 
 
 def test_markdown_is_a_table_whatever_the_title(tmp_path: Path) -> None:
     base = synthetic.write_run(tmp_path, "base", title="a|b_*c*", **SMALL)
     table2([base], tmp_path)
-    lines = (tmp_path / "table2.md").read_text(encoding="utf-8").splitlines()
-    rows = [line for line in lines if line.startswith("|")]
+    rows = [line for line in text(tmp_path, "md").splitlines() if line.startswith("|")]
     assert rows[2].startswith(r"| a\|b\_\*c\* | 28 |")
     assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1
 
@@ -220,7 +268,7 @@ def test_one_seed_is_told(tmp_path: Path) -> None:
     runs = synthetic.write_runs(tmp_path / "runs", seeds=1, **SMALL)
     table2(runs, tmp_path)
     assert {row["clip_resampled"] for row in read(tmp_path)} == {"prompts"}
-    assert "not of seeds" in (tmp_path / "table2.md").read_text(encoding="utf-8")
+    assert "not of seeds" in text(tmp_path, "md")
 
 
 def test_one_prompt_a_task_has_values_and_no_intervals(tmp_path: Path) -> None:
@@ -228,7 +276,8 @@ def test_one_prompt_a_task_has_values_and_no_intervals(tmp_path: Path) -> None:
     table2(synthetic.write_runs(tmp_path / "runs", seeds=1, **small), tmp_path)
     for row in read(tmp_path):
         assert row["clip"] and not row["clip_low"] and row["clip_best"] == "0"
-    assert "±" not in (tmp_path / "table2.md").read_text(encoding="utf-8")
+    assert not re.search(r"\d \[", text(tmp_path, "md"))  # an interval
+    assert "tiny" not in text(tmp_path, "tex")
 
 
 def test_rows_select_by_nested_fields(tmp_path: Path) -> None:
@@ -297,8 +346,9 @@ def rescored(change: Callable[[pd.DataFrame], pd.DataFrame]) -> Callable[[list[P
             r"its prompts are not those of .*scores.parquet",
         ),
         (
-            rescored(lambda s: pd.concat([s, s.iloc[-1:]])),
-            r"scores.parquet: holds two values of sampler ode nfe 8 metric unifiedreward prompt 17",
+            rescored(lambda s: pd.concat([s, s[(s["nfe"] == 8)].iloc[-1:]])),
+            r"scores.parquet: holds two values of sampler ode nfe 8 metric unifiedreward "
+            r"iteration 5 prompt 17",
         ),
     ],
 )
@@ -328,14 +378,254 @@ def test_runs_that_cannot_be_one_table_are_refused(runs: list[Path], tmp_path: P
 def test_html_escapes_what_users_write_and_runs_nothing(tmp_path: Path) -> None:
     base = synthetic.write_run(tmp_path, "base", title="<script>alert(1)</script>&", **SMALL)
     table2([base], tmp_path)
-    text = (tmp_path / "table2.html").read_text(encoding="utf-8")
-    assert "<script" not in text
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;&amp;" in text
-    assert text.count("<tr>") + text.count('<tr class="rule">') == 3
+    page = text(tmp_path, "html")
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;&amp;" in page
+    assert page.count("<tr>") + page.count('<tr class="rule">') == 3
 
 
 def test_parquet_holds_what_the_csv_holds(runs: list[Path], tmp_path: Path) -> None:
     table2(runs, tmp_path)
     pd.testing.assert_frame_equal(
-        pd.read_parquet(tmp_path / "table2.parquet"), pd.read_csv(tmp_path / "table2.csv")
+        pd.read_parquet(tmp_path / "tables" / "table2.parquet"),
+        pd.read_csv(tmp_path / "tables" / "table2.csv"),
     )
+
+
+# -- equal compute ---------------------------------------------------------------------------------
+
+
+def test_at_equal_compute_a_model_is_judged_by_its_snapshot(
+    runs: list[Path], tmp_path: Path
+) -> None:
+    # An iteration costs Flow-GRPO 10 + 3 x 6 evaluations and TAFS-GRPO 4 + 3 x 3. TAFS-GRPO's five
+    # take 65: two of Flow-GRPO's.
+    tables.comparison(synthetic.table2(runs, kind="compute"), runs, tmp_path)
+    base, flow, tafs = read(tmp_path)
+    printed = [(row["iterations"], row["compute"]) for row in (base, flow, tafs)]
+    assert printed == [("", ""), ("2", "56"), ("5", "65")]
+    scores = pd.concat(pd.read_parquet(run / "scores.parquet") for run in runs)
+    scores = scores[(scores["metric"] == "clip") & (scores["nfe"] == 4)]
+    means = scores.groupby(["method", "iteration"], observed=True)["value"].mean()
+    for row, method, iteration in (
+        (base, "base", 0),
+        (flow, "flow_grpo", 2),
+        (tafs, "tafs_grpo", 5),
+    ):
+        assert float(row["clip"]) == pytest.approx(means[method, iteration])
+    assert means["flow_grpo", 2] != means["flow_grpo", 5]
+    assert [row["iteration"] for row in provenance(tmp_path)["rows"]] == [None, 2, 5]
+
+
+def test_a_snapshot_that_was_not_scored_is_one_line_that_names_it(
+    own_runs: list[Path], tmp_path: Path
+) -> None:
+    change_scores(own_runs[1], lambda scores: scores[scores["iteration"] != 2])
+    message = r"flow_grpo-0/scores.parquet: no \w+ for sampler ode at nfe 4 after iteration 2 \(has"
+    with pytest.raises(ValueError, match=message) as caught:
+        tables.comparison(synthetic.table2(own_runs, kind="compute"), own_runs, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+# -- gains -----------------------------------------------------------------------------------------
+
+
+def gains(runs: list[Path], out: Path) -> list[Path]:
+    return tables.comparison(synthetic.table2(runs, kind="gains"), runs, out)
+
+
+def values(runs: list[Path], method: str, metric: str) -> np.ndarray:
+    """[seeds, prompts, images] of the final models at four steps, from the files."""
+    arrays = []
+    for run in runs:
+        if run.name.startswith(method):
+            scores = pd.read_parquet(run / "scores.parquet")
+            final = scores["iteration"] == scores["iteration"].max()
+            chosen = scores[final & (scores["nfe"] == 4) & (scores["metric"] == metric)]
+            arrays.append(chosen.pivot(index="prompt", columns="image", values="value").to_numpy())
+    return np.stack(arrays)
+
+
+@pytest.mark.parametrize(
+    ("column", "metrics"),
+    [
+        ("iqm_in_domain", ["pickscore", "clip"]),
+        ("iqm_out_of_domain", ["hpsv2", "imagereward", "unifiedreward"]),
+        ("iqm_all", list(tables.METRICS)),
+    ],
+)
+def test_a_gain_is_the_interquartile_mean_of_the_effects(
+    column: str, metrics: list[str], runs: list[Path], tmp_path: Path
+) -> None:
+    gains(runs, tmp_path)
+    for row, method in zip(read(tmp_path), ("flow_grpo", "tafs_grpo"), strict=True):
+        effects = [stats.effects(values(runs, method, m), values(runs, "base", m)) for m in metrics]
+        middle = stats.interquartile_mean(np.concatenate(effects))
+        assert float(row[column]) == pytest.approx(middle)
+        assert float(row[f"{column}_low"]) < middle < float(row[f"{column}_high"])
+        assert row[f"{column}_n_seeds"] == "2"
+
+
+def test_better_than_the_base_is_the_share_of_won_prompts(
+    own_runs: list[Path], tmp_path: Path
+) -> None:
+    for run in own_runs:
+        change_scores(run, lambda scores: scores[scores["metric"].isin(["pickscore", "hpsv2"])])
+
+    def third(scores: pd.DataFrame) -> pd.DataFrame:
+        """Every third prompt ten better, the others ten worse than the base model."""
+        plus = np.where(scores["prompt"] % 3 == 0, 10.0, -10.0)
+        return scores.assign(value=scores["value"] + plus)
+
+    for run in own_runs[1:3]:
+        change_scores(run, third)
+    spec = synthetic.table2(own_runs, kind="gains")
+    table = tables.BUILD["gains"](spec, tables.read_results(own_runs))
+    wins = next(column for column in table.columns if column.name == "better_than_base")
+    assert isinstance(wins, tables.Statistic)
+    system = tables.select(tables.read_results(own_runs), table.rows[0].where)
+    assert wins.estimate(system, table.rows[0]).value == pytest.approx(1 / 3)
+
+
+def test_a_method_is_not_compared_with_itself(runs: list[Path], tmp_path: Path) -> None:
+    gains(runs, tmp_path)
+    flow, tafs = read(tmp_path)
+    assert 0 < float(flow["better_than_reference"]) < 0.5 < float(tafs["better_than_base"])
+    assert tafs["better_than_reference"] == tafs["better_than_reference_low"] == ""
+    header, _, *rows = (line for line in text(tmp_path, "md").splitlines() if line.startswith("|"))
+    assert "P(better than TAFS-GRPO)" in header
+    assert rows[1].endswith("| – | 2 |")
+
+
+def test_gains_name_the_base_model_among_what_they_come_from(
+    runs: list[Path], tmp_path: Path
+) -> None:
+    gains(runs, tmp_path)
+    record = provenance(tmp_path)
+    assert [row["row"] for row in record["rows"]] == ["Flow-GRPO", "TAFS-GRPO"]
+    assert set(record["runs"]) == {run.name for run in runs}
+
+
+def test_a_rule_above_the_first_row_is_the_headers_own(runs: list[Path], tmp_path: Path) -> None:
+    spec = synthetic.table2(runs, kind="gains")
+    for row in spec["rows"]:
+        row["rule"] = row["variant"] == "flow_grpo"  # which the base model's row stood above
+    tables.comparison(spec, runs, tmp_path)
+    assert text(tmp_path, "tex").count(r"\midrule") == 1
+
+
+def test_gains_without_the_base_model_are_refused_in_one_line(
+    runs: list[Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="table2: no base model 'shapes-sd3'; set base: true") as e:
+        gains(runs[1:], tmp_path / "out")
+    assert "\n" not in str(e.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damaged("journal.jsonl"), "flow_grpo-0/journal.jsonl: not found"),
+        (overwritten("journal.jsonl", ""), "flow_grpo-0/journal.jsonl: holds no iteration"),
+    ],
+)
+def test_gains_need_the_journal_of_their_provenance(
+    damage: Callable[[list[Path]], None], message: str, own_runs: list[Path], tmp_path: Path
+) -> None:
+    damage(own_runs)
+    with pytest.raises(ValueError, match=message):
+        gains(own_runs, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# -- correlations ----------------------------------------------------------------------------------
+
+
+def correlations(runs: list[Path], out: Path, **options: Any) -> list[Path]:
+    spec = synthetic.table2(runs, kind="correlation", name="table7")
+    return tables.comparison(spec, runs, out, **options)
+
+
+def test_correlations_are_those_of_the_file(runs: list[Path], tmp_path: Path) -> None:
+    correlations(runs[:1], tmp_path)
+    rows = read(tmp_path, "table7")
+    assert [row["row"] for row in rows] == ["R2 with R4", "R3 with R4"]
+    scores = pd.read_parquet(runs[0] / "step_scores.parquet")
+    for row, step in zip(rows, (2, 3), strict=True):
+        for metric in tables.METRICS:
+            of = scores[scores["metric"] == metric].set_index(["step", "prompt"])["value"]
+            r = pearsonr(of[step], of[4]).statistic
+            assert float(row[f"{metric}_r"]) == pytest.approx(r)
+            assert float(row[f"{metric}_r_low"]) < r < float(row[f"{metric}_r_high"])
+            assert row[f"{metric}_r_n_images"] == "18"
+    assert "Pearson's r over 18 training prompts" in text(tmp_path, "md", "table7")
+
+
+def test_correlations_stand_beside_the_papers(runs: list[Path], tmp_path: Path) -> None:
+    correlations(runs[:1], tmp_path, scale="paper")
+    published = [
+        (row["pickscore_r_published"], row["clip_r_published"], row["hpsv2_r_published"])
+        for row in read(tmp_path, "table7")
+    ]
+    assert published == [("0.68", "0.72", ""), ("0.84", "0.88", "")]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "base-0/step_scores.parquet: not found; `python -m tafs.correlate` writes it"),
+        ("x", "base-0/step_scores.parquet: not a table of step scores"),
+        ([], "base-0/step_scores.parquet: holds no scores"),
+    ],
+)
+def test_broken_step_scores_are_one_line_that_names_them(
+    content: str | list[Any] | None, message: str, own_runs: list[Path], tmp_path: Path
+) -> None:
+    file = own_runs[0] / "step_scores.parquet"
+    if content is None:
+        file.unlink()
+    elif isinstance(content, str):
+        file.write_text(content)
+    else:
+        pd.read_parquet(file).iloc[:0].to_parquet(file)
+    with pytest.raises(ValueError, match=message) as caught:
+        correlations(own_runs[:1], tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+# -- the paper's values ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "title", "few", "full", "expected"),
+    [
+        ("base", "SD3.5-Medium", (4,), 40, {40: "67.99", 4: ""}),
+        ("base", "SD3.5-Medium", (4,), 28, {28: "", 4: ""}),
+        ("tafs_grpo", "TAFS-GRPO + SD3.5M", (4, 8), None, {4: "80.84", 8: "82.37"}),
+    ],
+)
+def test_the_papers_values_are_those_of_the_name_and_the_steps(
+    method: str,
+    title: str,
+    few: tuple[int, ...],
+    full: int | None,
+    expected: dict[int, str],
+    tmp_path: Path,
+) -> None:
+    small = {**SMALL, "nfe": (4, 8, 40)}
+    run = synthetic.write_run(tmp_path, method, title=title, scale="paper", **small)
+    spec = synthetic.table2([run], few=few, full=full, name="table1")
+    tables.comparison(spec, [run], tmp_path)
+    found = {int(row["nfe"]): row["geneval_published"] for row in read(tmp_path, "table1")}
+    assert found == expected
+
+
+def test_a_table_without_steps_has_one_published_row_a_system(
+    runs: list[Path], tmp_path: Path
+) -> None:
+    table2(runs, tmp_path, few=(4, 8), scale="paper")
+    found = {(r["row"], r["nfe"]): r["clip_published"] for r in read(tmp_path)}
+    assert (found["TAFS-GRPO", "4"], found["TAFS-GRPO", "8"]) == ("27.68", "")

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 START = 1_700_000_000.25
 HASH = "d" * 64
 ITERATIONS = 3
+SNAPSHOT = 50
 
 
 def describe(folder: Path, **changes: Any) -> None:
@@ -94,7 +95,12 @@ def trained_run(folder: Path, **changes: Any) -> Path:
         ("two", "pickscore", 23.0),
         ("two", "hps", float("nan")),
     ]
-    table = pd.DataFrame(rows, columns=["tag", "metric", "value"])
+    columns = ["tag", "metric", "value", "iteration"]
+    last = changes.get("iterations", 100)
+    finals = [(*row, last) for row in rows]
+    # A snapshot's scores stand in the same table.
+    snapshot = [("one", "geneval", 0.0, SNAPSHOT), ("two", "geneval", 1.0, SNAPSHOT)]
+    table = pd.DataFrame(finals + (snapshot if last else []), columns=columns)
     table = table.assign(run=folder.name, method="m", seed=3, prompt=0, image=0)
     table = table.assign(sampler="ode", nfe=4).astype({"tag": "category", "metric": "category"})
     table.to_parquet(folder / "scores.parquet", index=False)
@@ -181,6 +187,15 @@ def test_geneval_is_the_mean_of_its_tags_and_others_the_mean_of_the_images(
     (run,) = runs(store, finished.name)
     assert run.data.metrics["score/geneval/ode/nfe_4"] == 75.0
     assert run.data.metrics["score/pickscore/ode/nfe_4"] == 22.0
+
+
+def test_scores_stand_at_their_models_iteration_the_final_model_last(
+    store: Path, finished: Path
+) -> None:
+    (run,) = runs(store, finished.name)
+    scores = [(step, v) for step, _, v in history(store, run, "score/geneval/ode/nfe_4")]
+    assert scores == [(SNAPSHOT, 50.0), (100, 75.0)]
+    assert [step for step, _, _ in history(store, run, "score/pickscore/ode/nfe_4")] == [100]
 
 
 def test_a_run_has_its_experiment_parameters_tags_and_times(store: Path, finished: Path) -> None:
@@ -270,7 +285,8 @@ def test_points_that_a_cut_sync_had_written_are_not_written_twice(
     tracking.sync([folder], store)
     (run,) = runs(store, "cut")
     assert len(history(store, run, "kl")) == 2
-    assert len(history(store, run, "score/geneval/ode/nfe_4")) == 1
+    assert len(history(store, run, "score/geneval/ode/nfe_4")) == 2
+    assert len(history(store, run, "score/pickscore/ode/nfe_4")) == 1
     assert run.info.status == "FINISHED"
 
 

@@ -16,10 +16,17 @@ from tafs import config, journal, rundir, train
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def prepare(folder: Path, variant: str = "tafs_grpo", iterations: int = 4) -> rundir.RunDir:
+ITERATIONS = 4
+SNAPSHOTS = [1, 3, ITERATIONS]
+
+
+def prepare(
+    folder: Path, variant: str = "tafs_grpo", iterations: int = ITERATIONS
+) -> rundir.RunDir:
     runs = config.runs(config.read(ROOT / "config.yaml", {"scale": "smoke"}))
     description = next(r for r in runs.values() if r.variant == variant).describe()
     description["settings"] = {**description["settings"], "iterations": iterations}
+    description["snapshots"] = [n for n in SNAPSHOTS if n <= iterations]
     run = rundir.RunDir(folder / description["name"])
     run.folder.mkdir(parents=True)
     (run.folder / "run.json").write_text(json.dumps(description))
@@ -31,6 +38,19 @@ def undisturbed(tmp_path_factory) -> rundir.RunDir:
     run = prepare(tmp_path_factory.mktemp("undisturbed"))
     train.train(run)
     return run
+
+
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory) -> rundir.RunDir:
+    """Of a method whose model is an average over its updates."""
+    run = prepare(tmp_path_factory.mktemp("averaged"), "flow_grpo")
+    train.train(run)
+    return run
+
+
+@pytest.fixture(params=["undisturbed", "averaged"])
+def finished(request) -> rundir.RunDir:
+    return request.getfixturevalue(request.param)
 
 
 def train_until(run: rundir.RunDir, last: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,10 +71,15 @@ def same_adapter(a: rundir.RunDir, b: rundir.RunDir) -> bool:
     return a.adapter.read_bytes() == b.adapter.read_bytes()
 
 
+def snapshots(run: rundir.RunDir) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(run.snapshots.iterdir())}
+
+
 def test_training_twice_gives_the_same_adapter_bit_for_bit(undisturbed, tmp_path):
     run = prepare(tmp_path)
     train.train(run)
     assert same_adapter(run, undisturbed)
+    assert snapshots(run) == snapshots(undisturbed)
 
 
 def test_training_changes_the_adapter(undisturbed):
@@ -62,25 +87,59 @@ def test_training_changes_the_adapter(undisturbed):
     assert any(tensor.any() for name, tensor in trained.items() if "lora_B" in name)
 
 
-@pytest.mark.parametrize("variant", ["tafs_grpo", "flow_grpo"])
 @pytest.mark.parametrize("failing", [1, 2])
-def test_a_run_that_stopped_continues_to_the_same_adapter(
-    variant, failing, undisturbed, tmp_path, monkeypatch
-):
+def test_a_run_that_stopped_continues_to_the_same_adapter(finished, failing, tmp_path, monkeypatch):
     """Also with an averaged adapter and two updates an iteration, as Flow-GRPO has."""
-    if variant == "tafs_grpo":
-        reference = undisturbed
-    else:
-        reference = prepare(tmp_path / "reference", variant)
-        train.train(reference)
-    run = prepare(tmp_path / "stopped", variant)
+    run = prepare(tmp_path / "stopped", finished.description["variant"])
     train_until(run, failing, monkeypatch)
     assert run.checkpoints.exists() and not run.adapter.exists()
+    assert not run.snapshots.exists()
     train.train(run)
-    assert same_adapter(run, reference)
+    assert same_adapter(run, finished)
+    assert snapshots(run) == snapshots(finished)
     kinds = [record["kind"] for record in journal.read(run.journal)]
     assert kinds.count("resume") == 1
     assert not run.state.exists()
+
+
+def test_a_run_stopped_between_snapshot_and_checkpoint_writes_the_snapshot_again(
+    undisturbed, tmp_path, monkeypatch
+):
+    run = prepare(tmp_path)
+    save = train.Trainer.save
+
+    def stop(self, folder, fingerprint, iteration, seconds):
+        if iteration == 3:
+            raise KeyboardInterrupt
+        save(self, folder, fingerprint, iteration, seconds)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train.Trainer, "save", stop)
+        train.train(run)
+    early = run.state / "snapshots" / "3.safetensors"
+    assert early.read_bytes() == snapshots(undisturbed)["3.safetensors"]
+    early.write_bytes(b"what a kill may have left")
+    train.train(run)
+    resumed = [r["iteration"] for r in journal.read(run.journal) if r["kind"] == "resume"]
+    assert resumed == [2]
+    assert snapshots(run) == snapshots(undisturbed)
+    assert same_adapter(run, undisturbed)
+
+
+def test_snapshots_are_the_described_ones_and_differ(finished):
+    kept = snapshots(finished)
+    assert set(kept) == {f"{n}.safetensors" for n in SNAPSHOTS}
+    assert len(set(kept.values())) == len(SNAPSHOTS)
+
+
+def test_a_snapshot_of_the_last_iteration_is_the_adapter(finished):
+    assert finished.snapshot(ITERATIONS).read_bytes() == finished.adapter.read_bytes()
+
+
+def test_a_snapshot_is_the_adapter_of_a_run_that_ends_there(finished, tmp_path):
+    short = prepare(tmp_path, finished.description["variant"], iterations=1)
+    train.train(short)
+    assert short.adapter.read_bytes() == finished.snapshot(1).read_bytes()
 
 
 def test_a_killed_process_continues_to_the_same_adapter(undisturbed, tmp_path):
@@ -100,6 +159,7 @@ def test_a_killed_process_continues_to_the_same_adapter(undisturbed, tmp_path):
     assert not run.adapter.exists()
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
     assert same_adapter(run, undisturbed)
+    assert snapshots(run) == snapshots(undisturbed)
 
 
 def test_a_state_of_other_settings_is_not_continued(undisturbed, tmp_path, monkeypatch):
@@ -133,7 +193,7 @@ def test_the_journal_holds_what_an_iteration_measured(undisturbed):
 def test_the_journal_starts_with_the_provenance(undisturbed):
     first = journal.read(undisturbed.journal)[0]
     assert first["kind"] == "start"
-    assert set(first["provenance"]["weights"]) == {"shapes-sd3", "pickscore", "clip"}
+    assert set(first["provenance"]["weights"]) == {"shapes-flux", "pickscore", "clip"}
     assert first["fingerprint"] == undisturbed.fingerprint()
 
 

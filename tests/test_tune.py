@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tafs import config, rundir, tune
+from tafs import config, evaluate, rundir, train, tune
 from tafs.journal import Journal
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +29,36 @@ def test_every_method_gets_as_many_trials_on_the_tuning_seed(trials):
 
 def test_trials_have_names_of_their_own(trials):
     assert len({trial.name for trial in trials}) == len(trials)
+
+
+def test_trials_keep_no_snapshots(trials):
+    """They are judged once, at the end."""
+    assert {trial.describe()["snapshots"] == [] for trial in trials} == {True}
+    assert {trial.snapshots for trial in trials} == {()}
+
+
+def test_a_trial_is_scored_at_the_tables_few_steps_and_not_trained_again(tmp_path, monkeypatch):
+    settings = config.read(ROOT / "config.yaml", {"scale": "smoke"})
+    evaluation = settings.active.evaluation
+    trial = next(t for t in tune.trials(settings) if t.variant == "tafs_grpo")
+    monkeypatch.setattr(tune, "VALIDATION_PROMPTS", 3)
+    scored = []
+    generate = evaluate.generate
+
+    def watched(backbone, texts, setting, batch, seed):
+        scored.append((len(texts), setting.sampler, setting.nfe, batch, seed))
+        return generate(backbone, texts, setting, batch, seed)
+
+    monkeypatch.setattr(evaluate, "generate", watched)
+    first = tune.run_trial(trial, tmp_path, evaluation)
+    assert tuple(first) == tune.COLUMNS
+    assert (first["method"], first["nfe"]) == ("tafs_grpo", evaluation.few_nfe)
+    common = (evaluation.few_nfe, evaluation.batch, trial.seed)
+    assert scored == [(3, "anneal", *common), (3, "ode", *common)]
+    folder = tmp_path / trial.name
+    assert list((folder / "snapshots").iterdir()) == []
+    monkeypatch.setattr(train, "train", lambda run: pytest.fail("trained again"))
+    assert tune.run_trial(trial, tmp_path, evaluation) == first
 
 
 def trained(folder: Path, trial: config.Run) -> rundir.RunDir:

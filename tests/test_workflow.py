@@ -31,8 +31,10 @@ NEEDED = (
     "tafs",
     "baselines",
 )
-FLOW, TAFS = "flow_grpo.preference.shapes-sd3.0", "tafs_grpo.preference.shapes-sd3.0"
-BASE = "base.shapes-sd3"
+FLOW, TAFS = "flow_grpo.preference.shapes-flux.0", "tafs_grpo.preference.shapes-flux.0"
+BASE = "base.shapes-flux"
+METHODS = ("dance_grpo", "mix_grpo", "flow_grpo", "rg_lcd", "reward_instruct", "tafs_grpo")
+TRAINED = [f"{name}.preference.shapes-flux.0" for name in METHODS]
 COMPARED = {("compare", ""), ("track", ""), ("all", "")}
 
 
@@ -68,9 +70,9 @@ class Workplace:
             check=False,
         )
 
-    def planned(self) -> set[tuple[str, str]]:
+    def planned(self, *arguments: str) -> set[tuple[str, str]]:
         """(rule, run) of the jobs that a call would run now."""
-        done = self.snakemake("all", "--dry-run")
+        done = self.snakemake("all", "--dry-run", *arguments)
         assert done.returncode == 0, done.stderr
         jobs = re.split(r"^rule ", done.stdout + done.stderr, flags=re.MULTILINE)[1:]
         runs = [re.search(r"wildcards: run=(\S+)", job) for job in jobs]
@@ -121,20 +123,24 @@ def states(folder: Path) -> dict[Path, tuple[int, bytes]]:
 
 
 def test_every_promised_file_is_there_and_not_empty(workplace):
+    tables = ("table2", "equal_compute", "gains", "table7")
     promised = [
-        f"tables/table2.{suffix}" for suffix in ("csv", "html", "json", "md", "parquet", "tex")
+        f"tables/{table}.{suffix}"
+        for table in tables
+        for suffix in ("csv", "html", "md", "parquet", "tex")
     ]
-    promised += [
-        f"figures/{name}.{suffix}"
-        for name in ("figure4", "learning_curves", "image_grid", "hacking", "profiles")
-        for suffix in ("png", "pdf")
-    ]
-    trained = ("run.json", "adapter.safetensors", "journal.jsonl", "scores.parquet")
-    promised += [f"runs/{run}/{name}" for run in (FLOW, TAFS) for name in trained]
-    promised += [f"runs/{run}/samples.safetensors" for run in (BASE, FLOW, TAFS)]
-    promised += [f"runs/{BASE}/run.json", f"runs/{BASE}/scores.parquet"]
+    promised += [f"provenance/{table}.json" for table in tables]
+    figures = ("figure1", "steps", "pareto", "learning_curves", "hacking", "profiles", "compute")
+    promised += [f"figures/{name}.{suffix}" for name in figures for suffix in ("png", "pdf")]
+    trained = ("adapter.safetensors", "journal.jsonl", "snapshots/1.safetensors")
+    promised += [f"runs/{run}/{name}" for run in TRAINED for name in trained]
+    judged = ("run.json", "evaluation.json", "scores.parquet", "samples.safetensors")
+    promised += [f"runs/{run}/{name}" for run in (BASE, *TRAINED) for name in judged]
+    promised += [f"runs/{BASE}/step_scores.parquet"]
     promised += ["tables.json", "claims.md", "claims.json"]
-    promised += [f"logs/{stage}/{FLOW}.log" for stage in ("describe", "train", "evaluate")]
+    stages = ("describe", "describe_evaluation", "train", "evaluate")
+    promised += [f"logs/{stage}/{FLOW}.log" for stage in stages]
+    promised += [f"logs/correlate/{BASE}.log"]
     missing = [name for name in promised if not (workplace.smoke / name).is_file()]
     assert missing == []
     empty = [n for n in promised if (workplace.smoke / n).stat().st_size == 0 and "log" not in n]
@@ -155,7 +161,48 @@ def test_scores_are_a_long_table_of_all_six_metrics(workplace, run):
     assert set(scores["metric"]) == set(METRICS)
     assert set(scores["run"]) == {run}
     assert scores["value"].notna().all()
-    assert not scores.duplicated(["prompt", "nfe", "sampler", "image", "metric"]).any()
+    axes = ["prompt", "iteration", "nfe", "sampler", "image", "metric"]
+    assert not scores.duplicated(axes).any()
+
+
+@pytest.mark.parametrize("run", [BASE, FLOW, TAFS])
+def test_scores_are_those_that_the_evaluation_asks_for(workplace, run):
+    """At every model, sampler and number of steps as many images a prompt, and no others."""
+    folder = workplace.smoke / "runs" / run
+    description, evaluation = (
+        json.loads((folder / name).read_text()) for name in ("run.json", "evaluation.json")
+    )
+    asked = {
+        (s["iteration"] or description["iterations"], s["sampler"], s["nfe"]): s[
+            "images_per_prompt"
+        ]
+        for s in evaluation["settings"]
+    }
+    scores = pd.read_parquet(folder / "scores.parquet")
+    groups = scores.groupby(["iteration", "sampler", "nfe"], observed=True)
+    assert groups["image"].nunique().to_dict() == asked
+    assert groups["prompt"].nunique().nunique() == 1
+    assert sorted({i for i, _, _ in asked}) == sorted(
+        {*description["snapshots"], description["iterations"]}
+    )
+
+
+def test_step_scores_hold_every_image_of_a_trajectory_a_training_prompt(workplace):
+    folder = workplace.smoke / "runs" / BASE
+    asked = json.loads((folder / "evaluation.json").read_text())["correlation"]
+    scores = pd.read_parquet(folder / "step_scores.parquet")
+    assert set(scores["metric"]) == set(METRICS)
+    assert scores["value"].notna().all()
+    assert not scores.duplicated(["prompt", "step", "metric"]).any()
+    assert set(scores["step"]) == set(range(1, asked["nfe"] + 1))
+    assert set(scores["prompt"]) == set(range(asked["prompts"]))
+    assert len(scores) == asked["nfe"] * asked["prompts"] * len(METRICS)
+
+
+def test_run_json_does_not_say_how_a_run_is_judged(workplace):
+    described = json.loads((workplace.smoke / "runs" / TAFS / "run.json").read_text())
+    assert "evaluation" not in described["settings"]
+    assert described["snapshots"] == [1]
 
 
 def test_the_journals_tell_every_iteration(workplace):
@@ -213,6 +260,22 @@ def test_a_changed_hyperparameter_reruns_its_methods_runs_and_no_others(workplac
         assert workplace.planned() == {*own, *COMPARED}
 
 
+def test_a_changed_evaluation_judges_every_run_again_and_trains_none(workplace):
+    old, new = "images_per_prompt: 1\n      prompts: 1", "images_per_prompt: 2\n      prompts: 1"
+    with workplace.edited("config.yaml", old, new):
+        stages = ("describe_evaluation", "evaluate")
+        judged = {(stage, run) for stage in stages for run in (BASE, *TRAINED)}
+        assert workplace.planned() == {*judged, ("correlate", BASE), *COMPARED}
+
+
+def test_one_more_seed_plans_its_runs_and_keeps_the_first_ones(workplace):
+    stages = ("describe", "describe_evaluation", "train", "evaluate")
+    new = {(stage, run.removesuffix("0") + "1") for stage in stages for run in TRAINED}
+    planned = workplace.planned("--config", "seeds=2")
+    assert planned == {*new, ("contents", ""), *COMPARED}
+    assert workplace.planned("--config", "seeds=1") == set()
+
+
 # -- what goes wrong -------------------------------------------------------------------------------
 
 
@@ -237,7 +300,19 @@ def test_an_unknown_key_on_the_command_line_is_one_line_that_names_it(workplace)
     done = workplace.snakemake("all", "--config", "scael=shapes")
     assert done.returncode == 2
     [line] = own_lines(done.stderr)
-    assert line.startswith("--config scael: only scale, results, method can be given")
+    assert line.startswith("--config scael: only scale, results, method, seeds can be given")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [("0", "0"), ("x", "x"), ("true", "true"), ("True", "True"), ("1001", "1001"), ("", "None")],
+)
+def test_what_is_no_number_of_seeds_is_one_line_and_starts_no_job(workplace, given, said):
+    before = states(workplace.results)
+    done = workplace.snakemake("all", "--config", f"seeds={given}")
+    assert done.returncode == 2
+    assert own_lines(done.stderr) == [f"--config seeds={said}: give a number from 1 to 1000"]
+    assert states(workplace.results) == before
 
 
 def test_a_failing_run_is_named_and_leaves_the_other_results_as_they_were(workplace, tmp_path):

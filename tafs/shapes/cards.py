@@ -29,7 +29,7 @@ REPRODUCE = "Trained by `make shapes-weights` (on another processor the last dig
 
 def write(root: Path = weights.ROOT) -> None:
     """A README.md in every model's folder, and the manifest anew."""
-    cards = {"vae": _vae(root / "vae")}
+    cards = {weights.VAE: _vae(root / weights.VAE)}
     present = {name: layout for name, layout in BASES.items() if (root / name).is_dir()}
     cards |= {name: _base(name, layout, root / name) for name, layout in present.items()}
     cards |= {name: _scorer(name, text, root / name) for name, text in SCORERS.items()}
@@ -54,7 +54,11 @@ def _vae(folder: Path) -> str:
 
 def _base(name: str, layout: str, folder: Path) -> str:
     facts = weights.read_facts(folder)
-    recipe, more = facts["recipe"], facts["strict_geneval_other_noise"]
+    cycles, more = facts["cycles"], facts["strict_geneval_other_noise"]
+    steps_taken = " and ".join(
+        f"{c['recipe']['steps']:,} steps from {c['recipe']['lr']:g}" for c in cycles
+    )
+    recipe, seconds = cycles[0]["recipe"], sum(c["seconds"] for c in cycles)
     header = "| Euler steps | overall | " + " | ".join(TASKS) + " |"
     rows = [header, "|---" * (len(TASKS) + 2) + "|"]
     for steps, scores in facts["strict_geneval"].items():
@@ -64,9 +68,9 @@ def _base(name: str, layout: str, folder: Path) -> str:
         name,
         folder,
         f"An embedded base model: a diffusers pipeline in {layout}.",
-        f"Flow matching on {recipe['scenes']:,} rendered scenes of the training captions, "
-        f"{recipe['steps']} steps of {recipe['batch']}, AdamW with a cosine from {recipe['lr']:g}, "
-        f"the average of the weights kept ({facts['seconds'] / 60:.0f} minutes on one core).",
+        f"Flow matching on {recipe['scenes']:,} rendered scenes of the training captions a cycle, "
+        f"batches of {recipe['batch']}, AdamW, cosine cycles of {steps_taken}, the average of the "
+        f"weights kept ({seconds / 60:.0f} minutes on one core).",
         "Strict GenEval of the shipped weights on the held-out captions, four images each:\n\n"
         + "\n".join(rows)
         + "\n\nWith ten images each and other noise: "

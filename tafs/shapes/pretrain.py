@@ -1,7 +1,7 @@
 """Pretraining of the embedded models by flow matching: `python -m tafs.shapes.pretrain TARGET`.
 
-TARGET is vae, a base model's name, a reward model's name, or all. Weights, model cards and a
-manifest of SHA-256 sums go to tafs/shapes/weights/.
+TARGET is vae, a base model's name, a reward model's name, or all; score, shift and cards measure
+and write down. Weights, model cards and a manifest of SHA-256 sums go to tafs/shapes/weights/.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -70,11 +70,26 @@ SETTINGS: Any = {
     "guidance": 1.0,
     "max_sequence_length": text.MAX_TOKENS,
 }
-# Shift of the sampling grid towards noise. Strict GenEval at 28 steps hardly depends on it (0.561,
-# 0.561, 0.565, 0.568, 0.562 for shifts 1 to 5); at 4 steps it falls from 0.443 to 0.366, and 4 is
-# the smallest of them that falls below 0.40. Chosen on the held-out captions, so the base model's
-# few-step scores there are a setting of this world, not a finding.
-SHIFT = 4.0
+# Shift of the sampling grid towards noise: the smallest whole number with which four Euler steps
+# stay below 0.40 on training captions (`python -m tafs.shapes.pretrain shift`), so that there is
+# something to gain at few steps. The base models' few-step scores are thus a setting of this world,
+# not a finding.
+SHIFTS = {"shapes-sd3": 7.0, "shapes-flux": 7.0}
+
+
+def scheduler(name: str) -> FlowMatchEulerDiscreteScheduler:
+    """The scheduler of a base model."""
+    shift = SHIFTS[name]
+    if name == "shapes-sd3":
+        return FlowMatchEulerDiscreteScheduler(shift=shift)
+    # As FLUX.1-dev's, where the shift depends on the number of image tokens.
+    return FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True,
+        base_image_seq_len=9,
+        max_image_seq_len=4096,
+        base_shift=math.log(shift),
+        max_shift=math.log(shift) + 1,
+    )
 
 
 def build_sd3(autoencoder: AutoencoderKL, width: int = 128, layers: int = 5) -> SD3Backbone:
@@ -97,7 +112,7 @@ def build_sd3(autoencoder: AutoencoderKL, width: int = 128, layers: int = 5) -> 
     )
     pipeline = StableDiffusion3Pipeline(
         transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+        scheduler=scheduler("shapes-sd3"),
         vae=autoencoder,
         text_encoder=text.clip_text_encoder(tokenizer),
         tokenizer=tokenizer,
@@ -127,14 +142,7 @@ def build_flux(
     )
     pipeline = FluxPipeline(
         transformer=transformer,
-        # As FLUX.1-dev's, where the shift depends on the number of image tokens.
-        scheduler=FlowMatchEulerDiscreteScheduler(
-            use_dynamic_shifting=True,
-            base_image_seq_len=9,
-            max_image_seq_len=4096,
-            base_shift=math.log(SHIFT),
-            max_shift=math.log(SHIFT) + 1,
-        ),
+        scheduler=scheduler("shapes-flux"),
         vae=autoencoder,
         text_encoder=text.clip_text_encoder(tokenizer, projected=False),
         tokenizer=tokenizer,
@@ -233,19 +241,24 @@ def _cosine(step: int, recipe: Recipe) -> float:
 
 @torch.no_grad()
 def strict_geneval(
-    backbone: Backbone, steps: int, images_per_prompt: int = 4, seed: int = 7
+    backbone: Backbone,
+    steps: int,
+    images_per_prompt: int = 4,
+    seed: int = 7,
+    judged: Sequence[prompts.Prompt] | None = None,
 ) -> dict[str, float]:
-    """Strict GenEval on the held-out prompts with Euler steps: each task's mean and `overall`."""
-    held_out = prompts.read(DATA / "test.jsonl")
+    """Strict GenEval with Euler steps: each task's mean and `overall`; by default held out."""
+    if judged is None:
+        judged = prompts.read(DATA / "test.jsonl")
     generator = seeding.generator(seed, "evaluate")
-    cond = backbone.encode([p.text for p in held_out]).repeat_interleave(images_per_prompt)
-    x = torch.randn(len(held_out) * images_per_prompt, *backbone.latent_shape, generator=generator)
+    cond = backbone.encode([p.text for p in judged]).repeat_interleave(images_per_prompt)
+    x = torch.randn(len(judged) * images_per_prompt, *backbone.latent_shape, generator=generator)
     grid = backbone.time_grid(steps)
     for t, s in zip(grid[:-1], grid[1:], strict=True):
         x = x + (s - t) * backbone.velocity(x, t.expand(len(x)), cond)
     verdicts: dict[str, list[bool]] = {task: [] for task in TASKS}
     for i, detections in enumerate(detect(backbone.decode(x))):
-        prompt = held_out[i // images_per_prompt]
+        prompt = judged[i // images_per_prompt]
         verdicts[prompt.tag].append(judge(detections, prompt.row).correct)
     scores = {task: sum(v) / len(v) for task, v in verdicts.items()}
     return {"overall": sum(scores.values()) / len(scores), **scores}
@@ -254,46 +267,65 @@ def strict_geneval(
 def pretrain_vae() -> None:
     start = time.monotonic()
     autoencoder = vae.train(VAE_STEPS)
-    weights.save_module(autoencoder, weights.ROOT / "vae")
+    weights.save_module(autoencoder, weights.ROOT / weights.VAE)
     facts = {
         "steps": VAE_STEPS,
         "seconds": round(time.monotonic() - start),
         "reconstruction_accuracy": vae.reconstruction_accuracy(autoencoder),
     }
-    weights.write_facts(weights.ROOT / "vae", facts)
+    weights.write_facts(weights.ROOT / weights.VAE, facts)
     print(json.dumps(facts))
 
 
 @dataclass(frozen=True)
 class Base:
-    """A base model of the embedded world."""
+    """A base model of the embedded world.
+
+    Each recipe is one cosine cycle (warm restarts, Loshchilov & Hutter, 2017) on scenes of its own
+    seed; it starts from the saved weights of the one before.
+    """
 
     build: Callable[[AutoencoderKL], Backbone]
-    recipe: Recipe
+    recipes: tuple[Recipe, ...]
 
 
 BASES = {
-    "shapes-sd3": Base(build_sd3, Recipe()),
-    "shapes-flux": Base(build_flux, Recipe(steps=9000, seed=1)),
+    "shapes-sd3": Base(build_sd3, (Recipe(), Recipe(steps=1600, lr=1e-3, seed=2))),
+    "shapes-flux": Base(build_flux, (Recipe(steps=4500, seed=1), Recipe(steps=4500, seed=3))),
 }
 
 
-def pretrain_base(name: str, recipe: Recipe) -> None:
-    autoencoder = AutoencoderKL.from_pretrained(
-        weights.ROOT / "vae", local_files_only=True, dtype=torch.float32
-    )
-    torch.manual_seed(recipe.seed)
-    backbone = BASES[name].build(autoencoder)
-    facts = train(backbone, recipe)
+def pretrain_base(name: str, cycle: int, given: dict[str, Any]) -> None:
+    """One cycle of a base model: from nothing, or from the saved weights of the cycle before.
+
+    Raises:
+        ValueError: the saved weights are not those of the cycle before.
+    """
+    recipe = replace(BASES[name].recipes[cycle], **given)
     folder = weights.ROOT / name
+    if cycle:
+        done = weights.read_facts(folder)["cycles"]
+        if len(done) < cycle:
+            raise ValueError(f"{folder}: no weights of cycle {cycle - 1}; train that one first")
+        done = done[:cycle]
+        backbone = backbones.load(folder, **SETTINGS)
+    else:
+        done = []
+        torch.manual_seed(recipe.seed)
+        autoencoder = AutoencoderKL.from_pretrained(
+            weights.ROOT / weights.VAE, local_files_only=True, dtype=torch.float32
+        )
+        backbone = BASES[name].build(autoencoder)
+    facts = train(backbone, recipe)
     weights.save_pipeline(backbone.pipeline, folder)
-    weights.write_facts(folder, {**facts, "recipe": asdict(recipe)})
+    weights.write_facts(folder, {"cycles": [*done, {**facts, "recipe": asdict(recipe)}]})
     score_base(name)
 
 
 def score_base(name: str) -> None:
-    """Add to the card's facts what the shipped (rounded) weights reach."""
+    """Add to the card's facts what the shipped (rounded) weights reach with the present shift."""
     folder = weights.ROOT / name
+    scheduler(name).save_pretrained(folder / "scheduler")
     shipped = backbones.load(folder, **SETTINGS)
     scores = {str(steps): strict_geneval(shipped, steps) for steps in (28, 8, 4, 2, 1)}
     more = {
@@ -305,12 +337,27 @@ def score_base(name: str) -> None:
     print(json.dumps(scores, indent=1))
 
 
+def try_shifts(name: str) -> None:
+    """Print strict GenEval of four Euler steps on training captions for every whole shift."""
+    rng = np.random.default_rng(77)
+    drawn = prompts.draw(prompts.read(DATA / "train.jsonl"), 600, rng)
+    backbone = backbones.load(weights.ROOT / name, **SETTINGS)
+    for shift in range(1, 11):
+        SHIFTS[name] = float(shift)
+        backbone.pipeline.scheduler = scheduler(name)
+        found = strict_geneval(backbone, 4, images_per_prompt=1, seed=77, judged=drawn)
+        print(f"{name} shift {shift}: {found['overall']:.3f}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "target", choices=("vae", *BASES, *pretrain_rewards.NAMES, "score", "cards", "all")
+        "target", choices=("vae", *BASES, *pretrain_rewards.NAMES, "score", "shift", "cards", "all")
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--cycle", type=int, default=0, help="start a base model with this cycle of its recipes"
+    )
     for name, default in asdict(Recipe()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default))
     args = parser.parse_args()
@@ -320,13 +367,13 @@ def main() -> None:
     given = {n: v for n in asdict(Recipe()) if (v := getattr(args, n)) is not None}
     for name, base in BASES.items():
         if args.target in (name, "all"):
-            pretrain_base(name, replace(base.recipe, **given))
+            for cycle in range(args.cycle, len(base.recipes)):
+                pretrain_base(name, cycle, given)
     for name in pretrain_rewards.NAMES:
         if args.target in (name, "all"):
             print(name, json.dumps(pretrain_rewards.pretrain(name)), flush=True)
-    if args.target == "score":
-        for name in BASES:
-            score_base(name)
+    for name in BASES if args.target in ("score", "shift") else ():
+        {"score": score_base, "shift": try_shifts}[args.target](name)
     if args.target in ("score", "cards", "all"):
         cards.write()
 

@@ -265,7 +265,7 @@ def quantised_grade(utility: Tensor) -> Tensor:
 def pretrain(name: str) -> dict[str, float]:
     """Train one reward model and write it to the weights folder."""
     autoencoder = AutoencoderKL.from_pretrained(
-        weights.ROOT / "vae", local_files_only=True, dtype=torch.float32
+        weights.ROOT / weights.VAE, local_files_only=True, dtype=torch.float32
     )
     start = time.monotonic()
     if name == "clip":

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parent / "weights"
+VAE = "shapes-sd3/vae"  # the autoencoder that all base models share
 MANIFEST = "manifest.json"
 FACTS = "facts.json"
 NOT_LOADED = (MANIFEST, FACTS, "README.md")
@@ -37,9 +38,9 @@ def save_pipeline(pipeline: Any, folder: Path) -> None:
     """Write a diffusers pipeline folder in float16."""
     pipeline.to(torch.float16).save_pretrained(folder, safe_serialization=True)
     pipeline.to(torch.float32)
-    for file in folder.glob("*/config.json"):
+    for file in (folder / "model_index.json", *folder.glob("*/config.json")):
         settings = json.loads(file.read_text(encoding="utf-8"))
-        # Where the autoencoder was loaded from is a path of the machine that trained it.
+        # Where a part was loaded from is a path of the machine that trained it.
         settings.pop("_name_or_path", None)
         file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 

@@ -18,11 +18,12 @@ rule compare:
         claims="claims.yaml",
         descriptions=PLAN.files("run.json"),
         journals=PLAN.files("journal.jsonl", trained=True),
-        scores=PLAN.files("scores.parquet"),
-        samples=PLAN.files("samples.safetensors"),
+        scores=PLAN.files("scores.parquet", judged=True),
+        step_scores=PLAN.correlated,
+        samples=PLAN.files("samples.safetensors", judged=True),
     output:
         report(
-            PLAN.results_of("tables", ["csv", "html", "json", "md", "parquet", "tex"]),
+            PLAN.results_of("tables", ["csv", "html", "md", "parquet", "tex"]),
             category="Tables",
             caption="../report/tables.rst",
         ),
@@ -31,6 +32,7 @@ rule compare:
             category="Figures",
             caption="../report/figures.rst",
         ),
+        PLAN.results_of("provenance", ["json"]),
         report(
             multiext(f"{ROOT}/claims", ".md", ".json"),
             category="Claims",

@@ -14,6 +14,21 @@ rule describe:
         "printf '%s\\n' {params.description:q} > {output:q} 2> {log:q}"
 
 
+# Beside run.json, so that judging a run otherwise does not train it again.
+rule describe_evaluation:
+    output:
+        f"{ROOT}/runs/{{run}}/evaluation.json",
+    log:
+        f"{ROOT}/logs/describe_evaluation/{{run}}.log",
+    priority: 20
+    conda:
+        "../../environment.yml"
+    params:
+        evaluation=lambda wildcards: PLAN.evaluation(wildcards.run),
+    shell:
+        "printf '%s\\n' {params.evaluation:q} > {output:q} 2> {log:q}"
+
+
 rule train:
     input:
         run=f"{ROOT}/runs/{{run}}/run.json",
@@ -23,6 +38,7 @@ rule train:
     output:
         adapter=f"{ROOT}/runs/{{run}}/adapter.safetensors",
         journal=f"{ROOT}/runs/{{run}}/journal.jsonl",
+        snapshots=directory(f"{ROOT}/runs/{{run}}/snapshots"),
     log:
         f"{ROOT}/logs/train/{{run}}.log",
     # The longest first, so that no core waits for a late one.
@@ -38,7 +54,8 @@ rule train:
 rule evaluate:
     input:
         run=f"{ROOT}/runs/{{run}}/run.json",
-        adapter=lambda wildcards: PLAN.adapter(wildcards.run),
+        evaluation=f"{ROOT}/runs/{{run}}/evaluation.json",
+        adapters=lambda wildcards: PLAN.adapters(wildcards.run),
         weights=PLAN.weights,
     output:
         scores=f"{ROOT}/runs/{{run}}/scores.parquet",
@@ -51,3 +68,21 @@ rule evaluate:
         mem_mb=3000,
     shell:
         "python -m tafs.evaluate $(dirname {input.run:q}) > {log:q} 2>&1"
+
+
+rule correlate:
+    input:
+        run=f"{ROOT}/runs/{{run}}/run.json",
+        evaluation=f"{ROOT}/runs/{{run}}/evaluation.json",
+        adapters=lambda wildcards: PLAN.adapters(wildcards.run),
+        weights=PLAN.weights,
+    output:
+        f"{ROOT}/runs/{{run}}/step_scores.parquet",
+    log:
+        f"{ROOT}/logs/correlate/{{run}}.log",
+    conda:
+        "../../environment.yml"
+    resources:
+        mem_mb=3000,
+    shell:
+        "python -m tafs.correlate $(dirname {input.run:q}) > {log:q} 2>&1"
