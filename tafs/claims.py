@@ -15,9 +15,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tafs import config, stats, tables
+from tafs import config, stats
+from tafs.formats import MARKDOWN, escape
+from tafs.results import METRICS, Result, System, check_paired, step_correlation
 from tafs.stats import Estimate
-from tafs.tables import METRICS, Result, System
 
 REPRODUCED, NOT_REPRODUCED, UNDECIDED = "reproduced", "not reproduced", "undecided"
 NOT_TESTED = "not tested"  # the scale does not build the claim's table
@@ -211,7 +212,7 @@ def _differences(claim: Claim, table: _Rows) -> Iterator[tuple[str, Estimate, in
             (a, left, said), (b, right, than) = (table.values(n, metric) for n in (one, other))
             spread = float(np.nanstd(np.nanmean(right, axis=(0, 2))))
             tags = a.results[0].scores.tags
-            tables.check_paired(a.results[0].scores, b.results[0].scores)
+            check_paired(a.results[0].scores, b.results[0].scores)
             difference = stats.paired_difference(
                 left + margin * spread,
                 right,
@@ -232,7 +233,7 @@ def _judge_correlations(claim: Claim, test: Correlated, table: _Rows) -> Verdict
     system, _ = table.system(RowName(method=config.BASE, backbone=test.backbone))
     comparisons = []
     for metric in test.metrics:
-        r = tables.step_correlation(system.results[0], metric, test.step)
+        r = step_correlation(system.results[0], metric, test.step)
         sign = 1 if r.low > test.above else -1 if r.high < test.above else 0
         what = (
             f"{METRICS[metric].title}: r of image {test.step} with the last (above {test.above:g})"
@@ -289,7 +290,7 @@ def write(verdicts: Sequence[Verdict], scale: str, out_dir: Path) -> list[Path]:
             for c in comparisons
         )
         seeds = min((c.estimate.n_seeds for c in comparisons), default="–")
-        said = tables.escape(claim.claim, tables.MARKDOWN)
+        said = escape(claim.claim, MARKDOWN)
         lines.append(f"| {said} | {claim.source} | **{verdict}** | {effects} | {seeds} |")
     record = [
         {

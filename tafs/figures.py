@@ -15,9 +15,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from safetensors import SafetensorError, safe_open
 
-from tafs import rundir, stats, tables
+from tafs import rundir, stats
+from tafs.results import (
+    IN_DOMAIN,
+    METRICS,
+    OUT_OF_DOMAIN,
+    Result,
+    System,
+    check_paired,
+    metrics_of,
+    read_results,
+    systems_of,
+)
 from tafs.stats import Array
-from tafs.tables import METRICS, Result, System
 
 DPI = 200
 
@@ -123,10 +133,10 @@ def figure4(
     Raises:
         ValueError: an input is missing or broken; names it.
     """
-    results = tables.read_results(run_dirs)
-    systems = tables.systems(results)
+    results = read_results(run_dirs)
+    systems = systems_of(results)
     looks = _looks(systems)
-    metrics = tables.metrics_of(results)
+    metrics = metrics_of(results)
     with _style():
         figure, panels = _panels(metrics, "Inference steps (NFE)")
         for axes, metric in zip(panels, metrics, strict=True):
@@ -154,13 +164,13 @@ def compute(
     Raises:
         ValueError: no run is trained or a base model is missing, or an input is broken; names it.
     """
-    results = tables.read_results(run_dirs)
-    systems = tables.systems(results)
+    results = read_results(run_dirs)
+    systems = systems_of(results)
     trained = [system for system in systems if system.trained]
     if not trained:
         raise ValueError("no trained run among the given ones")
     looks = dict(zip((s.label for s in systems), _looks(systems), strict=True))
-    metrics = tables.metrics_of(results)
+    metrics = metrics_of(results)
     whole = min(float(s.info["cost"] * s.info["iterations"]) for s in trained)
     with _style():
         figure, panels = _panels(metrics, "Training compute (evaluations per image)")
@@ -199,9 +209,9 @@ def pareto(
     Raises:
         ValueError: a base model is missing, or an input is missing or broken; names it.
     """
-    systems = tables.systems(tables.read_results(run_dirs))
+    systems = systems_of(read_results(run_dirs))
     looks = _looks(systems)
-    metrics = tables.metrics_of([result for system in systems for result in system.results])
+    metrics = metrics_of([result for system in systems for result in system.results])
     drawn = {
         (system.label, n, metric): system.values(system.sampler, n, metric)
         for system in systems
@@ -250,8 +260,8 @@ def learning_curves(
     Raises:
         ValueError: no run is trained, or an input is missing or broken; names it.
     """
-    results = tables.read_results(run_dirs)
-    everyone = tables.systems(results)
+    results = read_results(run_dirs)
+    everyone = systems_of(results)
     looks = dict(zip((s.label for s in everyone), _looks(everyone), strict=True))
     trained = [system for system in everyone if system.trained]
     if not trained:
@@ -311,9 +321,9 @@ def image_grid(
     Raises:
         ValueError: an input is missing or broken, or the captions do not fit; names it.
     """
-    results = tables.read_results(run_dirs)
+    results = read_results(run_dirs)
     columns: list[tuple[str, Result, str]] = []
-    systems = tables.systems(results)
+    systems = systems_of(results)
     for system in systems:
         steps = [full_steps, nfe] if not system.trained else [nfe]
         for n in dict.fromkeys(steps):
@@ -351,7 +361,7 @@ def hacking(
                 continue
             x, y = (
                 np.mean([_effects(system, systems, nfe, metric) for metric in metrics], axis=0)
-                for metrics in (tables.IN_DOMAIN, tables.OUT_OF_DOMAIN)
+                for metrics in (IN_DOMAIN, OUT_OF_DOMAIN)
             )
             if len(x) > 1:
                 axes.plot(x, y, ".", color=colour, alpha=0.5, markersize=3)
@@ -360,8 +370,8 @@ def hacking(
         axes.axline((0, 0), slope=1, color="#999999", linestyle=":", linewidth=0.8)
         axes.axhline(0, color="#cccccc", linewidth=0.6)
         axes.axvline(0, color="#cccccc", linewidth=0.6)
-        axes.set_xlabel("Gain on " + " and ".join(METRICS[m].title for m in tables.IN_DOMAIN))
-        axes.set_ylabel("Gain on " + ", ".join(METRICS[m].title for m in tables.OUT_OF_DOMAIN))
+        axes.set_xlabel("Gain on " + " and ".join(METRICS[m].title for m in IN_DOMAIN))
+        axes.set_ylabel("Gain on " + ", ".join(METRICS[m].title for m in OUT_OF_DOMAIN))
         _legend(figure, axes, columns=2)
         return _save(figure, out_dir, name)
 
@@ -379,7 +389,7 @@ def profiles(
     """
     systems = _with_trained(run_dirs)
     looks = _looks(systems)
-    metrics = tables.metrics_of([result for system in systems for result in system.results])
+    metrics = metrics_of([result for system in systems for result in system.results])
     gains = {
         system.label: np.concatenate([_effects(system, systems, nfe, m) for m in metrics])
         for system in systems
@@ -405,7 +415,7 @@ def profiles(
 
 
 def _with_trained(run_dirs: Iterable[Path | str]) -> list[System]:
-    systems = tables.systems(tables.read_results(run_dirs))
+    systems = systems_of(read_results(run_dirs))
     if not any(system.trained for system in systems):
         raise ValueError("no trained run among the given ones")
     return systems
@@ -421,7 +431,7 @@ def _base_of(system: System, systems: Sequence[System]) -> System:
     bases = [s for s in systems if not s.trained and s.info["backbone"] == backbone]
     if not bases:
         raise ValueError(f"no run of the base model {backbone!r} among the given ones")
-    tables.check_paired(system.results[0].scores, bases[0].results[0].scores)
+    check_paired(system.results[0].scores, bases[0].results[0].scores)
     return bases[0]
 
 

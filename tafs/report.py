@@ -25,17 +25,18 @@ def build(root: Path) -> None:
     Raises:
         ValueError, FileNotFoundError: an input is missing or broken; names it.
     """
-    from tafs import claims, figures, tables
+    from tafs import claims, comparison, figures
+    from tafs.results import read_results
 
     stated = claims.read(CLAIMS)
     verdicts: list[claims.Verdict] = []
     for spec in contents(root):
         names = dict.fromkeys(name for row in spec["rows"] for name in row["runs"])
         runs = [root / "runs" / name for name in names]
-        tables.comparison(spec, runs, root)
+        comparison.write_table(spec, runs, root)
         for kind, name in spec["figures"].items():
             figures.draw(kind, name, spec, runs, root / "figures")
-        results = tables.read_results(runs)
+        results = read_results(runs)
         own = [claim for claim in stated if claim.experiment == spec["name"]]
         verdicts += [claims.judge(claim, spec, results) for claim in own]
     judged = {verdict.claim.id for verdict in verdicts}

@@ -14,7 +14,8 @@ import pytest
 import synthetic
 from pydantic import BaseModel
 
-from tafs import claims, config, tables
+from tafs import claims, config
+from tafs.results import METRICS, read_results
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"prompts": 36, "images": 2, "iterations": 12, "nfe": (4, 8)}
@@ -32,7 +33,7 @@ def verdict(runs: list[Path], spec: dict[str, Any] | None = None, **test: Any) -
         {"id": "one", "claim": "c", "source": "s", "experiment": "table2", **test}
     )
     spec = spec or synthetic.table2(runs, few=(4, 8))
-    return claims.judge(claim, spec, tables.read_results(runs))
+    return claims.judge(claim, spec, read_results(runs))
 
 
 def test_the_shipped_claims_are_read_and_name_known_metrics_and_experiments() -> None:
@@ -42,7 +43,7 @@ def test_the_shipped_claims_are_read_and_name_known_metrics_and_experiments() ->
     assert {claim.experiment for claim in stated} <= set(settings.experiments)
     tested = [getattr(claim, kind) for claim in stated for kind in claims.KINDS]
     named = {metric for test in tested for metric in getattr(test, "metrics", ())}
-    assert named <= set(tables.METRICS)
+    assert named <= set(METRICS)
 
 
 def row_names(value: Any) -> Iterator[claims.RowName]:

@@ -18,7 +18,8 @@ import synthetic
 from matplotlib.figure import Figure
 from safetensors.numpy import load_file
 
-from tafs import config, figures, tables
+from tafs import config, figures
+from tafs.results import METRICS, read_results, systems_of
 
 SMALL = {"prompts": 18, "images": 2, "iterations": 6, "nfe": (1, 4)}
 FEW: dict[str, Any] = {"nfe": (1, 4), "full_steps": 28}
@@ -63,7 +64,7 @@ def test_figure4_has_a_panel_a_metric_and_a_line_a_method(
 ) -> None:
     figures.figure4(runs, "", **FEW)
     assert [axes.get_title() for axes in drawn[0].axes] == [
-        metric.title for metric in tables.METRICS.values()
+        metric.title for metric in METRICS.values()
     ]
     for axes in drawn[0].axes:
         assert list(lines(axes)) == [
@@ -77,7 +78,7 @@ def test_figure4_has_a_panel_a_metric_and_a_line_a_method(
 def test_figure4_draws_the_files_values(runs: list[Path], drawn: list[Figure]) -> None:
     figures.figure4(runs, "", **FEW)
     found = lines(drawn[0].axes[2])  # CLIP
-    results = {r.run.name: r for r in tables.read_results(runs)}
+    results = {r.run.name: r for r in read_results(runs)}
     base = results["base-0"].scores.values["ode", 28, "clip", 0].mean()
     assert found["shapes-sd3, 28 steps"].get_ydata() == pytest.approx([base, base])
     for method, label, sampler in (
@@ -103,7 +104,7 @@ def test_systems_do_not_share_a_colour(tmp_path: Path) -> None:
     for variant in "abcd":
         info = {"name": variant, "variant": variant, "title": variant}
         synthetic.write_run(tmp_path, "tafs_grpo", **info, **SMALL)
-    found = tables.systems(tables.read_results(tmp_path.iterdir()))
+    found = systems_of(read_results(tmp_path.iterdir()))
     assert len(set(figures._looks(found))) == 4
 
 
@@ -126,7 +127,7 @@ def test_learning_curves_show_the_last_scored_step(runs: list[Path], drawn: list
 
 def test_learning_curves_are_means_over_seeds(runs: list[Path], drawn: list[Figure]) -> None:
     figures.learning_curves(runs, "")
-    results = [r for r in tables.read_results(runs) if r.info["method"] == "flow_grpo"]
+    results = [r for r in read_results(runs) if r.info["method"] == "flow_grpo"]
     mean = np.mean(
         [[record["rewards"]["clip"][-1] for record in r.iterations] for r in results], axis=0
     )
@@ -262,7 +263,7 @@ def test_hacking_compares_trained_rewards_with_those_that_took_no_part(
 ) -> None:
     figures.hacking(runs, "", nfe=4)
     (point,) = lines(drawn[0].axes[0])["TAFS-GRPO"].get_xdata()
-    base, *_, first, second = tables.read_results(runs)
+    base, *_, first, second = read_results(runs)
     gains = []
     for metric in ("pickscore", "clip"):
         reference = base.scores.values["ode", 4, metric, 0]
@@ -312,7 +313,7 @@ def test_compute_goes_from_the_base_model_to_the_whole_training(
     runs: list[Path], drawn: list[Figure]
 ) -> None:
     figures.compute(runs, "", nfe=4)
-    results = {result.run.name: result for result in tables.read_results(runs)}
+    results = {result.run.name: result for result in read_results(runs)}
     found = lines(drawn[0].axes[2])  # CLIP
     # Six iterations of 4 + 3 x 3 evaluations pay for two of 10 + 3 x 6; quarters are rounded down.
     for method, label, sampler, cost, iterations in (
@@ -329,7 +330,7 @@ def test_compute_goes_from_the_base_model_to_the_whole_training(
 
 def test_compute_reads_accuracies_in_percent(runs: list[Path], drawn: list[Figure]) -> None:
     figures.compute(runs, "", nfe=4)
-    base = next(result for result in tables.read_results(runs) if not result.run.trained)
+    base = next(result for result in read_results(runs) if not result.run.trained)
     by_task = base.scores.values["ode", 4, "geneval", 0].reshape(6, -1).mean(1)  # equal tasks
     for line in drawn[0].axes[0].get_lines()[:2]:
         assert line.get_ydata()[0] == pytest.approx(100 * by_task.mean())
@@ -367,7 +368,7 @@ def test_the_pareto_front_is_the_best_of_so_many_steps_or_fewer(
     found = lines(drawn[0].axes[0])
     front = found.pop("Pareto front")
     assert list(front.get_xdata()) == [1, 4]
-    base, *_ = results = tables.read_results(runs)
+    base, *_ = results = read_results(runs)
     expected = {}
     for result, title in zip(results, ("shapes-sd3", "Flow-GRPO", "TAFS-GRPO"), strict=True):
         sampler, last = result.info["sampler"], result.info["iterations"]

@@ -17,7 +17,8 @@ import pytest
 import synthetic
 from scipy.stats import pearsonr
 
-from tafs import rewards, stats, tables
+from tafs import comparison, rewards, stats, tables
+from tafs.results import METRICS, read_results, select
 
 SMALL = {"prompts": 18, "images": 2, "iterations": 5, "nfe": (4, 8)}
 DATA = Path(tables.__file__).parent / "paper"
@@ -50,11 +51,11 @@ def provenance(folder: Path) -> dict[str, Any]:
 def table2(
     runs: Sequence[Path], out: Path, *, scale: str | None = None, **steps: Any
 ) -> list[Path]:
-    return tables.comparison(synthetic.table2(runs, **steps), runs, out, scale=scale)
+    return comparison.write_table(synthetic.table2(runs, **steps), runs, out, scale=scale)
 
 
 def test_metrics_are_those_of_the_rewards_in_their_order() -> None:
-    assert tuple(tables.METRICS) == rewards.METRICS
+    assert tuple(METRICS) == rewards.METRICS
 
 
 def test_rows_are_the_base_then_each_method(runs: list[Path], tmp_path: Path) -> None:
@@ -146,9 +147,9 @@ def test_only_a_sure_winner_is_bold(own_runs: list[Path], tmp_path: Path) -> Non
     rows = read(tmp_path)
     assert [row["hpsv2_best"] for row in rows] == ["0", "0", "0", "1"]
     # In the other columns the two methods are equal, so neither is best.
-    best = [row[f"{metric}_best"] for row in rows[2:] for metric in tables.METRICS]
+    best = [row[f"{metric}_best"] for row in rows[2:] for metric in METRICS]
     assert best.count("1") == 1
-    bold = sum(row[f"{metric}_best"] == "1" for row in rows for metric in tables.METRICS)
+    bold = sum(row[f"{metric}_best"] == "1" for row in rows for metric in METRICS)
     assert text(tmp_path, "md").count("**") == 2 * bold
     assert text(tmp_path, "tex").count(r"\textbf") == bold
 
@@ -214,7 +215,7 @@ def test_provenance_names_the_runs_of_each_row(runs: list[Path], tmp_path: Path)
 def test_provenance_counts_what_is_behind_each_cell(runs: list[Path], tmp_path: Path) -> None:
     table2(runs, tmp_path)
     for row, printed in zip(provenance(tmp_path)["rows"], read(tmp_path), strict=True):
-        for metric in tables.METRICS:
+        for metric in METRICS:
             cell = row["cells"][metric]
             assert cell["value"] == pytest.approx(float(printed[metric]))
             for count in ("n_seeds", "n_images", "n_missing", "resampled"):
@@ -294,7 +295,7 @@ def test_rows_select_by_nested_fields(tmp_path: Path) -> None:
         [tables.Row(where, 4, label="3 steps", published="3")],
         [tables.TIME, tables.Score("clip")],
     )
-    results = tables.read_results(runs)
+    results = read_results(runs)
     (line,) = tables.fill(table, results, published=True)
     assert line.system.label == "3 steps"
     assert [r.info["name"] for r in line.system.results] == ["n4"]
@@ -366,7 +367,7 @@ def test_runs_that_cannot_be_one_table_are_refused(runs: list[Path], tmp_path: P
     with pytest.raises(ValueError, match="no runs were given"):
         table2([], tmp_path)
     with pytest.raises(ValueError, match="no run with variant base.* among the given ones"):
-        tables.comparison(synthetic.table2(runs), runs[1:], tmp_path)
+        comparison.write_table(synthetic.table2(runs), runs[1:], tmp_path)
     twin = synthetic.write_run(tmp_path, "base", name="twin", **SMALL)
     with pytest.raises(ValueError, match="twin: the same system and seed as .*base-0"):
         table2([*runs, twin], tmp_path)
@@ -400,7 +401,7 @@ def test_at_equal_compute_a_model_is_judged_by_its_snapshot(
 ) -> None:
     # An iteration costs Flow-GRPO 10 + 3 x 6 evaluations and TAFS-GRPO 4 + 3 x 3. TAFS-GRPO's five
     # take 65: two of Flow-GRPO's.
-    tables.comparison(synthetic.table2(runs, kind="compute"), runs, tmp_path)
+    comparison.write_table(synthetic.table2(runs, kind="compute"), runs, tmp_path)
     base, flow, tafs = read(tmp_path)
     printed = [(row["iterations"], row["compute"]) for row in (base, flow, tafs)]
     assert printed == [("", ""), ("2", "56"), ("5", "65")]
@@ -423,7 +424,9 @@ def test_a_snapshot_that_was_not_scored_is_one_line_that_names_it(
     change_scores(own_runs[1], lambda scores: scores[scores["iteration"] != 2])
     message = r"flow_grpo-0/scores.parquet: no \w+ for sampler ode at nfe 4 after iteration 2 \(has"
     with pytest.raises(ValueError, match=message) as caught:
-        tables.comparison(synthetic.table2(own_runs, kind="compute"), own_runs, tmp_path / "out")
+        comparison.write_table(
+            synthetic.table2(own_runs, kind="compute"), own_runs, tmp_path / "out"
+        )
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -432,7 +435,7 @@ def test_a_snapshot_that_was_not_scored_is_one_line_that_names_it(
 
 
 def gains(runs: list[Path], out: Path) -> list[Path]:
-    return tables.comparison(synthetic.table2(runs, kind="gains"), runs, out)
+    return comparison.write_table(synthetic.table2(runs, kind="gains"), runs, out)
 
 
 def values(runs: list[Path], method: str, metric: str) -> np.ndarray:
@@ -452,7 +455,7 @@ def values(runs: list[Path], method: str, metric: str) -> np.ndarray:
     [
         ("iqm_in_domain", ["pickscore", "clip"]),
         ("iqm_out_of_domain", ["hpsv2", "imagereward", "unifiedreward"]),
-        ("iqm_all", list(tables.METRICS)),
+        ("iqm_all", list(METRICS)),
     ],
 )
 def test_a_gain_is_the_interquartile_mean_of_the_effects(
@@ -481,10 +484,10 @@ def test_better_than_the_base_is_the_share_of_won_prompts(
     for run in own_runs[1:3]:
         change_scores(run, third)
     spec = synthetic.table2(own_runs, kind="gains")
-    table = tables.BUILD["gains"](spec, tables.read_results(own_runs))
+    table = comparison.BUILD["gains"](spec, read_results(own_runs))
     wins = next(column for column in table.columns if column.name == "better_than_base")
     assert isinstance(wins, tables.Statistic)
-    system = tables.select(tables.read_results(own_runs), table.rows[0].where)
+    system = select(read_results(own_runs), table.rows[0].where)
     assert wins.estimate(system, table.rows[0]).value == pytest.approx(1 / 3)
 
 
@@ -511,7 +514,7 @@ def test_a_rule_above_the_first_row_is_the_headers_own(runs: list[Path], tmp_pat
     spec = synthetic.table2(runs, kind="gains")
     for row in spec["rows"]:
         row["rule"] = row["variant"] == "flow_grpo"  # which the base model's row stood above
-    tables.comparison(spec, runs, tmp_path)
+    comparison.write_table(spec, runs, tmp_path)
     assert text(tmp_path, "tex").count(r"\midrule") == 1
 
 
@@ -545,7 +548,7 @@ def test_gains_need_the_journal_of_their_provenance(
 
 def correlations(runs: list[Path], out: Path, **options: Any) -> list[Path]:
     spec = synthetic.table2(runs, kind="correlation", name="table7")
-    return tables.comparison(spec, runs, out, **options)
+    return comparison.write_table(spec, runs, out, **options)
 
 
 def test_correlations_are_those_of_the_file(runs: list[Path], tmp_path: Path) -> None:
@@ -554,7 +557,7 @@ def test_correlations_are_those_of_the_file(runs: list[Path], tmp_path: Path) ->
     assert [row["row"] for row in rows] == ["R2 with R4", "R3 with R4"]
     scores = pd.read_parquet(runs[0] / "step_scores.parquet")
     for row, step in zip(rows, (2, 3), strict=True):
-        for metric in tables.METRICS:
+        for metric in METRICS:
             of = scores[scores["metric"] == metric].set_index(["step", "prompt"])["value"]
             r = pearsonr(of[step], of[4]).statistic
             assert float(row[f"{metric}_r"]) == pytest.approx(r)
@@ -618,7 +621,7 @@ def test_the_papers_values_are_those_of_the_name_and_the_steps(
     small = {**SMALL, "nfe": (4, 8, 40)}
     run = synthetic.write_run(tmp_path, method, title=title, scale="paper", **small)
     spec = synthetic.table2([run], few=few, full=full, name="table1")
-    tables.comparison(spec, [run], tmp_path)
+    comparison.write_table(spec, [run], tmp_path)
     found = {int(row["nfe"]): row["geneval_published"] for row in read(tmp_path, "table1")}
     assert found == expected
 
