@@ -2,7 +2,8 @@
 
 A claim is a family of comparisons. Each has an effect and an interval; their p-values are corrected
 together (Holm, 1979). The claim is reproduced where every comparison supports it, not reproduced
-where one contradicts it, and else undecided.
+where one contradicts it, and else undecided. Models trained with one seed decide nothing: how much
+another seed would change is not known.
 """
 
 from __future__ import annotations
@@ -147,6 +148,8 @@ def judge(claim: Claim, spec: Mapping[str, Any], results: Sequence[Result]) -> V
         sign = int(np.sign(estimate.value)) if sure else 0
         if sides == 1:  # non-inferiority: only failing to reach the margin contradicts
             sign = 1 if sure and estimate.value > 0 else -1 if estimate.high < 0 else 0
+        if estimate.n_seeds < 2:
+            sign = 0
         comparisons.append(Comparison(what, estimate, p_value, sign))
     return Verdict(claim, _verdict(comparisons), tuple(comparisons))
 
@@ -279,7 +282,8 @@ def write(verdicts: Sequence[Verdict], scale: str, out_dir: Path) -> list[Path]:
     """CLAIMS.md for people and CLAIMS.json for machines."""
     out_dir.mkdir(parents=True, exist_ok=True)
     lines = [
-        f"The paper's claims, tested at the scale `{scale}`.",
+        f"The paper's claims, tested at the scale `{scale}`. A comparison of trained models with "
+        "one seed is shown and decides nothing.",
         "",
         "| Claim | Source | Verdict | Effects with 95 % intervals | Seeds |",
         "| --- | --- | --- | --- | ---: |",

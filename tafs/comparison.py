@@ -10,12 +10,11 @@ from typing import Any
 from tafs import config, stats
 from tafs.formats import write
 from tafs.results import (
-    IN_DOMAIN,
     METRICS,
-    OUT_OF_DOMAIN,
     Result,
     System,
     check_paired,
+    domains,
     metrics_of,
     read_results,
     select,
@@ -121,24 +120,28 @@ def _gains_table(spec: Mapping[str, Any], results: Sequence[Result]) -> Table:
         return estimate
 
     known = metrics_of(results)
+    groups = dict(zip(("Trained rewards", "Other metrics"), domains(results), strict=True))
     rival = select(results, rivals[next(iter(rivals))].where).label if rivals else ""
     columns: list[Column] = [
-        Statistic("iqm_in_domain", "Trained rewards", 2, gain(IN_DOMAIN)),
-        Statistic("iqm_out_of_domain", "Other rewards", 2, gain(OUT_OF_DOMAIN)),
+        *(
+            Statistic(f"iqm_{title.split()[0].lower()}", title, 2, gain(metrics))
+            for title, metrics in groups.items()
+            if metrics
+        ),
         Statistic("iqm_all", "All metrics", 2, gain(known)),
         Statistic("better_than_base", "P(better than base)", 3, improvement(bases)),
     ]
     if rivals:
         title = f"P(better than {rival})"
         columns.append(Statistic("better_than_reference", title, 3, improvement(rivals)))
-    names = {
-        group: ", ".join(METRICS[m].title for m in metrics)
-        for group, metrics in (("Trained rewards", IN_DOMAIN), ("Other rewards", OUT_OF_DOMAIN))
-    }
     notes = [
         "Gains on the base model at the same steps, in standard deviations of its prompts: the "
         "interquartile mean over seeds and metrics.",
-        *(f"{group}: {metrics}." for group, metrics in names.items()),
+        *(
+            f"{title}: {', '.join(METRICS[m].title for m in metrics)}."
+            for title, metrics in groups.items()
+            if metrics
+        ),
         "P: how often a prompt's images are better, over all metrics and pairs of seeds; ties "
         "count half.",
     ]

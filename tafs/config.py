@@ -556,8 +556,9 @@ def evaluations(config: Config) -> dict[str, dict[str, Any]]:
                     for n in evaluation.curve_nfe:
                         wanted.setdefault((own, n, None), evaluation.curve_images_per_prompt)
                 if "compute" in table["figures"]:
-                    for iteration in (*run.snapshots, None):
-                        wanted[own, few, iteration] = evaluation.images_per_prompt
+                    for iteration in run.snapshots:
+                        wanted.setdefault((own, few, iteration), evaluation.curve_images_per_prompt)
+                    wanted[own, few, None] = evaluation.images_per_prompt
                 kept = row["iteration"] if row["iteration"] in run.snapshots else None
                 wanted[own, row["nfe"], kept] = evaluation.images_per_prompt
     return {

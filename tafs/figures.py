@@ -13,16 +13,16 @@ import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from safetensors import SafetensorError, safe_open
 
 from tafs import rundir, stats
 from tafs.results import (
-    IN_DOMAIN,
     METRICS,
-    OUT_OF_DOMAIN,
     Result,
     System,
     check_paired,
+    domains,
     metrics_of,
     read_results,
     systems_of,
@@ -173,7 +173,7 @@ def compute(
     metrics = metrics_of(results)
     whole = min(float(s.info["cost"] * s.info["iterations"]) for s in trained)
     with _style():
-        figure, panels = _panels(metrics, "Training compute (evaluations per image)")
+        figure, panels = _panels(metrics, "Evaluations per image")
         for axes, metric in zip(panels, metrics, strict=True):
             for system in trained:
                 base = _estimate(_base_of(system, systems), nfe, metric)
@@ -244,7 +244,7 @@ def pareto(
         )
         axes.set_xticks(list(nfe))
         axes.set_xlabel("Inference steps (NFE)")
-        axes.set_ylabel("Gain on the base model, in standard deviations")
+        axes.set_ylabel("Gain on the base model,\nin standard deviations")
         _legend(figure, axes, columns=3)
         return _save(figure, out_dir, name)
 
@@ -282,6 +282,7 @@ def learning_curves(
                 panels[:, j], ("Iteration", f"Compute time ({unit})"), strict=True
             ):
                 axes.set_xlabel(xlabel)
+            panels[0, j].xaxis.set_major_locator(MaxNLocator(integer=True))
             for system in trained:
                 curves = [_reward(result, reward) for result in system.results]
                 if any(curve is None for curve in curves):
@@ -342,7 +343,7 @@ def image_grid(
 def hacking(
     run_dirs: Iterable[Path | str], out_dir: Path | str, *, name: str = "hacking", nfe: int
 ) -> list[Path]:
-    """Reward hacking: gain on the trained rewards against gain on rewards that took no part.
+    """Reward hacking: gain on the trained rewards against gain on metrics that took no part.
 
     Gains are on the base model at the same few steps, in standard deviations of its prompts, so
     that rewards of different scales can be averaged. A dot a seed, a large marker their mean; below
@@ -352,6 +353,9 @@ def hacking(
         ValueError: no base model is among the runs, or an input is missing or broken; names it.
     """
     systems = _with_trained(run_dirs)
+    inside, outside = domains([result for system in systems for result in system.results])
+    if not outside:
+        raise ValueError("every metric is a trained reward: none is left to judge by")
     looks = _looks(systems)
     with _style():
         figure = Figure(figsize=(3.6, 3.9), layout="constrained")
@@ -361,7 +365,7 @@ def hacking(
                 continue
             x, y = (
                 np.mean([_effects(system, systems, nfe, metric) for metric in metrics], axis=0)
-                for metrics in (IN_DOMAIN, OUT_OF_DOMAIN)
+                for metrics in (inside, outside)
             )
             if len(x) > 1:
                 axes.plot(x, y, ".", color=colour, alpha=0.5, markersize=3)
@@ -370,8 +374,9 @@ def hacking(
         axes.axline((0, 0), slope=1, color="#999999", linestyle=":", linewidth=0.8)
         axes.axhline(0, color="#cccccc", linewidth=0.6)
         axes.axvline(0, color="#cccccc", linewidth=0.6)
-        axes.set_xlabel("Gain on " + " and ".join(METRICS[m].title for m in IN_DOMAIN))
-        axes.set_ylabel("Gain on " + ", ".join(METRICS[m].title for m in OUT_OF_DOMAIN))
+        for set_label, metrics in ((axes.set_xlabel, inside), (axes.set_ylabel, outside)):
+            titles = ", ".join(METRICS[metric].title for metric in metrics)
+            set_label(textwrap.fill(f"Gain on {titles}", 44))
         _legend(figure, axes, columns=2)
         return _save(figure, out_dir, name)
 
@@ -450,7 +455,8 @@ def _grid(
     tags: dict[int, str],
 ) -> Figure:
     """In inches: the cells' sides are whole multiples of 24 pixels at the figure's dpi."""
-    side, gap, text, head, between = 0.72, 0.04, 1.75, 0.5, 0.1
+    side, gap, text, between = 0.72, 0.04, 1.75, 0.1
+    head = 0.2 + 0.12 * max(title.count("\n") + 1 for title, _, _ in columns)
     # Prompts of one task stand together.
     breaks = [i > 0 and tags.get(a) != tags.get(shown[i - 1]) for i, a in enumerate(shown)]
     width = text + len(columns) * (side + gap)
@@ -619,6 +625,8 @@ def _legend(figure: Figure, *panels: Axes, columns: int = 5) -> None:
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
+    if max(map(len, entries), default=0) > 20:
+        columns = min(columns, 3)  # more long labels than that are wider than the panels
     rows = -(-len(entries) // columns)
     figure.legend(
         list(entries.values()),

@@ -234,7 +234,9 @@ def _notes(table: Table, lines: Sequence[Line]) -> list[str]:
             "start noise, at 5 % after Holm's correction."
         )
     elif scored and cells:
-        notes.append("No value is bold: in no column is one row surely better than all others.")
+        single = any(line.system.trained and len(line.system.results) < 2 for line in lines)
+        why = "some models were trained with one seed" if single else "no row is surely the best"
+        notes.append(f"No value is bold: {why}.")
     for i, column in enumerate(table.columns):
         estimates = [e for line in lines if (e := line.cells[i].estimate)]
         missing = sum(e.n_missing for e in estimates)

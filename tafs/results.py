@@ -37,10 +37,6 @@ METRICS = {
 }
 
 
-IN_DOMAIN = ("pickscore", "clip")
-OUT_OF_DOMAIN = ("hpsv2", "imagereward", "unifiedreward")
-
-
 @dataclass(frozen=True)
 class Scores:
     """A run's scores: `values[sampler, nfe, metric, iteration]` is [prompts, images].
@@ -331,3 +327,10 @@ def metrics_of(results: Sequence[Result]) -> list[str]:
     """Those of METRICS that any of the runs was scored with, in their order."""
     known = {metric for result in results for metric in result.scores.metrics()}
     return [metric for metric in METRICS if metric in known]
+
+
+def domains(results: Sequence[Result]) -> tuple[list[str], list[str]]:
+    """The metrics that any of the runs was trained on, and those that took no part."""
+    rewards = {name for result in results for name in result.info["rewards"]}
+    known = metrics_of(results)
+    return [m for m in known if m in rewards], [m for m in known if m not in rewards]

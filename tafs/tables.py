@@ -180,7 +180,10 @@ def _score_cells(name: str, entries: Sequence[tuple[Row, System, str]]) -> list[
         arrays.append(metric.factor * system.values(sampler, row.nfe, name, row.iteration))
         check_paired(system.results[0].scores, first)
         sources.append(tuple(result.run.folder for result in system.results))
-    best = stats.supported_winner(arrays, first.tags, sources=sources, macro=metric.macro)
+    best = None
+    # What another seed would change is not known of a model trained with one.
+    if all(len(system.results) > 1 for _, system, _ in entries if system.trained):
+        best = stats.supported_winner(arrays, first.tags, sources=sources, macro=metric.macro)
     return [
         _estimated(
             stats.mean_interval(array, first.tags, macro=metric.macro), metric.digits, i == best

@@ -47,7 +47,7 @@ def test_runs_are_named_after_method_task_backbone_and_seed():
     ("old", "new", "message"),
     [
         (
-            "iterations: 38",
+            "iterations: 20",
             "iteratons: 25",
             "unknown key 'scales.shapes.iteratons'; did you mean 'iterations'",
         ),
@@ -103,9 +103,9 @@ def test_runs_are_named_after_method_task_backbone_and_seed():
             "methods: []",
             "experiments.table3.methods: a table of kind 'scores' needs at least one of its",
         ),
-        ("iterations: 38", "iterations: -1", "scales.shapes.iterations: input should be greater"),
+        ("iterations: 20", "iterations: -1", "scales.shapes.iterations: input should be greater"),
         (
-            "iterations: 38",
+            "iterations: 20",
             "iterations: many",
             "scales.shapes.iterations: input should be a valid integer",
         ),
@@ -292,22 +292,22 @@ def test_seeds_that_reach_the_searchs_are_refused_in_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("variant", "cost", "snapshots", "iteration"),
     [
-        # 38 iterations of TAFS-GRPO cost 494; a quarter, a half, three quarters and all of it pay
-        # for 4.4, 8.8, 13.2 and 17.6 iterations at 28.
-        ("flow_grpo", 28, (4, 8, 13, 17), 17),
-        # 1.8, 3.7, 5.5 and 7.4.
-        ("dance_grpo", 67, (1, 3, 5, 7), 7),
-        # 9.5, 19 and 28.5; all of it is the whole training.
-        ("tafs_grpo", 13, (9, 19, 28), 38),
-        # 12.4, 24.7, 37.1, and 49.4 where training ends after 38.
-        ("reward_instruct", 10, (12, 24, 37), 38),
+        # 20 iterations of TAFS-GRPO cost 260; a quarter, a half, three quarters and all of it pay
+        # for 2.3, 4.6, 6.96 and 9.3 iterations at 28.
+        ("flow_grpo", 28, (2, 4, 6, 9), 9),
+        # 0.97, which is one all the same, 1.9, 2.9 and 3.9.
+        ("dance_grpo", 67, (1, 2, 3), 3),
+        # 5, 10 and 15; all of it is the whole training.
+        ("tafs_grpo", 13, (5, 10, 15), 20),
+        # 6.5, 13, 19.5, and 26 where training ends after 20.
+        ("reward_instruct", 10, (6, 13, 19), 20),
     ],
 )
 def test_models_are_kept_where_shares_of_the_references_compute_end(
     variant, cost, snapshots, iteration
 ):
     settings = config.read(SHIPPED, {"scale": "shapes"})
-    assert settings.active.iterations == 38
+    assert settings.active.iterations == 20
     run = config.runs(settings)[f"{variant}.preference.shapes-flux.0"]
     assert run.describe()["cost"] == cost
     assert run.snapshots == snapshots
@@ -320,14 +320,14 @@ def test_models_are_kept_where_shares_of_the_references_compute_end(
 def test_snapshots_are_the_last_iterations_that_the_reference_pays_for():
     settings = config.read(SHIPPED, {"scale": "shapes"})
     runs = config.runs(settings)
-    whole = runs["tafs_grpo.preference.shapes-flux.0"].describe()["cost"] * 38
+    whole = runs["tafs_grpo.preference.shapes-flux.0"].describe()["cost"] * 20
     for run in runs.values():
         cost = Fraction(run.describe()["cost"])
         paid = {
-            max(n for n in range(39) if n * cost <= Fraction(share) * Fraction(whole))
+            max(n for n in range(1, 21) if n == 1 or n * cost <= Fraction(share) * Fraction(whole))
             for share in config.MARKS
         }
-        assert set(run.snapshots) == (paid - {38} if run.trained else set())
+        assert set(run.snapshots) == (paid - {20} if run.trained else set())
         assert list(run.snapshots) == sorted(run.snapshots)
 
 
@@ -340,9 +340,9 @@ def test_a_share_that_pays_for_no_iteration_keeps_the_first():
 def test_another_reference_is_another_measure(tmp_path):
     path = changed(tmp_path, "reference: tafs_grpo", "reference: flow_grpo")
     runs = config.runs(config.read(path, {"scale": "shapes"}))
-    assert runs["flow_grpo.preference.shapes-flux.0"].snapshots == (9, 19, 28)
-    # A quarter of 38 x 28 pays for 20.5 iterations at 13, and a half for more than there are.
-    assert runs["tafs_grpo.preference.shapes-flux.0"].snapshots == (20,)
+    assert runs["flow_grpo.preference.shapes-flux.0"].snapshots == (5, 10, 15)
+    # A quarter of 20 x 28 pays for 10.8 iterations at 13, and a half for more than there are.
+    assert runs["tafs_grpo.preference.shapes-flux.0"].snapshots == (10,)
 
 
 # -- how runs are judged ---------------------------------------------------------------------------
@@ -370,9 +370,9 @@ def test_a_run_that_no_curve_needs_is_judged_at_its_tables_steps_alone(judged, r
 
 
 def test_a_run_of_the_curves_is_judged_at_their_steps_on_fewer_images(judged):
-    """And at its table's steps on all of them, after every snapshot too."""
+    """And at its tables' steps on all of them, also after equal compute."""
     curve = [setting("ode", n, images=4 if n == 4 else 2) for n in range(1, 9)]
-    kept = [setting("ode", 4, images=4, iteration=n) for n in (4, 8, 13, 17)]
+    kept = [setting("ode", 4, images=4 if n == 9 else 2, iteration=n) for n in (2, 4, 6, 9)]
     assert judged["flow_grpo.preference.shapes-flux.0"]["settings"] == curve + kept
 
 
@@ -395,7 +395,7 @@ def test_models_at_equal_compute_are_judged_without_a_curve_too(tmp_path):
     path = changed(tmp_path, every, "[equal_compute]")
     path.write_text(path.read_text().replace("    figures: {compute: compute}\n", ""))
     found = config.evaluations(config.read(path, {"scale": "shapes"}))
-    assert found["flow_grpo.preference.shapes-flux.0"]["settings"] == [setting("ode", 4, 4, 17)]
+    assert found["flow_grpo.preference.shapes-flux.0"]["settings"] == [setting("ode", 4, 4, 9)]
     assert found["tafs_grpo.preference.shapes-flux.0"]["settings"] == [setting("anneal", 4, 4)]
 
 

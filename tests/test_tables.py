@@ -453,8 +453,8 @@ def values(runs: list[Path], method: str, metric: str) -> np.ndarray:
 @pytest.mark.parametrize(
     ("column", "metrics"),
     [
-        ("iqm_in_domain", ["pickscore", "clip"]),
-        ("iqm_out_of_domain", ["hpsv2", "imagereward", "unifiedreward"]),
+        ("iqm_trained", ["pickscore", "clip"]),
+        ("iqm_other", ["geneval", "hpsv2", "imagereward", "unifiedreward"]),
         ("iqm_all", list(METRICS)),
     ],
 )
