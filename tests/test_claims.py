@@ -72,6 +72,17 @@ def test_every_row_of_the_shipped_claims_is_one_of_its_table() -> None:
             assert table.system(name)[1]["variant"] == name.method
 
 
+def test_one_seed_decides_nothing(runs: list[Path]) -> None:
+    """However clear the difference: how much another seed would change is not known."""
+    better = {"row": TAFS, "than": [BASE], "metrics": ["pickscore"]}
+    single = [run for run in runs if run.name.endswith("-0")]
+    assert verdict(single, better=better).verdict == claims.UNDECIDED
+    assert verdict(single, better={**better, "row": BASE, "than": [TAFS]}).verdict == (
+        claims.UNDECIDED
+    )
+    assert verdict(runs, better=better).verdict == claims.REPRODUCED
+
+
 def test_a_clear_gain_is_reproduced_and_its_reverse_is_not(runs: list[Path]) -> None:
     metrics = ["pickscore", "clip"]
     assert verdict(runs, better={"row": TAFS, "than": [BASE], "metrics": metrics}).verdict == (

@@ -272,6 +272,17 @@ def test_one_seed_is_told(tmp_path: Path) -> None:
     assert "not of seeds" in text(tmp_path, "md")
 
 
+def test_one_seed_wins_nothing(runs: list[Path], tmp_path: Path) -> None:
+    """Not even where it is better in every image."""
+    single = [run for run in runs if run.name.endswith("-0")]
+    copies = [Path(shutil.copytree(run, tmp_path / "runs" / run.name)) for run in single]
+    best = next(run for run in copies if "tafs" in run.name)
+    change_scores(best, lambda s: s.assign(value=s["value"] + 100))
+    table2(copies, tmp_path)
+    assert {row["clip_best"] for row in read(tmp_path)} == {"0"}
+    assert "some models were trained with one seed" in text(tmp_path, "md")
+
+
 def test_one_prompt_a_task_has_values_and_no_intervals(tmp_path: Path) -> None:
     small = {**SMALL, "prompts": 6, "images": 1}
     table2(synthetic.write_runs(tmp_path / "runs", seeds=1, **small), tmp_path)
