@@ -35,8 +35,8 @@ all: $(STAMP)  ## Run the whole workflow; pass snakemake's options with ARGS='-n
 reference: $(STAMP)  ## Five seeds of everything (hours), kept in results/reference/
 	$(RUN) snakemake all --config scale=shapes seeds=5 $(ARGS)
 	mkdir -p results/reference
-	for kept in tables figures provenance; do \
-		rm -rf results/reference/$$kept && cp -R results/shapes/$$kept results/reference/; \
+	set -e; for kept in tables figures provenance; do \
+		rm -rf results/reference/$$kept; cp -R results/shapes/$$kept results/reference/; \
 	done
 	cp results/shapes/claims.md results/shapes/claims.json results/reference/
 

@@ -1,4 +1,4 @@
-"""The experiments' tables, one function a kind of `config.KINDS`."""
+"""The experiments' tables, one function a kind of `config.Kind`."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ BASE = "base"  # the untrained model's place among the methods
 FIGURES = ("steps", "pareto", "compute", "curves", "images", "hacking", "profiles")
 # What a table prints: every metric at its steps, the same at equal training compute, all metrics'
 # gains in one number, or the correlation of earlier images' rewards with the final image's.
-KINDS = ("scores", "compute", "gains", "correlation")
+Kind = Literal["scores", "compute", "gains", "correlation"]
 # Shares of the reference method's training compute at which models are kept for the comparison.
 MARKS = (0.25, 0.5, 0.75, 1.0)
 
@@ -87,7 +87,7 @@ class Experiment(_Strict):
     """A table: every method on every task and backbone, at every number of steps."""
 
     caption: str
-    kind: Literal["scores", "compute", "gains", "correlation"] = "scores"  # see KINDS
+    kind: Kind = "scores"
     tasks: tuple[Name, ...] = ()
     backbones: Annotated[tuple[Name, ...], Field(min_length=1)]  # parts that a scale casts
     methods: tuple[Name, ...] = ()

@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tafs import config, method, workflow
+from tafs import comparison, config, method, workflow
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "config.yaml"
@@ -225,8 +225,8 @@ def test_rewards_without_gradients_are_refused_to_methods_that_need_them(tmp_pat
         config.read(path)
 
 
-def test_the_kinds_of_tables_are_those_that_are_read():
-    assert get_args(config.Experiment.model_fields["kind"].annotation) == config.KINDS
+def test_every_kind_of_table_has_a_function_that_builds_it():
+    assert set(get_args(config.Kind)) == set(comparison.BUILD)
 
 
 def test_a_method_that_costs_nothing_or_does_not_say_what_is_refused_in_one_line(monkeypatch):
