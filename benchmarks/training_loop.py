@@ -46,22 +46,22 @@ def bare(run: Trainer) -> float:
     backbone: Backbone = run.backbone
     method = run.method
     assert isinstance(method, PolicyGradient)
-    images = run.groups * run.group_size
-    batch = run.micro_batch
     with torch.no_grad():
-        cond = backbone.encode(["a red ring"] * batch)
-    x = torch.randn(batch, *backbone.latent_shape)
-    owners = run.prompts[:1] * batch
-    t = torch.full((batch,), 0.5)
+        cond = backbone.encode(["a red ring"] * run.micro_batch)
+    x = torch.randn(run.micro_batch, *backbone.latent_shape)
+    t = torch.full((run.micro_batch,), 0.5)
+    scored = len(method.scored_steps())
     start = time.perf_counter()
-    for _ in range(0, images, batch):
+    for part in run.micro_batches():
+        size = part.stop - part.start
+        few, at, of = x[:size], t[:size], cond[:size]
         with torch.no_grad():
             for _ in range(int(method.nfe_old)):
-                backbone.velocity(x, t, cond)
-            for _ in method.scored_steps():
-                run.rewards.score(backbone.decode(x, run.decode_dtype), owners)
+                backbone.velocity(few, at, of)
+            images = backbone.decode(few.repeat(scored, 1, 1, 1), run.decode_dtype)
+            run.rewards.score(images, run.prompts[:1] * len(images))
         for _ in range(method.nfe_theta):
-            backbone.velocity(x, t, cond).sum().backward()
+            backbone.velocity(few, at, of).sum().backward()
     return time.perf_counter() - start
 
 

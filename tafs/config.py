@@ -111,7 +111,8 @@ class Variant(BaseModel):
     """A method with its hyperparameters, which the method's own file declares and checks."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
-    method: Name | None = None  # the method's file; by default the variant's own name
+    # The variant whose hyperparameters it starts from, or a method's file; by default its own name.
+    method: Name | None = None
     title: str = ""  # by default the method's
 
 
@@ -376,12 +377,11 @@ def _inconsistency(config: Config) -> str | None:
                 return f"tasks.{name}.rewards.{reward}: {weight} is not a finite number"
         if not task.rewards:
             return f"tasks.{name}.rewards: at least one reward is needed"
-    for variant, settings in config.methods.items():
+    for variant in config.methods:
         if variant == BASE:
             return f"methods.{BASE}: the name is taken by the untrained model"
-        name, parameters = _method_of(variant, settings)
         try:
-            cost = methods.create(name, parameters).cost
+            cost = methods.create(*_method_of(config, variant)).cost
         except (ValueError, TypeError) as error:
             return f"methods.{variant}: {error}"
         except NotImplementedError as error:
@@ -436,7 +436,7 @@ def _experiment_inconsistency(config: Config, name: str, experiment: Experiment)
             needed = "takes no" if experiment.kind == "correlation" else "needs at least one of its"
             return f"{where}.{key}: a table of kind {experiment.kind!r} {needed} {key}"
     for variant in experiment.methods:
-        algorithm = methods.create(*_method_of(variant, config.methods[variant]))
+        algorithm = methods.create(*_method_of(config, variant))
         for task in experiment.tasks if algorithm.needs_reward_gradients else ():
             for reward in config.tasks[task].rewards:
                 if reward not in DIFFERENTIABLE:
@@ -463,11 +463,22 @@ def _tuning_inconsistency(config: Config, tuning: Tuning) -> str | None:
     return None
 
 
-def _method_of(variant: str, settings: Variant | None) -> tuple[str, dict[str, Any]]:
-    """(file name, hyperparameters) of a variant."""
-    if settings is None:
-        return variant, {}
-    return settings.method or variant, dict(settings.model_extra or {})
+def _method_of(config: Config, variant: str) -> tuple[str, dict[str, Any]]:
+    """(file name, hyperparameters) of a variant: its own, on top of those it starts from.
+
+    Raises:
+        ValueError: its `method` leads back to itself.
+    """
+    name, parameters = variant, dict[str, Any]()
+    chain: list[str] = []
+    while name in config.methods and name not in chain:
+        chain.append(name)
+        settings = config.methods[name] or Variant()
+        parameters = {**(settings.model_extra or {}), **parameters}
+        name = settings.method or name
+    if chain and name in chain[:-1]:
+        raise ValueError(f"method: {' -> '.join([*chain, name])} leads round in a circle")
+    return name, parameters
 
 
 # -- runs --------------------------------------------------------------------------------------
@@ -491,7 +502,7 @@ def runs(config: Config) -> dict[str, Run]:
                 base, BASE, BASE, backbone, "", backbone, 0, config.scale, settings, {}, {}
             )
             for variant, task in itertools.product(experiment.methods, experiment.tasks):
-                method, parameters = _method_of(variant, config.methods[variant])
+                method, parameters = _method_of(config, variant)
                 for seed in scale.ablation_seeds if experiment.ablation else scale.seeds:
                     run = f"{variant}.{task}.{backbone}.{seed}"
                     found[run] = Run(
@@ -516,8 +527,7 @@ def _costs(config: Config) -> dict[str, float]:
     from tafs import method as methods
 
     return {
-        variant: methods.create(*_method_of(variant, settings)).cost
-        for variant, settings in config.methods.items()
+        variant: methods.create(*_method_of(config, variant)).cost for variant in config.methods
     }
 
 
@@ -586,7 +596,7 @@ def _titles(config: Config) -> dict[str, str]:
 
     return {
         variant: (settings.title if settings else "")
-        or methods.method_class(_method_of(variant, settings)[0]).TITLE
+        or methods.method_class(_method_of(config, variant)[0]).TITLE
         or variant
         for variant, settings in config.methods.items()
     }

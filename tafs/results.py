@@ -50,15 +50,9 @@ class Scores:
     images: tuple[int, ...]
     values: Mapping[tuple[str, int, str, int], Array]
 
-    @property
-    def final(self) -> int:
-        """The iteration of the final model; 0 of a base model."""
-        return max(iteration for *_, iteration in self.values)
-
-    def settings(self) -> list[tuple[str, int]]:
-        """The (sampler, nfe) that the final model was evaluated with."""
-        keys = self.values
-        return sorted({(s, nfe) for s, nfe, _, iteration in keys if iteration == self.final})
+    def settings(self, iteration: int) -> list[tuple[str, int]]:
+        """The (sampler, nfe) that the model of an iteration was evaluated with."""
+        return sorted({(s, nfe) for s, nfe, _, after in self.values if after == iteration})
 
     def metrics(self) -> list[str]:
         """Those of METRICS that were scored, in their order."""
@@ -127,6 +121,10 @@ def read_step_scores(file: Path) -> pd.DataFrame:
     return table
 
 
+# Of run.json.
+REQUIRED = ("name", "method", "title", "backbone", "seed", "scale", "sampler", "iterations")
+
+
 class Result:
     """One run's folder, read when asked for."""
 
@@ -144,7 +142,7 @@ class Result:
             info = self.run.description
         except FileNotFoundError as error:
             raise ValueError(str(error)) from None
-        for key in ("name", "method", "title", "backbone", "seed", "scale", "sampler"):
+        for key in REQUIRED:
             if key not in info:
                 raise ValueError(f"{self.run.folder / 'run.json'}: has no {key!r}")
         return info
@@ -227,9 +225,9 @@ class System:
         arrays = []
         for result in self.results:
             scores = result.scores
-            at = scores.final if iteration is None else iteration
+            at = int(result.info["iterations"]) if iteration is None else iteration
             if (sampler, nfe, metric, at) not in scores.values:
-                found = ", ".join(f"{s} {n}" for s, n in scores.settings())
+                found = ", ".join(f"{s} {n}" for s, n in scores.settings(at))
                 after = "" if iteration is None else f" after iteration {iteration}"
                 raise ValueError(
                     f"{scores.file}: no {metric} for sampler {sampler} at nfe {nfe}{after} "

@@ -137,16 +137,20 @@ class Trainer:
         )
         noise = noise.expand(-1, self.group_size, *shape).flatten(0, 1).to(self.backbone.device)
         chunks = []
-        for update in self._updates():
-            for low in range(update.start, update.stop, self.micro_batch):
-                part = slice(low, min(low + self.micro_batch, update.stop))
-                generator = seeding.generator(self.seed, "step", iteration, low)
-                chunks.append(
-                    self.method.rollout(
-                        self.backbone, cond[part], noise[part], generator, iteration
-                    )
-                )
+        for part in self.micro_batches():
+            generator = seeding.generator(self.seed, "step", iteration, part.start)
+            chunks.append(
+                self.method.rollout(self.backbone, cond[part], noise[part], generator, iteration)
+            )
         return chunks
+
+    def micro_batches(self) -> list[slice]:
+        """An iteration's images in the parts that go through the network together."""
+        return [
+            slice(low, min(low + self.micro_batch, update.stop))
+            for update in self._updates()
+            for low in range(update.start, update.stop, self.micro_batch)
+        ]
 
     def _updates(self) -> list[slice]:
         """The images of each optimiser step: equal shares of whole groups."""

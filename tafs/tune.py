@@ -83,7 +83,15 @@ def is_trained(run: rundir.RunDir) -> bool:
     return bool(journal.read(run.journal)[0]["fingerprint"] == run.fingerprint())
 
 
-def run_trial(trial: config.Run, folder: Path, evaluation: config.Evaluation) -> dict[str, Any]:
+def score_base(trial: config.Run, evaluation: config.Evaluation) -> float:
+    """The score of the model that a trial starts from, by its scheduler's own steps."""
+    description = {**trial.describe(), "sampler": "ode"}
+    return score(description, evaluation.few_nfe, evaluation.batch, None)
+
+
+def run_trial(
+    trial: config.Run, folder: Path, evaluation: config.Evaluation, base_score: float
+) -> dict[str, Any]:
     """Train and score one point; a trial that was stopped continues."""
     from tafs import journal, train
 
@@ -94,13 +102,12 @@ def run_trial(trial: config.Run, folder: Path, evaluation: config.Evaluation) ->
     if not is_trained(run):
         train.train(run)
     records = journal.iterations(run.journal)
-    base = {**description, "sampler": "ode"}
     return {
         "method": trial.variant,
         "hyperparameters": config.to_json(dict(trial.hyperparameters)).strip(),
         "nfe": nfe,
         "score": round(score(description, nfe, batch, run.adapter), 4),
-        "base_score": round(score(base, nfe, batch, None), 4),
+        "base_score": round(base_score, 4),
         "iteration_s": round(float(np.median([r["seconds"]["total"] for r in records])), 2),
         "seed": trial.seed,
     }
@@ -116,15 +123,25 @@ def main() -> None:
     try:
         given = {"results": arguments.results} if arguments.results else {}
         settings = config.read(Path("config.yaml"), {"scale": arguments.scale, **given})
-        chosen = [t for t in trials(settings) if arguments.only in (None, t.variant)]
+        known = trials(settings)
+        chosen = [t for t in known if arguments.only in (None, t.variant)]
+        if not chosen:
+            searched = ", ".join(dict.fromkeys(t.variant for t in known))
+            raise config.ConfigError(
+                f"--only: no search of {arguments.only!r} (available: {searched})"
+            )
     except config.ConfigError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
     folder = Path(settings.results) / arguments.scale / "tuning"
+    evaluation = settings.active.evaluation
     rows: dict[str, list[dict[str, Any]]] = {}
+    base_score = 0.0
     for number, trial in enumerate(chosen, start=1):
+        if trial.variant not in rows:
+            base_score = score_base(trial, evaluation)
         found = rows.setdefault(trial.variant, [])
-        found.append(run_trial(trial, folder, settings.active.evaluation))
+        found.append(run_trial(trial, folder, evaluation, base_score))
         print(f"{number}/{len(chosen)} {found[-1]}", flush=True)
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")

@@ -47,7 +47,7 @@ def test_runs_are_named_after_method_task_backbone_and_seed():
     ("old", "new", "message"),
     [
         (
-            "iterations: 20",
+            "iterations: 17",
             "iteratons: 25",
             "unknown key 'scales.shapes.iteratons'; did you mean 'iterations'",
         ),
@@ -103,9 +103,9 @@ def test_runs_are_named_after_method_task_backbone_and_seed():
             "methods: []",
             "experiments.table3.methods: a table of kind 'scores' needs at least one of its",
         ),
-        ("iterations: 20", "iterations: -1", "scales.shapes.iterations: input should be greater"),
+        ("iterations: 17", "iterations: -1", "scales.shapes.iterations: input should be greater"),
         (
-            "iterations: 20",
+            "iterations: 17",
             "iterations: many",
             "scales.shapes.iterations: input should be a valid integer",
         ),
@@ -178,7 +178,30 @@ def test_changing_one_hyperparameter_changes_only_its_runs_fingerprints(tmp_path
     before = config.runs(config.read(SHIPPED))
     after = config.runs(config.read(changed(tmp_path, "clip_range: 1e-2", "clip_range: 0.5")))
     differing = {name for name in before if before[name].describe() != after[name].describe()}
-    assert differing == {name for name in before if name.startswith("tafs_grpo.")}
+    assert differing == {name for name, run in before.items() if run.method == "tafs_grpo"}
+
+
+def variant(name: str, **methods: Any) -> config.Run:
+    raw = config.load_yaml(SHIPPED, dict)
+    raw["methods"] |= methods
+    raw["experiments"]["table2"]["methods"] = [name]
+    return config.runs(config.check(raw))[f"{name}.preference.shapes-flux.0"]
+
+
+def test_a_variant_starts_from_the_hyperparameters_of_the_one_it_names():
+    run = variant(
+        "second",
+        tafs_grpo={"learning_rate": 3e-4, "updates": 2},
+        first={"method": "tafs_grpo", "updates": 4, "n_adv": 2},
+        second={"method": "first", "n_adv": 3},
+    )
+    assert run.method == "tafs_grpo"
+    assert run.hyperparameters == {"learning_rate": 3e-4, "updates": 4, "n_adv": 3}
+
+
+def test_variants_that_name_each_other_are_refused():
+    with pytest.raises(config.ConfigError, match="methods.a: method: a -> b -> a leads round"):
+        variant("a", a={"method": "b"}, b={"method": "a"})
 
 
 def test_reading_the_plan_imports_no_model_library():
@@ -292,22 +315,22 @@ def test_seeds_that_reach_the_searchs_are_refused_in_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("variant", "cost", "snapshots", "iteration"),
     [
-        # 20 iterations of TAFS-GRPO cost 260; a quarter, a half, three quarters and all of it pay
-        # for 2.3, 4.6, 6.96 and 9.3 iterations at 28.
-        ("flow_grpo", 28, (2, 4, 6, 9), 9),
-        # 0.97, which is one all the same, 1.9, 2.9 and 3.9.
+        # 17 iterations of TAFS-GRPO cost 221; a quarter, a half, three quarters and all of it pay
+        # for 1.97, 3.9, 5.9 and 7.9 iterations at 28.
+        ("flow_grpo", 28, (1, 3, 5, 7), 7),
+        # 0.82, which is one all the same, 1.6, 2.5 and 3.3.
         ("dance_grpo", 67, (1, 2, 3), 3),
-        # 5, 10 and 15; all of it is the whole training.
-        ("tafs_grpo", 13, (5, 10, 15), 20),
-        # 6.5, 13, 19.5, and 26 where training ends after 20.
-        ("reward_instruct", 10, (6, 13, 19), 20),
+        # 4.25, 8.5 and 12.75; all of it is the whole training.
+        ("tafs_grpo", 13, (4, 8, 12), 17),
+        # 5.5, 11.05, 16.6, and 22.1 where training ends after 17.
+        ("reward_instruct", 10, (5, 11, 16), 17),
     ],
 )
 def test_models_are_kept_where_shares_of_the_references_compute_end(
     variant, cost, snapshots, iteration
 ):
     settings = config.read(SHIPPED, {"scale": "shapes"})
-    assert settings.active.iterations == 20
+    assert settings.active.iterations == 17
     run = config.runs(settings)[f"{variant}.preference.shapes-flux.0"]
     assert run.describe()["cost"] == cost
     assert run.snapshots == snapshots
@@ -320,14 +343,14 @@ def test_models_are_kept_where_shares_of_the_references_compute_end(
 def test_snapshots_are_the_last_iterations_that_the_reference_pays_for():
     settings = config.read(SHIPPED, {"scale": "shapes"})
     runs = config.runs(settings)
-    whole = runs["tafs_grpo.preference.shapes-flux.0"].describe()["cost"] * 20
+    whole = runs["tafs_grpo.preference.shapes-flux.0"].describe()["cost"] * 17
     for run in runs.values():
         cost = Fraction(run.describe()["cost"])
         paid = {
-            max(n for n in range(1, 21) if n == 1 or n * cost <= Fraction(share) * Fraction(whole))
+            max(n for n in range(1, 18) if n == 1 or n * cost <= Fraction(share) * Fraction(whole))
             for share in config.MARKS
         }
-        assert set(run.snapshots) == (paid - {20} if run.trained else set())
+        assert set(run.snapshots) == (paid - {17} if run.trained else set())
         assert list(run.snapshots) == sorted(run.snapshots)
 
 
@@ -340,9 +363,9 @@ def test_a_share_that_pays_for_no_iteration_keeps_the_first():
 def test_another_reference_is_another_measure(tmp_path):
     path = changed(tmp_path, "reference: tafs_grpo", "reference: flow_grpo")
     runs = config.runs(config.read(path, {"scale": "shapes"}))
-    assert runs["flow_grpo.preference.shapes-flux.0"].snapshots == (5, 10, 15)
-    # A quarter of 20 x 28 pays for 10.8 iterations at 13, and a half for more than there are.
-    assert runs["tafs_grpo.preference.shapes-flux.0"].snapshots == (10,)
+    assert runs["flow_grpo.preference.shapes-flux.0"].snapshots == (4, 8, 12)
+    # A quarter of 17 x 28 pays for 9.2 iterations at 13, and a half for more than there are.
+    assert runs["tafs_grpo.preference.shapes-flux.0"].snapshots == (9,)
 
 
 # -- how runs are judged ---------------------------------------------------------------------------
@@ -372,7 +395,7 @@ def test_a_run_that_no_curve_needs_is_judged_at_its_tables_steps_alone(judged, r
 def test_a_run_of_the_curves_is_judged_at_their_steps_on_fewer_images(judged):
     """And at its tables' steps on all of them, also after equal compute."""
     curve = [setting("ode", n, images=4 if n == 4 else 1) for n in range(1, 9)]
-    kept = [setting("ode", 4, images=4 if n == 9 else 1, iteration=n) for n in (2, 4, 6, 9)]
+    kept = [setting("ode", 4, images=4 if n == 7 else 1, iteration=n) for n in (1, 3, 5, 7)]
     assert judged["flow_grpo.preference.shapes-flux.0"]["settings"] == curve + kept
 
 
@@ -395,7 +418,7 @@ def test_models_at_equal_compute_are_judged_without_a_curve_too(tmp_path):
     path = changed(tmp_path, every, "[equal_compute]")
     path.write_text(path.read_text().replace("    figures: {compute: compute}\n", ""))
     found = config.evaluations(config.read(path, {"scale": "shapes"}))
-    assert found["flow_grpo.preference.shapes-flux.0"]["settings"] == [setting("ode", 4, 4, 9)]
+    assert found["flow_grpo.preference.shapes-flux.0"]["settings"] == [setting("ode", 4, 4, 7)]
     assert found["tafs_grpo.preference.shapes-flux.0"]["settings"] == [setting("anneal", 4, 4)]
 
 

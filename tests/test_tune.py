@@ -50,15 +50,17 @@ def test_a_trial_is_scored_at_the_tables_few_steps_and_not_trained_again(tmp_pat
         return generate(backbone, texts, setting, batch, seed)
 
     monkeypatch.setattr(evaluate, "generate", watched)
-    first = tune.run_trial(trial, tmp_path, evaluation)
+    base_score = tune.score_base(trial, evaluation)
+    first = tune.run_trial(trial, tmp_path, evaluation, base_score)
+    assert first["base_score"] == round(base_score, 4)
     assert tuple(first) == tune.COLUMNS
     assert (first["method"], first["nfe"]) == ("tafs_grpo", evaluation.few_nfe)
     common = (evaluation.few_nfe, evaluation.batch, trial.seed)
-    assert scored == [(3, "anneal", *common), (3, "ode", *common)]
+    assert scored == [(3, "ode", *common), (3, "anneal", *common)]
     folder = tmp_path / trial.name
     assert list((folder / "snapshots").iterdir()) == []
     monkeypatch.setattr(train, "train", lambda run: pytest.fail("trained again"))
-    assert tune.run_trial(trial, tmp_path, evaluation) == first
+    assert tune.run_trial(trial, tmp_path, evaluation, base_score) == first
 
 
 def trained(folder: Path, trial: config.Run) -> rundir.RunDir:
