@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -31,7 +31,8 @@ from tafs.stats import Array
 
 DPI = 200
 
-# Okabe & Ito's colours, which colour-blind readers tell apart; a method looks the same everywhere.
+# Okabe & Ito's colours, which colour-blind readers tell apart; a method looks the same everywhere,
+# but for the line, which tells the models apart on which it was trained.
 LOOKS = {
     "base": ("#4d4d4d", "o"),
     "tafs_grpo": ("#d55e00", "D"),
@@ -49,6 +50,8 @@ OTHERS = (
     ("#661100", "*"),
     ("#117733", "8"),
 )
+
+LINES = ("-", "--", "-.", ":")
 
 UNITS = {
     "geneval": "accuracy (%)",
@@ -141,13 +144,16 @@ def figure4(
         figure, panels = _panels(metrics, "Inference steps (NFE)")
         for axes, metric in zip(panels, metrics, strict=True):
             axes.set_xticks(list(nfe))
-            for system, (colour, marker) in zip(systems, looks, strict=True):
+            for system, look in zip(systems, looks, strict=True):
                 estimates = [_estimate(system, n, metric) for n in nfe]
-                _band(axes, nfe, estimates, color=colour, marker=marker, label=system.label)
+                _band(axes, nfe, estimates, look, system.label)
                 if not system.trained:
                     value = _estimate(system, full_steps, metric).value
                     at_full = f"{system.label}, {full_steps} steps"
-                    axes.axhline(value, color=colour, linestyle=":", linewidth=1.2, label=at_full)
+                    dots = (0, (1, 2)) if look.line == "-" else (0, (1, 5))
+                    axes.axhline(
+                        value, color=look.colour, linestyle=dots, linewidth=1.2, label=at_full
+                    )
         _legend(figure, panels[0])
         return _save(figure, out_dir, name)
 
@@ -180,8 +186,7 @@ def compute(
                 at = [*system.info["snapshots"], system.info["iterations"]]
                 estimates = [base, *(_estimate(system, nfe, metric, i) for i in at)]
                 x = [0.0, *(float(system.info["cost"] * i) for i in at)]
-                colour, marker = looks[system.label]
-                _band(axes, x, estimates, color=colour, marker=marker, label=system.label)
+                _band(axes, x, estimates, looks[system.label], system.label)
             axes.set_xscale("symlog", linthresh=whole / 4)
             axes.set_xlim(left=0)
             axes.axvline(whole, color="#999999", linestyle=":", linewidth=0.8)
@@ -224,7 +229,7 @@ def pareto(
     with _style():
         figure = Figure(figsize=(3.8, 3.4), layout="constrained")
         axes = figure.subplots()
-        for system, (colour, marker) in zip(systems, looks, strict=True):
+        for system, look in zip(systems, looks, strict=True):
             base = _base_of(system, systems).label
             values = []
             for n in nfe:
@@ -237,7 +242,7 @@ def pareto(
                 ]
                 values.append(stats.interquartile_mean(np.concatenate(effects)))
             front = np.maximum(front, values)
-            axes.plot(nfe, values, color=colour, marker=marker, label=system.label, linewidth=1)
+            axes.plot(nfe, values, **_line(look), label=system.label, linewidth=1)
         best = np.maximum.accumulate(front)
         axes.step(
             nfe, best, where="post", color="#bbbbbb", linewidth=4, zorder=0, label="Pareto front"
@@ -288,7 +293,7 @@ def learning_curves(
                 if any(curve is None for curve in curves):
                     continue
                 rewards = [curve for curve in curves if curve is not None]
-                (colour, _), label = looks[system.label], system.label
+                colour, label = looks[system.label].colour, system.label
                 numbers = [
                     np.array([r["iteration"] for r in result.iterations], dtype=float)
                     for result in system.results
@@ -360,7 +365,7 @@ def hacking(
     with _style():
         figure = Figure(figsize=(3.6, 3.9), layout="constrained")
         axes = figure.subplots()
-        for system, (colour, marker) in zip(systems, looks, strict=True):
+        for system, (colour, marker, _) in zip(systems, looks, strict=True):
             if not system.trained:
                 continue
             x, y = (
@@ -406,7 +411,7 @@ def profiles(
     with _style():
         figure = Figure(figsize=(3.6, 3.2), layout="constrained")
         axes = figure.subplots()
-        for system, (colour, _) in zip(systems, looks, strict=True):
+        for system, (colour, _, _) in zip(systems, looks, strict=True):
             if system.trained:
                 values = gains[system.label]
                 above = (values[:, None] > grid).mean(0)
@@ -548,12 +553,22 @@ def _panels(metrics: Sequence[str], xlabel: str) -> tuple[Figure, list[Axes]]:
 
 
 def _band(
-    axes: Axes, x: Sequence[float], estimates: Sequence[stats.Estimate], color: str, **line: Any
+    axes: Axes,
+    x: Sequence[float],
+    estimates: Sequence[stats.Estimate],
+    look: Look,
+    label: str,
 ) -> None:
     """A line of values in the band of their intervals."""
     low, high = [e.low for e in estimates], [e.high for e in estimates]
-    axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
-    axes.plot(x, [e.value for e in estimates], color=color, **line)
+    axes.fill_between(x, low, high, color=look.colour, alpha=0.15, linewidth=0)
+    axes.plot(x, [e.value for e in estimates], **_line(look), label=label)
+
+
+def _line(look: Look) -> dict[str, Any]:
+    """matplotlib's properties of a line with markers, which are hollow on a broken line."""
+    fill = {} if look.line == "-" else {"markerfacecolor": "white"}
+    return {"color": look.colour, "marker": look.marker, "linestyle": look.line, **fill}
 
 
 def _training_rewards(trained: Sequence[System]) -> list[str]:
@@ -609,13 +624,30 @@ def _running_mean(values: Array, window: int) -> Array:
     return means
 
 
-def _looks(systems: Sequence[System]) -> list[tuple[str, str]]:
-    """A colour and a marker a system: the method's own, or the next free ones."""
+class Look(NamedTuple):
+    """How a system is drawn."""
+
+    colour: str
+    marker: str
+    line: str
+
+
+def _looks(systems: Sequence[System]) -> list[Look]:
+    """A look a system: the method's own, or the next free one; a line a trained model."""
+    trained = list(dict.fromkeys(s.info["backbone"] for s in systems if s.trained))
     free = iter(OTHERS * len(systems))
-    looks: list[tuple[str, str]] = []
+    taken: dict[tuple[str, ...], tuple[str, str]] = {}
+    looks = []
     for system in systems:
-        own = LOOKS.get(str(system.info["method"]))
-        looks.append(own if own and own not in looks else next(free))
+        info = system.info
+        key: tuple[str, ...] = (system.results[0].variant, str(info.get("task")))
+        if not system.trained and info["backbone"] not in trained:
+            key = (str(info["backbone"]),)
+        if key not in taken:
+            own = LOOKS.get(str(info["method"]))
+            taken[key] = own if own and own not in taken.values() else next(free)
+        place = trained.index(info["backbone"]) if info["backbone"] in trained else 0
+        looks.append(Look(*taken[key], LINES[place % len(LINES)]))
     return looks
 
 

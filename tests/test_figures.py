@@ -108,6 +108,23 @@ def test_systems_do_not_share_a_colour(tmp_path: Path) -> None:
     assert len(set(figures._looks(found))) == 4
 
 
+def test_a_method_on_two_models_keeps_its_colour_and_changes_its_line(tmp_path: Path) -> None:
+    for backbone in ("one", "two"):
+        for method in ("base", "tafs_grpo"):
+            name = f"{method}-{backbone}"
+            info = {"name": name, "variant": method, "title": name, "backbone": backbone}
+            synthetic.write_run(tmp_path, method, **info, **SMALL)
+    found = systems_of(read_results(tmp_path.iterdir()))
+    looks = {
+        (s.info["method"], s.info["backbone"]): look
+        for s, look in zip(found, figures._looks(found), strict=True)
+    }
+    for method in ("base", "tafs_grpo"):
+        one, two = looks[method, "one"], looks[method, "two"]
+        assert one[:2] == two[:2] == figures.LOOKS[method]
+        assert one.line != two.line
+
+
 def test_learning_curves_show_the_last_scored_step(runs: list[Path], drawn: list[Figure]) -> None:
     figures.learning_curves([run for run in runs if run.name == "tafs_grpo-0"], "")
     records = [

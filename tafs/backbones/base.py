@@ -92,6 +92,8 @@ class Backbone:
             path, dtype=dtype, local_files_only=True, use_safetensors=True
         )
         pipeline.set_progress_bar_config(disable=True)
+        # Convolutions are faster so, on processors by a third.
+        pipeline.vae.to(memory_format=torch.channels_last)
         return cls(
             pipeline.to(device),
             resolution=resolution,
@@ -211,10 +213,10 @@ def _sort_header(file: Path) -> None:
 
 
 def fast_dtype(device: torch.device) -> torch.dtype | None:
-    """bfloat16 where the device multiplies it in hardware, else None: the weights' own precision.
+    """bfloat16 on a GPU that multiplies it in hardware, else None: the weights' own precision.
 
-    Elsewhere it is emulated, several times slower than float32.
+    Processors that have instructions for it still convolve faster in float32, and would differ.
     """
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return None

@@ -91,7 +91,12 @@ class DualEncoder(nn.Module):
 
     @classmethod
     def load(cls, folder: Path) -> DualEncoder:
-        return cls(CLIPModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32))
+        # With so few tokens plain products are faster than a fused kernel.
+        return cls(
+            CLIPModel.from_pretrained(
+                folder, local_files_only=True, dtype=torch.float32, attn_implementation="eager"
+            )
+        )
 
 
 class FusionScorer(nn.Module):
