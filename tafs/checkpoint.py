@@ -17,7 +17,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -172,25 +173,36 @@ def unpack_optimizer(
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it there in one step.
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path`, which is put there in one step when the block has ended well.
 
     The temporary name keeps the suffix, by which some writers choose a format. `path` holds either
     what it held before or all of the new content, also after a crash of the machine.
 
     Raises:
-        OSError: the file could not be written; any error of `write`. `path` is as it was.
+        OSError: the file could not be written; any error of the block. `path` is as it was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
-        write(temporary)
+        yield temporary
         _fsync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     _fsync(path.parent)
+
+
+def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
+    """`atomic`, where `write` fills the file.
+
+    Raises:
+        OSError: the file could not be written; any error of `write`. `path` is as it was.
+    """
+    with atomic(path) as temporary:
+        write(temporary)
 
 
 def atomic_text(path: Path, text: str) -> None:

@@ -159,18 +159,16 @@ class _Rows:
 
     def __init__(self, claim: Claim, spec: Mapping[str, Any], results: Sequence[Result]) -> None:
         self.claim, self.rows = claim, spec["rows"]
-        self.steps = spec["evaluation"]
+        self.few = spec["evaluation"]["few"]
         self.by_name = {str(result.info["name"]): result for result in results}
 
     def system(self, name: RowName) -> tuple[System, Mapping[str, Any]]:
         """The row and its runs."""
         wanted = {k: v for k, v in name.model_dump().items() if v is not None}
         wanted["variant"] = wanted.pop("method")
-        if isinstance(wanted.get("nfe"), str):
-            wanted["nfe"] = self.steps[wanted["nfe"]]
         if "backbone" in wanted:
             wanted["part"] = wanted.pop("backbone")
-        found = [r for r in self.rows if all(r[key] == value for key, value in wanted.items())]
+        found = [row for row in self.rows if self._is(row, wanted)]
         said = ", ".join(f"{key} {value}" for key, value in wanted.items())
         if len(found) != 1:
             raise ValueError(
@@ -182,6 +180,11 @@ class _Rows:
             raise ValueError(f"claim {self.claim.id}: run {missing[0]} is not there")
         runs = tuple(self.by_name[n] for n in row["runs"])
         return System(row["label"], runs), row
+
+    def _is(self, row: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+        steps = {"few": self.few, "full": row["full"]}
+        meant = {k: steps.get(v, v) if k == "nfe" else v for k, v in wanted.items()}
+        return all(row[key] == value for key, value in meant.items())
 
     def values(self, name: RowName, metric: str) -> tuple[System, stats.Array, str]:
         system, row = self.system(name)

@@ -26,6 +26,7 @@ import torch
 
 BPE_VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 BERT_VOCABULARY_SIZE = 30522
+BLIP_HEAD_WIDTH = 64  # of the image encoder's attention, in both of BLIP's sizes
 
 # A Library takes its schemas back when it is garbage-collected.
 _schemas: list[torch.library.Library] = []
@@ -106,6 +107,43 @@ def import_imagereward() -> ModuleType:
     return package
 
 
+def build_imagereward(
+    med_config: Path,
+    tokenizer: Path,
+    *,
+    width: int,
+    depth: int,
+    patch: int,
+    device: torch.device | str,
+) -> Any:
+    """An untrained ImageReward: BLIP's tokenizer from a folder, an image encoder of a given size.
+
+    image-reward downloads the tokenizer by its name, and has its two sizes of the encoder only.
+
+    Raises:
+        RuntimeError: the tokenizer is not complete.
+    """
+    package = import_imagereward()
+    from ImageReward.models.BLIP import blip_pretrain, vit
+
+    def image_encoder(_: str, image_size: int, *__: object) -> tuple[torch.nn.Module, int]:
+        encoder = vit.VisionTransformer(
+            img_size=image_size,
+            patch_size=patch,
+            embed_dim=width,
+            depth=depth,
+            num_heads=width // BLIP_HEAD_WIDTH,
+        )
+        return encoder, width
+
+    with mock.patch.multiple(
+        blip_pretrain,
+        create_vit=image_encoder,
+        init_tokenizer=functools.partial(_blip_tokenizer, str(tokenizer)),
+    ):
+        return package.ImageReward(med_config=str(med_config), device=device)
+
+
 @contextmanager
 def _imagereward_imports() -> Iterator[None]:
     """While image-reward is imported, offer the names that have moved or vanished."""
@@ -170,15 +208,18 @@ def _invert_attention_mask(model: Any, mask: torch.Tensor) -> torch.Tensor:
     return (1.0 - mask.to(model.dtype)) * torch.finfo(model.dtype).min
 
 
-def _blip_tokenizer() -> Any:
-    """BLIP's tokenizer: `additional_special_tokens_ids` is gone, so [ENC] is looked up by name."""
+def _blip_tokenizer(source: str = "bert-base-uncased") -> Any:
+    """BLIP's tokenizer: `additional_special_tokens_ids` is gone, so [ENC] is looked up by name.
+
+    source: of bert-base-uncased's tokenizer, its name or a folder.
+    """
     from transformers import BertTokenizer
 
-    tokenizer = BertTokenizer.from_pretrained("bert-base-uncased")
+    tokenizer = BertTokenizer.from_pretrained(source)
     # Without network and cache transformers returns a nearly empty tokenizer and says nothing.
     if len(tokenizer) < BERT_VOCABULARY_SIZE:
         raise RuntimeError(
-            f"bert-base-uncased has {len(tokenizer)} of {BERT_VOCABULARY_SIZE} tokens: "
+            f"{source} has {len(tokenizer)} of {BERT_VOCABULARY_SIZE} tokens: "
             "download it once with `hf download bert-base-uncased`"
         )
     tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})

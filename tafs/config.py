@@ -16,6 +16,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from tafs import models
+
 NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 BASE = "base"  # the untrained model's place among the methods
 # What an experiment can be drawn as; tafs.figures has a function for each.
@@ -51,16 +53,28 @@ class Evaluation(_Strict):
     few_nfe: Count  # steps that tables print unless they say otherwise
     curve_nfe: tuple[Count, ...]  # steps of the curves
     curve_images_per_prompt: Count
-    base_nfe: Count  # the base model's full steps
+    base_nfe: Count | None = None  # the models' full steps; None: those of models.yaml
     correlation_prompts: Count  # training prompts whose images' rewards are correlated
     batch: Count  # images at once; sampling takes less memory than training
+    resolution: Count | None = None  # of the images, in pixels; None: as in training
+    # The command that serves UnifiedReward, where it is a server; {folder} and {port} are filled in.
+    server: tuple[str, ...] = ()
 
 
 class Scale(_Strict):
     """Which models and budgets; never how."""
 
-    world: Literal["shapes"]
+    world: Literal["shapes", "hub"]  # the embedded models, or those of resources.yaml
+    lock: str = "resources.lock.yaml"  # what the hub's models are pinned to
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the network's weights
+    gradient_checkpointing: bool = False
+    processes: Count = 1  # of a training job, one a GPU
     backbones: dict[Name, Name]  # the models that play the experiments' parts
+    prompts: dict[Name, Name]  # the prompt sets that play the tasks' parts
+    models: tuple[Name, ...] = ()  # compared without being trained, where an experiment has `models`
+    without: tuple[Name, ...] = ()  # methods that are not trained at this scale
+    methods: dict[Name, dict[Name, Any]] = {}  # hyperparameters at this scale
     iterations: Count
     prompts_per_iteration: Count
     group_size: Annotated[int, Field(ge=2)]
@@ -71,8 +85,6 @@ class Scale(_Strict):
     checkpoint_every: Count
     lora: Lora
     resolution: Count  # of the images, in pixels
-    guidance: float = 1.0
-    max_sequence_length: Count
     evaluation: Evaluation
 
 
@@ -80,6 +92,7 @@ class Task(_Strict):
     """Rewards with their weights, on the training scale of each reward."""
 
     title: str = ""  # of its row where a table compares tasks
+    prompts: Name  # the part that a scale casts with a prompt set
     rewards: dict[Name, Annotated[float, Field(gt=0)]]
 
 
@@ -95,6 +108,8 @@ class Experiment(_Strict):
     labels: dict[Name, str] = {}  # of methods; by default their titles
     nfe: tuple[Count, ...] | None = None  # by default the scale's few_nfe
     base: bool = False  # the base models too, at their full and at few steps
+    models: bool = False  # the scale's `models` too, at their own steps
+    prompts: Name | None = None  # a correlation's part; of other kinds that of the tasks
     ablation: bool = False  # trained with the scale's ablation_seeds
     figures: dict[Name, Name] = {}  # what is drawn, of FIGURES, and the file's name
 
@@ -140,7 +155,9 @@ class Run:
     method: str  # the method's file name, or BASE
     title: str
     task: str
+    prompts: str  # the prompt set: it trains on one part of it and is judged on the other
     backbone: str
+    model: Mapping[str, Any]  # guidance, max_sequence_length and the full steps of the backbone
     seed: int
     scale: str
     settings: Mapping[str, Any]  # of the scale
@@ -152,6 +169,11 @@ class Run:
     def trained(self) -> bool:
         return self.method != BASE
 
+    @property
+    def sampler(self) -> str:
+        """Of the untrained models: Euler's, or the pipeline's own where nothing can be trained."""
+        return "ode" if self.model["trainable"] else "pipeline"
+
     def describe(self) -> dict[str, Any]:
         """What run.json holds."""
         from tafs import method as methods
@@ -162,13 +184,15 @@ class Run:
             "method": self.method,
             "title": self.title,
             "task": self.task,
+            "prompts": self.prompts,
             "backbone": self.backbone,
+            "model": dict(self.model),
             "seed": self.seed,
             "scale": self.scale,
             "settings": dict(self.settings),
             "rewards": dict(self.rewards),
             "hyperparameters": dict(self.hyperparameters),
-            "sampler": "ode",
+            "sampler": self.sampler,
             "nfe_old": None,
             "nfe_theta": None,
             "cost": 0,
@@ -362,6 +386,7 @@ def _suggestion(name: str, available: Sequence[str]) -> str:
 def _inconsistency(config: Config) -> str | None:
     """What pydantic cannot see: names that point to nothing, hyperparameters, numbers of no use."""
     from tafs import method as methods
+    from tafs import worlds
     from tafs.rewards import METRICS
 
     if config.scale not in config.scales:
@@ -377,17 +402,23 @@ def _inconsistency(config: Config) -> str | None:
                 return f"tasks.{name}.rewards.{reward}: {weight} is not a finite number"
         if not task.rewards:
             return f"tasks.{name}.rewards: at least one reward is needed"
-    for variant in config.methods:
-        if variant == BASE:
-            return f"methods.{BASE}: the name is taken by the untrained model"
-        try:
-            cost = methods.create(*_method_of(config, variant)).cost
-        except (ValueError, TypeError) as error:
-            return f"methods.{variant}: {error}"
-        except NotImplementedError as error:
-            return f"methods.{variant}: {str(error) or 'is a stub'}"
-        if not cost > 0:
-            return f"methods.{variant}: its `cost` is {cost}; it must be above 0"
+    if BASE in config.methods:
+        return f"methods.{BASE}: the name is taken by the untrained model"
+    for key, scale in config.scales.items():
+        for name in (*scale.methods, *scale.without):
+            if name not in config.methods:
+                hint = _suggestion(name, list(config.methods))
+                return f"scales.{key}.methods: unknown method {name!r}{hint}"
+        for variant in config.methods:
+            own = f"scales.{key}." if variant in scale.methods else ""
+            try:
+                cost = methods.create(*_method_of(config, variant, scale)).cost
+            except (ValueError, TypeError) as error:
+                return f"{own}methods.{variant}: {error}"
+            except NotImplementedError as error:
+                return f"{own}methods.{variant}: {str(error) or 'is a stub'}"
+            if not cost > 0:
+                return f"{own}methods.{variant}: its `cost` is {cost}; it must be above 0"
     if config.reference not in config.methods:
         hint = _suggestion(config.reference, list(config.methods))
         return f"reference: unknown method {config.reference!r}{hint}"
@@ -400,13 +431,31 @@ def _inconsistency(config: Config) -> str | None:
             if wanted not in config.experiments:
                 hint = _suggestion(wanted, list(config.experiments))
                 return f"scales.{name}.experiments: unknown experiment {wanted!r}{hint}"
-            for part in config.experiments[wanted].backbones:
+            experiment = config.experiments[wanted]
+            for part in experiment.backbones:
                 if part not in scale.backbones:
                     hint = _suggestion(part, list(scale.backbones))
                     return (
                         f"experiments.{wanted}.backbones: scale {name!r} has no backbone for "
                         f"{part!r}{hint}"
                     )
+            part = _prompts_of(config, experiment)
+            if part not in scale.prompts:
+                hint = _suggestion(part, list(scale.prompts))
+                return f"scales.{name}.prompts: no prompt set for {part!r} of {wanted!r}{hint}"
+        for model in (*scale.backbones.values(), *scale.models):
+            if model not in models.read():
+                hint = _suggestion(model, list(models.read()))
+                return f"scales.{name}: unknown model {model!r}{hint}"
+            if models.read()[model].world != scale.world:
+                return f"scales.{name}: {model!r} is not of the world {scale.world!r}"
+        for model in scale.backbones.values():
+            if not models.read()[model].trainable:
+                return f"scales.{name}.backbones: {model!r} cannot be trained, only compared"
+        for prompt_set in scale.prompts.values():
+            if prompt_set not in worlds.PROMPTS[scale.world]:
+                hint = _suggestion(prompt_set, worlds.PROMPTS[scale.world])
+                return f"scales.{name}.prompts: unknown prompt set {prompt_set!r}{hint}"
     if config.tuning is not None:
         return _tuning_inconsistency(config, config.tuning)
     return None
@@ -435,6 +484,12 @@ def _experiment_inconsistency(config: Config, name: str, experiment: Experiment)
         if bool(getattr(experiment, key)) == (experiment.kind == "correlation"):
             needed = "takes no" if experiment.kind == "correlation" else "needs at least one of its"
             return f"{where}.{key}: a table of kind {experiment.kind!r} {needed} {key}"
+    parts = {config.tasks[task].prompts for task in experiment.tasks}
+    if len(parts) > 1:
+        return f"{where}.tasks: they have different prompts ({', '.join(sorted(parts))})"
+    if bool(experiment.prompts) != (experiment.kind == "correlation"):
+        needed = "needs" if experiment.kind == "correlation" else "takes no"
+        return f"{where}.prompts: a table of kind {experiment.kind!r} {needed} prompts of its own"
     for variant in experiment.methods:
         algorithm = methods.create(*_method_of(config, variant))
         for task in experiment.tasks if algorithm.needs_reward_gradients else ():
@@ -445,6 +500,11 @@ def _experiment_inconsistency(config: Config, name: str, experiment: Experiment)
                         f"{reward!r} of task {task!r} has none"
                     )
     return None
+
+
+def _prompts_of(config: Config, experiment: Experiment) -> str:
+    """The part that a scale casts with a prompt set."""
+    return experiment.prompts or config.tasks[experiment.tasks[0]].prompts
 
 
 def _tuning_inconsistency(config: Config, tuning: Tuning) -> str | None:
@@ -463,18 +523,23 @@ def _tuning_inconsistency(config: Config, tuning: Tuning) -> str | None:
     return None
 
 
-def _method_of(config: Config, variant: str) -> tuple[str, dict[str, Any]]:
+def _method_of(
+    config: Config, variant: str, scale: Scale | None = None
+) -> tuple[str, dict[str, Any]]:
     """(file name, hyperparameters) of a variant: its own, on top of those it starts from.
+
+    What a scale (by default the active one) says of a method replaces what `methods` says of it.
 
     Raises:
         ValueError: its `method` leads back to itself.
     """
+    at_scale = (scale or config.active).methods
     name, parameters = variant, dict[str, Any]()
     chain: list[str] = []
     while name in config.methods and name not in chain:
         chain.append(name)
         settings = config.methods[name] or Variant()
-        parameters = {**(settings.model_extra or {}), **parameters}
+        parameters = {**(settings.model_extra or {}), **at_scale.get(name, {}), **parameters}
         name = settings.method or name
     if chain and name in chain[:-1]:
         raise ValueError(f"method: {' -> '.join([*chain, name])} leads round in a circle")
@@ -484,42 +549,80 @@ def _method_of(config: Config, variant: str) -> tuple[str, dict[str, Any]]:
 # -- runs --------------------------------------------------------------------------------------
 
 
-# Settings of a scale that say which runs there are and how they are judged, not how one is trained.
-SELECTION = {"backbones", "seeds", "ablation_seeds", "experiments", "evaluation"}
+# Settings of a scale that say which runs there are, how they are judged and on how many devices, not
+# how one is trained.
+SELECTION = {
+    "backbones",
+    "prompts",
+    "models",
+    "without",
+    "methods",
+    "seeds",
+    "ablation_seeds",
+    "experiments",
+    "evaluation",
+    "processes",
+}
 
 
 def runs(config: Config) -> dict[str, Run]:
     """Every run of the active scale's experiments, by name; shared runs appear once."""
     scale = config.active
-    settings = scale.model_dump(mode="json", exclude=SELECTION)
     costs, titles = _costs(config), _titles(config)
     found: dict[str, Run] = {}
-    for name in scale.experiments:
-        experiment = config.experiments[name]
+
+    def add(variant: str, task: str, model: str, prompts: str, seed: int) -> None:
+        facts = models.read()[model]
+        common = {
+            "backbone": model,
+            "prompts": prompts,
+            "model": facts.settings(scale.evaluation.base_nfe),
+            "seed": seed,
+            "scale": config.scale,
+            "settings": scale.model_dump(mode="json", exclude=SELECTION),
+        }
+        if variant == BASE:
+            name = f"{BASE}.{prompts}.{model}"
+            found[name] = Run(name, BASE, BASE, facts.title, "", rewards={}, hyperparameters={}, **common)
+            return
+        method, parameters = _method_of(config, variant)
+        name = f"{variant}.{task}.{model}.{seed}"
+        found[name] = Run(
+            name,
+            variant,
+            method,
+            titles[variant],
+            task,
+            rewards=config.tasks[task].rewards,
+            hyperparameters=parameters,
+            snapshots=_snapshots(config, costs, variant),
+            **common,
+        )
+
+    for experiment in (config.experiments[name] for name in scale.experiments):
+        prompts = scale.prompts[_prompts_of(config, experiment)]
+        seeds = scale.ablation_seeds if experiment.ablation else scale.seeds
+        for model in _untrained(scale, experiment):
+            add(BASE, "", model, prompts, 0)
         for backbone in (scale.backbones[part] for part in experiment.backbones):
-            base = f"{BASE}.{backbone}"
-            found[base] = Run(
-                base, BASE, BASE, backbone, "", backbone, 0, config.scale, settings, {}, {}
-            )
-            for variant, task in itertools.product(experiment.methods, experiment.tasks):
-                method, parameters = _method_of(config, variant)
-                for seed in scale.ablation_seeds if experiment.ablation else scale.seeds:
-                    run = f"{variant}.{task}.{backbone}.{seed}"
-                    found[run] = Run(
-                        name=run,
-                        variant=variant,
-                        method=method,
-                        title=titles[variant],
-                        task=task,
-                        backbone=backbone,
-                        seed=seed,
-                        scale=config.scale,
-                        settings=settings,
-                        rewards=config.tasks[task].rewards,
-                        hyperparameters=parameters,
-                        snapshots=_snapshots(config, costs, variant),
-                    )
+            for variant, task in _trained(scale, experiment):
+                for seed in seeds:
+                    add(variant, task, backbone, prompts, seed)
     return found
+
+
+def _untrained(scale: Scale, experiment: Experiment) -> list[str]:
+    """The base models of an experiment, which its figures need, and the models beside them."""
+    return [
+        *(scale.backbones[part] for part in experiment.backbones),
+        *(scale.models if experiment.models else ()),
+    ]
+
+
+def _trained(scale: Scale, experiment: Experiment) -> list[tuple[str, str]]:
+    """The (method, task) of an experiment that the scale trains."""
+    kept = [variant for variant in experiment.methods if variant not in scale.without]
+    return list(itertools.product(kept, experiment.tasks))
 
 
 def _costs(config: Config) -> dict[str, float]:
@@ -575,6 +678,8 @@ def evaluations(config: Config) -> dict[str, dict[str, Any]]:
         name: {
             "prompts": evaluation.prompts,
             "batch": evaluation.batch,
+            "resolution": evaluation.resolution or config.active.resolution,
+            "server": list(evaluation.server),
             "correlation": {
                 "nfe": evaluation.few_nfe,
                 "prompts": evaluation.correlation_prompts,
@@ -605,47 +710,62 @@ def _titles(config: Config) -> dict[str, str]:
 def tables(config: Config) -> list[dict[str, Any]]:
     """What the active scale's tables and figures show, as plain data.
 
-    Each has `name`, `kind`, `caption`, `header`, `figures`, `reference`, `evaluation` (the few,
-    full and curve's steps), and `rows` of {runs, variant, task, part, backbone, nfe, iteration,
+    Each has `name`, `kind`, `caption`, `header`, `figures`, `reference`, `evaluation` (the few and
+    the curve's steps), and `rows` of {runs, variant, task, part, backbone, nfe, full, iteration,
     sampler, label, rule}: the names of the runs that a row stands for and what they share, at how
-    many steps and after which iteration (None: the last) and by which sampler they are judged
-    (None: the run's own), the row's label, and whether a line separates it from the row above.
+    many steps (and the model's full ones) and after which iteration (None: the last) and by which
+    sampler they are judged (None: the run's own), the row's label, and whether a line separates it
+    from the row above.
     """
     scale = config.active
     evaluation = scale.evaluation
     costs, titles = _costs(config), _titles(config)
-    members: dict[tuple[str, str, str], list[str]] = {}
+    members: dict[tuple[str, str, str, str], list[str]] = {}
     for run in runs(config).values():
-        members.setdefault((run.variant, run.task, run.backbone), []).append(run.name)
+        key = (run.variant, run.task, run.prompts, run.backbone)
+        members.setdefault(key, []).append(run.name)
+    parts = {model: part for part, model in scale.backbones.items()}
+
+    def common(model: str) -> dict[str, Any]:
+        return {
+            "part": parts.get(model, ""),
+            "backbone": model,
+            "full": models.read()[model].settings(evaluation.base_nfe)["steps"],
+            "iteration": None,
+            "rule": False,
+        }
+
     found = []
     for name in scale.experiments:
         experiment = config.experiments[name]
         few = experiment.nfe or (evaluation.few_nfe,)
+        prompts = scale.prompts[_prompts_of(config, experiment)]
         rows: list[dict[str, Any]] = []
+        for model in _untrained(scale, experiment):
+            row = {**common(model), "variant": BASE, "task": "", "label": models.read()[model].title}
+            row["runs"] = members[BASE, "", prompts, model]
+            if model in scale.models:
+                rows.append({**row, "sampler": "pipeline", "nfe": row["full"]})
+            elif experiment.base or experiment.kind == "correlation":
+                first = row["full"] if experiment.kind == "scores" else evaluation.few_nfe
+                for n in dict.fromkeys((first, evaluation.few_nfe)):
+                    rows.append({**row, "sampler": "ode", "nfe": n})
         for part in experiment.backbones:
             backbone = scale.backbones[part]
-            common = {"part": part, "backbone": backbone, "rule": False, "iteration": None}
-            if experiment.base or experiment.kind == "correlation":
-                base = {"variant": BASE, "task": "", "label": backbone, "sampler": "ode"}
-                full = evaluation.base_nfe if experiment.kind == "scores" else evaluation.few_nfe
-                names = members[BASE, "", backbone]
-                for n in dict.fromkeys((full, evaluation.few_nfe)):
-                    rows.append({**common, **base, "runs": names, "nfe": n})
-            first = True
-            for variant, task in itertools.product(experiment.methods, experiment.tasks):
+            for number, (variant, task) in enumerate(_trained(scale, experiment)):
                 label = experiment.labels.get(variant) or titles[variant]
                 if len(experiment.tasks) > 1:
                     label = config.tasks[task].title or task
                 if len(experiment.backbones) > 1:
-                    label = f"{label} + {backbone}"
+                    label = f"{label} + {models.read()[backbone].title}"
                 for n in few:
-                    row: dict[str, Any] = {**common, "variant": variant, "task": task, "nfe": n}
-                    row |= {"label": label, "sampler": None, "rule": first and bool(rows)}
-                    row["runs"] = members[variant, task, backbone]
+                    row = {**common(backbone), "variant": variant, "task": task, "nfe": n}
+                    row |= {"label": label, "sampler": None}
+                    row["rule"] = bool(rows) and number == 0 and n == few[0]
+                    row["runs"] = members[variant, task, prompts, backbone]
                     if experiment.kind == "compute":
                         row["iteration"] = _iterations_at(config, costs, variant, 1.0)
                     rows.append(row)
-                    first = False
         found.append(
             {
                 "name": name,
@@ -656,7 +776,6 @@ def tables(config: Config) -> list[dict[str, Any]]:
                 "reference": config.reference,
                 "evaluation": {
                     "few": evaluation.few_nfe,
-                    "full": evaluation.base_nfe,
                     "curve": list(evaluation.curve_nfe),
                 },
                 "rows": rows,

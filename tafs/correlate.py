@@ -15,7 +15,6 @@ from torch import Tensor
 from tafs import checkpoint, evaluate, rundir, sampling, seeding
 from tafs.backbones.base import Backbone
 from tafs.progress import Reporter
-from tafs.rewards import METRICS, registry
 
 
 @torch.no_grad()
@@ -46,11 +45,11 @@ def correlate(run: rundir.RunDir) -> None:
         ValueError: there are not so many training prompts.
     """
     description, evaluation = run.description, run.evaluation
-    world, seed = description["settings"]["world"], evaluate.EVALUATION_SEED
+    world, prompt_set, seed = run.world, description["prompts"], evaluate.EVALUATION_SEED
     backbone = evaluate.load_model(run, None)
-    rewards = registry.load(METRICS, world)
+    rewards = world.rewards(world.metrics(prompt_set))
     steps, batch = evaluation["correlation"]["nfe"], evaluation["batch"]
-    count, known = evaluation["correlation"]["prompts"], rundir.train_prompts(world)
+    count, known = evaluation["correlation"]["prompts"], world.prompts(prompt_set, "train")
     if count > len(known):
         raise ValueError(f"correlation_prompts: {count}, but there are {len(known)} of training")
     chosen = np.random.default_rng(seed).choice(len(known), count, replace=False)
@@ -60,6 +59,7 @@ def correlate(run: rundir.RunDir) -> None:
     for low in range(0, len(drawn), batch):
         part = drawn[low : low + batch]
         generator = seeding.generator(seed, "correlate", low)
+        backbone.prepare([prompt.text for prompt in part])
         images = images_along(backbone, [prompt.text for prompt in part], steps, generator)
         scores = rewards.report(rewards.score(images.flatten(0, 1), part * steps))
         index = {
@@ -67,7 +67,7 @@ def correlate(run: rundir.RunDir) -> None:
             "step": np.repeat(np.arange(1, steps + 1), len(part)),
         }
         parts += [
-            pd.DataFrame({**index, "metric": metric, "value": values.double().numpy()})
+            pd.DataFrame({**index, "metric": metric, "value": values.double().cpu().numpy()})
             for metric, values in scores.items()
         ]
         reporter.advance(f"{low + len(part)} prompts")

@@ -101,16 +101,12 @@ def draw(
     Raises:
         ValueError: an input is missing or broken; names it.
     """
-    few, full, curve = (spec["evaluation"][key] for key in ("few", "full", "curve"))
+    few, curve = (spec["evaluation"][key] for key in ("few", "curve"))
     if kind == "images":
-        run = rundir.RunDir(run_dirs[0])
-        held_out = rundir.test_prompts(
-            run.description["settings"]["world"], run.evaluation["prompts"]
-        )
-        captions = [prompt.text for prompt in held_out]
-        return image_grid(run_dirs, out_dir, name=name, captions=captions, nfe=few, full_steps=full)
+        captions = [prompt.text for prompt in rundir.RunDir(run_dirs[0]).test_prompts()]
+        return image_grid(run_dirs, out_dir, name=name, captions=captions, nfe=few)
     given: dict[str, dict[str, Any]] = {
-        "steps": {"nfe": curve, "full_steps": full},
+        "steps": {"nfe": curve},
         "pareto": {"nfe": curve, "few": few},
         "compute": {"nfe": few},
         "curves": {},
@@ -126,7 +122,6 @@ def figure4(
     *,
     name: str = "figure4",
     nfe: Sequence[int],
-    full_steps: int,
 ) -> list[Path]:
     """Figure 4: every metric against the number of inference steps, a line a method.
 
@@ -148,8 +143,8 @@ def figure4(
                 estimates = [_estimate(system, n, metric) for n in nfe]
                 _band(axes, nfe, estimates, look, system.label)
                 if not system.trained:
-                    value = _estimate(system, full_steps, metric).value
-                    at_full = f"{system.label}, {full_steps} steps"
+                    value = _estimate(system, system.full_steps, metric).value
+                    at_full = f"{system.label}, {system.full_steps} steps"
                     dots = (0, (1, 2)) if look.line == "-" else (0, (1, 5))
                     axes.axhline(
                         value, color=look.colour, linestyle=dots, linewidth=1.2, label=at_full
@@ -316,7 +311,6 @@ def image_grid(
     indices: Sequence[int] | None = None,
     per_tag: int = 2,
     nfe: int,
-    full_steps: int,
 ) -> list[Path]:
     """The same prompts and start noise side by side, each system's lowest seed.
 
@@ -331,7 +325,7 @@ def image_grid(
     columns: list[tuple[str, Result, str]] = []
     systems = systems_of(results)
     for system in systems:
-        steps = [full_steps, nfe] if not system.trained else [nfe]
+        steps = [nfe] if system.trained else [system.full_steps, nfe]
         for n in dict.fromkeys(steps):
             title = f"{textwrap.fill(system.label, 14)}\n{n} steps"
             columns.append((title, system.results[0], f"{system.sampler}-{n}"))

@@ -41,6 +41,17 @@ def read(path: Path) -> list[Prompt]:
     return prompts
 
 
+def first_of_each(prompts: Sequence[Prompt], count: int | None) -> list[int]:
+    """The places of the first `count` prompts of each tag, in their order; None: of all."""
+    seen: dict[str, int] = {}
+    kept = []
+    for place, prompt in enumerate(prompts):
+        seen[prompt.tag] = seen.get(prompt.tag, 0) + 1
+        if count is None or seen[prompt.tag] <= count:
+            kept.append(place)
+    return kept
+
+
 def draw(
     prompts: Sequence[Prompt],
     count: int,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from tafs import rundir
-from tafs.shapes import weights
+from tafs import worlds
+from tafs.prompts import Prompt
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy")
 
@@ -17,19 +20,26 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy")
 def collect(description: dict[str, Any]) -> dict[str, Any]:
     """Facts that journal, tables and tracking repeat; nothing from the environment's variables."""
     root = Path(__file__).resolve().parent.parent
-    models = sorted({description["backbone"], *description["rewards"]} - {"geneval"})
+    world, prompt_set = worlds.of(description["settings"]), description["prompts"]
+    names = sorted({description["backbone"], *description["rewards"]})
     return {
         "git_commit": _git(root, "rev-parse", "HEAD"),
         "git_changed": bool(_git(root, "status", "--porcelain", "--untracked-files=no")),
-        "weights": {model: weights.digest(model) for model in models},
+        "weights": world.digests(names),
+        "random_weights": world.random(names),
         "prompts": {
-            split: weights.sha256(rundir.prompt_file(description["settings"]["world"], split))
-            for split in ("train", "test")
+            split: _digest(world.prompts(prompt_set, split)) for split in ("train", "test")
         },
         "versions": {name: metadata.version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "machine": platform.machine(),
     }
+
+
+def _digest(found: Sequence[Prompt]) -> str:
+    """SHA-256 of a prompt set's rows."""
+    rows = "".join(json.dumps(prompt.row, sort_keys=True) + "\n" for prompt in found)
+    return hashlib.sha256(rows.encode()).hexdigest()
 
 
 def _git(root: Path, *arguments: str) -> str | None:

@@ -60,22 +60,13 @@ class Scores:
         return [metric for metric in METRICS if metric in found]
 
 
-def read_scores(file: Path) -> Scores:
-    """scores.parquet as dense arrays.
+def read_scores(file: Path, *more: Path) -> Scores:
+    """scores.parquet, and the further metrics of judgements.parquet, as dense arrays.
 
     Raises:
-        ValueError: it is missing, unreadable or holds an image twice; names the file.
+        ValueError: a file is missing or unreadable, or an image is there twice; names the file.
     """
-    if not file.is_file():
-        raise ValueError(f"{file}: not found; `python -m tafs.evaluate` writes it")
-    columns = ["prompt", "tag", "image", "iteration", "sampler", "nfe", "metric", "value"]
-    try:
-        table = pd.read_parquet(file, columns=columns)
-    except (ValueError, KeyError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{file}: not a table of scores ({reason})") from None
-    if table.empty:
-        raise ValueError(f"{file}: holds no scores")
+    table = pd.concat([_read_long(part) for part in (file, *more)], ignore_index=True)
     axes = ["sampler", "nfe", "metric", "iteration", "prompt", "image"]
     codes, names = zip(*(pd.factorize(table[name], sort=True) for name in axes), strict=True)
     shape = tuple(len(found) for found in names)
@@ -103,6 +94,22 @@ def read_scores(file: Path) -> Scores:
     )
 
 
+def _read_long(file: Path) -> pd.DataFrame:
+    if not file.is_file():
+        stage = "judge" if file.name.startswith("judgements") else "evaluate"
+        raise ValueError(f"{file}: not found; `python -m tafs.{stage}` writes it")
+    columns = ["prompt", "tag", "image", "iteration", "sampler", "nfe", "metric", "value"]
+    try:
+        table = pd.read_parquet(file, columns=columns)
+    except (ValueError, KeyError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{file}: not a table of scores ({reason})") from None
+    if table.empty:
+        raise ValueError(f"{file}: holds no scores")
+    # Categories of two files differ, and would come back as objects.
+    return table.astype({name: "str" for name in ("tag", "sampler", "metric")})
+
+
 def read_step_scores(file: Path) -> pd.DataFrame:
     """step_scores.parquet: prompt, step, metric, value.
 
@@ -122,7 +129,7 @@ def read_step_scores(file: Path) -> pd.DataFrame:
 
 
 # Of run.json.
-REQUIRED = ("name", "method", "title", "backbone", "seed", "scale", "sampler", "iterations")
+REQUIRED = "name method title backbone model seed scale sampler iterations"
 
 
 class Result:
@@ -142,7 +149,7 @@ class Result:
             info = self.run.description
         except FileNotFoundError as error:
             raise ValueError(str(error)) from None
-        for key in REQUIRED:
+        for key in REQUIRED.split():
             if key not in info:
                 raise ValueError(f"{self.run.folder / 'run.json'}: has no {key!r}")
         return info
@@ -166,7 +173,15 @@ class Result:
 
     @cached_property
     def scores(self) -> Scores:
-        return read_scores(self.run.scores)
+        """Of the evaluation, and of a server where it judged the images.
+
+        Raises:
+            ValueError: a file is missing or broken; names it.
+        """
+        files = [self.run.scores]
+        if self.run.evaluation["server"]:
+            files.append(self.run.judgements)
+        return read_scores(*files)
 
     @cached_property
     def step_scores(self) -> pd.DataFrame:
@@ -215,6 +230,11 @@ class System:
     def sampler(self) -> str:
         """The runs' own sampler for few steps."""
         return str(self.info["sampler"])
+
+    @property
+    def full_steps(self) -> int:
+        """The untrained model's own steps."""
+        return int(self.info["model"]["steps"])
 
     def values(self, sampler: str, nfe: int, metric: str, iteration: int | None = None) -> Array:
         """[seeds, prompts, images] of the models after an iteration; None: the final ones.

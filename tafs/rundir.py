@@ -8,12 +8,9 @@ import sys
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tafs import config, prompts
-
-if TYPE_CHECKING:  # what only writes descriptions needs no torch
-    from tafs.backbones.base import Backbone
+from tafs import config, prompts, worlds
 
 
 class RunDir:
@@ -26,6 +23,8 @@ class RunDir:
         self.journal = folder / "journal.jsonl"
         self.scores = folder / "scores.parquet"
         self.samples = folder / "samples.safetensors"
+        self.images = folder / "images.zip"
+        self.judgements = folder / "judgements.parquet"
         self.step_scores = folder / "step_scores.parquet"
         self.snapshots = folder / "snapshots"
         self.state = folder / ".state"
@@ -52,6 +51,16 @@ class RunDir:
     def snapshot(self, iteration: int) -> Path:
         """The adapter after so many iterations, one of run.json's `snapshots`."""
         return self.snapshots / f"{iteration}.safetensors"
+
+    @cached_property
+    def world(self) -> worlds.World:
+        """Where its models, rewards and prompts come from."""
+        return worlds.of(self.description["settings"])
+
+    def test_prompts(self) -> list[prompts.Prompt]:
+        """The held-out prompts that it is judged on."""
+        found = self.world.prompts(self.description["prompts"], "test")
+        return [found[i] for i in prompts.first_of_each(found, self.evaluation["prompts"])]
 
     @property
     def trained(self) -> bool:
@@ -86,51 +95,6 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def prompt_file(world: str, split: str) -> Path:
-    """The prompt set of a world; `split` is train or test."""
-    from tafs.shapes.captions import DATA
-
-    files = {"shapes": DATA / f"{split}.jsonl"}
-    return files[world]
-
-
-def train_prompts(world: str) -> list[prompts.Prompt]:
-    return prompts.read(prompt_file(world, "train"))
-
-
-def test_prompts(world: str, per_tag: int | None = None) -> list[prompts.Prompt]:
-    """The held-out prompts, or the first `per_tag` of each tag."""
-    found = prompts.read(prompt_file(world, "test"))
-    if per_tag is None:
-        return found
-    seen: dict[str, int] = {}
-    kept = []
-    for prompt in found:
-        seen[prompt.tag] = seen.get(prompt.tag, 0) + 1
-        if seen[prompt.tag] <= per_tag:
-            kept.append(prompt)
-    return kept
-
-
-def load_backbone(description: dict[str, Any]) -> Backbone:
-    """The run's base model, its weights verified.
-
-    Raises:
-        ValueError: no such backbone, or its weights are altered or missing.
-    """
-    from tafs import backbones
-    from tafs.shapes import weights
-
-    settings = description["settings"]
-    folder = weights.verify(description["backbone"])
-    return backbones.load(
-        folder,
-        resolution=settings["resolution"],
-        guidance=settings["guidance"],
-        max_sequence_length=settings["max_sequence_length"],
-    )
-
-
 def limit_threads() -> None:
     """One thread a process unless TAFS_THREADS says more: two jobs with one thread each do more
     work than one job with two, and the sums do not depend on the machine's size."""
@@ -149,7 +113,10 @@ def run_stage(stage: str, work: Callable[[RunDir], None]) -> None:
         print(f"usage: python -m tafs.{stage} RUN_DIR", file=sys.stderr)
         sys.exit(2)
     limit_threads()
-    fail_in_one_line(f"{stage} {sys.argv[1]}", lambda: work(RunDir(Path(sys.argv[1]))))
+    what = f"{stage} {sys.argv[1]}"
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        what += f" (process {os.environ.get('RANK')})"
+    fail_in_one_line(what, lambda: work(RunDir(Path(sys.argv[1]))))
 
 
 def fail_in_one_line(what: str, work: Callable[[], None]) -> None:

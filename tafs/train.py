@@ -4,6 +4,14 @@ Writes adapter.safetensors, journal.jsonl and, after the iterations that run.jso
 Until then all of it and the resume state live in RUN_DIR/.state, which outlives a kill, is refused
 when the run's fingerprint has changed, and is deleted on success. All randomness comes from streams
 of (seed, name, iteration), so a resumed run draws what an undisturbed one draws.
+
+`torchrun --standalone --nproc-per-node=8 -m tafs.train RUN_DIR` trains the same run on eight GPUs,
+and either command continues what the other began. Each process takes an equal part of the groups of
+every optimiser step. Prompts and start noise are drawn for the whole iteration, the steps' noise
+for each micro-batch by the place of its first image in the iteration; so where `micro_batch`
+divides a process's images of a step, the draws do not depend on the number of processes, and what
+is trained depends on it by the rounding of sums alone. The first process writes all files, and all
+processes read the resume state: RUN_DIR must be on a file system that they share.
 """
 
 from __future__ import annotations
@@ -21,9 +29,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tafs import checkpoint, prompts, provenance, rundir, seeding
+from tafs import checkpoint, distributed, prompts, provenance, rundir, seeding
 from tafs import method as methods
 from tafs.backbones.base import Backbone, fast_dtype
+from tafs.distributed import World
 from tafs.journal import Journal
 from tafs.method import Feedback, Trajectory
 from tafs.progress import Reporter
@@ -51,14 +60,23 @@ class Rewards:
 
 
 class Trainer:
-    """Everything that a run carries from iteration to iteration."""
+    """Everything that a run carries from iteration to iteration, in one of its processes.
+
+    Raises:
+        ValueError: the prompts of an iteration cannot be shared out to updates and processes.
+    """
 
     def __init__(
-        self, description: Mapping[str, Any], backbone: Backbone, rewards: RewardSet
+        self,
+        description: Mapping[str, Any],
+        backbone: Backbone,
+        rewards: RewardSet,
+        world: World = distributed.ALONE,
     ) -> None:
         settings = description["settings"]
         self.backbone = backbone
         self.rewards = rewards
+        self.world = world
         self.seed: int = description["seed"]
         self.method = methods.create(description["method"], dict(description["hyperparameters"]))
         self.weights: dict[str, float] = description["rewards"]
@@ -74,6 +92,15 @@ class Trainer:
                 f"updates: {self.method.updates} does not divide prompts_per_iteration "
                 f"({self.groups}); choose a divisor"
             )
+        shared = self.groups // self.method.updates
+        if shared % world.size:
+            raise ValueError(
+                f"prompts_per_iteration: {self.groups} prompts in {self.method.updates} updates "
+                f"cannot be shared by {world.size} processes; choose a divisor of {shared}"
+            )
+        # The groups of this process, of all that an iteration has.
+        parts = torch.arange(self.groups).view(self.method.updates, world.size, -1)
+        self.own: list[int] = parts[:, world.rank].flatten().tolist()
         lora = settings["lora"]
         backbone.add_lora(lora["rank"], lora["alpha"], seeding.generator(self.seed, "lora"))
         self.parameters = backbone.lora_parameters()
@@ -89,6 +116,9 @@ class Trainer:
     def iterate(self, iteration: int) -> dict[str, Any]:
         """Sample, score, update; returns the journal's record.
 
+        It describes the images of all processes, but for the time, which is this process's, and
+        the divergence, which is that of this process's first group.
+
         Raises:
             NonFinite: before anything is updated; names the iteration and the source.
         """
@@ -96,12 +126,13 @@ class Trainer:
         start = clock()
         rng = np.random.default_rng([self.seed, iteration])
         drawn = prompts.draw(self.prompts, self.groups, rng)
-        chunks = self._rollout([p.text for p in drawn], iteration)
+        chunks = self._rollout([drawn[group].text for group in self.own], iteration)
         sampled = clock()
-        rewards = self._score(chunks, drawn, iteration)
-        advantages = self.method.credit(rewards.by_name, rewards.weights).flatten(1)
+        owners = [drawn[group] for group in self.own for _ in range(self.group_size)]
+        rewards = self._score(chunks, owners, iteration)
+        advantages = self.method.credit(rewards.by_name, rewards.weights)[:, self.own].flatten(1)
         scored = clock()
-        learned = self._update(chunks, drawn, advantages, iteration)
+        learned = self._update(chunks, owners, advantages, iteration)
         end = clock()
         group = chunks[0].images(slice(0, self.group_size))
         with torch.no_grad():
@@ -124,7 +155,7 @@ class Trainer:
 
     @torch.no_grad()
     def _rollout(self, texts: Sequence[str], iteration: int) -> list[Trajectory]:
-        """The iteration's images in micro-batches, the very ones that the update will take: the
+        """This process's images in micro-batches, the very ones that the update will take: the
         ratio is exactly 1 before the first update only if both see the same shapes."""
         cond = self.backbone.encode(texts).repeat_interleave(self.group_size)
         shape = self.backbone.latent_shape
@@ -134,18 +165,18 @@ class Trainer:
             per_group,
             *shape,
             generator=seeding.generator(self.seed, "start", iteration),
-        )
+        )[self.own]
         noise = noise.expand(-1, self.group_size, *shape).flatten(0, 1).to(self.backbone.device)
         chunks = []
         for part in self.micro_batches():
-            generator = seeding.generator(self.seed, "step", iteration, part.start)
+            generator = seeding.generator(self.seed, "step", iteration, self._place(part.start))
             chunks.append(
                 self.method.rollout(self.backbone, cond[part], noise[part], generator, iteration)
             )
         return chunks
 
     def micro_batches(self) -> list[slice]:
-        """An iteration's images in the parts that go through the network together."""
+        """This process's images in the parts that go through the network together."""
         return [
             slice(low, min(low + self.micro_batch, update.stop))
             for update in self._updates()
@@ -153,15 +184,20 @@ class Trainer:
         ]
 
     def _updates(self) -> list[slice]:
-        """The images of each optimiser step: equal shares of whole groups."""
-        share = self.groups // self.method.updates * self.group_size
-        return [slice(low, low + share) for low in range(0, self.groups * self.group_size, share)]
+        """This process's images of each optimiser step: equal shares of whole groups."""
+        images = len(self.own) * self.group_size
+        share = images // self.method.updates
+        return [slice(low, low + share) for low in range(0, images, share)]
+
+    def _place(self, image: int) -> int:
+        """Where an image of this process stands among all images of the iteration."""
+        group, member = divmod(image, self.group_size)
+        return self.own[group] * self.group_size + member
 
     def _score(
-        self, chunks: Sequence[Trajectory], drawn: Sequence[prompts.Prompt], iteration: int
+        self, chunks: Sequence[Trajectory], owners: Sequence[prompts.Prompt], iteration: int
     ) -> Rewards:
-        """Decode and score every scored image."""
-        owners = self._owners(drawn)
+        """Decode and score this process's images; the rewards of all processes' images."""
         columns: dict[str, list[Tensor]] = {name: [] for name in self.weights}
         low = 0
         for chunk in chunks:
@@ -172,26 +208,29 @@ class Trainer:
             for name, values in scores.items():
                 if not values.isfinite().all():
                     row = int((~values.isfinite()).nonzero()[0, 0])
+                    image, step = self._place(low + row % size), row // size + 1
                     raise NonFinite(
                         f"iteration {iteration}: reward {name!r} is {values[row].item()} for image "
-                        f"{low + row % size}, scored step {row // size + 1} of {scored}"
+                        f"{image}, scored step {step} of {scored}"
                     )
                 columns[name].append(values.view(scored, size))
             low += size
-        shape = (-1, self.groups, self.group_size)
-        by_name = {name: torch.cat(parts, dim=1).view(shape) for name, parts in columns.items()}
+        by_name = {}
+        for name, parts in columns.items():
+            own = torch.cat(parts, dim=1)
+            own = own.view(len(own), self.method.updates, -1, self.group_size)
+            by_name[name] = self.world.all_gather(own, dim=2).flatten(1, 2)
         return Rewards(by_name, self.rewards.report(by_name), self.weights)
 
     def _update(
         self,
         chunks: Sequence[Trajectory],
-        drawn: Sequence[prompts.Prompt],
+        owners: Sequence[prompts.Prompt],
         advantages: Tensor,
         iteration: int,
     ) -> dict[str, Any]:
-        """The optimiser steps; advantages: [T, B]."""
+        """The optimiser steps; advantages: [T, B] of this process's images."""
         method = self.method
-        owners = self._owners(drawn)
         facts: dict[str, list[Tensor]] = {}
         norms = []
         pending = iter(chunks)
@@ -208,7 +247,7 @@ class Trainer:
                     self.weights,
                     self.averaged,
                 )
-                share = size / (update.stop - update.start)
+                share = size / ((update.stop - update.start) * self.world.size)
                 for part in method.losses(self.backbone, chunk, feedback, self.micro_batch):
                     if not part.loss.isfinite():
                         where = f"iteration {iteration}, update {number}"
@@ -217,6 +256,10 @@ class Trainer:
                     for name, values in part.facts.items():
                         facts.setdefault(name, []).append(values)
                 low += size
+            # DistributedDataParallel would sum them in a wrapped network's forward and backward
+            # passes; methods call the backbone itself, and the adapter is small enough to be
+            # summed at once. Every process gets the same sum, bit for bit, and so the same adapter.
+            self.world.sum_gradients(self.parameters.values())
             norm = nn.utils.clip_grad_norm_(self.parameters.values(), method.max_grad_norm)
             if not norm.isfinite():
                 raise NonFinite(
@@ -226,12 +269,14 @@ class Trainer:
             norms.append(norm.item())
             for name, parameter in self.parameters.items():
                 self.averages[name].lerp_(parameter.detach(), 1 - method.ema)
-        means = {name: torch.cat(parts).mean().item() for name, parts in facts.items()}
+        means = {name: self._mean(torch.cat(parts)) for name, parts in facts.items()}
         return {**means, "grad_norm": sum(norms) / len(norms)}
 
-    def _owners(self, drawn: Sequence[prompts.Prompt]) -> list[prompts.Prompt]:
-        """The prompt of every image."""
-        return [prompt for prompt in drawn for _ in range(self.group_size)]
+    def _mean(self, values: Tensor) -> float:
+        """Over the values of all processes."""
+        total = torch.stack([values.sum(), values.new_tensor(len(values))])
+        self.world.sum_([total])
+        return (total[0] / total[1]).item()
 
     def _differentiable_rewards(
         self, owners: Sequence[prompts.Prompt], x_0: Tensor, part: slice
@@ -276,48 +321,79 @@ class Trainer:
             checkpoint.atomic_write(path, self.backbone.save_adapter)
 
 
-def train(run: rundir.RunDir) -> None:
-    """Train a run from its newest usable state to its adapter."""
-    description = run.description
-    settings = description["settings"]
-    backbone = rundir.load_backbone(description)
-    rewards = registry.load(list(description["rewards"]), settings["world"])
-    trainer = Trainer(description, backbone, rewards)
-    fingerprint = run.fingerprint()
-    state = checkpoint.load(run.checkpoints, fingerprint)
-    if state is None:
-        # Nothing to continue: a journal that is there belongs to a run with other settings.
-        run.clear_state()
-    journal = Journal(run.state / "journal.jsonl")
-    done, seconds = 0, 0.0
-    if state is None:
-        facts = {"run": run.name, "fingerprint": fingerprint}
-        journal.append("start", **facts, provenance=provenance.collect(description))
-    else:
-        trainer.restore(state)
-        done, seconds = state.iteration, state.values["seconds"]
-        journal.append("resume", iteration=done, notes=state.notes)
-    reporter = Reporter(run.folder, "train", trainer.iterations, done)
-    for iteration in range(done, trainer.iterations):
-        record = trainer.iterate(iteration)
-        seconds += record["seconds"]["total"]
-        journal.append("iteration", **record)
-        reporter.advance(_headline(record["rewards"]))
-        done = iteration + 1
-        if done in description["snapshots"]:
+class Keeper:
+    """The files of a run in training, which one process writes for all."""
+
+    def __init__(
+        self, run: rundir.RunDir, trainer: Trainer, fingerprint: str, state: checkpoint.State | None
+    ) -> None:
+        self.run = run
+        self.trainer = trainer
+        self.fingerprint = fingerprint
+        self.journal = Journal(run.state / "journal.jsonl")
+        if state is None:
+            # Nothing to continue: a journal that is there belongs to a run with other settings.
+            run.clear_state()
+            facts = {"run": run.name, "fingerprint": fingerprint}
+            self.journal.append("start", **facts, provenance=provenance.collect(run.description))
+        else:
+            self.journal.append("resume", iteration=state.iteration, notes=state.notes)
+        self.seconds: float = 0.0 if state is None else state.values["seconds"]
+        done = 0 if state is None else state.iteration
+        self.reporter = Reporter(run.folder, "train", trainer.iterations, done)
+
+    def keep(self, record: Mapping[str, Any]) -> None:
+        """Write what is due after an iteration."""
+        run, trainer = self.run, self.trainer
+        self.seconds += record["seconds"]["total"]
+        self.journal.append("iteration", **record)
+        self.reporter.advance(_headline(record["rewards"]))
+        done = record["iteration"] + 1
+        if done in run.description["snapshots"]:
             run.state.joinpath("snapshots").mkdir(exist_ok=True)
             trainer.export(run.state / "snapshots" / run.snapshot(done).name)
-        if done % settings["checkpoint_every"] == 0 or done == trainer.iterations:
-            trainer.save(run.checkpoints, fingerprint, done, seconds)
-    journal.append("end", iterations=trainer.iterations, seconds=seconds)
-    checkpoint.atomic_text(run.journal, journal.path.read_text(encoding="utf-8"))
-    run.snapshots.mkdir(exist_ok=True)
-    for iteration in description["snapshots"]:
-        kept = run.state / "snapshots" / run.snapshot(iteration).name
-        checkpoint.atomic_write(run.snapshot(iteration), partial(shutil.copyfile, kept))
-    trainer.export(run.adapter)
-    run.clear_state()
-    reporter.finish()
+        every = run.description["settings"]["checkpoint_every"]
+        if done % every == 0 or done == trainer.iterations:
+            trainer.save(run.checkpoints, self.fingerprint, done, self.seconds)
+
+    def finish(self) -> None:
+        """Put the finished run's files in their places."""
+        run = self.run
+        self.journal.append("end", iterations=self.trainer.iterations, seconds=self.seconds)
+        checkpoint.atomic_text(run.journal, self.journal.path.read_text(encoding="utf-8"))
+        run.snapshots.mkdir(exist_ok=True)
+        for iteration in run.description["snapshots"]:
+            kept = run.state / "snapshots" / run.snapshot(iteration).name
+            checkpoint.atomic_write(run.snapshot(iteration), partial(shutil.copyfile, kept))
+        self.trainer.export(run.adapter)
+        run.clear_state()
+        self.reporter.finish()
+
+
+def train(run: rundir.RunDir, world: World = distributed.ALONE) -> None:
+    """Train a run from its newest usable state to its adapter, in every process of `world`."""
+    description = run.description
+    backbone = rundir.load_backbone(description)
+    rewards = registry.load(list(description["rewards"]), description["settings"]["world"])
+    trainer = Trainer(description, backbone, rewards, world)
+    fingerprint = run.fingerprint()
+    state = checkpoint.load(run.checkpoints, fingerprint)
+    done = 0 if state is None else state.iteration
+    found = world.all_gather(torch.tensor([done]), dim=0).tolist()
+    if len(set(found)) > 1:
+        raise rundir.RunFailed(
+            f"{run.checkpoints}: the processes found states of different iterations ({found}, in "
+            f"order of rank); put the run on a file system that they share"
+        )
+    if state is not None:
+        trainer.restore(state)
+    keeper = Keeper(run, trainer, fingerprint, state) if world.leads else None
+    for iteration in range(done, trainer.iterations):
+        record = trainer.iterate(iteration)
+        if keeper is not None:
+            keeper.keep(record)
+    if keeper is not None:
+        keeper.finish()
 
 
 def _headline(rewards: dict[str, list[float]]) -> str:
@@ -325,8 +401,14 @@ def _headline(rewards: dict[str, list[float]]) -> str:
     return "  ".join(f"{name} {values[-1]:.3g}" for name, values in rewards.items())
 
 
+def train_together(run: rundir.RunDir) -> None:
+    """`train` in this process and in those that torchrun started beside it."""
+    with distributed.world() as world:
+        train(run, world)
+
+
 def main() -> None:
-    rundir.run_stage("train", train)
+    rundir.run_stage("train", train_together)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from tafs import checkpoint, config, prompts, rundir
+from tafs import checkpoint, config, prompts, rundir, worlds
 
 VALIDATION_PROMPTS = 96
 COLUMNS = ("method", "hyperparameters", "nfe", "score", "base_score", "iteration_s", "seed")
@@ -53,14 +53,14 @@ def trials(settings: config.Config) -> list[config.Run]:
 def score(description: dict[str, Any], nfe: int, batch: int, adapter: Path | None) -> float:
     """Mean total reward on training prompts, of a trained model or of the base."""
     from tafs import evaluate
-    from tafs.rewards import registry
 
-    backbone = rundir.load_backbone(description)
+    settings, prompt_set = description["settings"], description["prompts"]
+    world = worlds.of(settings)
+    backbone = world.model(description["backbone"], settings["resolution"])
     if adapter is not None:
         backbone.load_adapter(adapter)
-    world = description["settings"]["world"]
     rng = np.random.default_rng(description["seed"])
-    drawn = prompts.draw(rundir.train_prompts(world), VALIDATION_PROMPTS, rng)
+    drawn = prompts.draw(world.prompts(prompt_set, "train"), VALIDATION_PROMPTS, rng)
     images = evaluate.generate(
         backbone,
         [p.text for p in drawn],
@@ -68,7 +68,7 @@ def score(description: dict[str, Any], nfe: int, batch: int, adapter: Path | Non
         batch=batch,
         seed=description["seed"],
     )
-    rewards = registry.load(list(description["rewards"]), world)
+    rewards = world.rewards(list(description["rewards"]))
     scores = rewards.score(images, [p for p in drawn for _ in range(2)])
     total = sum(weight * scores[name].mean() for name, weight in description["rewards"].items())
     return float(total)

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import nn
 
 from tafs import backbones, sampling, seeding
-from tafs.backbones.base import Backbone
+from tafs.backbones.base import Backbone, Conditioning
 from tafs.shapes import pretrain, text, weights
 from tafs.shapes.scenes import IMAGE_SIZE
 
@@ -151,6 +151,76 @@ def test_the_same_seed_gives_the_same_adapter(backbone):
         fresh.add_lora(4, 8, seeding.generator(3, "lora"))
         parameters.append(fresh.lora_parameters())
     assert all(torch.equal(parameters[0][n], parameters[1][n]) for n in parameters[0])
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def guided(request) -> Backbone:
+    """With classifier-free guidance where the architecture has it."""
+    return load(request.param, guidance=3.0)
+
+
+def same(a: Conditioning, b: Conditioning) -> bool:
+    """Bit for bit."""
+    return torch.equal(a.embeds, b.embeds) and torch.equal(a.pooled, b.pooled)
+
+
+def test_a_prompt_has_the_same_conditioning_whatever_is_encoded_beside_it(guided):
+    together = guided.encode(PROMPTS)
+    fresh = load(name_of(guided), guidance=3.0)
+    fresh.prepare(["a green cross", PROMPTS[1], "three rings"])
+    alone = fresh.encode([PROMPTS[1]])
+    assert same(alone, together[1:])
+    if alone.negative is not None:
+        assert same(alone.negative, together.negative[1:])
+
+
+def test_conditioning_is_that_of_the_text_encoders(backbone):
+    cond, theirs = backbone.encode(PROMPTS), backbone.embed(PROMPTS)
+    torch.testing.assert_close(cond.embeds, theirs.embeds, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(cond.pooled, theirs.pooled, atol=1e-5, rtol=1e-5)
+    assert not cond.embeds.requires_grad
+
+
+def test_guidance_points_away_from_the_empty_prompt(guided):
+    negative = guided.encode(PROMPTS).negative
+    assert (negative is None) == (name_of(guided) == "shapes-flux")
+    if negative is not None:
+        assert same(negative, guided.encode(["", ""]))
+
+
+def test_a_repeated_prompt_is_a_repeated_row(guided):
+    cond = guided.encode([PROMPTS[1], PROMPTS[0], PROMPTS[1]])
+    assert same(cond, guided.encode(PROMPTS)[[1, 0, 1]])
+    assert same(guided.encode(PROMPTS).repeat_interleave(2)[1:3], guided.encode(PROMPTS))
+
+
+def test_a_prompt_is_encoded_once_until_another_set_is_prepared():
+    backbone, calls = load("shapes-sd3"), []
+    backbone.pipeline.text_encoder.register_forward_pre_hook(lambda *_: calls.append(1))
+    backbone.encode(PROMPTS)
+    backbone.encode(PROMPTS)
+    assert len(calls) == 2
+    backbone.prepare(PROMPTS[:1])
+    backbone.encode(PROMPTS[:1])
+    assert len(calls) == 2
+    backbone.encode(PROMPTS)
+    assert len(calls) == 3
+    backbone.prepare([])
+    backbone.encode(PROMPTS)
+    assert len(calls) == 5
+
+
+def test_the_text_encoders_can_be_trained():
+    backbone = load("shapes-sd3")
+    weight = backbone.pipeline.text_encoder.text_projection.weight.requires_grad_()
+    backbone.embed(PROMPTS).pooled.sum().backward()
+    assert weight.grad.abs().max() > 0
+
+
+def test_a_resolution_that_splits_a_patch_is_refused():
+    for name, patch in (("shapes-sd3", 4), ("shapes-flux", 8)):
+        with pytest.raises(ValueError, match=f"resolution: 25 is not a multiple of {patch}"):
+            backbones.load(folder(name), resolution=25, guidance=1.0, max_sequence_length=10)
 
 
 def test_only_the_adapter_is_trained(adapted):

@@ -1,5 +1,6 @@
 """GenEval's verdict and the graded credit on hand-made detections."""
 
+import numpy as np
 import pytest
 
 from tafs.rewards.geneval import Detection, judge, relations
@@ -89,3 +90,112 @@ def test_a_relation_needs_its_target():
     right = judge([thing("ring", 0), thing("cross", 50)], row)
     assert right.correct is False and right.graded == pytest.approx(2 / 3)
     assert judge([thing("cross", 0)], row).correct is False
+
+
+def test_what_is_left_of_an_offset_below_a_thousandth_of_a_pixel_is_none():
+    a, b = (Detection("a", 0.9, (x, 0.0, x, 0.0), None) for x in (0.0, 0.0009))
+    assert relations(a, b) == set()
+    far = a._replace(box=(0.002, 0.0, 0.002, 0.0))
+    assert relations(far, a) == {"right of"}
+
+
+def test_every_exclusion_of_a_class_counts():
+    row = {
+        "tag": "counting",
+        "include": [include("ring")],
+        "exclude": [{"class": "ring", "count": 2}, {"class": "ring", "count": 5}],
+    }
+    assert judge([thing("ring")], row).correct
+    assert not judge([thing("ring"), thing("ring", 30)], row).correct
+
+
+def test_a_prompt_without_metadata_is_refused_by_its_text():
+    with pytest.raises(ValueError, match="GenEval cannot judge 'a fine day': no 'include'"):
+        judge([thing("ring")], {"prompt": "a fine day"})
+
+
+# -- against another reading of the rules ----------------------------------------------------------
+# evaluate_images.py of https://github.com/djghosh13/geneval decides whether an image is correct:
+# a requirement holds if there are as many objects as asked, if the most confident so many all have
+# the colour asked, and if each stands in the relation asked to each object of an earlier
+# requirement that holds itself. All requirements hold, and no excluded class reaches its count.
+
+
+def direction(box, other):
+    """The relations of two boxes [2 corners, xy], in numpy."""
+    offset = box.mean(0) - other.mean(0)
+    slack = 0.1 * (np.ptp(box, axis=0) + np.ptp(other, axis=0))
+    rest = np.sign(offset) * np.clip(np.abs(offset) - slack, 0, None)
+    if np.abs(rest).max() < 1e-3:
+        return ()
+    x, y = rest / np.hypot(*offset)
+    named = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}
+    return [name for name, holds in named.items() if holds]
+
+
+def is_correct(found, row):
+    holds = []
+    for need in row["include"]:
+        first = [d for d in found if d.label == need["class"]][: need["count"]]
+        fine = len(first) == need["count"]
+        if fine and "color" in need:
+            fine = {d.color for d in first} == {need["color"]}
+        if fine and "position" in need:
+            relation, target = need["position"]
+            fine = holds[target] is not None and all(
+                relation in direction(np.reshape(a.box, (2, 2)), np.reshape(b.box, (2, 2)))
+                for a in first
+                for b in holds[target]
+            )
+        holds.append(first if fine else None)
+    surplus = any(
+        sum(d.label == limit["class"] for d in found) >= limit["count"]
+        for limit in row.get("exclude", ())
+    )
+    return None not in holds and not surplus
+
+
+def draw_row(rng):
+    """One to three requirements of classes, counts, colours and relations in any mixture."""
+    needs = []
+    for i in range(rng.integers(1, 4)):
+        need = include(str(rng.choice(["ring", "cross"])), int(rng.choice([1, 1, 1, 2])))
+        if rng.random() < 0.3:
+            need["color"] = str(rng.choice(["red", "blue"]))
+        if i and rng.random() < 0.6:
+            relation = str(rng.choice(["left of", "right of", "above", "below"]))
+            need["position"] = [relation, int(rng.integers(i))]
+        needs.append(need)
+    limits = [
+        {"class": str(rng.choice(["ring", "cross"])), "count": int(rng.integers(2, 5))}
+        for _ in range(rng.integers(3))
+    ]
+    return {"tag": "mixed", "include": needs, **({"exclude": limits} if limits else {})}
+
+
+def draw_detections(rng):
+    """Up to five objects on a coarse grid, so that centres and thresholds often coincide."""
+    found = []
+    for _ in range(rng.integers(1, 6)):
+        x, y, width, height = (float(v) for v in rng.integers(0, 5, 4) * 5)
+        color = "red" if rng.random() < 0.8 else "blue"
+        box = (x, y, x + width, y + height)
+        found.append(Detection(str(rng.choice(["ring", "cross"])), 0.5, box, color))
+    return found
+
+
+def test_the_strict_verdict_is_the_originals_on_1000_drawn_cases():
+    rng = np.random.default_rng(0)
+    cases = [(draw_detections(rng), draw_row(rng)) for _ in range(1000)]
+    verdicts = [judge(found, row).correct for found, row in cases]
+    assert verdicts == [is_correct(found, row) for found, row in cases]
+    assert 150 < sum(verdicts) < 850
+
+
+def test_an_image_that_is_correct_has_full_credit_where_nothing_is_excluded():
+    rng = np.random.default_rng(1)
+    for _ in range(500):
+        found, row = draw_detections(rng), draw_row(rng)
+        row.pop("exclude", None)
+        verdict = judge(found, row)
+        assert verdict.correct == (verdict.graded == pytest.approx(1))

@@ -1,11 +1,11 @@
-"""What every backbone shares: decoding, the time grid, LoRA, saving and loading adapters."""
+"""What every backbone shares: prompts, decoding, the time grid, LoRA, saving and loading."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -19,7 +19,9 @@ from tafs.sampling import shifted
 
 TIMESTEPS = 1000  # the networks read t in [0, 1] as a timestep in [0, 1000]
 
-# The adapted layers: every projection of the joint attention, as in Flow-GRPO's public settings.
+# The adapted layers: every projection of the joint attention, as in Flow-GRPO's public settings for
+# SD3.5-M (those for FLUX.1 add the double blocks' feed-forward layers). FLUX.1's single blocks have
+# no output projection of their own, and SD3.5-M's second attention, `attn2`, stays as it is.
 ATTENTION = (
     "attn.add_k_proj",
     "attn.add_q_proj",
@@ -56,7 +58,11 @@ class Conditioning:
 class Backbone:
     """A diffusers pipeline as reinforcement learning needs it.
 
-    Convention: t = 1 is noise, t = 0 is data, the network predicts v = e - x_0.
+    Convention: t = 1 is noise, t = 0 is data, the network predicts v = e - x_0. The network and
+    the autoencoder stay on the device; the text encoders are there only while they encode.
+
+    Raises:
+        ValueError: the resolution is no whole number of the network's patches; names both.
     """
 
     lora_targets: ClassVar[Sequence[str]]
@@ -73,6 +79,13 @@ class Backbone:
         self.resolution = resolution  # of the images, in pixels
         self.guidance = guidance
         self.max_sequence_length = max_sequence_length
+        self._kept: dict[str, Conditioning] = {}  # by prompt, batches of one in host memory
+        patch = self.patch_size * pipeline.vae_scale_factor
+        if resolution % patch:
+            raise ValueError(
+                f"resolution: {resolution} is not a multiple of {patch}, "
+                "the pixels of one of this model's patches"
+            )
         for module in self._modules():
             module.eval().requires_grad_(False)
 
@@ -84,21 +97,129 @@ class Backbone:
         resolution: int,
         guidance: float,
         max_sequence_length: int,
-        device: str = "cpu",
+        device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        vae_dtype: torch.dtype = torch.float32,
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
     ) -> Self:
-        """Read a diffusers pipeline folder of this backbone's kind; see `tafs.backbones.load`."""
+        """Read a diffusers pipeline folder of this backbone's kind; see `tafs.backbones.load`.
+
+        Args:
+            dtype: of the network's and the text encoders' weights; an adapter is float32.
+            vae_dtype: of the autoencoder's weights; see also `decode`.
+            gradient_checkpointing: keep only the blocks' inputs for the backward pass, which
+                computes the rest again with the weights that it finds: an evaluation with
+                gradients must not stand inside `reference()`.
+            compile: compile the network's blocks at their first use. Evaluations with and without
+                gradients are compiled apart and may differ in rounding, so that the first ratios
+                of a policy are no longer exactly 1.
+        """
         pipeline = DiffusionPipeline.from_pretrained(
-            path, dtype=dtype, local_files_only=True, use_safetensors=True
+            path,
+            dtype={"default": dtype, "vae": vae_dtype},
+            local_files_only=True,
+            use_safetensors=True,
         )
         pipeline.set_progress_bar_config(disable=True)
         # Convolutions are faster so, on processors by a third.
         pipeline.vae.to(memory_format=torch.channels_last)
-        return cls(
-            pipeline.to(device),
+        backbone = cls(
+            pipeline,
             resolution=resolution,
             guidance=guidance,
             max_sequence_length=max_sequence_length,
+        )
+        for module in (pipeline.transformer, pipeline.vae):
+            module.to(device)
+            if gradient_checkpointing:
+                module.enable_gradient_checkpointing()
+        if compile:
+            for block in backbone.blocks:
+                block.compile()
+        return backbone
+
+    # -- the prompts ---------------------------------------------------------------------------
+
+    @property
+    def negative_prompt(self) -> str | None:
+        """What classifier-free guidance points away from; None where there is no such guidance."""
+        return None
+
+    def embed(self, prompts: Sequence[str]) -> Conditioning:
+        """Run the text encoders, where they are, on one batch; differentiable.
+
+        Returns:
+            Conditioning of the prompts, [len(prompts), ...], without `negative`.
+        """
+        raise NotImplementedError
+
+    def prepare(self, prompts: Sequence[str]) -> None:
+        """Encode the prompts and keep them in host memory; every other prompt is forgotten.
+
+        One prompt of 512 tokens takes 4 MiB of FLUX.1-dev's embeddings in bfloat16: what is
+        prepared at a time is what is about to be used.
+        """
+        wanted = self._with_negative(prompts)
+        self._kept = {prompt: kept for prompt, kept in self._kept.items() if prompt in wanted}
+        self._keep(wanted)
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Conditioning of the prompts on the device, [len(prompts), ...], without gradients.
+
+        Each prompt was encoded in a batch of its own, so that the same prompt has the same bits
+        whatever else is encoded. Those that are not kept are encoded first, and kept.
+        """
+        self._keep(self._with_negative(prompts))
+        distinct = list(dict.fromkeys(prompts))
+        conditioning = self._on_device(distinct)
+        if len(distinct) < len(prompts):
+            place = {prompt: i for i, prompt in enumerate(distinct)}
+            conditioning = conditioning[[place[prompt] for prompt in prompts]]
+        if self.negative_prompt is None:
+            return conditioning
+        negative = self._on_device([self.negative_prompt])
+        return replace(
+            conditioning,
+            negative=Conditioning(
+                negative.embeds.expand(len(prompts), -1, -1),
+                negative.pooled.expand(len(prompts), -1),
+            ),
+        )
+
+    def _with_negative(self, prompts: Sequence[str]) -> list[str]:
+        return [*prompts, *([] if self.negative_prompt is None else [self.negative_prompt])]
+
+    @torch.no_grad()
+    def _keep(self, prompts: Sequence[str]) -> None:
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._kept]
+        if not missing:
+            return
+        with self._encoders_on_device():
+            for prompt in missing:
+                embedded = self.embed([prompt])
+                self._kept[prompt] = Conditioning(_host(embedded.embeds), _host(embedded.pooled))
+
+    @contextmanager
+    def _encoders_on_device(self) -> Iterator[None]:
+        encoders = [
+            component
+            for name, component in self.pipeline.components.items()
+            if name.startswith("text_encoder") and component is not None
+        ]
+        for encoder in encoders:
+            encoder.to(self.device)
+        try:
+            yield
+        finally:
+            for encoder in encoders:
+                encoder.to("cpu")
+
+    def _on_device(self, prompts: Sequence[str]) -> Conditioning:
+        kept = [self._kept[prompt] for prompt in prompts]
+        return Conditioning(
+            torch.cat([one.embeds.to(self.device, non_blocking=True) for one in kept]),
+            torch.cat([one.pooled.to(self.device, non_blocking=True) for one in kept]),
         )
 
     # -- the network ---------------------------------------------------------------------------
@@ -106,6 +227,16 @@ class Backbone:
     @property
     def transformer(self) -> Any:
         return self.pipeline.transformer
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The network's repeated blocks."""
+        raise NotImplementedError
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a token's patch of latents."""
+        raise NotImplementedError
 
     @property
     def device(self) -> torch.device:
@@ -121,10 +252,6 @@ class Backbone:
         """Shape of one image's latents."""
         raise NotImplementedError
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Conditioning of the prompts, [len(prompts), ...]."""
-        raise NotImplementedError
-
     def velocity(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """v(x_t, t), float32 [B, ...]; t: [B] in (0, 1]."""
         raise NotImplementedError
@@ -135,9 +262,9 @@ class Backbone:
         `dtype` is the precision of the decoder's convolutions, by default that of its weights.
         """
         vae = self.pipeline.vae
-        latents = x_0.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0)
+        latents = x_0.float() / vae.config.scaling_factor + (vae.config.shift_factor or 0)
         with torch.autocast(latents.device.type, dtype, enabled=dtype is not None):
-            decoded = vae.decode(latents, return_dict=False)[0]
+            decoded = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
         return (decoded.float() / 2 + 0.5).clamp(0, 1)
 
     def time_grid(self, steps: int) -> Tensor:
@@ -147,14 +274,18 @@ class Backbone:
     # -- LoRA ----------------------------------------------------------------------------------
 
     def add_lora(self, rank: int, alpha: int, generator: torch.Generator) -> None:
-        """Attach a fresh adapter (B = 0, so the network is unchanged) in float32."""
+        """Attach a fresh adapter (B = 0, so the network is unchanged) in float32.
+
+        `generator` is one of the CPU, so that the adapter is the same on every device.
+        """
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(self.lora_targets))
         self.transformer.add_adapter(config)
         for name, parameter in self.lora_parameters().items():
-            parameter.data = parameter.data.float()
+            values = torch.zeros(parameter.shape)
             if "lora_A" in name:
                 bound = parameter.shape[1] ** -0.5
-                nn.init.uniform_(parameter, -bound, bound, generator=generator)
+                nn.init.uniform_(values, -bound, bound, generator=generator)
+            parameter.data = values.to(parameter.device)
 
     def lora_parameters(self) -> dict[str, nn.Parameter]:
         """The adapter's parameters by name, in a fixed order."""
@@ -201,6 +332,11 @@ class Backbone:
     def _modules(self) -> list[nn.Module]:
         components = self.pipeline.components.values()
         return [c for c in components if isinstance(c, nn.Module)]
+
+
+def _host(tensor: Tensor) -> Tensor:
+    """The tensor in host memory, pinned where it comes from a GPU."""
+    return tensor.cpu().pin_memory() if tensor.is_cuda else tensor
 
 
 def _sort_header(file: Path) -> None:

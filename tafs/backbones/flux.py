@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tafs.backbones.base import ATTENTION, Backbone, Conditioning
 from tafs.sampling import shifted
@@ -21,14 +21,22 @@ class FluxBackbone(Backbone):
     lora_targets = ATTENTION
 
     @property
+    def blocks(self) -> list[nn.Module]:
+        return [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]
+
+    @property
+    def patch_size(self) -> int:
+        return 2
+
+    @property
     def latent_shape(self) -> tuple[int, ...]:
         return (self.transformer.config.in_channels // 4, self.latent_size, self.latent_size)
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
+    def embed(self, prompts: Sequence[str]) -> Conditioning:
         embeds, pooled, _ = self.pipeline.encode_prompt(
             prompt=list(prompts),
             prompt_2=None,
-            device=self.device,
+            device=self.pipeline.text_encoder.device,
             max_sequence_length=self.max_sequence_length,
         )
         return Conditioning(embeds, pooled)
@@ -62,7 +70,7 @@ class FluxBackbone(Backbone):
         config = self.pipeline.scheduler.config
         if not config.use_dynamic_shifting:
             return super().time_grid(steps)
-        tokens = (self.latent_size // 2) ** 2
+        tokens = (self.latent_size // self.patch_size) ** 2
         slope = (config.max_shift - config.base_shift) / (
             config.max_image_seq_len - config.base_image_seq_len
         )

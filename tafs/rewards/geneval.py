@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 POSITION_THRESHOLD = 0.1  # share of the summed box sizes that does not count as an offset
+NO_OFFSET = 1e-3  # pixels; what is left of an offset below it is none
 
 
 class Detection(NamedTuple):
@@ -41,9 +42,9 @@ def relations(a: Detection, b: Detection) -> set[str]:
         slack = POSITION_THRESHOLD * (size_a[i] + size_b[i])
         magnitude = max(abs(offset[i]) - slack, 0.0)
         revised.append(magnitude if offset[i] > 0 else -magnitude)
-    norm = (offset[0] ** 2 + offset[1] ** 2) ** 0.5
-    if revised == [0, 0] or norm == 0:
+    if max(abs(value) for value in revised) < NO_OFFSET:
         return set()
+    norm = (offset[0] ** 2 + offset[1] ** 2) ** 0.5
     dx, dy = (value / norm for value in revised)
     found = set()
     if dx < -0.5:
@@ -64,14 +65,21 @@ def judge(detections: Sequence[Detection], row: Mapping[str, Any]) -> Verdict:
         detections: the image's objects, most confident first.
         row: metadata {tag, prompt, include: [{class, count, color?, position?}], exclude?}.
 
+    Raises:
+        ValueError: the row has no `include`; names the prompt.
+
+    The strict verdict is that of evaluate_images.py in https://github.com/djghosh13/geneval.
     The graded score is the mean credit of the row's requirements: 1 - |n - k| / n for a count of k
     objects where n are asked (a surplus only costs where the row excludes it), the share of right
     colours, and 1 or the share of right relations.
     """
+    if "include" not in row:
+        raise ValueError(f"GenEval cannot judge {row.get('prompt', '')!r}: no 'include' metadata")
     by_class: dict[str, list[Detection]] = {}
     for detection in detections:
         by_class.setdefault(detection.label, []).append(detection)
-    excluded = {item["class"]: item["count"] for item in row.get("exclude", ())}
+    excluded = [(item["class"], item["count"]) for item in row.get("exclude", ())]
+    limited = {name for name, _ in excluded}
 
     correct = True
     credits: list[float] = []
@@ -81,7 +89,7 @@ def judge(detections: Sequence[Detection], row: Mapping[str, Any]) -> Verdict:
         wanted = item["count"]
         found = objects[:wanted]
         complete = len(found) == wanted
-        counted = len(objects) if item["class"] in excluded else len(found)
+        counted = len(objects) if item["class"] in limited else len(found)
         credits.append(max(0.0, 1 - abs(wanted - counted) / wanted))
         if "color" in item:
             right = sum(d.color == item["color"] for d in found)
@@ -95,6 +103,6 @@ def judge(detections: Sequence[Detection], row: Mapping[str, Any]) -> Verdict:
             complete = complete and others is not None and all(pairs)
         matched.append(found if complete else None)
         correct = correct and complete
-    for name, limit in excluded.items():
+    for name, limit in excluded:
         correct = correct and len(by_class.get(name, [])) < limit
     return Verdict(correct, sum(credits) / len(credits))

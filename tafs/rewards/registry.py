@@ -12,6 +12,8 @@ from torch import Tensor
 from tafs.prompts import Prompt
 from tafs.rewards import METRICS
 
+ROUNDING = 1e-3  # how far from [0, 1] arithmetic may carry a pixel: a quarter of an 8-bit step
+
 
 class Scorer(Protocol):
     """Scores images against prompts on the training scale."""
@@ -46,7 +48,12 @@ class RewardSet:
     def score(
         self, images: Tensor, prompts: Sequence[Prompt], chunk: int = 512
     ) -> dict[str, Tensor]:
-        """Training-scale scores by name, [B] each; images [B, 3, H, W] in [0, 1]."""
+        """Training-scale scores by name, [B] each; images [B, 3, H, W] in [0, 1].
+
+        Raises:
+            ValueError: an image holds NaN or infinity; names the rewards and the image.
+        """
+        check_finite(", ".join(self.names), images)
         out = {}
         for reward in self.rewards:
             parts = [
@@ -60,8 +67,9 @@ class RewardSet:
         """Training-scale scores by name, [B] each, with gradients to the images.
 
         Raises:
-            ValueError: a reward has no gradient; names it.
+            ValueError: a reward has no gradient, or an image holds NaN or infinity; names them.
         """
+        check_finite(", ".join(self.names), images)
         for reward in self.rewards:
             if not reward.differentiable:
                 raise ValueError(f"reward {reward.name!r} is not differentiable")
@@ -70,6 +78,37 @@ class RewardSet:
     def report(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
         """The same scores on the scale on which each metric is published."""
         return {r.name: r.report(scores[r.name]) for r in self.rewards}
+
+
+def check_finite(name: str, images: Tensor) -> None:
+    """Refuse images [B, ...] that a broken model left.
+
+    Raises:
+        ValueError: an image holds NaN or infinity; names the reward and the image.
+    """
+    broken = ~images.detach().flatten(1).isfinite().all(1)
+    if broken.any():
+        first = int(broken.nonzero()[0, 0])
+        raise ValueError(f"reward {name}: image {first} of {len(images)} holds NaN or infinity")
+
+
+def check_images(name: str, images: Tensor, prompts: Sequence[Prompt]) -> None:
+    """Refuse what a model of photographs would score without a word.
+
+    Raises:
+        ValueError: images are not [B, 3, H, W] with a prompt each, not finite or not in [0, 1];
+            names the reward.
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"reward {name}: images are [B, 3, H, W], not {list(images.shape)}")
+    if len(images) != len(prompts):
+        raise ValueError(f"reward {name}: {len(images)} images, but {len(prompts)} prompts")
+    check_finite(name, images)
+    low, high = (value.item() for value in images.detach().aminmax())
+    if low < -ROUNDING or high > 1 + ROUNDING:
+        raise ValueError(
+            f"reward {name}: images lie in [0, 1], these reach from {low:.3g} to {high:.3g}"
+        )
 
 
 def load(names: Sequence[str], world: str, *, strict_geneval: bool = False) -> RewardSet:

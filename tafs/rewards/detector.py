@@ -1,0 +1,368 @@
+"""GenEval with a real detector: Mask2Former finds the objects, CLIP names their colours.
+
+What the authors' evaluate_images.py (https://github.com/djghosh13/geneval) does with mmdetection
+and open_clip, with transformers' models: images resized to 800 x 1333 and normalised as
+mmdetection's COCO configurations do, its MaskFormer head's instances (the 100 best pairs of query
+and class; masks may overlap), objects above 0.3, or 0.9 where the task is counting, at most 16 of a
+class, none suppressed for overlapping another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor
+
+from tafs.prompts import Prompt
+from tafs.rewards import learned
+from tafs.rewards.clip import CLIPScore
+from tafs.rewards.geneval import Detection, judge
+from tafs.rewards.registry import Reward, check_images
+
+# GenEval's object_names.txt: COCO's classes in COCO's order, three of them spelt out.
+CLASSES = (
+    *("person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat"),
+    *("traffic light", "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat"),
+    *("dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "backpack"),
+    *("umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard", "sports ball"),
+    *("kite", "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket"),
+    *("bottle", "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple"),
+    *("sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair"),
+    *("couch", "potted plant", "bed", "dining table", "toilet", "tv", "laptop"),
+    *("computer mouse", "tv remote", "computer keyboard", "cell phone", "microwave", "oven"),
+    *("toaster", "sink", "refrigerator", "book", "clock", "vase", "scissors", "teddy bear"),
+    *("hair drier", "toothbrush"),
+)
+# Labels of COCO checkpoints on the hub, some in the spelling of Pascal VOC, and GenEval's.
+SPELLINGS = {
+    "mouse": "computer mouse",
+    "remote": "tv remote",
+    "keyboard": "computer keyboard",
+    "motorbike": "motorcycle",
+    "aeroplane": "airplane",
+    "sofa": "couch",
+    "pottedplant": "potted plant",
+    "diningtable": "dining table",
+    "tvmonitor": "tv",
+}
+COLORS = (
+    *("red", "orange", "yellow", "green", "blue"),
+    *("purple", "pink", "brown", "black", "white"),
+)
+COLOR_TEMPLATES = (
+    "a photo of a {color} {name}",
+    "a photo of a {color}-colored {name}",
+    "a photo of a {color} object",
+)
+THRESHOLD = 0.3  # an object's score must be above it
+COUNTING_THRESHOLD = 0.9  # in the task "counting"
+MAX_OBJECTS = 16  # of a class
+MAX_INSTANCES = 100  # of an image, before the threshold
+SHORT_EDGE, LONG_EDGE = 800, 1333  # what an image is resized to fit
+STRIDE = 32  # what the resized image is padded to
+MEAN = (123.675, 116.28, 103.53)  # ImageNet's, of 8-bit values
+STD = (58.395, 57.12, 57.375)
+GREY = 153.0  # of the pixels around an object when its colour is asked
+
+
+class Instance(NamedTuple):
+    """One object: `label` indexes the detector's classes, `mask` [H, W] is boolean."""
+
+    label: int
+    score: float
+    box: tuple[float, float, float, float]
+    mask: Tensor
+
+
+class GenEval:
+    """The detector under GenEval's verdict: graded for training, 0/1 for evaluation."""
+
+    name = "geneval"
+
+    def __init__(self, detector: Mask2FormerDetector, *, strict: bool) -> None:
+        self.detector = detector
+        self.strict = strict
+
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """images [B, 3, H, W] in [0, 1] -> [B] float32 in [0, 1].
+
+        Raises:
+            ValueError: images of another form, or a prompt without GenEval's metadata or with an
+                unknown class or colour.
+        """
+        check_images(self.name, images, prompts)
+        found = self.detector.detect(images, prompts)
+        verdicts = [judge(d, p.row) for d, p in zip(found, prompts, strict=True)]
+        scores = [float(v.correct) if self.strict else v.graded for v in verdicts]
+        return torch.tensor(scores, dtype=torch.float32, device=images.device)
+
+    def report(self, scores: Tensor) -> Tensor:
+        """GenEval is published as it is."""
+        return scores
+
+    def reward(self) -> Reward:
+        return Reward(self.name, self, self.report, differentiable=False)
+
+    def record(self) -> dict[str, str]:
+        """For a result's provenance."""
+        scale = "0 or 1" if self.strict else "mean credit of the requirements, 0-1"
+        version = f"{Mask2FormerDetector.version}, colours by {CLIPScore.version}"
+        return {"name": self.name, "scale": scale, "version": version}
+
+
+class Mask2FormerDetector:
+    """Objects of COCO's classes with the colours that prompts ask for.
+
+    Args:
+        folder: Mask2FormerForUniversalSegmentation trained on COCO's instances, in the layout of
+            facebook/mask2former-swin-small-coco-instance.
+        clip_folder: CLIP that classifies colours, in the layout of openai/clip-vit-large-patch14.
+        device: of both models.
+        batch: images in one forward pass.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing or damaged, or the model's classes are not
+            COCO's; names it.
+    """
+
+    version = "facebook/mask2former-swin-small-coco-instance"
+
+    def __init__(
+        self, folder: Path, clip_folder: Path, device: torch.device | str = "cpu", batch: int = 8
+    ) -> None:
+        self.device = torch.device(device)
+        self.batch = batch
+        self.model = _load(folder).to(self.device)
+        self.classes = class_names(self.model.config.id2label, folder)
+        self.colors = ColorClassifier(clip_folder, self.device)
+
+    @torch.no_grad()
+    def detect(self, images: Tensor, prompts: Sequence[Prompt]) -> list[list[Detection]]:
+        """The objects of each image, most confident first, judged by its own prompt's threshold.
+
+        Args:
+            images: [B, 3, H, W] in [0, 1].
+            prompts: with GenEval rows; only the objects whose colour a row asks get one.
+
+        Raises:
+            ValueError: a prompt asks for an unknown class or colour.
+        """
+        for prompt in prompts:
+            check_row(prompt)
+        pixels = (images.detach().to(self.device, torch.float32).clamp(0, 1) * 255).round()
+        found: list[list[Detection]] = []
+        for low in range(0, len(pixels), self.batch):
+            high = low + self.batch
+            found += self._detect(pixels[low:high], prompts[low:high])
+        return found
+
+    def _detect(self, pixels: Tensor, prompts: Sequence[Prompt]) -> list[list[Detection]]:
+        inputs, inside = prepare(pixels)
+        outputs = self.model(pixel_values=inputs)
+        found: list[list[Detection]] = []
+        crops: list[Tensor] = []
+        cropped: list[tuple[int, int]] = []  # image and object
+        for i, prompt in enumerate(prompts):
+            objects = instances(
+                outputs.class_queries_logits[i],
+                outputs.masks_queries_logits[i],
+                padded=(inputs.shape[-2], inputs.shape[-1]),
+                inside=inside,
+                size=(pixels.shape[-2], pixels.shape[-1]),
+                threshold=COUNTING_THRESHOLD if prompt.tag == "counting" else THRESHOLD,
+            )
+            names = [self.classes[o.label] for o in objects]
+            pairs = zip(names, objects, strict=True)
+            found.append([Detection(name, o.score, o.box, None) for name, o in pairs])
+            for j in to_color(names, prompt.row):
+                crops.append(crop(pixels[i], objects[j]))
+                cropped.append((i, j))
+        colors = self.colors(crops, [found[i][j].label for i, j in cropped])
+        for (i, j), color in zip(cropped, colors, strict=True):
+            found[i][j] = found[i][j]._replace(color=color)
+        return found
+
+
+class ColorClassifier:
+    """CLIP's zero-shot choice among COLORS; a class's text embeddings are computed once."""
+
+    def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
+        self.clip = CLIPScore(folder, device)
+        self._weights: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, crops: Sequence[Tensor], names: Sequence[str]) -> list[str]:
+        """The colour of each crop [3, h, w] in [0, 1], an object of the class of the same place."""
+        if not crops:
+            return []
+        resized = torch.cat([self.clip.resize(image[None]) for image in crops])
+        embeddings = self.clip.embed_images((resized - self.clip.mean) / self.clip.std)
+        weights = torch.stack([self.weights(name) for name in names])
+        # The embedding's length does not change which colour is closest.
+        closest = torch.einsum("nd,ncd->nc", embeddings, weights).argmax(-1)
+        return [COLORS[index] for index in closest.tolist()]
+
+    @torch.no_grad()
+    def weights(self, name: str) -> Tensor:
+        """[colours, D]: a colour's unit text embeddings, averaged and made unit again."""
+        if name not in self._weights:
+            texts = [t.format(color=c, name=name) for c in COLORS for t in COLOR_TEMPLATES]
+            captions = torch.stack([self.clip.token_ids(text) for text in texts])
+            units = F.normalize(self.clip.embed_captions(captions.to(self.clip.device)), dim=-1)
+            means = units.view(len(COLORS), len(COLOR_TEMPLATES), -1).mean(1)
+            self._weights[name] = F.normalize(means, dim=-1)
+        return self._weights[name]
+
+
+def class_names(id2label: Mapping[int, str], folder: Path) -> tuple[str, ...]:
+    """GenEval's names of a checkpoint's labels, in the checkpoint's order.
+
+    Raises:
+        ValueError: they are not COCO's 80 classes; names the folder and a label.
+    """
+    names = tuple(SPELLINGS.get(id2label[i], id2label[i]) for i in sorted(id2label))
+    wrong = sorted(set(names) ^ set(CLASSES))
+    if wrong or len(names) != len(CLASSES):
+        what = f"{wrong[0]!r} is not in both" if wrong else "a class occurs twice"
+        raise ValueError(f"{folder}: its id2label is not COCO's {len(CLASSES)} classes ({what})")
+    return names
+
+
+def check_row(prompt: Prompt) -> None:
+    """Refuse a prompt that the detector cannot judge.
+
+    Raises:
+        ValueError: an unknown class or colour; names it and the prompt.
+    """
+    for item in (*prompt.row.get("include", ()), *prompt.row.get("exclude", ())):
+        if item["class"] not in CLASSES:
+            raise ValueError(
+                f"GenEval cannot judge {prompt.text!r}: the detector does not know "
+                f"the class {item['class']!r}"
+            )
+        if item.get("color", COLORS[0]) not in COLORS:
+            raise ValueError(
+                f"GenEval cannot judge {prompt.text!r}: the colour {item['color']!r} "
+                f"is not one of {', '.join(COLORS)}"
+            )
+
+
+def to_color(names: Sequence[str], row: Mapping[str, Any]) -> list[int]:
+    """Which of the objects' colours the row asks: the first `count` of each class with a colour."""
+    wanted: list[int] = []
+    for item in row.get("include", ()):
+        if "color" in item:
+            wanted += [i for i, name in enumerate(names) if name == item["class"]][: item["count"]]
+    return sorted(set(wanted))
+
+
+def prepare(pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """What the detector reads, as mmdetection's test pipeline makes it.
+
+    Args:
+        pixels: [B, 3, H, W], 8-bit values as floats.
+
+    Returns:
+        Normalised images resized to fit 800 x 1333, keeping their aspect ratio, and zero-padded to
+        a multiple of 32; height and width without the padding.
+    """
+    height, width = pixels.shape[-2:]
+    scale = min(LONG_EDGE / max(height, width), SHORT_EDGE / min(height, width))
+    inside = (int(height * scale + 0.5), int(width * scale + 0.5))
+    resized = F.interpolate(pixels.float(), size=inside, mode="bilinear", align_corners=False)
+    mean, std = (pixels.new_tensor(v).float().view(3, 1, 1) for v in (MEAN, STD))
+    # The original resizes 8-bit images.
+    normalised = (resized.round() - mean) / std
+    bottom, right = (-edge % STRIDE for edge in inside)
+    return F.pad(normalised, (0, right, 0, bottom)), inside
+
+
+def instances(
+    class_logits: Tensor,
+    mask_logits: Tensor,
+    *,
+    padded: tuple[int, int],
+    inside: tuple[int, int],
+    size: tuple[int, int],
+    threshold: float,
+) -> list[Instance]:
+    """One image's objects, most confident first, at most MAX_OBJECTS of a class.
+
+    A score is the class's probability times the mean probability of the mask's pixels; a box
+    reaches from the mask's first to behind its last row and column. Masks may overlap.
+
+    Args:
+        class_logits: [Q, classes + 1], the last one for "no object".
+        mask_logits: [Q, h, w] of the padded input.
+        padded: height and width of the input, and `inside` those without its padding.
+        size: height and width of the image, of masks and boxes.
+        threshold: scores must be above it.
+    """
+    from torchvision.ops import masks_to_boxes
+
+    probabilities = class_logits.softmax(-1)[:, :-1]
+    classes = probabilities.shape[1]
+    best, index = probabilities.flatten().topk(min(MAX_INSTANCES, probabilities.numel()))
+    # A score is at most the class's probability: what is below the threshold needs no mask.
+    index, best = index[best > threshold], best[best > threshold]
+    if len(index) == 0:
+        return []
+    logits = F.interpolate(
+        mask_logits[index // classes][None].float(), size=padded, mode="bilinear"
+    )[..., : inside[0], : inside[1]]
+    logits = F.interpolate(logits, size=size, mode="bilinear")[0]
+    masks = logits > 0
+    inner = (logits.sigmoid() * masks).flatten(1).sum(1) / (masks.flatten(1).sum(1) + 1e-6)
+    scores = best * inner
+    order = scores.argsort(descending=True, stable=True)
+    order = order[scores[order] > threshold]
+    if len(order) == 0:
+        return []
+    labels, masks, scores = index[order] % classes, masks[order], scores[order]
+    boxes = masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1], device=masks.device)
+    found: list[Instance] = []
+    seen: dict[int, int] = {}
+    for label, score, box, mask in zip(
+        labels.tolist(), scores.tolist(), boxes.tolist(), masks, strict=True
+    ):
+        seen[label] = seen.get(label, 0) + 1
+        if seen[label] <= MAX_OBJECTS:
+            found.append(Instance(label, score, (box[0], box[1], box[2], box[3]), mask))
+    return found
+
+
+def crop(pixels: Tensor, instance: Instance) -> Tensor:
+    """The object alone on grey, cut to its box: [3, h, w] in [0, 1].
+
+    Args:
+        pixels: [3, H, W], 8-bit values as floats.
+    """
+    left, top, right, bottom = (int(edge) for edge in instance.box)
+    return torch.where(instance.mask, pixels, GREY)[:, top:bottom, left:right] / 255
+
+
+def _load(folder: Path) -> Any:
+    """The frozen Mask2Former whose every weight comes from the folder, in float32."""
+    from transformers import Mask2FormerForUniversalSegmentation
+
+    learned.require(GenEval.name, folder / "config.json", folder / "model.safetensors")
+    try:
+        model, found = Mask2FormerForUniversalSegmentation.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise learned.damaged(GenEval.name, folder, error) from None
+    # transformers draws what is missing at random and goes on; buffers are constants.
+    weights = {name for name, _ in model.named_parameters()}
+    if missing := sorted(weights & set(found["missing_keys"])):
+        raise learned.damaged(GenEval.name, folder, f"{missing[0]} is missing")
+    return model.eval().requires_grad_(False)

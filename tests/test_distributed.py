@@ -1,0 +1,371 @@
+"""Training by several processes: the same run, whatever their number, also when one of them fails.
+
+Run by torchrun, this file is one of the processes that the tests watch.
+"""
+
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from toy import ToyBackbone, toy_rewards, toy_run
+
+from tafs import config, distributed, journal, rundir, train
+from tafs.distributed import World
+from tafs.rewards.registry import RewardSet
+
+ROOT = Path(__file__).resolve().parent.parent
+# Advantages within groups; one standard deviation for all groups; the rewards' own gradients.
+VARIANTS = ("tafs_grpo", "flow_grpo", "reward_instruct", "rg_lcd")
+ITERATIONS = 3
+GROUP = 2
+SETTINGS = {
+    "iterations": ITERATIONS,
+    "prompts_per_iteration": 8,
+    "group_size": GROUP,
+    "micro_batch": GROUP,  # divides what one of four processes has of an update
+}
+
+
+def prepare(folder: Path, variant: str) -> rundir.RunDir:
+    runs = config.runs(config.read(ROOT / "config.yaml", {"scale": "smoke"}))
+    description = next(r for r in runs.values() if r.variant == variant).describe()
+    description["settings"] = {**description["settings"], **SETTINGS}
+    description["hyperparameters"] = {**description["hyperparameters"], "updates": 2}
+    description["snapshots"] = [1, ITERATIONS]
+    run = rundir.RunDir(folder)
+    run.folder.mkdir(parents=True)
+    (run.folder / "run.json").write_text(json.dumps(description))
+    return run
+
+
+def stop_before(iteration: int, run: rundir.RunDir) -> None:
+    """Train alone, and stop before an iteration as Ctrl-C does."""
+    iterate = train.Trainer.iterate
+
+    def stopping(self, number):
+        if number == iteration:
+            raise KeyboardInterrupt
+        return iterate(self, number)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train.Trainer, "iterate", stopping)
+        train.train(run)
+
+
+def assert_same_training(run: rundir.RunDir, other: rundir.RunDir) -> None:
+    """Up to the rounding of sums that are taken in another order."""
+    for name in ("adapter.safetensors", "snapshots/1.safetensors"):
+        found, expected = load_file(run.folder / name), load_file(other.folder / name)
+        assert any(tensor.any() for key, tensor in expected.items() if "lora_B" in key)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    pairs = zip(journal.iterations(run.journal), journal.iterations(other.journal), strict=True)
+    for record, expected in pairs:
+        assert set(record) == set(expected)
+        assert record["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+        for name, values in expected["rewards"].items():
+            assert record["rewards"][name] == pytest.approx(values, abs=1e-5)
+        measured = set(expected) - {"time", "seconds", "images_per_s", "rewards", "kind"}
+        for name in measured:
+            assert record[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
+
+
+def torchrun(processes: int, *command: str) -> subprocess.CompletedProcess[str]:
+    """Far under the time that the processes would wait for each other."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return subprocess.run(
+        [*launcher, f"--nproc-per-node={processes}", *command],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> dict[str, rundir.RunDir]:
+    """Every variant, trained by one process; the first one also as it was after an iteration."""
+    folder = tmp_path_factory.mktemp("alone")
+    runs = {variant: prepare(folder / variant, variant) for variant in VARIANTS}
+    stop_before(1, runs[VARIANTS[0]])
+    stopped = shutil.copytree(runs[VARIANTS[0]].folder, folder / "stopped")
+    for run in runs.values():
+        train.train(run)
+    return {**runs, "stopped": rundir.RunDir(stopped)}
+
+
+@pytest.fixture(scope="module")
+def by_four(alone, tmp_path_factory) -> dict[str, rundir.RunDir]:
+    """Every variant anew, and the stopped run continued, by four processes."""
+    folder = tmp_path_factory.mktemp("four")
+    runs = {variant: prepare(folder / variant, variant) for variant in VARIANTS}
+    stopped = rundir.RunDir(shutil.copytree(alone["stopped"].folder, folder / "stopped"))
+    done = torchrun(4, __file__, "each", str(folder))
+    assert done.returncode == 0, done.stderr
+    return {**runs, "stopped": stopped}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_four_processes_train_what_one_trains(by_four, alone, variant):
+    assert_same_training(by_four[variant], alone[variant])
+
+
+def test_four_processes_continue_what_one_began(by_four, alone):
+    run = by_four["stopped"]
+    assert_same_training(run, alone[VARIANTS[0]])
+    kinds = [record["kind"] for record in journal.read(run.journal)]
+    assert kinds == ["start", "iteration", "resume", "iteration", "iteration", "end"]
+
+
+def test_one_process_of_several_writes_the_files(by_four):
+    for run in (by_four[variant] for variant in VARIANTS):
+        kinds = [record["kind"] for record in journal.read(run.journal)]
+        assert kinds == ["start", *["iteration"] * ITERATIONS, "end"]
+        assert {file.name for file in run.folder.iterdir()} == {
+            "run.json",
+            "adapter.safetensors",
+            "journal.jsonl",
+            "snapshots",
+            ".progress",
+        }
+        assert not any((run.folder / ".progress").iterdir())
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory) -> tuple[rundir.RunDir, subprocess.CompletedProcess[str]]:
+    """Two processes, of which the second one's rewards are broken in iteration 1."""
+    run = prepare(tmp_path_factory.mktemp("broken") / VARIANTS[0], VARIANTS[0])
+    return run, torchrun(2, __file__, "broken", str(run.folder))
+
+
+def test_a_failure_of_one_process_ends_the_job_with_its_own_line(broken):
+    run, done = broken
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith(f"train {run.folder}")]
+    # The second process has the images 4 to 7 of the first update's 0 to 7.
+    assert len(lines) == 1
+    assert lines[0].startswith(
+        f"train {run.folder} (process 1): iteration 1: reward 'pickscore' is nan for image 4, "
+        "scored step 1 of 3"
+    )
+    assert "another process" not in done.stderr
+    command_lines = [p.info["cmdline"] or [] for p in psutil.process_iter(["cmdline"])]
+    assert not any(str(run.folder) in line for line in command_lines)
+
+
+def test_a_failed_job_is_continued_by_one_process_and_by_two(broken, alone, tmp_path):
+    """By the command that a user calls."""
+    run, _ = broken
+    assert run.checkpoints.exists()
+    assert not (run.adapter.exists() or run.journal.exists() or run.snapshots.exists())
+    copy = rundir.RunDir(shutil.copytree(run.folder, tmp_path / "copy"))
+    done = torchrun(2, "-m", "tafs.train", str(run.folder))
+    assert done.returncode == 0, done.stderr
+    train.train(copy)
+    for continued in (run, copy):
+        assert_same_training(continued, alone[VARIANTS[0]])
+        resumed = [r["iteration"] for r in journal.read(continued.journal) if r["kind"] == "resume"]
+        assert resumed == [1]
+
+
+# -- sharing out -----------------------------------------------------------------------------------
+
+
+def trainer(world: World, variant: str = "tafs_grpo") -> train.Trainer:
+    description = toy_run(variant, updates=2)
+    description["settings"] |= {"prompts_per_iteration": 8, "micro_batch": 8}
+    return train.Trainer(description, ToyBackbone(), toy_rewards(), world)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_processes_share_each_updates_groups_equally(size):
+    own = [trainer(World(rank, size)).own for rank in range(size)]
+    assert sorted(sum(own, [])) == list(range(8))
+    for groups in own:
+        assert len(groups) == 8 // size
+        assert sum(group < 4 for group in groups) == 4 // size
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_processes_begin_micro_batches_where_one_process_does(size):
+    """The steps' noise is drawn from a stream that this place names."""
+
+    def places(world: World) -> list[int]:
+        run = trainer(world)
+        return [run._place(part.start) for part in run.micro_batches()]
+
+    shared = [places(World(rank, size)) for rank in range(size)]
+    assert sorted(sum(shared, [])) == places(World())
+
+
+def test_prompts_that_processes_cannot_share_are_refused():
+    with pytest.raises(ValueError) as raised:
+        trainer(World(0, 3))
+    assert str(raised.value) == (
+        "prompts_per_iteration: 8 prompts in 2 updates cannot be shared by 3 processes; "
+        "choose a divisor of 4"
+    )
+
+
+# -- the connection --------------------------------------------------------------------------------
+
+
+def in_two_processes(work: Callable[[World], object]) -> list[int]:
+    """Exit codes of two connected processes that do the work."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def run(rank: int) -> None:
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2}
+        server = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ |= {name: str(value) for name, value in (place | server).items()}
+        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
+        with distributed.world() as world:
+            work(world)
+
+    context = multiprocessing.get_context("fork")  # what is imported need not be imported again
+    processes = [context.Process(target=run, args=(rank,)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    return [process.exitcode for process in processes]
+
+
+def test_tensors_are_gathered_in_order_of_rank_and_summed():
+    def work(world: World) -> None:
+        own = torch.tensor([[1.0, 2.0]]) + 10 * world.rank
+        assert world.all_gather(own, dim=0).tolist() == [[1, 2], [11, 12]]
+        assert world.all_gather(own.T, dim=1).tolist() == [[1, 11], [2, 12]]
+        counts, total = torch.tensor([world.rank, 5]), torch.tensor(0.5)
+        world.sum_([counts, total])
+        assert counts.tolist() == [1, 10]
+        assert total.item() == 1.0
+
+    assert in_two_processes(work) == [0, 0]
+
+
+def test_a_gradient_that_a_process_does_not_have_counts_as_zeros():
+    def work(world: World) -> None:
+        here, there, nowhere = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
+        (here if world.rank == 0 else there).sum().backward()
+        world.sum_gradients([here, there, nowhere])
+        gradients = [p.grad for p in (here, there, nowhere)]
+        assert [g.tolist() for g in gradients if g is not None] == [[1, 1], [1, 1], [0, 0]]
+
+    assert in_two_processes(work) == [0, 0]
+
+
+def test_processes_that_see_different_states_do_not_train(alone, tmp_path, monkeypatch, capfd):
+    """As when each of two machines has a disk of its own."""
+    folders = [tmp_path / "first" / "run", tmp_path / "second" / "run"]
+    shutil.copytree(alone["stopped"].folder, folders[0])
+    prepare(folders[1], VARIANTS[0])
+    monkeypatch.setattr(distributed, "GRACE", 0.0)
+
+    def work(world: World) -> None:
+        train.train(rundir.RunDir(folders[world.rank]), world)
+
+    assert in_two_processes(work) == [1, 1]
+    problem = "the processes found states of different iterations ([1, 0], in order of rank)"
+    assert problem in capfd.readouterr().err
+    assert rundir.RunDir(folders[0]).checkpoints.exists()
+
+
+def test_one_process_keeps_its_tensors_as_they_are():
+    world, tensor = World(), torch.tensor([1.0, 2.0])
+    parameter = torch.nn.Parameter(tensor)
+    assert world.all_gather(tensor, dim=0) is tensor
+    world.sum_([tensor])
+    world.sum_gradients([parameter])
+    assert tensor.tolist() == [1.0, 2.0]
+    assert parameter.grad is None
+    with distributed.world() as found:
+        assert found == world
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("environment", "problem"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: 'two' is no whole number; torchrun sets it"),
+        ({"WORLD_SIZE": "2"}, "RANK: '' is no whole number; torchrun sets it"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "-1"},
+            "LOCAL_RANK: '-1' is no whole number; torchrun sets it",
+        ),
+        (
+            {
+                "WORLD_SIZE": "2",
+                "RANK": "1",
+                "LOCAL_RANK": "1",
+                "TAFS_DISTRIBUTED_TIMEOUT": "for ever",
+            },
+            "TAFS_DISTRIBUTED_TIMEOUT: 'for ever' is no whole number; give seconds",
+        ),
+        (
+            {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "TAFS_DISTRIBUTED_TIMEOUT": "0"},
+            "TAFS_DISTRIBUTED_TIMEOUT: 0 seconds are too few; give at least 1",
+        ),
+    ],
+)
+def test_a_wrong_environment_is_refused_by_name(environment, problem, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError) as raised, distributed.world():
+        pass
+    assert str(raised.value) == problem
+
+
+def test_the_rank_on_a_machine_is_not_the_rank_in_the_job(monkeypatch):
+    """The second process of the second machine."""
+    for name, value in {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    world = distributed.from_environment()
+    assert world == World(rank=3, size=4, local_rank=1)
+    assert not world.leads
+
+
+# -- one process of several ------------------------------------------------------------------------
+
+
+def train_each(folder: rundir.RunDir) -> None:
+    """Train every run of a folder in turn: starting a process takes longer than its training."""
+    with distributed.world() as world:
+        for run in sorted(folder.folder.iterdir()):
+            train.train(rundir.RunDir(run), world)
+
+
+def train_with_broken_rewards() -> None:
+    """`python -m tafs.train`, but from iteration 1 on one process's rewards are no numbers."""
+    iterate, score = train.Trainer.iterate, RewardSet.score
+
+    def breaking(self, iteration):
+        if iteration == 1 and self.world.rank == 1:
+            RewardSet.score = lambda *given: {n: r * math.nan for n, r in score(*given).items()}
+        return iterate(self, iteration)
+
+    train.Trainer.iterate = breaking
+    train.main()
+
+
+if __name__ == "__main__":
+    if sys.argv.pop(1) == "each":
+        rundir.run_stage("train", train_each)
+    else:
+        train_with_broken_rewards()
