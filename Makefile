@@ -1,6 +1,7 @@
 # Everything here needs Python >= 3.11, git and make; `make` alone lists what it can do.
 PYTHON ?= python3
 ARGS ?=
+FOLDER ?= results/rehearsal
 
 VENV := .venv
 STAMP := $(VENV)/.installed
@@ -22,7 +23,7 @@ unexport PYTHONDONTWRITEBYTECODE
 all reference test: export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup all reference test ui new-method shapes-weights lint lock
+.PHONY: help setup all reference test ui new-method shapes-weights lint lock judge rehearsal constraints
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
@@ -59,10 +60,18 @@ lint: $(STAMP)  ## Check style, types and the workflow
 	$(RUN) snakefmt --check workflow
 	$(RUN) snakemake --lint
 
+lock: $(STAMP)  ## Pin the paper scale's models in resources.lock.yaml (network; HF_TOKEN)
+	$(RUN) HF_HUB_OFFLINE=0 python -m tafs.resources lock $(ARGS)
+
+judge: .venv-judge/.installed  ## Install UnifiedReward's server into .venv-judge (CUDA)
+
+rehearsal: $(STAMP)  ## Run the paper's whole graph on tiny random checkpoints: make rehearsal FOLDER=...
+	$(RUN) python tests/tiny_hub.py "$(FOLDER)" $(ARGS)
+
 # --universal: one lock for every platform; the CUDA packages apply only where torch asks for them.
-lock:  ## Resolve requirements.txt again and rewrite constraints.txt (needs uv)
+constraints:  ## Resolve requirements.txt again and rewrite constraints.txt (needs uv)
 	uv pip compile --universal --fork-strategy fewest --python-version 3.11 --upgrade --quiet \
-		--custom-compile-command 'make lock' requirements.txt --output-file constraints.txt
+		--custom-compile-command 'make constraints' requirements.txt --output-file constraints.txt
 
 # uv ignores pip's configuration: where pip is told to look for local wheels, uv has to be told too.
 $(STAMP): requirements.txt requirements-nodeps.txt constraints.txt pyproject.toml
@@ -82,4 +91,10 @@ $(STAMP): requirements.txt requirements-nodeps.txt constraints.txt pyproject.tom
 		$(VENV)/bin/python -m pip install --quiet $(LOCKED); \
 		$(VENV)/bin/python -m pip install --quiet $(UNLOCKED); \
 	fi
+	@touch $@
+
+# The server brings its own torch: it cannot share an environment with the rest.
+.venv-judge/.installed: workflow/envs/unifiedreward.txt
+	$(PYTHON) -m venv .venv-judge
+	.venv-judge/bin/python -m pip install --quiet -r $<
 	@touch $@

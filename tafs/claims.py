@@ -281,12 +281,15 @@ def _verdict(comparisons: Sequence[Comparison]) -> str:
 # -- reporting -----------------------------------------------------------------------------------
 
 
-def write(verdicts: Sequence[Verdict], scale: str, out_dir: Path) -> list[Path]:
-    """CLAIMS.md for people and CLAIMS.json for machines."""
+def write(
+    verdicts: Sequence[Verdict], scale: str, out_dir: Path, random: Sequence[str] = ()
+) -> list[Path]:
+    """claims.md for people and claims.json for machines; `random` names what is not trained."""
     out_dir.mkdir(parents=True, exist_ok=True)
     lines = [
         f"The paper's claims, tested at the scale `{scale}`. A comparison of trained models with "
         "one seed is shown and decides nothing.",
+        *([f"RANDOM WEIGHTS: {', '.join(random)}. These verdicts mean nothing."] if random else []),
         "",
         "| Claim | Source | Verdict | Effects with 95 % intervals | Seeds |",
         "| --- | --- | --- | --- | ---: |",
@@ -305,6 +308,7 @@ def write(verdicts: Sequence[Verdict], scale: str, out_dir: Path) -> list[Path]:
             "claim": claim.claim,
             "source": claim.source,
             "scale": scale,
+            **({"random_weights": list(random)} if random else {}),
             "verdict": verdict,
             "comparisons": [
                 {

@@ -48,7 +48,7 @@ class Lora(_Strict):
 class Evaluation(_Strict):
     """How models are judged; which of it a run needs follows from the experiments it is in."""
 
-    images_per_prompt: Count
+    images_per_prompt: Count | dict[Name, Count]  # or of each part of the scale's prompts
     prompts: Count | None = None  # the first so many of each task; None takes all
     few_nfe: Count  # steps that tables print unless they say otherwise
     curve_nfe: tuple[Count, ...]  # steps of the curves
@@ -70,6 +70,8 @@ class Scale(_Strict):
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the network's weights
     gradient_checkpointing: bool = False
     processes: Count = 1  # of a training job, one a GPU
+    nodes: Count = 1  # machines that share them
+    memory_mb: Count = 3000  # of the machine's, for each process
     backbones: dict[Name, Name]  # the models that play the experiments' parts
     prompts: dict[Name, Name]  # the prompt sets that play the tasks' parts
     models: tuple[Name, ...] = ()  # compared without being trained, where an experiment has `models`
@@ -178,6 +180,7 @@ class Run:
         """What run.json holds."""
         from tafs import method as methods
 
+        used = (self.backbone, *sorted(self.rewards))
         out: dict[str, Any] = {
             "name": self.name,
             "variant": self.variant,
@@ -198,6 +201,7 @@ class Run:
             "cost": 0,
             "iterations": 0,
             "snapshots": list(self.snapshots),
+            **weights_of(self.settings, used),
         }
         if self.trained:
             algorithm = methods.create(self.method, dict(self.hyperparameters))
@@ -209,6 +213,15 @@ class Run:
                 "iterations": self.settings["iterations"],
             }
         return out
+
+
+def weights_of(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """What models and rewards are made of: its SHA-256, and what of it is randomly initialised."""
+    from tafs import worlds
+
+    world = worlds.of(settings)
+    known = names if world.pinned else ()
+    return {"weights": world.digests(known), "random_weights": world.random(known)}
 
 
 def to_json(value: Mapping[str, Any]) -> str:
@@ -443,6 +456,10 @@ def _inconsistency(config: Config) -> str | None:
             if part not in scale.prompts:
                 hint = _suggestion(part, list(scale.prompts))
                 return f"scales.{name}.prompts: no prompt set for {part!r} of {wanted!r}{hint}"
+            images = scale.evaluation.images_per_prompt
+            if not isinstance(images, int) and part not in images:
+                hint = _suggestion(part, list(images))
+                return f"scales.{name}.evaluation.images_per_prompt: none for {part!r}{hint}"
         for model in (*scale.backbones.values(), *scale.models):
             if model not in models.read():
                 hint = _suggestion(model, list(models.read()))
@@ -452,9 +469,16 @@ def _inconsistency(config: Config) -> str | None:
         for model in scale.backbones.values():
             if not models.read()[model].trainable:
                 return f"scales.{name}.backbones: {model!r} cannot be trained, only compared"
+        if scale.processes % scale.nodes:
+            return (
+                f"scales.{name}.nodes: {scale.nodes} cannot share {scale.processes} processes; "
+                "choose a divisor"
+            )
+        if scale.evaluation.server and scale.world != "hub":
+            return f"scales.{name}.evaluation.server: the world {scale.world!r} needs no server"
         for prompt_set in scale.prompts.values():
             if prompt_set not in worlds.PROMPTS[scale.world]:
-                hint = _suggestion(prompt_set, worlds.PROMPTS[scale.world])
+                hint = _suggestion(prompt_set, list(worlds.PROMPTS[scale.world]))
                 return f"scales.{name}.prompts: unknown prompt set {prompt_set!r}{hint}"
     if config.tuning is not None:
         return _tuning_inconsistency(config, config.tuning)
@@ -505,6 +529,11 @@ def _experiment_inconsistency(config: Config, name: str, experiment: Experiment)
 def _prompts_of(config: Config, experiment: Experiment) -> str:
     """The part that a scale casts with a prompt set."""
     return experiment.prompts or config.tasks[experiment.tasks[0]].prompts
+
+
+def _images_per_prompt(config: Config, experiment: Experiment) -> int:
+    given = config.active.evaluation.images_per_prompt
+    return given if isinstance(given, int) else given[_prompts_of(config, experiment)]
 
 
 def _tuning_inconsistency(config: Config, tuning: Tuning) -> str | None:
@@ -562,6 +591,8 @@ SELECTION = {
     "experiments",
     "evaluation",
     "processes",
+    "nodes",
+    "memory_mb",
 }
 
 
@@ -655,38 +686,49 @@ def evaluations(config: Config) -> dict[str, dict[str, Any]]:
     are judged on fewer images, since they only draw a line.
     """
     evaluation = config.active.evaluation
+    served = evaluation.server
     found: dict[str, dict[tuple[str, int, int | None], int]] = {}
     all_runs = runs(config)
-    samplers = {name: str(run.describe()["sampler"]) for name, run in all_runs.items()}
+    described = {name: run.describe() for name, run in all_runs.items()}
     for table in tables(config):
         few = table["evaluation"]["few"]
+        images = _images_per_prompt(config, config.experiments[table["name"]])
         for row in table["rows"] if table["kind"] != "correlation" else ():
             for name in row["runs"]:
                 run = all_runs[name]
                 wanted = found.setdefault(name, {})
-                own = str(row["sampler"] or samplers[name])
+                own = str(row["sampler"] or described[name]["sampler"])
                 if "steps" in table["figures"] or "pareto" in table["figures"]:
                     for n in evaluation.curve_nfe:
                         wanted.setdefault((own, n, None), evaluation.curve_images_per_prompt)
                 if "compute" in table["figures"]:
                     for iteration in run.snapshots:
                         wanted.setdefault((own, few, iteration), evaluation.curve_images_per_prompt)
-                    wanted[own, few, None] = evaluation.images_per_prompt
+                    wanted[own, few, None] = images
                 kept = row["iteration"] if row["iteration"] in run.snapshots else None
-                wanted[own, row["nfe"], kept] = evaluation.images_per_prompt
+                wanted[own, row["nfe"], kept] = images
+    from tafs import worlds
+    from tafs.rewards import SERVED
+
+    settings = config.active.model_dump(mode="json")
+    measured = {
+        run.prompts: (*worlds.of(settings).metrics(run.prompts), *([SERVED] if served else []))
+        for run in all_runs.values()
+    }
     return {
         name: {
+            **weights_of(settings, measured[all_runs[name].prompts]),
             "prompts": evaluation.prompts,
             "batch": evaluation.batch,
             "resolution": evaluation.resolution or config.active.resolution,
-            "server": list(evaluation.server),
+            "server": list(served),
             "correlation": {
                 "nfe": evaluation.few_nfe,
                 "prompts": evaluation.correlation_prompts,
             },
             "settings": [
-                {"sampler": sampler, "nfe": n, "iteration": iteration, "images_per_prompt": images}
-                for (sampler, n, iteration), images in sorted(
+                {"sampler": sampler, "nfe": n, "iteration": iteration, "images_per_prompt": count}
+                for (sampler, n, iteration), count in sorted(
                     found.get(name, {}).items(), key=lambda item: (item[0][2] or 0, item[0][:2])
                 )
             ],
@@ -757,7 +799,8 @@ def tables(config: Config) -> list[dict[str, Any]]:
                 if len(experiment.tasks) > 1:
                     label = config.tasks[task].title or task
                 if len(experiment.backbones) > 1:
-                    label = f"{label} + {models.read()[backbone].title}"
+                    model = models.read()[backbone]
+                    label = f"{label} + {model.short or model.title}"
                 for n in few:
                     row = {**common(backbone), "variant": variant, "task": task, "nfe": n}
                     row |= {"label": label, "sampler": None}

@@ -1,6 +1,6 @@
 """Several processes that train one run, one a GPU, on one machine or more, as torchrun starts them.
 
-Where there is one process, `World`'s methods return what they are given and torch.distributed is
+Where there is one process, `Processes`' methods return what they are given and torch.distributed is
 never set up, so that code which uses them needs no second path.
 """
 
@@ -18,14 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tafs.rundir import RunFailed
+from tafs.failures import RunFailed
 
 TIMEOUT = 1800  # s that a process waits for the others; TAFS_DISTRIBUTED_TIMEOUT replaces it
 GRACE = 10.0  # s in which the launcher ends the processes that another one's failure leaves
 
 
 @dataclass(frozen=True)
-class World:
+class Processes:
     """This process among those that train a run together."""
 
     rank: int = 0
@@ -85,10 +85,10 @@ class World:
         self.sum_(gradients)
 
 
-ALONE = World()
+ALONE = Processes()
 
 
-def from_environment() -> World:
+def from_environment() -> Processes:
     """This process's place, from the RANK, WORLD_SIZE and LOCAL_RANK that torchrun sets.
 
     Raises:
@@ -98,7 +98,7 @@ def from_environment() -> World:
     size = _number("WORLD_SIZE", "1")
     if size == 1:
         return ALONE
-    here = World(_number("RANK"), size, _number("LOCAL_RANK"))
+    here = Processes(_number("RANK"), size, _number("LOCAL_RANK"))
     gpus = torch.cuda.device_count()
     if here.device.type == "cuda" and here.local_rank >= gpus:
         raise ValueError(
@@ -109,7 +109,7 @@ def from_environment() -> World:
 
 
 @contextmanager
-def world() -> Iterator[World]:
+def connected() -> Iterator[Processes]:
     """This process's place, and its connection to the other processes inside the block.
 
     CPU tensors go over gloo, tensors on GPUs over NCCL. An exception inside the block ends the job:

@@ -23,9 +23,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tafs import checkpoint, images, rundir, sampling, seeding
+from tafs import checkpoint, failures, images, rundir, sampling, seeding
 from tafs.progress import Reporter
 from tafs.prompts import Prompt, first_of_each
+from tafs.rewards import canary
 
 # One seed for all: methods are compared on the same prompts and noise. It is no training seed.
 EVALUATION_SEED = 1_000_003
@@ -103,10 +104,14 @@ def evaluate(run: rundir.RunDir) -> None:
 
     Raises:
         FileNotFoundError: a trained run has no adapter yet, or not one of its snapshots; names it.
+        failures.RunFailed: a reward does not pass its canary.
     """
     description, evaluation = run.description, run.evaluation
     prompts, measured = run.test_prompts(), run.world.metrics(description["prompts"])
     metrics = run.world.rewards(measured, strict_geneval=True)
+    if run.world.canary is not None:
+        digests = {name: run.world.reward_digest(name) for name in measured}
+        canary.verify(metrics.rewards, digests, run.world.canary, run.world.device)
     settings = [Setting(**setting) for setting in evaluation["settings"]]
     reporter = Reporter(run.folder, "evaluate", sum(s.nfe for s in settings))
     shown = first_of_each(prompts, SAMPLES_PER_TAG)

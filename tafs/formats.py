@@ -14,6 +14,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,14 @@ def write(
         ValueError: see `fill`.
     """
     lines = fill(table, results, published)
+    shown = [result for line in lines for result in line.system.results]
+    random = sorted(set[str]().union(*(result.random_weights for result in shown)))
+    if random:
+        note = f"Randomly initialised: {', '.join(random)}. These numbers are no results."
+        marked = {"caption": f"RANDOM WEIGHTS: {table.caption}", "notes": [note, *table.notes]}
+        table = replace(table, **marked)
     texts = {
-        "csv": _csv(table, lines, published),
+        "csv": _csv(table, lines, published, random),
         "md": _markdown(table, lines),
         "tex": _latex(table, lines),
         "html": _html(table, lines),
@@ -56,7 +63,7 @@ def write(
     return files
 
 
-def _csv(table: Table, lines: Sequence[Line], published: bool) -> str:
+def _csv(table: Table, lines: Sequence[Line], published: bool, random: Sequence[str]) -> str:
     header = ["row", "variant", "backbone", "sampler", "nfe"]
     for column in table.columns:
         name = column.name
@@ -66,6 +73,7 @@ def _csv(table: Table, lines: Sequence[Line], published: bool) -> str:
             header += [f"{name}_{field}" for field in extra]
         if published:
             header.append(f"{name}_published")
+    header += ["random_weights"] if random else []
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(header)
@@ -81,6 +89,7 @@ def _csv(table: Table, lines: Sequence[Line], published: bool) -> str:
                 fields += [e.resampled, int(cell.best)]
             if published:
                 fields.append(cell.published or "")
+        fields += [" ".join(random)] if random else []
         writer.writerow(fields)
     return out.getvalue()
 
@@ -260,6 +269,7 @@ def _provenance(table: Table, lines: Sequence[Line], beside: Sequence[System]) -
                 for file in (result.run.adapter, result.run.scores, result.run.step_scores)
                 if file.is_file()
             },
+            "metrics": result.run.evaluation.get("weights", {}),
             **result.origin,
         }
         for system in (*beside, *(line.system for line in lines))

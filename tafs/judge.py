@@ -15,9 +15,10 @@ from tempfile import TemporaryFile
 
 import pandas as pd
 
-from tafs import evaluate, images, resources, rundir, worlds
+from tafs import evaluate, failures, images, resources, rundir
 from tafs.progress import Reporter
-from tafs.rewards import hub, unifiedreward
+from tafs.rewards import SERVED, canary, unifiedreward
+from tafs.rewards.registry import Reward
 
 START_TIMEOUT_S = 1800  # a 7B model is read from disk and compiled
 
@@ -30,7 +31,7 @@ def serving(command: list[str], folder: Path) -> Iterator[str]:
         command: {folder} and {port} are filled in.
 
     Raises:
-        rundir.RunFailed: it did not start, or ended early; with its last line.
+        failures.RunFailed: it did not start, or ended early; with its last line.
     """
     with socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -41,14 +42,14 @@ def serving(command: list[str], folder: Path) -> Iterator[str]:
         try:
             server = subprocess.Popen(filled, stdout=output, stderr=subprocess.STDOUT)
         except OSError as error:
-            raise rundir.RunFailed(f"{filled[0]}: cannot be started ({error.strerror})") from None
+            raise failures.RunFailed(f"{filled[0]}: cannot be started ({error.strerror})") from None
         try:
             try:
                 unifiedreward.wait_ready(url, START_TIMEOUT_S, alive=lambda: server.poll() is None)
-            except rundir.RunFailed as error:
+            except failures.RunFailed as error:
                 output.seek(0)
                 said = output.read()[-2000:].decode(errors="replace").strip().splitlines()
-                raise rundir.RunFailed(f"{error}; it said: {said[-1] if said else ''}") from None
+                raise failures.RunFailed(f"{error}; it said: {said[-1] if said else ''}") from None
             yield url
         finally:
             server.terminate()
@@ -59,25 +60,34 @@ def serving(command: list[str], folder: Path) -> Iterator[str]:
                 server.wait()
 
 
+@contextmanager
+def served(run: rundir.RunDir) -> Iterator[Reward]:
+    """The reward behind the server that evaluation.json names, as long as the block lasts."""
+    folder = resources.path(SERVED, Path(run.description["settings"]["lock"]))
+    with serving(run.evaluation["server"], folder) as url:
+        yield unifiedreward.UnifiedReward(url).reward()
+
+
 def judge(run: rundir.RunDir) -> None:
     """Write the run's judgements.
 
     Raises:
         FileNotFoundError: the run has no images; names the file.
-        rundir.RunFailed: the server failed, or left too many images without a score.
+        failures.RunFailed: the server failed, left too many images without a score, or fails its
+            canary.
     """
-    evaluation, prompts = run.evaluation, run.test_prompts()
+    evaluation, prompts, world = run.evaluation, run.test_prompts(), run.world
     per_prompt = sum(setting["images_per_prompt"] for setting in evaluation["settings"])
     reporter = Reporter(run.folder, "judge", per_prompt * len(prompts))
     rows = []
-    folder = resources.path(worlds.SERVED, Path(run.description["settings"]["lock"]))
-    with serving(evaluation["server"], folder) as url:
-        reward = hub.served(url)
+    with served(run) as reward:
+        if world.canary is not None:
+            canary.verify([reward], {reward.name: world.reward_digest(reward.name)}, world.canary)
         for keys, batch in images.read(run.images, evaluation["batch"]):
             owners = [prompts[key.prompt] for key in keys]
             scores = reward.report(reward.score(batch, owners))
             rows += [
-                {**key._asdict(), "tag": owner.tag, "metric": worlds.SERVED, "value": value}
+                {**key._asdict(), "tag": owner.tag, "metric": reward.name, "value": value}
                 for key, owner, value in zip(keys, owners, scores.double().tolist(), strict=True)
             ]
             reporter.advance(steps=len(keys))

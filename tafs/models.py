@@ -6,39 +6,58 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 FILE = Path(__file__).parent / "models.yaml"
 
-Name = Annotated[str, Field(pattern="^[a-z][a-z0-9._-]{0,63}$")]  # of an entry of resources.yaml
+Pipeline = Literal[
+    "StableDiffusion3Pipeline",
+    "FluxPipeline",
+    "SanaPipeline",
+    "SanaSprintPipeline",
+    "HiDreamImagePipeline",
+]
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,63}$")]  # dots part the names of runs
+Resource = Annotated[str, Field(pattern=r"^[a-z][a-z0-9.-]{0,63}$")]  # of resources.yaml
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*\.safetensors$")]
+Count = Annotated[int, Field(ge=1)]
 
 
-class Lora(BaseModel):
-    """A distilled model's adapter on its base model."""
-
+class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    resource: Name
-    file: str
-    scale: float = 1.0
+
+class Adapter(_Strict):
+    """A LoRA for the pipeline's transformer, merged into its weights."""
+
+    resource: Resource
+    file: FileName
+    scale: Annotated[float, Field(gt=0)]
 
 
-class Model(BaseModel):
-    """How a model is sampled, as its card says."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class Model(_Strict):
+    """One entry of models.yaml; its comments say what each key is."""
 
     title: str
+    short: str = ""
     world: Literal["shapes", "hub"] = "hub"
-    resource: Name  # of resources.yaml, or an embedded model
-    pipeline: str  # diffusers' class
-    lora: Lora | None = None
-    text_encoder: Name | None = None  # a resource that the pipeline's own folder lacks
-    trainable: bool = False  # a backbone drives it; others are compared as they are
-    steps: Annotated[int, Field(ge=1)]
-    guidance: float
-    max_sequence_length: Annotated[int, Field(ge=1)]
+    resource: Resource
+    pipeline: Pipeline
+    lora: Adapter | None = None
+    text_encoder: Resource | None = None
+    trainable: bool = False
+    steps: Count
+    guidance: Annotated[float, Field(ge=0)]
+    max_sequence_length: Count
+    resolution: Count | None = None
+    arguments: dict[str, Any] = {}
     licence: str
+
+    @property
+    def resources(self) -> tuple[str, ...]:
+        """The folders that it needs, the pipeline's own first."""
+        lora = self.lora.resource if self.lora else None
+        return tuple(name for name in (self.resource, lora, self.text_encoder) if name)
 
     def settings(self, steps: int | None = None) -> dict[str, Any]:
         """What run.json says of it; `steps` replaces its own."""
@@ -50,18 +69,28 @@ class Model(BaseModel):
         }
 
 
+class _Models(BaseModel):
+    models: dict[Name, Model]
+
+
 @cache
 def read(path: Path = FILE) -> dict[str, Model]:
-    """Every model by name.
+    """Every model by name, in the file's order.
 
     Raises:
         config.ConfigError: one line that names the file, the model and the key.
     """
     from tafs import config
 
-    raw = config.load_yaml(path, dict)
     try:
-        return TypeAdapter(dict[Name, Model]).validate_python(raw)
+        return _Models(models=config.load_yaml(path, dict)).models
     except ValidationError as error:
-        problem = config.first_problem(error, list(Model.model_fields))
+        problem = config.first_problem(error, _known_keys(error)).replace("models.", "", 1)
         raise config.ConfigError(f"{path}: {problem}") from None
+
+
+def _known_keys(error: ValidationError) -> list[str]:
+    """What is allowed where the first unknown key stands."""
+    unknown = (p["loc"] for p in error.errors() if p["type"] == "extra_forbidden")
+    inside_lora = "lora" in next(unknown, ())[2:-1]
+    return list((Adapter if inside_lora else Model).model_fields)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from tafs import config, rundir
+from tafs import config, failures
 
 FOLDER = Path("baselines")
 TEMPLATE = '''"""{title} (authors, year, arXiv number).
@@ -79,7 +79,7 @@ def main() -> None:
             f"  snakemake all --config scale=smoke"
         )
 
-    rundir.fail_in_one_line("new-method", work)
+    failures.fail_in_one_line("new-method", work)
 
 
 if __name__ == "__main__":

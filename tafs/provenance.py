@@ -21,12 +21,11 @@ def collect(description: dict[str, Any]) -> dict[str, Any]:
     """Facts that journal, tables and tracking repeat; nothing from the environment's variables."""
     root = Path(__file__).resolve().parent.parent
     world, prompt_set = worlds.of(description["settings"]), description["prompts"]
-    names = sorted({description["backbone"], *description["rewards"]})
     return {
         "git_commit": _git(root, "rev-parse", "HEAD"),
         "git_changed": bool(_git(root, "status", "--porcelain", "--untracked-files=no")),
-        "weights": world.digests(names),
-        "random_weights": world.random(names),
+        "weights": description["weights"],
+        "random_weights": description["random_weights"],
         "prompts": {
             split: _digest(world.prompts(prompt_set, split)) for split in ("train", "test")
         },

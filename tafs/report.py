@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tafs import rundir
+from tafs import failures
 
 CLAIMS = Path("claims.yaml")
 
@@ -16,7 +16,7 @@ def main() -> None:
     if len(sys.argv) != 2:
         print("usage: python -m tafs.report ROOT", file=sys.stderr)
         sys.exit(2)
-    rundir.fail_in_one_line("compare", lambda: build(Path(sys.argv[1])))
+    failures.fail_in_one_line("compare", lambda: build(Path(sys.argv[1])))
 
 
 def build(root: Path) -> None:
@@ -30,6 +30,7 @@ def build(root: Path) -> None:
 
     stated = claims.read(CLAIMS)
     verdicts: list[claims.Verdict] = []
+    random: set[str] = set()
     for spec in contents(root):
         names = dict.fromkeys(name for row in spec["rows"] for name in row["runs"])
         runs = [root / "runs" / name for name in names]
@@ -37,12 +38,13 @@ def build(root: Path) -> None:
         for kind, name in spec["figures"].items():
             figures.draw(kind, name, spec, runs, root / "figures")
         results = read_results(runs)
+        random = random.union(*(result.random_weights for result in results))
         own = [claim for claim in stated if claim.experiment == spec["name"]]
         verdicts += [claims.judge(claim, spec, results) for claim in own]
     judged = {verdict.claim.id for verdict in verdicts}
     untested = [claim for claim in stated if claim.id not in judged]
     verdicts += [claims.Verdict(claim, claims.NOT_TESTED, ()) for claim in untested]
-    claims.write(verdicts, root.name, root)
+    claims.write(verdicts, root.name, root, sorted(random))
 
 
 def contents(root: Path) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, BinaryIO, Literal, TypeVar
 
@@ -38,7 +39,7 @@ from pydantic import (
     model_validator,
 )
 
-from tafs import config, rundir
+from tafs import config, failures
 
 RESOURCES = Path("resources.yaml")
 LOCK = Path("resources.lock.yaml")
@@ -180,7 +181,13 @@ def read_lock(file: Path = LOCK) -> dict[str, Locked]:
         ValueError: there is none.
     """
     if not file.is_file():
-        raise ValueError(f"{file}: no such lock file; run `python -m tafs.resources lock`")
+        raise ValueError(f"{file}: no such lock file; run `make lock` where there is a network")
+    return _read_lock(file, file.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=4)
+def _read_lock(file: Path, _: int) -> dict[str, Locked]:
+    """Once for each state of the file: a plan asks for hundreds of entries."""
     return _read(file, ALL_LOCKED, list(Locked.model_fields))
 
 
@@ -335,7 +342,7 @@ def _select(patterns: Iterable[str], names: Sequence[str]) -> list[str]:
     for pattern in patterns:
         matches = [name for name in names if fnmatchcase(name, pattern)]
         if not matches:
-            raise rundir.RunFailed(
+            raise failures.RunFailed(
                 f"no file matches {pattern!r}; correct `files` in {RESOURCES} (there are: "
                 f"{', '.join(names[:20])}{', ...' if len(names) > 20 else ''})"
             )
@@ -424,7 +431,7 @@ def _check_space(folder: Path, needed: int) -> None:
     disk = os.statvfs(existing)
     free = disk.f_bavail * disk.f_frsize
     if free < needed:
-        raise rundir.RunFailed(
+        raise failures.RunFailed(
             f"needs {_gigabytes(needed)}, but {existing} has only {_gigabytes(free)} free; "
             "make room or set HF_HOME to a folder on a larger disk"
         )
@@ -471,13 +478,13 @@ def _in_one_line(source: Source) -> Iterator[None]:
     caught = (errors.HTTPError, errors.XetDownloadError, OSError, RuntimeError)
     try:
         yield
-    except rundir.RunFailed:
+    except failures.RunFailed:
         raise
     except (ValidationError, json.JSONDecodeError) as error:
         text = f"{_page(source)}: the answer is not a hub's ({_one_line(error)})"
-        raise rundir.RunFailed(f"{text}; check the connection and its proxies") from None
+        raise failures.RunFailed(f"{text}; check the connection and its proxies") from None
     except caught as error:
-        raise rundir.RunFailed(_reason(error, _page(source))) from None
+        raise failures.RunFailed(_reason(error, _page(source))) from None
 
 
 def _page(source: Source) -> str:
@@ -540,7 +547,7 @@ def _each(names: Iterable[str], work: Callable[[str], str]) -> None:
     for name in names:
         try:
             print(f"{name}: {work(name)}", flush=True)
-        except (ValueError, OSError, rundir.RunFailed) as error:
+        except (ValueError, OSError, failures.RunFailed) as error:
             print(f"{name}: {error}", file=sys.stderr, flush=True)
             failed = True
     if failed:
@@ -592,7 +599,7 @@ def main() -> None:
             _fetch(given.names, given.lock)
 
     try:
-        rundir.fail_in_one_line(f"resources {given.verb}", work)
+        failures.fail_in_one_line(f"resources {given.verb}", work)
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         sys.exit(130)

@@ -160,6 +160,15 @@ class Result:
         return str(self.info.get("variant", self.info["method"]))
 
     @property
+    def random_weights(self) -> set[str]:
+        """What of its models and of its metrics' is randomly initialised: such numbers mean nothing."""
+        return {
+            name
+            for record in (self.info, self.run.evaluation)
+            for name in record.get("random_weights", ())
+        }
+
+    @property
     def origin(self) -> dict[str, Any]:
         """The journal's fingerprint and provenance; {} of a run that is not trained.
 

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tafs import config, prompts, worlds
+from tafs import config, failures, prompts, worlds
 
 
 class RunDir:
@@ -103,10 +103,6 @@ def limit_threads() -> None:
     torch.set_num_threads(int(os.environ.get("TAFS_THREADS", "1")))
 
 
-class RunFailed(RuntimeError):
-    """A run stopped for a reason that its input alone does not show, in one line."""
-
-
 def run_stage(stage: str, work: Callable[[RunDir], None]) -> None:
     """`python -m tafs.STAGE RUN_DIR`, with one thread a process."""
     if len(sys.argv) != 2:
@@ -116,16 +112,4 @@ def run_stage(stage: str, work: Callable[[RunDir], None]) -> None:
     what = f"{stage} {sys.argv[1]}"
     if os.environ.get("WORLD_SIZE", "1") != "1":
         what += f" (process {os.environ.get('RANK')})"
-    fail_in_one_line(what, lambda: work(RunDir(Path(sys.argv[1]))))
-
-
-def fail_in_one_line(what: str, work: Callable[[], None]) -> None:
-    """Do the work; a failure is one line and exit code 2 for bad input, else 1."""
-    try:
-        work()
-    except (ValueError, FileNotFoundError) as error:
-        print(f"{what}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (RunFailed, OSError) as error:
-        print(f"{what}: {error}", file=sys.stderr)
-        sys.exit(1)
+    failures.fail_in_one_line(what, lambda: work(RunDir(Path(sys.argv[1]))))

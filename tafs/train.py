@@ -29,18 +29,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tafs import checkpoint, distributed, prompts, provenance, rundir, seeding
+from tafs import checkpoint, distributed, failures, prompts, provenance, rundir, seeding, worlds
 from tafs import method as methods
 from tafs.backbones.base import Backbone, fast_dtype
-from tafs.distributed import World
+from tafs.distributed import Processes
 from tafs.journal import Journal
 from tafs.method import Feedback, Trajectory
 from tafs.progress import Reporter
-from tafs.rewards import registry
 from tafs.rewards.registry import RewardSet
 
 
-class NonFinite(rundir.RunFailed):
+AHEAD = 16  # iterations whose prompts are encoded at once, while the text encoders are on the GPU
+
+
+class NonFinite(failures.RunFailed):
     """A loss, reward or gradient is NaN or infinite; nothing was updated."""
 
 
@@ -62,6 +64,11 @@ class Rewards:
 class Trainer:
     """Everything that a run carries from iteration to iteration, in one of its processes.
 
+    Args:
+        description: run.json.
+        known: the prompts that iterations draw from.
+        shares: how often each of their tags is drawn; None: equally often.
+
     Raises:
         ValueError: the prompts of an iteration cannot be shared out to updates and processes.
     """
@@ -71,12 +78,15 @@ class Trainer:
         description: Mapping[str, Any],
         backbone: Backbone,
         rewards: RewardSet,
-        world: World = distributed.ALONE,
+        known: Sequence[prompts.Prompt],
+        processes: Processes = distributed.ALONE,
+        *,
+        shares: Mapping[str, float] | None = None,
     ) -> None:
         settings = description["settings"]
         self.backbone = backbone
         self.rewards = rewards
-        self.world = world
+        self.processes = processes
         self.seed: int = description["seed"]
         self.method = methods.create(description["method"], dict(description["hyperparameters"]))
         self.weights: dict[str, float] = description["rewards"]
@@ -86,21 +96,23 @@ class Trainer:
         self.groups: int = settings["prompts_per_iteration"]
         self.group_size: int = settings["group_size"]
         self.micro_batch: int = settings["micro_batch"]
-        self.prompts = rundir.train_prompts(settings["world"])
+        self.prompts = known
+        self.shares = shares
+        self.encoded = range(0)  # the iterations whose prompts the backbone has prepared
         if self.groups % self.method.updates:
             raise ValueError(
                 f"updates: {self.method.updates} does not divide prompts_per_iteration "
                 f"({self.groups}); choose a divisor"
             )
         shared = self.groups // self.method.updates
-        if shared % world.size:
+        if shared % processes.size:
             raise ValueError(
                 f"prompts_per_iteration: {self.groups} prompts in {self.method.updates} updates "
-                f"cannot be shared by {world.size} processes; choose a divisor of {shared}"
+                f"cannot be shared by {processes.size} processes; choose a divisor of {shared}"
             )
         # The groups of this process, of all that an iteration has.
-        parts = torch.arange(self.groups).view(self.method.updates, world.size, -1)
-        self.own: list[int] = parts[:, world.rank].flatten().tolist()
+        parts = torch.arange(self.groups).view(self.method.updates, processes.size, -1)
+        self.own: list[int] = parts[:, processes.rank].flatten().tolist()
         lora = settings["lora"]
         backbone.add_lora(lora["rank"], lora["alpha"], seeding.generator(self.seed, "lora"))
         self.parameters = backbone.lora_parameters()
@@ -124,8 +136,10 @@ class Trainer:
         """
         clock = time.perf_counter
         start = clock()
-        rng = np.random.default_rng([self.seed, iteration])
-        drawn = prompts.draw(self.prompts, self.groups, rng)
+        drawn = self._draw(iteration)
+        if iteration not in self.encoded:
+            self.encoded = range(iteration, min(iteration + AHEAD, self.iterations))
+            self.backbone.prepare([self._draw(i)[n].text for i in self.encoded for n in self.own])
         chunks = self._rollout([drawn[group].text for group in self.own], iteration)
         sampled = clock()
         owners = [drawn[group] for group in self.own for _ in range(self.group_size)]
@@ -152,6 +166,11 @@ class Trainer:
                 "total": end - start,
             },
         }
+
+    def _draw(self, iteration: int) -> list[prompts.Prompt]:
+        """The prompts of an iteration's groups, of all processes."""
+        rng = np.random.default_rng([self.seed, iteration])
+        return prompts.draw(self.prompts, self.groups, rng, self.shares)
 
     @torch.no_grad()
     def _rollout(self, texts: Sequence[str], iteration: int) -> list[Trajectory]:
@@ -219,7 +238,7 @@ class Trainer:
         for name, parts in columns.items():
             own = torch.cat(parts, dim=1)
             own = own.view(len(own), self.method.updates, -1, self.group_size)
-            by_name[name] = self.world.all_gather(own, dim=2).flatten(1, 2)
+            by_name[name] = self.processes.all_gather(own, dim=2).flatten(1, 2)
         return Rewards(by_name, self.rewards.report(by_name), self.weights)
 
     def _update(
@@ -247,7 +266,7 @@ class Trainer:
                     self.weights,
                     self.averaged,
                 )
-                share = size / ((update.stop - update.start) * self.world.size)
+                share = size / ((update.stop - update.start) * self.processes.size)
                 for part in method.losses(self.backbone, chunk, feedback, self.micro_batch):
                     if not part.loss.isfinite():
                         where = f"iteration {iteration}, update {number}"
@@ -259,7 +278,7 @@ class Trainer:
             # DistributedDataParallel would sum them in a wrapped network's forward and backward
             # passes; methods call the backbone itself, and the adapter is small enough to be
             # summed at once. Every process gets the same sum, bit for bit, and so the same adapter.
-            self.world.sum_gradients(self.parameters.values())
+            self.processes.sum_gradients(self.parameters.values())
             norm = nn.utils.clip_grad_norm_(self.parameters.values(), method.max_grad_norm)
             if not norm.isfinite():
                 raise NonFinite(
@@ -275,7 +294,7 @@ class Trainer:
     def _mean(self, values: Tensor) -> float:
         """Over the values of all processes."""
         total = torch.stack([values.sum(), values.new_tensor(len(values))])
-        self.world.sum_([total])
+        self.processes.sum_([total])
         return (total[0] / total[1]).item()
 
     def _differentiable_rewards(
@@ -370,24 +389,36 @@ class Keeper:
         self.reporter.finish()
 
 
-def train(run: rundir.RunDir, world: World = distributed.ALONE) -> None:
-    """Train a run from its newest usable state to its adapter, in every process of `world`."""
-    description = run.description
-    backbone = rundir.load_backbone(description)
-    rewards = registry.load(list(description["rewards"]), description["settings"]["world"])
-    trainer = Trainer(description, backbone, rewards, world)
+def trainer_of(
+    description: dict[str, Any], processes: Processes = distributed.ALONE
+) -> Trainer:
+    """What run.json describes, with its world's models, rewards and training prompts."""
+    world = worlds.of(description["settings"], processes.local_rank)
+    return Trainer(
+        description,
+        world.model(description["backbone"], description["settings"]["resolution"]),
+        world.rewards(list(description["rewards"])),
+        world.prompts(description["prompts"], "train"),
+        processes,
+        shares=world.shares(description["prompts"]),
+    )
+
+
+def train(run: rundir.RunDir, processes: Processes = distributed.ALONE) -> None:
+    """Train a run from its newest usable state to its adapter, in each of its processes."""
+    trainer = trainer_of(run.description, processes)
     fingerprint = run.fingerprint()
     state = checkpoint.load(run.checkpoints, fingerprint)
     done = 0 if state is None else state.iteration
-    found = world.all_gather(torch.tensor([done]), dim=0).tolist()
+    found = processes.all_gather(torch.tensor([done]), dim=0).tolist()
     if len(set(found)) > 1:
-        raise rundir.RunFailed(
+        raise failures.RunFailed(
             f"{run.checkpoints}: the processes found states of different iterations ({found}, in "
             f"order of rank); put the run on a file system that they share"
         )
     if state is not None:
         trainer.restore(state)
-    keeper = Keeper(run, trainer, fingerprint, state) if world.leads else None
+    keeper = Keeper(run, trainer, fingerprint, state) if processes.leads else None
     for iteration in range(done, trainer.iterations):
         record = trainer.iterate(iteration)
         if keeper is not None:
@@ -403,8 +434,8 @@ def _headline(rewards: dict[str, list[float]]) -> str:
 
 def train_together(run: rundir.RunDir) -> None:
     """`train` in this process and in those that torchrun started beside it."""
-    with distributed.world() as world:
-        train(run, world)
+    with distributed.connected() as processes:
+        train(run, processes)
 
 
 def main() -> None:

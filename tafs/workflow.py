@@ -9,16 +9,15 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from tafs import config
+from tafs import config, resources, worlds
 from tafs import method as methods
 from tafs.config import Config, ConfigError, Run
 from tafs.progress import Watcher
+from tafs.rewards import RESOURCES, SERVED
 
 __all__ = ["ConfigError", "Plan", "read"]
 
 OVERRIDES = ("scale", "results", "method", "seeds")
-WEIGHTS_MANIFEST = Path(__file__).parent / "shapes" / "weights" / "manifest.json"
-
 
 class Plan:
     """The active scale's runs, as the graph needs them."""
@@ -94,9 +93,107 @@ class Plan:
         return str(methods.source_file(self._run(name).method))
 
     @property
-    def weights(self) -> str:
-        """The list of the embedded models' files with their sums: other models rerun everything."""
-        return str(WEIGHTS_MANIFEST)
+    def metrics_files(self) -> tuple[str, ...]:
+        """Of the stages that score a judged run's images."""
+        served = self.settings.active.evaluation.server
+        return ("scores.parquet", *(("judgements.parquet",) if served else ()))
+
+    def fetched(self, name: str, judging: bool = False) -> list[str]:
+        """The marks of the resources that a run's training, or its judging, needs on the disk."""
+        if self.settings.active.world != "hub":
+            return []
+        run = self._run(name)
+        names = [run.backbone, *run.rewards]
+        if judging:
+            world = worlds.of(dict(run.settings))
+            names = [run.backbone, *world.metrics(run.prompts)]
+        return [self.mark(r) for r in worlds.resources_of(names, [run.prompts])]
+
+    @property
+    def images(self) -> list[str]:
+        """The images that a server judges afterwards, a pattern of `run`."""
+        served = self.settings.active.evaluation.server
+        return [f"{self.root}/runs/{{run}}/images.zip"] if served else []
+
+    @property
+    def canary(self) -> list[str]:
+        """What has to be right before anything is judged."""
+        return [f"{self.root}/canary.json"] if self.settings.active.world == "hub" else []
+
+    @property
+    def canary_run(self) -> str:
+        """A run whose settings say where the rewards are."""
+        return next(iter(self.runs))
+
+    @property
+    def served(self) -> list[str]:
+        """The marks of what the judging server serves."""
+        return [self.mark(resource) for resource in RESOURCES[SERVED]]
+
+    @property
+    def scored(self) -> list[str]:
+        """The marks of what all rewards need, but for the served one."""
+        names = [name for name in RESOURCES if name != SERVED]
+        return [self.mark(resource) for resource in worlds.resources_of(names)]
+
+    def mark(self, resource: str) -> str:
+        """The file that says that a resource is on the disk, verified."""
+        return f"{self.root}/resources/{resource}"
+
+    @property
+    def lock(self) -> str:
+        return self.settings.active.lock
+
+    def locked(self, resource: str) -> str:
+        """SHA-256 of a resource's entry in the lock file; another one fetches it again."""
+        lock = Path(self.lock)
+        return resources.digest(resource, lock) if lock.is_file() else ""
+
+    @property
+    def launcher(self) -> str:
+        """The start of a training's command line."""
+        scale = self.settings.active
+        if scale.processes == 1:
+            return "python"
+        each = scale.processes // scale.nodes
+        torchrun = f"python -m torch.distributed.run --nnodes={scale.nodes} --nproc-per-node={each}"
+        if scale.nodes == 1:
+            return f"{torchrun} --standalone"
+        # The batch script's shell fills in what Slurm knows of the job.
+        first = '"$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)":29500'
+        return (
+            f"srun -N {scale.nodes} -n {scale.nodes} --ntasks-per-node=1 {torchrun} "
+            f'--rdzv-id="$SLURM_JOB_ID" --rdzv-backend=c10d --rdzv-endpoint={first}'
+        )
+
+    def needs(self, stage: str) -> dict[str, Any]:
+        """Snakemake's resources of a stage's jobs; training is what takes several GPUs."""
+        scale = self.settings.active
+        processes = scale.processes if stage == "train" else 1
+        nodes = scale.nodes if stage == "train" else 1
+        found: dict[str, Any] = {"mem_mb": scale.memory_mb * processes // nodes}
+        if nodes > 1:
+            found |= {"mpi": "srun", "nodes": nodes, "tasks": nodes, "tasks_per_gpu": 0}
+        if scale.device == "cuda":
+            gpus = processes // nodes
+            found |= {"gres": f"gpu:{gpus}"} if nodes > 1 else {"gpu": gpus}
+        return found
+
+    def start(self) -> None:
+        """Refuse to run what cannot be run, and show the jobs' progress from now on.
+
+        Raises:
+            SystemExit: the scale's models are not pinned; one line, exit code 2.
+        """
+        scale = self.settings.active
+        if not worlds.of(scale.model_dump(mode="json")).pinned:
+            print(
+                f"{scale.lock}: not found; the scale {self.settings.scale!r} runs only with pinned "
+                "models: run `make lock` where there is a network",
+                file=sys.stderr,
+            )
+            sys.exit(2)
+        self.watch()
 
     def adapters(self, name: str) -> list[str]:
         """The trained adapter and its snapshots' folder, or nothing for a base model."""

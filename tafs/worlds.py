@@ -6,8 +6,10 @@ resources.yaml, pinned by the scale's lock file and fetched beforehand.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,8 +18,11 @@ from tafs import models, prompts, resources
 if TYPE_CHECKING:  # what only writes descriptions needs no torch
     from tafs.rewards.registry import RewardSet
 
-# Of each world, the prompt sets that its scales can cast.
-PROMPTS = {"shapes": ("shapes",), "hub": ("geneval", "pickapic")}
+# Of each world, the prompt sets that its scales can cast, and the resources that they need.
+PROMPTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "shapes": {"shapes": ()},
+    "hub": {"geneval": (), "pickapic": ("pickapic",)},
+}
 # How many GenEval's generator makes, as many as Flow-GRPO's public set, and from which seed.
 GENEVAL_TRAINING, GENEVAL_SEED = 50_000, 0
 
@@ -25,12 +30,21 @@ GENEVAL_TRAINING, GENEVAL_SEED = 50_000, 0
 class World(Protocol):
     """One world at one scale's settings."""
 
+    @property
+    def device(self) -> str:
+        """Where models and rewards are put, in torch's words."""
+        ...
+
     def metrics(self, prompt_set: str) -> tuple[str, ...]:
         """Those of `rewards.METRICS` that an evaluation on a prompt set computes itself."""
         ...
 
     def prompts(self, prompt_set: str, split: str) -> list[prompts.Prompt]:
         """The prompts of a set; `split` is train or test."""
+        ...
+
+    def shares(self, prompt_set: str) -> Mapping[str, float] | None:
+        """How often training draws each tag of a set's prompts; None: equally often."""
         ...
 
     def rewards(self, names: Sequence[str], *, strict_geneval: bool = False) -> RewardSet:
@@ -53,30 +67,68 @@ class World(Protocol):
         """
         ...
 
+    @property
+    def pinned(self) -> bool:
+        """Whether the files are fixed; where they are not, runs can be planned but not made."""
+        ...
+
     def digests(self, names: Sequence[str]) -> dict[str, str]:
-        """SHA-256 of models and rewards, for provenance."""
+        """SHA-256 of what models and rewards are made of, by its name.
+
+        Raises:
+            ValueError: something is not pinned; names it.
+        """
         ...
 
     def random(self, names: Sequence[str]) -> list[str]:
         """Those of the models and rewards that are marked as randomly initialised."""
         ...
 
-    def inputs(self, names: Sequence[str]) -> list[str]:
-        """Files whose change reruns what was made with these models, rewards and prompt sets."""
+    @property
+    def canary(self) -> Path | None:
+        """Where the stored scores of `rewards.canary` are; None: the rewards' tests are enough."""
+        ...
+
+    def reward_digest(self, name: str) -> str:
+        """SHA-256 of all that decides a reward's scores."""
         ...
 
 
-def of(settings: Mapping[str, Any]) -> World:
-    """The world of a run's settings."""
-    worlds: dict[str, Callable[[Mapping[str, Any]], World]] = {"shapes": Shapes, "hub": Hub}
-    return worlds[settings["world"]](settings)
+def of(settings: Mapping[str, Any], gpu: int = 0) -> World:
+    """The world of a run's settings; `gpu` is this process's one, where they name GPUs."""
+    return {"shapes": Shapes, "hub": Hub}[settings["world"]](settings, gpu)
 
 
-class Shapes:
+class _World:
+    def __init__(self, settings: Mapping[str, Any], gpu: int) -> None:
+        self.settings = settings
+        self.gpu = gpu
+
+    @cached_property
+    def device(self) -> str:
+        """Where models and rewards are put.
+
+        Raises:
+            ValueError: there is no such GPU.
+        """
+        if self.settings["device"] != "cuda":
+            return str(self.settings["device"])
+        import torch
+
+        if torch.cuda.device_count() <= self.gpu:
+            raise ValueError(
+                f"device: the scale's is 'cuda', but this machine shows "
+                f"{torch.cuda.device_count()} GPUs; run it where there is one for each process, "
+                "or set the scale's device to cpu"
+            )
+        return f"cuda:{self.gpu}"
+
+
+class Shapes(_World):
     """The embedded world."""
 
-    def __init__(self, settings: Mapping[str, Any]) -> None:
-        self.settings = settings
+    canary = None
+    pinned = True
 
     def metrics(self, prompt_set: str) -> tuple[str, ...]:
         from tafs.rewards import METRICS
@@ -88,6 +140,9 @@ class Shapes:
 
         return prompts.read(DATA / f"{split}.jsonl")
 
+    def shares(self, prompt_set: str) -> None:
+        return None
+
     def rewards(self, names: Sequence[str], *, strict_geneval: bool = False) -> RewardSet:
         from tafs.rewards import registry, shapes
 
@@ -97,7 +152,8 @@ class Shapes:
         from tafs import backbones
         from tafs.shapes import weights
 
-        return backbones.load(weights.verify(name), **_settings(self.settings, name, resolution))
+        folder = weights.verify(models.read()[name].resource)
+        return backbones.load(folder, **_settings(self.settings, name, resolution, self.device))
 
     def digests(self, names: Sequence[str]) -> dict[str, str]:
         from tafs.shapes import weights
@@ -107,31 +163,19 @@ class Shapes:
     def random(self, names: Sequence[str]) -> list[str]:
         return []
 
-    def inputs(self, names: Sequence[str]) -> list[str]:
-        return [str(Path(__file__).parent / "shapes" / "weights" / "manifest.json")]
+    def reward_digest(self, name: str) -> str:
+        return "".join(self.digests([name]).values())
 
 
-# The resources of each reward; a folder each.
-REWARDS = {
-    "pickscore": ("pickscore", "clip-vit-h-14"),
-    "clip": ("clip-vit-l-14",),
-    "hpsv2": ("hpsv2",),
-    "imagereward": ("imagereward", "bert-base-uncased"),
-    "geneval": ("mask2former", "clip-vit-l-14"),
-    "unifiedreward": ("unifiedreward",),
-}
-SERVED = "unifiedreward"  # the metric whose model is behind a server
-
-
-class Hub:
+class Hub(_World):
     """The paper's models."""
 
-    def __init__(self, settings: Mapping[str, Any]) -> None:
-        self.settings = settings
-        self.lock = Path(settings["lock"])
+    @property
+    def lock(self) -> Path:
+        return Path(self.settings["lock"])
 
     def metrics(self, prompt_set: str) -> tuple[str, ...]:
-        from tafs.rewards import METRICS
+        from tafs.rewards import METRICS, SERVED
 
         # Only GenEval's own prompts say what has to be in the image.
         left_out = {SERVED} | ({"geneval"} if prompt_set != "geneval" else set())
@@ -147,8 +191,17 @@ class Hub:
                 else geneval_prompts.training_rows(GENEVAL_TRAINING, GENEVAL_SEED)
             )
         else:
-            rows = geneval_prompts.pickapic(self.folder(prompt_set), split)
+            folder = self.folder(prompt_set) / "dataset" / "pickscore"
+            rows = geneval_prompts.pickapic(folder, split)
         return [prompts.Prompt(row["prompt"], row) for row in rows]
+
+    def shares(self, prompt_set: str) -> Mapping[str, float] | None:
+        from tafs import geneval_prompts
+
+        if prompt_set != "geneval":
+            return None
+        total = sum(geneval_prompts.SHARES.values())
+        return {tag: share / total for tag, share in geneval_prompts.SHARES.items()}
 
     def rewards(self, names: Sequence[str], *, strict_geneval: bool = False) -> RewardSet:
         from tafs.rewards import hub, registry
@@ -156,21 +209,21 @@ class Hub:
         build = partial(
             hub.build,
             folder=self.folder,
-            device=self.settings["device"],
+            device=self.device,
             strict_geneval=strict_geneval,
         )
         return registry.load(names, build)
 
     def model(self, name: str, resolution: int) -> Any:
         model = models.read()[name]
-        settings = _settings(self.settings, name, resolution)
+        resolution = model.resolution or resolution
+        settings = _settings(self.settings, name, resolution, self.device)
         folders = {resource: self.folder(resource) for resource in model.resources}
         if not model.trainable:
             from tafs.backbones.zoo import Zoo
 
-            return Zoo.load(
-                model, folders, settings["resolution"], settings["device"], settings["dtype"]
-            )
+            kept = ("resolution", "device", "dtype")
+            return Zoo.load(model, folders, **{key: settings[key] for key in kept})
         from tafs import backbones
 
         return backbones.load(folders[model.resource], **settings)
@@ -183,24 +236,39 @@ class Hub:
         """
         return resources.path(resource, self.lock)
 
+    @property
+    def pinned(self) -> bool:
+        return self.lock.is_file()
+
     def digests(self, names: Sequence[str]) -> dict[str, str]:
-        return {name: resources.digest(name, self.lock) for name in self._resources(names)}
+        return {name: resources.digest(name, self.lock) for name in resources_of(names)}
 
     def random(self, names: Sequence[str]) -> list[str]:
-        return [name for name in self._resources(names) if resources.is_random(name, self.lock)]
+        return [name for name in resources_of(names) if resources.is_random(name, self.lock)]
 
-    def inputs(self, names: Sequence[str]) -> list[str]:
-        return [str(self.lock)]
+    @property
+    def canary(self) -> Path:
+        return self.lock.with_suffix(".canary.json")
 
-    def _resources(self, names: Sequence[str]) -> list[str]:
-        known = models.read()
-        found: set[str] = set()
-        for name in names:
-            found |= set(known[name].resources if name in known else REWARDS.get(name, (name,)))
-        return sorted(found)
+    def reward_digest(self, name: str) -> str:
+        content = json.dumps(self.digests([name]), sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _settings(settings: Mapping[str, Any], name: str, resolution: int) -> dict[str, Any]:
+def resources_of(names: Sequence[str], prompt_sets: Sequence[str] = ()) -> list[str]:
+    """The entries of resources.yaml that models, rewards and prompt sets of the hub are made of."""
+    from tafs.rewards import RESOURCES
+
+    known = models.read()
+    found = {r for name in prompt_sets for r in PROMPTS["hub"][name]}
+    for name in names:
+        found |= set(known[name].resources if name in known else RESOURCES[name])
+    return sorted(found)
+
+
+def _settings(
+    settings: Mapping[str, Any], name: str, resolution: int, device: str
+) -> dict[str, Any]:
     """How a backbone is loaded."""
     import torch
 
@@ -209,7 +277,7 @@ def _settings(settings: Mapping[str, Any], name: str, resolution: int) -> dict[s
         "resolution": resolution,
         "guidance": model.guidance,
         "max_sequence_length": model.max_sequence_length,
-        "device": settings["device"],
+        "device": device,
         "dtype": getattr(torch, settings["dtype"]),
         "gradient_checkpointing": settings["gradient_checkpointing"],
     }

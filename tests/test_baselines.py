@@ -1,7 +1,7 @@
 """What sets each baseline apart: its window, its random steps, its solver, its gradients."""
 
 import torch
-from toy import ToyBackbone, toy_rewards, toy_run
+from toy import toy_run, toy_trainer, ToyBackbone
 
 from tafs import method, sampling, seeding
 from tafs.backbones.base import Backbone
@@ -137,7 +137,7 @@ def test_reward_instruct_draws_its_number_of_steps():
 
 
 def test_consistency_distillation_alone_ignores_the_reward():
-    run = Trainer(toy_run("rg_lcd", reward_weight=0.0), ToyBackbone(), toy_rewards())  # type: ignore[arg-type]
+    run = toy_trainer(toy_run("rg_lcd", reward_weight=0.0))
 
     def unused(*_: object) -> None:
         raise AssertionError("the reward was differentiated")
@@ -169,7 +169,7 @@ def test_consistency_distillation_is_at_rest_where_estimates_agree_along_the_pat
 
 
 def test_the_average_is_in_place_inside_its_block_alone():
-    run = Trainer(toy_run("rg_lcd"), ToyBackbone(), toy_rewards())  # type: ignore[arg-type]
+    run = toy_trainer(toy_run("rg_lcd"))
     run.iterate(0)
     live = run.parameters["bias"].detach().clone()
     average = run.averages["bias"].clone()

@@ -139,7 +139,7 @@ def test_rewards_are_asked_for_the_prompt_of_their_image(
     correlate.correlate(run)
     assert [len(texts) for texts in drawn] == [4, 2]
     assert asked == [texts * 3 for texts in drawn]
-    known = {prompt.text for prompt in rundir.train_prompts("shapes")}
+    known = {prompt.text for prompt in prompts.read(captions.DATA / "train.jsonl")}
     assert {text for texts in drawn for text in texts} <= known
 
 
@@ -151,7 +151,7 @@ def test_equal_runs_write_equal_bytes(run: rundir.RunDir) -> None:
 
 
 def test_more_prompts_than_there_are_is_one_line_that_names_the_key(run: rundir.RunDir) -> None:
-    count = len(rundir.train_prompts("shapes"))
+    count = len(prompts.read(captions.DATA / "train.jsonl"))
     message = f"correlation_prompts: {count + 1}, but there are {count} of training"
     with pytest.raises(ValueError, match=message) as caught:
         correlate.correlate(with_prompts(run.folder, count + 1))
@@ -160,6 +160,6 @@ def test_more_prompts_than_there_are_is_one_line_that_names_the_key(run: rundir.
 
 
 def test_every_training_prompt_may_be_drawn(run: rundir.RunDir) -> None:
-    count = len(rundir.train_prompts("shapes"))
+    count = len(prompts.read(captions.DATA / "train.jsonl"))
     correlate.correlate(with_prompts(run.folder, count, batch=256))
     assert pd.read_parquet(run.step_scores)["prompt"].nunique() == count

@@ -18,10 +18,10 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy import ToyBackbone, toy_rewards, toy_run
+from toy import toy_run, toy_trainer
 
 from tafs import config, distributed, journal, rundir, train
-from tafs.distributed import World
+from tafs.distributed import Processes
 from tafs.rewards.registry import RewardSet
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -183,15 +183,15 @@ def test_a_failed_job_is_continued_by_one_process_and_by_two(broken, alone, tmp_
 # -- sharing out -----------------------------------------------------------------------------------
 
 
-def trainer(world: World, variant: str = "tafs_grpo") -> train.Trainer:
+def trainer(processes: Processes, variant: str = "tafs_grpo") -> train.Trainer:
     description = toy_run(variant, updates=2)
     description["settings"] |= {"prompts_per_iteration": 8, "micro_batch": 8}
-    return train.Trainer(description, ToyBackbone(), toy_rewards(), world)  # type: ignore[arg-type]
+    return toy_trainer(description, processes)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_processes_share_each_updates_groups_equally(size):
-    own = [trainer(World(rank, size)).own for rank in range(size)]
+    own = [trainer(Processes(rank, size)).own for rank in range(size)]
     assert sorted(sum(own, [])) == list(range(8))
     for groups in own:
         assert len(groups) == 8 // size
@@ -202,17 +202,17 @@ def test_processes_share_each_updates_groups_equally(size):
 def test_processes_begin_micro_batches_where_one_process_does(size):
     """The steps' noise is drawn from a stream that this place names."""
 
-    def places(world: World) -> list[int]:
-        run = trainer(world)
+    def places(processes: Processes) -> list[int]:
+        run = trainer(processes)
         return [run._place(part.start) for part in run.micro_batches()]
 
-    shared = [places(World(rank, size)) for rank in range(size)]
-    assert sorted(sum(shared, [])) == places(World())
+    shared = [places(Processes(rank, size)) for rank in range(size)]
+    assert sorted(sum(shared, [])) == places(Processes())
 
 
 def test_prompts_that_processes_cannot_share_are_refused():
     with pytest.raises(ValueError) as raised:
-        trainer(World(0, 3))
+        trainer(Processes(0, 3))
     assert str(raised.value) == (
         "prompts_per_iteration: 8 prompts in 2 updates cannot be shared by 3 processes; "
         "choose a divisor of 4"
@@ -222,7 +222,7 @@ def test_prompts_that_processes_cannot_share_are_refused():
 # -- the connection --------------------------------------------------------------------------------
 
 
-def in_two_processes(work: Callable[[World], object]) -> list[int]:
+def in_two_processes(work: Callable[[Processes], object]) -> list[int]:
     """Exit codes of two connected processes that do the work."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -233,8 +233,8 @@ def in_two_processes(work: Callable[[World], object]) -> list[int]:
         server = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ |= {name: str(value) for name, value in (place | server).items()}
         os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
-        with distributed.world() as world:
-            work(world)
+        with distributed.connected() as processes:
+            work(processes)
 
     context = multiprocessing.get_context("fork")  # what is imported need not be imported again
     processes = [context.Process(target=run, args=(rank,)) for rank in range(2)]
@@ -246,12 +246,12 @@ def in_two_processes(work: Callable[[World], object]) -> list[int]:
 
 
 def test_tensors_are_gathered_in_order_of_rank_and_summed():
-    def work(world: World) -> None:
-        own = torch.tensor([[1.0, 2.0]]) + 10 * world.rank
-        assert world.all_gather(own, dim=0).tolist() == [[1, 2], [11, 12]]
-        assert world.all_gather(own.T, dim=1).tolist() == [[1, 11], [2, 12]]
-        counts, total = torch.tensor([world.rank, 5]), torch.tensor(0.5)
-        world.sum_([counts, total])
+    def work(processes: Processes) -> None:
+        own = torch.tensor([[1.0, 2.0]]) + 10 * processes.rank
+        assert processes.all_gather(own, dim=0).tolist() == [[1, 2], [11, 12]]
+        assert processes.all_gather(own.T, dim=1).tolist() == [[1, 11], [2, 12]]
+        counts, total = torch.tensor([processes.rank, 5]), torch.tensor(0.5)
+        processes.sum_([counts, total])
         assert counts.tolist() == [1, 10]
         assert total.item() == 1.0
 
@@ -259,10 +259,10 @@ def test_tensors_are_gathered_in_order_of_rank_and_summed():
 
 
 def test_a_gradient_that_a_process_does_not_have_counts_as_zeros():
-    def work(world: World) -> None:
+    def work(processes: Processes) -> None:
         here, there, nowhere = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
-        (here if world.rank == 0 else there).sum().backward()
-        world.sum_gradients([here, there, nowhere])
+        (here if processes.rank == 0 else there).sum().backward()
+        processes.sum_gradients([here, there, nowhere])
         gradients = [p.grad for p in (here, there, nowhere)]
         assert [g.tolist() for g in gradients if g is not None] == [[1, 1], [1, 1], [0, 0]]
 
@@ -276,8 +276,8 @@ def test_processes_that_see_different_states_do_not_train(alone, tmp_path, monke
     prepare(folders[1], VARIANTS[0])
     monkeypatch.setattr(distributed, "GRACE", 0.0)
 
-    def work(world: World) -> None:
-        train.train(rundir.RunDir(folders[world.rank]), world)
+    def work(processes: Processes) -> None:
+        train.train(rundir.RunDir(folders[processes.rank]), processes)
 
     assert in_two_processes(work) == [1, 1]
     problem = "the processes found states of different iterations ([1, 0], in order of rank)"
@@ -286,15 +286,15 @@ def test_processes_that_see_different_states_do_not_train(alone, tmp_path, monke
 
 
 def test_one_process_keeps_its_tensors_as_they_are():
-    world, tensor = World(), torch.tensor([1.0, 2.0])
+    processes, tensor = Processes(), torch.tensor([1.0, 2.0])
     parameter = torch.nn.Parameter(tensor)
-    assert world.all_gather(tensor, dim=0) is tensor
-    world.sum_([tensor])
-    world.sum_gradients([parameter])
+    assert processes.all_gather(tensor, dim=0) is tensor
+    processes.sum_([tensor])
+    processes.sum_gradients([parameter])
     assert tensor.tolist() == [1.0, 2.0]
     assert parameter.grad is None
-    with distributed.world() as found:
-        assert found == world
+    with distributed.connected() as found:
+        assert found == processes
     assert not torch.distributed.is_initialized()
 
 
@@ -327,7 +327,7 @@ def test_a_wrong_environment_is_refused_by_name(environment, problem, monkeypatc
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError) as raised, distributed.world():
+    with pytest.raises(ValueError) as raised, distributed.connected():
         pass
     assert str(raised.value) == problem
 
@@ -336,9 +336,9 @@ def test_the_rank_on_a_machine_is_not_the_rank_in_the_job(monkeypatch):
     """The second process of the second machine."""
     for name, value in {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
-    world = distributed.from_environment()
-    assert world == World(rank=3, size=4, local_rank=1)
-    assert not world.leads
+    processes = distributed.from_environment()
+    assert processes == Processes(rank=3, size=4, local_rank=1)
+    assert not processes.leads
 
 
 # -- one process of several ------------------------------------------------------------------------
@@ -346,9 +346,9 @@ def test_the_rank_on_a_machine_is_not_the_rank_in_the_job(monkeypatch):
 
 def train_each(folder: rundir.RunDir) -> None:
     """Train every run of a folder in turn: starting a process takes longer than its training."""
-    with distributed.world() as world:
+    with distributed.connected() as processes:
         for run in sorted(folder.folder.iterdir()):
-            train.train(rundir.RunDir(run), world)
+            train.train(rundir.RunDir(run), processes)
 
 
 def train_with_broken_rewards() -> None:
@@ -356,7 +356,7 @@ def train_with_broken_rewards() -> None:
     iterate, score = train.Trainer.iterate, RewardSet.score
 
     def breaking(self, iteration):
-        if iteration == 1 and self.world.rank == 1:
+        if iteration == 1 and self.processes.rank == 1:
             RewardSet.score = lambda *given: {n: r * math.nan for n, r in score(*given).items()}
         return iterate(self, iteration)
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from toy import ToyBackbone, toy_rewards, toy_run
+from toy import toy_run, toy_trainer
 
 from tafs import checkpoint, config, method
 from tafs.method import Method, PolicyGradient
@@ -18,7 +18,7 @@ POLICIES = [n for n in NAMES if issubclass(method.method_class(n), PolicyGradien
 
 
 def trainer(name: str, **hyperparameters: object) -> Trainer:
-    return Trainer(toy_run(name, **hyperparameters), ToyBackbone(), toy_rewards())  # type: ignore[arg-type]
+    return toy_trainer(toy_run(name, **hyperparameters))
 
 
 def count(run: Trainer) -> dict[str, int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from test_method import assert_costs_what_it_says
-from toy import ToyBackbone, toy_rewards, toy_run
+from toy import toy_run, toy_trainer
 
 from tafs import method, new_method
 from tafs.train import Trainer
@@ -26,7 +26,7 @@ def stub(tmp_path, monkeypatch) -> str:
 
 
 def test_the_stub_trains(stub):
-    run = Trainer(toy_run(stub), ToyBackbone(), toy_rewards())  # type: ignore[arg-type]
+    run = toy_trainer(toy_run(stub))
     first = run.iterate(0)["rewards"]["clip"][-1]
     for iteration in range(1, 30):
         last = run.iterate(iteration)["rewards"]["clip"][-1]
@@ -34,7 +34,7 @@ def test_the_stub_trains(stub):
 
 
 def test_the_stub_costs_what_it_says(stub):
-    run = Trainer(toy_run(stub), ToyBackbone(), toy_rewards())  # type: ignore[arg-type]
+    run = toy_trainer(toy_run(stub))
     assert_costs_what_it_says(run)
     assert run.method.cost == 6 + 3 * 5
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from transformers import AutoModel, CLIPImageProcessor, CLIPProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from tafs import compat, rundir
+from tafs import compat, failures
 from tafs.prompts import Prompt
 from tafs.rewards import METRICS, canary, learned, registry
 from tafs.rewards import hpsv2 as hpsv2_reward
@@ -478,10 +479,11 @@ def constant(name: str, value: float) -> registry.Reward:
     return registry.Reward(name, lambda i, _: torch.full((len(i),), value), lambda s: s, True)
 
 
-def test_unknown_weights_are_added_and_known_ones_checked(tmp_path):
+def test_unknown_weights_are_recorded_and_known_ones_checked(tmp_path):
     file = tmp_path / "canary.json"
-    canary.verify([constant("clip", 0.25)], {"clip": "aaa"}, file)
-    canary.verify([constant("clip", 0.5)], {"clip": "bbb"}, file)
+    found = canary.record([constant("clip", 0.25)], {"clip": "aaa"}, file)
+    assert found == {"clip": dict.fromkeys(canary.PROMPTS, 0.25)}
+    canary.record([constant("clip", 0.5)], {"clip": "bbb"}, file)
     stored = json.loads(file.read_text())
     assert stored == {
         "clip": {
@@ -490,14 +492,27 @@ def test_unknown_weights_are_added_and_known_ones_checked(tmp_path):
         }
     }
     before = file.stat().st_mtime_ns
-    canary.verify([constant("clip", 0.25)], {"clip": "aaa"}, file)
+    for pass_ in (canary.record, canary.verify):
+        pass_([constant("clip", 0.25)], {"clip": "aaa"}, file)
+        with pytest.raises(
+            failures.RunFailed,
+            match="reward clip scores the canary image 'gradient' 0.2505, stored is 0.25:",
+        ):
+            pass_([constant("clip", 0.2505)], {"clip": "aaa"}, file)
     assert file.stat().st_mtime_ns == before
-    with pytest.raises(
-        rundir.RunFailed,
-        match="reward clip scores the canary image 'gradient' 0.2505, stored is 0.25:",
-    ):
-        canary.verify([constant("clip", 0.2505)], {"clip": "aaa"}, file)
-    assert json.loads(file.read_text()) == stored
+
+
+def test_nothing_is_judged_by_weights_without_canary_scores(tmp_path):
+    with pytest.raises(failures.RunFailed, match="reward clip: .*canary.json has no canary scores"):
+        canary.verify([constant("clip", 0.25)], {"clip": "aaa"}, tmp_path / "canary.json")
+
+
+def test_a_server_may_differ_by_half_a_grade(tmp_path):
+    file = tmp_path / "canary.json"
+    canary.record([replace(constant("clip", 0.6), served=True)], {"clip": "aaa"}, file)
+    canary.verify([replace(constant("clip", 0.7), served=True)], {"clip": "aaa"}, file)
+    with pytest.raises(failures.RunFailed, match="'gradient' 0.72, stored is 0.6"):
+        canary.verify([replace(constant("clip", 0.72), served=True)], {"clip": "aaa"}, file)
 
 
 @pytest.mark.parametrize(
@@ -518,13 +533,13 @@ def test_a_canary_score_may_differ_by_a_thousandth(expected, found, passes):
     if passes:
         canary.check("clip", scores, stored)
     else:
-        with pytest.raises(rundir.RunFailed, match="'two discs'"):
+        with pytest.raises(failures.RunFailed, match="'two discs'"):
             canary.check("clip", scores, stored)
 
 
 def test_a_canary_score_that_is_no_number_is_not_stored(tmp_path):
-    with pytest.raises(rundir.RunFailed, match="reward clip .*'gradient' nan"):
-        canary.verify([constant("clip", float("nan"))], {"clip": "aaa"}, tmp_path / "canary.json")
+    with pytest.raises(failures.RunFailed, match="reward clip .*'gradient' nan"):
+        canary.record([constant("clip", float("nan"))], {"clip": "aaa"}, tmp_path / "canary.json")
     assert not (tmp_path / "canary.json").exists()
 
 

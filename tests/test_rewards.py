@@ -1,13 +1,14 @@
 """The embedded reward models: accuracy, invariances, and what only a held-out metric notices."""
 
 from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from tafs import prompts
-from tafs.rewards import METRICS, registry
+from tafs.rewards import METRICS, registry, shapes
 from tafs.shapes import annotators, captions, pretrain, scenes, weights
 from tafs.shapes.render import render
 
@@ -16,7 +17,7 @@ LEARNED = [name for name in METRICS if name != "geneval"]
 
 @pytest.fixture(scope="module")
 def rewards() -> registry.RewardSet:
-    return registry.load(METRICS, "shapes")
+    return registry.load(METRICS, shapes.build)
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +89,9 @@ def test_strict_geneval_is_0_or_1_and_graded_lies_between():
     drawn = prompts.read(captions.DATA / "test.jsonl")[:30]
     rng = np.random.default_rng(0)
     images = render([scenes.sample_scene(annotators.alter(dict(p.row), rng), rng) for p in drawn])
-    strict = registry.load(["geneval"], "shapes", strict_geneval=True).score(images, drawn)[
-        "geneval"
-    ]
-    graded = registry.load(["geneval"], "shapes").score(images, drawn)["geneval"]
+    build = partial(shapes.build, strict_geneval=True)
+    strict = registry.load(["geneval"], build).score(images, drawn)["geneval"]
+    graded = registry.load(["geneval"], shapes.build).score(images, drawn)["geneval"]
     assert set(strict.tolist()) <= {0.0, 1.0}
     assert ((graded > 0) & (graded < 1)).any()
     assert (graded[strict == 1] == 1).all()
@@ -100,7 +100,7 @@ def test_strict_geneval_is_0_or_1_and_graded_lies_between():
 @pytest.mark.parametrize("name", ["clipscore", ""])
 def test_an_unknown_reward_is_refused_with_those_available(name):
     with pytest.raises(ValueError, match="unknown reward.*geneval, pickscore, clip"):
-        registry.load([name], "shapes")
+        registry.load([name], shapes.build)
 
 
 def test_the_shipped_models_fit_into_20_mb():

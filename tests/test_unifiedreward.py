@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +14,8 @@ from hypothesis import strategies as st
 
 from tafs.prompts import Prompt
 from tafs.rewards import unifiedreward
-from tafs.rewards.unifiedreward import Missing, UnifiedReward, grade, serve_command, wait_ready
-from tafs.rundir import RunFailed
+from tafs.rewards.unifiedreward import Missing, UnifiedReward, grade, wait_ready
+from tafs.failures import RunFailed
 
 SIDE = 16
 
@@ -272,38 +271,6 @@ def test_an_address_of_another_form_is_refused(url):
 # -- serving ---------------------------------------------------------------------------------------
 
 
-def model_folder(folder: Path, architecture: str) -> Path:
-    (folder / "config.json").write_text(json.dumps({"architectures": [architecture]}))
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("architecture", "program"),
-    [
-        ("LlavaQwenForCausalLM", ["python", "-m", "sglang.launch_server"]),
-        ("Qwen2_5_VLForConditionalGeneration", ["vllm", "serve"]),
-    ],
-)
-def test_the_served_program_follows_the_architecture(tmp_path, architecture, program):
-    command = serve_command(model_folder(tmp_path, architecture), 8123, 4)
-    assert command[: len(program)] == program
-    assert str(tmp_path) in command
-    options = dict(zip(command, command[1:], strict=False))
-    assert options["--host"] == "127.0.0.1"
-    assert options["--port"] == "8123"
-    assert options["--served-model-name"] == unifiedreward.MODEL
-    assert "4" in (options.get("--dp-size"), options.get("--data-parallel-size"))
-    assert "--trust-remote-code" not in command
-
-
-def test_a_folder_without_a_model_cannot_be_served(tmp_path):
-    with pytest.raises(FileNotFoundError, match="config.json: not found"):
-        serve_command(tmp_path, 8000, 1)
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="config.json: names no architectures"):
-        serve_command(tmp_path, 8000, 1)
-
-
 def test_waiting_ends_when_the_server_lists_its_models():
     with ChatServer() as server:
         wait_ready(server.url, 5)
@@ -314,4 +281,11 @@ def test_waiting_in_vain_names_the_server():
     start = time.monotonic()
     with pytest.raises(RunFailed, match=f"{url} is not ready after 0.5 s .Connection refused."):
         wait_ready(url, 0.5)
+    assert time.monotonic() - start < 3
+
+
+def test_waiting_ends_with_the_server():
+    start = time.monotonic()
+    with pytest.raises(RunFailed, match="has ended before it was ready"):
+        wait_ready(f"http://127.0.0.1:{free_port()}", 60, alive=lambda: False)
     assert time.monotonic() - start < 3

@@ -10,12 +10,11 @@ import yaml
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
-from tafs import seeding
+from tafs import models, seeding
 from tafs.backbones import zoo
 from tafs.config import ConfigError
 
-ROOT = Path(__file__).resolve().parents[1]
-MODELS = zoo.read(ROOT / "models.yaml")
+MODELS = {name: model for name, model in models.read().items() if model.world == "hub"}
 PROMPTS = ["a photo of a bench", "a photo of two clocks"]
 STEPS = 4  # at most: a tiny model's images show nothing more after forty
 # HiDream's pipeline draws at its own resolution only.
@@ -46,10 +45,10 @@ def generators(*seeds: int) -> list[torch.Generator]:
     return [seeding.generator(seed, "start") for seed in seeds]
 
 
-def load(name: str, folders) -> zoo.Zoo:
+def load(name: str, folders, resolution: int = 64) -> zoo.Zoo:
     model = MODELS[name]
     shortened = model.model_copy(update={"steps": min(model.steps, STEPS)})
-    return zoo.Zoo.load(shortened, folders, dtype=torch.float32)
+    return zoo.Zoo.load(shortened, folders, resolution=resolution, dtype=torch.float32)
 
 
 # -- models.yaml -----------------------------------------------------------------------------------
@@ -81,7 +80,7 @@ def test_the_models_need_known_resources_only():
 
 def changed(tmp_path: Path, **changes) -> Path:
     """models.yaml with only FLUX.1-dev in it, changed; None removes a key."""
-    entry = yaml.safe_load((ROOT / "models.yaml").read_text())["flux-turbo-alpha"] | changes
+    entry = yaml.safe_load(models.FILE.read_text())["flux-turbo-alpha"] | changes
     file = tmp_path / "models.yaml"
     file.write_text(yaml.safe_dump({"flux": {k: v for k, v in entry.items() if v is not None}}))
     return file
@@ -106,14 +105,14 @@ def changed(tmp_path: Path, **changes) -> Path:
 )
 def test_a_mistake_is_named_in_one_line(tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message) as raised:
-        zoo.read(changed(tmp_path, **changes))
+        models.read(changed(tmp_path, **changes))
     assert len(str(raised.value).splitlines()) == 1
     assert str(raised.value).startswith(f"{tmp_path / 'models.yaml'}: ")
 
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match="models.yaml: cannot be read"):
-        zoo.read(tmp_path / "models.yaml")
+        models.read(tmp_path / "models.yaml")
 
 
 # -- images ----------------------------------------------------------------------------------------
@@ -121,16 +120,16 @@ def test_a_missing_file_is_named(tmp_path):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_draws_images_that_depend_on_prompt_and_generator_alone(name, folders):
-    loaded = load(name, folders)
     size = RESOLUTION.get(MODELS[name].pipeline, 64)
-    images = loaded.generate(PROMPTS, size, generators(0, 1))
+    loaded = load(name, folders, size)
+    images = loaded.generate(PROMPTS, generators(0, 1))
     assert images.shape == (2, 3, size, size)
     assert images.dtype == torch.float32
     assert images.min() >= 0 and images.max() <= 1
     assert images.std() > 0.01
-    alone = loaded.generate(PROMPTS[1:], size, generators(1))
+    alone = loaded.generate(PROMPTS[1:], generators(1))
     torch.testing.assert_close(alone, images[1:], atol=2e-3, rtol=0)
-    other = loaded.generate(PROMPTS[1:], size, generators(2))
+    other = loaded.generate(PROMPTS[1:], generators(2))
     assert (other - alone).abs().max() > 0.01
 
 
@@ -150,7 +149,7 @@ def test_images_are_those_of_the_plain_pipeline(name, folders):
         generator=generators(0, 1),
         output_type="pt",
     ).images
-    torch.testing.assert_close(load(name, folders).generate(PROMPTS, 64, generators(0, 1)), plain)
+    torch.testing.assert_close(load(name, folders).generate(PROMPTS, generators(0, 1)), plain)
 
 
 @pytest.mark.parametrize("name", ["flux-turbo-alpha", "hyper-flux"])
@@ -170,19 +169,19 @@ def test_an_adapter_is_merged_at_its_scale(name, folders):
 
 
 def test_weights_are_read_in_the_asked_precision(folders):
-    loaded = zoo.Zoo.load(MODELS["hidream-fast"], folders)
+    loaded = zoo.Zoo.load(MODELS["hidream-fast"], folders, resolution=1024)
     for name in ("transformer", "vae", "text_encoder", "text_encoder_3", "text_encoder_4"):
         assert loaded.pipeline.components[name].dtype == torch.bfloat16
 
 
 def test_another_resolution_than_asked_is_refused(folders):
     with pytest.raises(ValueError, match="HiDream-I1-Fast draws 1024 x 1024 where 512 is asked"):
-        load("hidream-fast", folders).generate(PROMPTS[:1], 512, generators(0))
+        load("hidream-fast", folders, 512).generate(PROMPTS[:1], generators(0))
 
 
 def test_prompts_and_generators_must_be_of_one_number(folders):
     with pytest.raises(ValueError, match="2 prompts and 1 generators"):
-        load("flux-schnell", folders).generate(PROMPTS, 64, generators(0))
+        load("flux-schnell", folders).generate(PROMPTS, generators(0))
 
 
 # -- what cannot be loaded -------------------------------------------------------------------------
@@ -190,12 +189,14 @@ def test_prompts_and_generators_must_be_of_one_number(folders):
 
 def test_a_missing_resource_is_named(folders):
     with pytest.raises(FileNotFoundError, match="llama-3.1-8b-instruct: HiDream-I1-Full needs"):
-        zoo.Zoo.load(MODELS["hidream-full"], {"hidream-full": folders["hidream-full"]})
+        only = {"hidream-full": folders["hidream-full"]}
+        zoo.Zoo.load(MODELS["hidream-full"], only, resolution=1024)
 
 
 def test_a_folder_of_another_pipeline_is_named(folders):
     with pytest.raises(ValueError, match="'StableDiffusion3Pipeline'.*'FluxPipeline'"):
-        zoo.Zoo.load(MODELS["flux-dev"], {"flux-dev": folders["sd35-medium"]})
+        other = {"flux-dev": folders["sd35-medium"]}
+        zoo.Zoo.load(MODELS["flux-dev"], other, resolution=64)
 
 
 @pytest.mark.parametrize(
@@ -208,14 +209,14 @@ def test_a_folder_of_another_pipeline_is_named(folders):
 )
 def test_an_empty_folder_is_named(folders, tmp_path, name, resource, message):
     with pytest.raises(FileNotFoundError, match=message):
-        zoo.Zoo.load(MODELS[name], {**folders, resource: tmp_path})
+        zoo.Zoo.load(MODELS[name], {**folders, resource: tmp_path}, resolution=64)
 
 
 @pytest.mark.parametrize("argument", ["intermediate_timesteps", "height"])
 def test_an_argument_that_the_pipeline_does_not_take_is_named(folders, argument):
     model = MODELS["flux-dev"].model_copy(update={"arguments": {argument: None}})
     with pytest.raises(ValueError, match=f"arguments: '{argument}'.*FluxPipeline"):
-        zoo.Zoo.load(model, folders)
+        zoo.Zoo.load(model, folders, resolution=64)
 
 
 # -- the tiny checkpoints' layouts -----------------------------------------------------------------

@@ -2,13 +2,18 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tafs import prompts
 from tafs.backbones.base import Conditioning
+from tafs.distributed import ALONE, Processes
 from tafs.method import PolicyGradient, method_class
 from tafs.rewards.registry import Reward, RewardSet
+from tafs.shapes import captions
+from tafs.train import Trainer
 
 
 class ToyBackbone:
@@ -19,6 +24,9 @@ class ToyBackbone:
 
     def __init__(self) -> None:
         self.active = True
+
+    def prepare(self, prompts: Sequence[str]) -> None:
+        """There is nothing to encode."""
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         return Conditioning(torch.zeros(len(prompts), 1, 1), torch.zeros(len(prompts), 1))
@@ -53,6 +61,13 @@ def toy_rewards() -> RewardSet:
     return RewardSet(
         [Reward("clip", lambda images, prompts: images[:, 0], lambda s: s, differentiable=True)]
     )
+
+
+def toy_trainer(description: dict, processes: Processes = ALONE) -> Trainer:
+    """A toy run's training, on the embedded world's prompts."""
+    known = prompts.read(captions.DATA / "train.jsonl")
+    backbone: Any = ToyBackbone()
+    return Trainer(description, backbone, toy_rewards(), known, processes)
 
 
 def toy_run(method: str, **hyperparameters: object) -> dict:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tafs.sampling import shifted
 
+KEPT_BYTES = 4 << 30  # of prompts' embeddings in host memory, for each process
 TIMESTEPS = 1000  # the networks read t in [0, 1] as a timestep in [0, 1000]
 
 # The adapted layers: every projection of the joint attention, as in Flow-GRPO's public settings for
@@ -49,6 +50,11 @@ class Conditioning:
     def __getitem__(self, index: Any) -> Conditioning:
         negative = None if self.negative is None else self.negative[index]
         return Conditioning(self.embeds[index], self.pooled[index], negative)
+
+    @property
+    def nbytes(self) -> int:
+        """Of one batch, without `negative`."""
+        return self.embeds.nbytes + self.pooled.nbytes
 
     def repeat_interleave(self, times: int) -> Conditioning:
         """Each prompt `times` in a row, as a group's images are laid out."""
@@ -155,14 +161,18 @@ class Backbone:
         raise NotImplementedError
 
     def prepare(self, prompts: Sequence[str]) -> None:
-        """Encode the prompts and keep them in host memory; every other prompt is forgotten.
+        """Encode those of the prompts that are not kept, and keep them in host memory.
 
-        One prompt of 512 tokens takes 4 MiB of FLUX.1-dev's embeddings in bfloat16: what is
-        prepared at a time is what is about to be used.
+        Other prompts are forgotten, the oldest first, where all together take more than
+        KEPT_BYTES: one of 512 tokens takes 4 MiB of FLUX.1-dev's embeddings in bfloat16.
         """
-        wanted = self._with_negative(prompts)
-        self._kept = {prompt: kept for prompt, kept in self._kept.items() if prompt in wanted}
-        self._keep(wanted)
+        wanted = dict.fromkeys(self._with_negative(prompts))
+        size = sum(kept.nbytes for kept in self._kept.values())
+        for prompt in [prompt for prompt in self._kept if prompt not in wanted]:
+            if size <= KEPT_BYTES:
+                break
+            size -= self._kept.pop(prompt).nbytes
+        self._keep(list(wanted))
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Conditioning of the prompts on the device, [len(prompts), ...], without gradients.

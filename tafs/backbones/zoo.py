@@ -1,7 +1,6 @@
-"""The models that are only judged: models.yaml -> a diffusers pipeline -> images.
+"""The models that are compared as they are: models.yaml -> a diffusers pipeline -> images.
 
-A model is data: which pipeline, with which adapter and text encoder, called how. Its images come
-from the pipeline's own call with its own scheduler.
+Their images come from the pipeline's own call with its own scheduler.
 """
 
 from __future__ import annotations
@@ -11,26 +10,15 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Self
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from tafs.config import ConfigError, Count, first_problem, load_yaml
+from tafs.models import Model
 
-Pipeline = Literal[
-    "StableDiffusion3Pipeline",
-    "FluxPipeline",
-    "SanaPipeline",
-    "SanaSprintPipeline",
-    "HiDreamImagePipeline",
-]
-# Of a model and of a resource, a folder: "sana-1.5".
-Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9.-]{0,63}$")]
-FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*\.safetensors$")]
 # What `Zoo.generate` gives every pipeline itself.
 GIVEN = (
     "prompt",
@@ -44,75 +32,21 @@ GIVEN = (
 )
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Adapter(_Strict):
-    """A LoRA for the pipeline's transformer, merged into its weights."""
-
-    resource: Name
-    file: FileName
-    scale: Annotated[float, Field(gt=0)]
-
-
-class Model(_Strict):
-    """One entry of models.yaml; its comments say what each key is."""
-
-    title: str
-    resource: Name
-    pipeline: Pipeline
-    lora: Adapter | None = None
-    text_encoder: Name | None = None
-    steps: Count
-    guidance: Annotated[float, Field(ge=0)]
-    max_sequence_length: Count
-    arguments: dict[str, Any] = {}
-    licence: str
-
-    @property
-    def resources(self) -> tuple[str, ...]:
-        """The folders that it needs, the pipeline's own first."""
-        lora = self.lora.resource if self.lora else None
-        return tuple(name for name in (self.resource, lora, self.text_encoder) if name)
-
-
-class _Models(BaseModel):
-    models: dict[Name, Model]
-
-
-def read(path: Path) -> dict[str, Model]:
-    """The models of models.yaml by name, in its order.
-
-    Raises:
-        ConfigError: one line that names the file, the key and the remedy.
-    """
-    try:
-        return _Models(models=load_yaml(path, dict)).models
-    except ValidationError as error:
-        problem = first_problem(error, _known_keys(error)).replace("models.", "", 1)
-        raise ConfigError(f"{path}: {problem}") from None
-
-
-def _known_keys(error: ValidationError) -> list[str]:
-    """What is allowed where the first unknown key stands."""
-    unknown = (p["loc"] for p in error.errors() if p["type"] == "extra_forbidden")
-    inside_lora = "lora" in next(unknown, ())[2:-1]
-    return list((Adapter if inside_lora else Model).model_fields)
-
-
 class Zoo:
     """One loaded model."""
 
-    def __init__(self, model: Model, pipeline: DiffusionPipeline) -> None:
+    def __init__(self, model: Model, pipeline: DiffusionPipeline, resolution: int) -> None:
         self.model = model
         self.pipeline = pipeline
+        self.resolution = resolution  # of the images, in pixels
 
     @classmethod
     def load(
         cls,
         model: Model,
         folders: Mapping[str, Path],
+        *,
+        resolution: int,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.bfloat16,
     ) -> Self:
@@ -138,17 +72,14 @@ class Zoo:
         if model.lora:
             _merge(pipeline, folders[model.lora.resource] / model.lora.file, model.lora.scale)
         pipeline.set_progress_bar_config(disable=True)
-        return cls(model, pipeline.to(device))
+        return cls(model, pipeline.to(device), resolution)
 
     @torch.no_grad()
-    def generate(
-        self, texts: Sequence[str], resolution: int, generators: Sequence[torch.Generator]
-    ) -> Tensor:
+    def generate(self, texts: Sequence[str], generators: Sequence[torch.Generator]) -> Tensor:
         """Images of the prompts, [len(texts), 3, resolution, resolution] in [0, 1], float32.
 
         Args:
             texts: prompts, an image each.
-            resolution: in pixels.
             generators: of each image its own, from which all of its noise is drawn.
 
         Raises:
@@ -160,8 +91,8 @@ class Zoo:
         _draw_noise_from(self.pipeline.scheduler, list(generators))
         images = self.pipeline(
             list(texts),
-            height=resolution,
-            width=resolution,
+            height=self.resolution,
+            width=self.resolution,
             num_inference_steps=self.model.steps,
             guidance_scale=self.model.guidance,
             max_sequence_length=self.model.max_sequence_length,
@@ -169,11 +100,11 @@ class Zoo:
             output_type="pt",
             **self.model.arguments,
         ).images
-        if images.shape[-2:] != (resolution, resolution):
-            height, width = images.shape[-2:]
+        height, width = images.shape[-2:]
+        if (height, width) != (self.resolution, self.resolution):
             raise ValueError(
-                f"resolution: {self.model.title} draws {width} x {height} where {resolution} is "
-                f"asked; set it to {width}"
+                f"resolution: {self.model.title} draws {width} x {height} where {self.resolution} "
+                f"is asked; set it to {width}"
             )
         return images.float()
 

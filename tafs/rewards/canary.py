@@ -1,43 +1,49 @@
 """Fixed images and captions whose scores tell whether a reward model is still the one it was.
 
-The first scores of given weights are stored; from then on a library, driver or precision that
-scores differently is found before a run is judged by it.
+`python -m tafs.rewards.canary RUN_DIR OUT` scores them with every reward of the run's world. The
+first scores of given weights are stored beside the lock file (keep them as the lock is kept); from
+then on a library, driver or precision that scores differently is found before a run is judged by
+it: this command fails, and every evaluation checks its own rewards again.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from tafs import checkpoint, rundir
+from tafs import checkpoint, failures, rundir
 from tafs.prompts import Prompt
+from tafs.rewards import METRICS
 from tafs.rewards.registry import Reward
 
 SIDE = 224
 TOLERANCE = 1e-3  # of the stored score
 NEAR_ZERO = 1e-4  # where a score lies about zero, so much in its own unit
+SERVED_TOLERANCE = 0.1  # half a grade: a server's batches decide where a sampled text goes
 
+# Captions with GenEval's metadata, of COCO's classes, so that every reward can score them.
 PROMPTS = {
     "gradient": Prompt(
-        "a smooth gradient from red to blue",
-        {"tag": "colors", "include": [{"class": "gradient", "count": 1, "color": "blue"}]},
+        "a photo of a blue kite",
+        {"tag": "colors", "include": [{"class": "kite", "count": 1, "color": "blue"}]},
     ),
     "disc": Prompt(
-        "a photo of a red circle",
-        {"tag": "colors", "include": [{"class": "circle", "count": 1, "color": "red"}]},
+        "a photo of a red frisbee",
+        {"tag": "colors", "include": [{"class": "frisbee", "count": 1, "color": "red"}]},
     ),
     "two discs": Prompt(
-        "a photo of a green circle left of a blue circle",
+        "a photo of a green apple left of a blue sports ball",
         {
             "tag": "position",
             "include": [
-                {"class": "circle", "count": 1, "color": "blue"},
-                {"class": "circle", "count": 1, "color": "green", "position": ["left of", 0]},
+                {"class": "sports ball", "count": 1, "color": "blue"},
+                {"class": "apple", "count": 1, "color": "green", "position": ["left of", 0]},
             ],
         },
     ),
@@ -75,17 +81,22 @@ def scores(reward: Reward, device: torch.device | str = "cpu") -> list[float]:
     return [float(score) for score in found]
 
 
-def check(name: str, scores: Sequence[float], stored: Mapping[str, float]) -> None:
+def check(
+    name: str, scores: Sequence[float], stored: Mapping[str, float], tolerance: float = NEAR_ZERO
+) -> None:
     """Compare a reward's scores with those that are stored for its weights, by image.
 
+    Args:
+        tolerance: in the score's own unit; TOLERANCE of the stored score is allowed in any case.
+
     Raises:
-        RunFailed: a score differs by more than TOLERANCE of the stored one (NEAR_ZERO about zero)
-            or has none stored; names reward, image, expected and found.
+        RunFailed: a score differs by more or has none stored; names reward, image, expected and
+            found.
     """
     for image, found in zip(PROMPTS, scores, strict=True):
         expected = stored.get(image, math.nan)
-        if not math.isclose(found, expected, rel_tol=TOLERANCE, abs_tol=NEAR_ZERO):
-            raise rundir.RunFailed(
+        if not math.isclose(found, expected, rel_tol=TOLERANCE, abs_tol=tolerance):
+            raise failures.RunFailed(
                 f"reward {name} scores the canary image {image!r} {found:.6g}, stored is "
                 f"{expected:.6g}: its model does not compute what it did"
             )
@@ -97,34 +108,64 @@ def verify(
     file: Path,
     device: torch.device | str = "cpu",
 ) -> None:
-    """Check the rewards whose weights `file` knows, and add the others to it.
-
-    Of two processes that add to the file at once one may be lost: its weights are added next time.
+    """Check the rewards by the scores that `file` has for their weights.
 
     Args:
         digests: of each reward's weights, by the reward's name.
-        file: JSON, {reward: {digest: {image: score}}}; it need not be there.
+        file: JSON, {reward: {digest: {image: score}}}.
+
+    Raises:
+        RunFailed: as `check`, or nothing is stored for a reward's weights.
+        ValueError: the file is not JSON of that form; names it.
+    """
+    known = _read(file)
+    for reward in rewards:
+        stored = known.get(reward.name, {}).get(digests[reward.name])
+        if stored is None:
+            raise failures.RunFailed(
+                f"reward {reward.name}: {file} has no canary scores of its weights; run the "
+                "workflow's rule canary first"
+            )
+        check(reward.name, scores(reward, device), stored, _tolerance(reward))
+
+
+def record(
+    rewards: Sequence[Reward],
+    digests: Mapping[str, str],
+    file: Path,
+    device: torch.device | str = "cpu",
+) -> dict[str, dict[str, float]]:
+    """Check the rewards whose weights `file` knows, add the others to it, return all their scores.
+
+    Args:
+        digests, file: as of `verify`; the file need not be there.
 
     Raises:
         RunFailed: as `check`, and where a new score is not finite.
         ValueError: the file is not JSON of that form; names it.
     """
     known = _read(file)
+    found: dict[str, dict[str, float]] = {}
     added = False
     for reward in rewards:
         name, digest = reward.name, digests[reward.name]
-        found = scores(reward, device)
+        found[name] = dict(zip(PROMPTS, scores(reward, device), strict=True))
         of_reward = known.setdefault(name, {})
         if digest in of_reward:
-            check(name, found, of_reward[digest])
+            check(name, list(found[name].values()), of_reward[digest], _tolerance(reward))
             continue
-        added = True
-        of_reward[digest] = dict(zip(PROMPTS, found, strict=True))
-        for image, score in of_reward[digest].items():
+        for image, score in found[name].items():
             if not math.isfinite(score):
-                raise rundir.RunFailed(f"reward {name} scores the canary image {image!r} {score}")
+                raise failures.RunFailed(f"reward {name} scores the canary image {image!r} {score}")
+        added = True
+        of_reward[digest] = found[name]
     if added:
         checkpoint.atomic_text(file, json.dumps(known, indent=1, sort_keys=True) + "\n")
+    return found
+
+
+def _tolerance(reward: Reward) -> float:
+    return SERVED_TOLERANCE if reward.served else NEAR_ZERO
 
 
 def _read(file: Path) -> dict[str, dict[str, dict[str, float]]]:
@@ -142,3 +183,33 @@ def _read(file: Path) -> dict[str, dict[str, dict[str, float]]]:
         }
     except (ValueError, AttributeError, TypeError):
         raise ValueError(f"{file}: holds no canary scores; delete it to have them anew") from None
+
+
+def main() -> None:
+    if len(sys.argv) != 3:
+        print("usage: python -m tafs.rewards.canary RUN_DIR OUT", file=sys.stderr)
+        sys.exit(2)
+    rundir.limit_threads()
+    run, out = rundir.RunDir(Path(sys.argv[1])), Path(sys.argv[2])
+
+    def work() -> None:
+        from tafs import judge, worlds
+
+        world = run.world
+        file = world.canary
+        if file is None:
+            raise ValueError(f"{run.folder}: its world has no canary")
+        names = [n for n in METRICS if any(n in world.metrics(p) for p in worlds.PROMPTS["hub"])]
+        rewards = [*world.rewards(names, strict_geneval=True).rewards]
+        found = record(rewards, {n: world.reward_digest(n) for n in names}, file, world.device)
+        if run.evaluation["server"]:
+            with judge.served(run) as reward:
+                digest = {reward.name: world.reward_digest(reward.name)}
+                found |= record([reward], digest, file)
+        checkpoint.atomic_text(out, json.dumps(found, indent=1) + "\n")
+
+    failures.fail_in_one_line(f"canary {run.folder}", work)
+
+
+if __name__ == "__main__":
+    main()

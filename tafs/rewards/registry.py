@@ -32,6 +32,7 @@ class Reward:
     report: Callable[[Tensor], Tensor]
     differentiable: bool
     higher_is_better: bool = True
+    served: bool = False  # by a server, whose scores depend a little on what else it is asked
 
 
 class RewardSet:
@@ -111,22 +112,13 @@ def check_images(name: str, images: Tensor, prompts: Sequence[Prompt]) -> None:
         )
 
 
-def load(names: Sequence[str], world: str, *, strict_geneval: bool = False) -> RewardSet:
-    """Load reward models.
-
-    Args:
-        names: of METRICS.
-        world: "shapes", the embedded models.
-        strict_geneval: GenEval's 0/1 verdict (evaluation) in place of the graded credit (training).
+def load(names: Sequence[str], build: Callable[[str], Reward]) -> RewardSet:
+    """The rewards of these names, as a world builds them.
 
     Raises:
-        ValueError: an unknown reward or world; lists those there are.
+        ValueError: an unknown reward; lists those there are.
     """
     for name in names:
         if name not in METRICS:
             raise ValueError(f"unknown reward {name!r} (available: {', '.join(METRICS)})")
-    if world != "shapes":
-        raise ValueError(f"unknown reward world {world!r} (available: shapes)")
-    from tafs.rewards import shapes
-
-    return RewardSet([shapes.build(name, strict_geneval=strict_geneval) for name in names])
+    return RewardSet([build(name) for name in names])

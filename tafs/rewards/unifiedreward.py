@@ -13,9 +13,8 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from tafs.prompts import Prompt
 from tafs.rewards.registry import Reward, check_images
-from tafs.rundir import RunFailed
+from tafs.failures import RunFailed
 
 GRADES = 5
 MODEL = "UnifiedReward-7b-v1.5"
@@ -141,7 +140,7 @@ class UnifiedReward:
         return GRADES * scores
 
     def reward(self) -> Reward:
-        return Reward(self.name, self, self.report, differentiable=False)
+        return Reward(self.name, self, self.report, differentiable=False, served=True)
 
     def record(self) -> dict[str, str]:
         """What scored, and of how many images it gave no score so far, by reason."""
@@ -265,37 +264,11 @@ def grade(text: str) -> float:
     return float(number)
 
 
-def serve_command(folder: Path, port: int, gpus: int, model: str = MODEL) -> list[str]:
-    """The command that serves the model on 127.0.0.1, a copy of it on each GPU.
-
-    UnifiedReward-7b and -7b-v1.5 have the original architecture of LLaVA-OneVision, which sglang
-    serves and vLLM does not (https://github.com/vllm-project/vllm/issues/32338); the family's Qwen
-    models are served by vLLM.
-
-    Raises:
-        FileNotFoundError, ValueError: the folder holds no readable config.json; names it.
-    """
-    config = folder / "config.json"
-    if not config.is_file():
-        raise FileNotFoundError(f"{config}: not found; the folder of a model holds one")
-    try:
-        architectures = json.loads(config.read_text(encoding="utf-8"))["architectures"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise ValueError(f"{config}: names no architectures") from None
-    if "LlavaQwenForCausalLM" in architectures:
-        command = ["python", "-m", "sglang.launch_server", "--model-path", str(folder)]
-        command += ["--chat-template", "chatml-llava", "--dp-size", str(gpus)]
-    else:
-        command = ["vllm", "serve", str(folder), "--data-parallel-size", str(gpus)]
-        command += ["--limit-mm-per-prompt", json.dumps({"image": 1})]
-    return [*command, "--host", "127.0.0.1", "--port", str(port), "--served-model-name", model]
-
-
-def wait_ready(url: str, timeout: float) -> None:
+def wait_ready(url: str, timeout: float, alive: Callable[[], bool] = lambda: True) -> None:
     """Return once the server lists its models; it loads the weights before.
 
     Raises:
-        RunFailed: it does not within `timeout` seconds; names the URL.
+        RunFailed: it does not within `timeout` seconds, or is no longer `alive`; names the URL.
         ValueError: a URL of another form.
     """
     address = _address(url)
@@ -308,6 +281,8 @@ def wait_ready(url: str, timeout: float) -> None:
                 return
         except (_Unreachable, OSError, http.client.HTTPException, Missing) as error:
             problem = str(error)
+        if not alive():
+            raise RunFailed(f"unifiedreward: the server at {url} has ended before it was ready")
         if time.monotonic() + 1 > deadline:
             raise RunFailed(f"unifiedreward: {url} is not ready after {timeout:g} s ({problem})")
         time.sleep(1)

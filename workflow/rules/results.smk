@@ -18,7 +18,7 @@ rule compare:
         claims="claims.yaml",
         descriptions=PLAN.files("run.json"),
         journals=PLAN.files("journal.jsonl", trained=True),
-        scores=PLAN.files("scores.parquet", judged=True),
+        scores=[f for name in PLAN.metrics_files for f in PLAN.files(name, judged=True)],
         step_scores=PLAN.correlated,
         samples=PLAN.files("samples.safetensors", judged=True),
     output:

@@ -34,7 +34,7 @@ rule train:
         run=f"{ROOT}/runs/{{run}}/run.json",
         # An edited method reruns its own runs and no other's.
         method=lambda wildcards: PLAN.method_source(wildcards.run),
-        weights=PLAN.weights,
+        fetched=lambda wildcards: PLAN.fetched(wildcards.run),
     output:
         adapter=f"{ROOT}/runs/{{run}}/adapter.safetensors",
         journal=f"{ROOT}/runs/{{run}}/journal.jsonl",
@@ -45,10 +45,11 @@ rule train:
     priority: 10
     conda:
         "../../environment.yml"
+    threads: PLAN.settings.active.processes
     resources:
-        mem_mb=3000,
+        **PLAN.needs("train"),
     shell:
-        "python -m tafs.train $(dirname {input.run:q}) > {log:q} 2>&1"
+        PLAN.launcher + " -m tafs.train $(dirname {input.run:q}) > {log:q} 2>&1"
 
 
 rule evaluate:
@@ -56,8 +57,10 @@ rule evaluate:
         run=f"{ROOT}/runs/{{run}}/run.json",
         evaluation=f"{ROOT}/runs/{{run}}/evaluation.json",
         adapters=lambda wildcards: PLAN.adapters(wildcards.run),
-        weights=PLAN.weights,
+        fetched=lambda wildcards: PLAN.fetched(wildcards.run, judging=True),
+        canary=PLAN.canary,
     output:
+        PLAN.images,
         scores=f"{ROOT}/runs/{{run}}/scores.parquet",
         samples=f"{ROOT}/runs/{{run}}/samples.safetensors",
     log:
@@ -65,7 +68,7 @@ rule evaluate:
     conda:
         "../../environment.yml"
     resources:
-        mem_mb=3000,
+        **PLAN.needs("evaluate"),
     shell:
         "python -m tafs.evaluate $(dirname {input.run:q}) > {log:q} 2>&1"
 
@@ -75,7 +78,8 @@ rule correlate:
         run=f"{ROOT}/runs/{{run}}/run.json",
         evaluation=f"{ROOT}/runs/{{run}}/evaluation.json",
         adapters=lambda wildcards: PLAN.adapters(wildcards.run),
-        weights=PLAN.weights,
+        fetched=lambda wildcards: PLAN.fetched(wildcards.run, judging=True),
+        canary=PLAN.canary,
     output:
         f"{ROOT}/runs/{{run}}/step_scores.parquet",
     log:
@@ -83,6 +87,26 @@ rule correlate:
     conda:
         "../../environment.yml"
     resources:
-        mem_mb=3000,
+        **PLAN.needs("evaluate"),
     shell:
         "python -m tafs.correlate $(dirname {input.run:q}) > {log:q} 2>&1"
+
+
+# A metric behind a server judges the images afterwards, so that the server has the GPUs.
+rule judge:
+    input:
+        run=f"{ROOT}/runs/{{run}}/run.json",
+        evaluation=f"{ROOT}/runs/{{run}}/evaluation.json",
+        images=f"{ROOT}/runs/{{run}}/images.zip",
+        fetched=PLAN.served,
+        canary=PLAN.canary,
+    output:
+        f"{ROOT}/runs/{{run}}/judgements.parquet",
+    log:
+        f"{ROOT}/logs/judge/{{run}}.log",
+    conda:
+        "../../environment.yml"
+    resources:
+        **PLAN.needs("judge"),
+    shell:
+        "python -m tafs.judge $(dirname {input.run:q}) > {log:q} 2>&1"
