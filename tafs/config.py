@@ -57,7 +57,7 @@ class Evaluation(_Strict):
     correlation_prompts: Count  # training prompts whose images' rewards are correlated
     batch: Count  # images at once; sampling takes less memory than training
     resolution: Count | None = None  # of the images, in pixels; None: as in training
-    # The command that serves UnifiedReward, where it is a server; {folder} and {port} are filled in.
+    # The command that serves UnifiedReward, if it is a server; {folder} and {port} are filled in.
     server: tuple[str, ...] = ()
 
 
@@ -74,7 +74,9 @@ class Scale(_Strict):
     memory_mb: Count = 3000  # of the machine's, for each process
     backbones: dict[Name, Name]  # the models that play the experiments' parts
     prompts: dict[Name, Name]  # the prompt sets that play the tasks' parts
-    models: tuple[Name, ...] = ()  # compared without being trained, where an experiment has `models`
+    models: tuple[
+        Name, ...
+    ] = ()  # compared without being trained, where an experiment has `models`
     without: tuple[Name, ...] = ()  # methods that are not trained at this scale
     methods: dict[Name, dict[Name, Any]] = {}  # hyperparameters at this scale
     iterations: Count
@@ -425,13 +427,20 @@ def _inconsistency(config: Config) -> str | None:
         for variant in config.methods:
             own = f"scales.{key}." if variant in scale.methods else ""
             try:
-                cost = methods.create(*_method_of(config, variant, scale)).cost
+                algorithm = methods.create(*_method_of(config, variant, scale))
+                cost = algorithm.cost
             except (ValueError, TypeError) as error:
                 return f"{own}methods.{variant}: {error}"
             except NotImplementedError as error:
                 return f"{own}methods.{variant}: {str(error) or 'is a stub'}"
             if not cost > 0:
                 return f"{own}methods.{variant}: its `cost` is {cost}; it must be above 0"
+            if variant not in scale.without:
+                problem = sharing_problem(
+                    scale.prompts_per_iteration, algorithm.updates, scale.processes
+                )
+                if problem:
+                    return f"scales.{key}: {variant}: {problem}"
     if config.reference not in config.methods:
         hint = _suggestion(config.reference, list(config.methods))
         return f"reference: unknown method {config.reference!r}{hint}"
@@ -485,6 +494,21 @@ def _inconsistency(config: Config) -> str | None:
     return None
 
 
+def sharing_problem(prompts: int, updates: int, processes: int) -> str | None:
+    """Why an iteration's prompts cannot be shared out to its updates and their processes."""
+    if prompts % updates:
+        return (
+            f"updates: {updates} does not divide prompts_per_iteration ({prompts}); "
+            "choose a divisor"
+        )
+    if prompts // updates % processes:
+        return (
+            f"prompts_per_iteration: {prompts} prompts in {updates} updates cannot be shared by "
+            f"{processes} processes; choose a divisor of {prompts // updates}"
+        )
+    return None
+
+
 def _experiment_inconsistency(config: Config, name: str, experiment: Experiment) -> str | None:
     from tafs import method as methods
     from tafs.rewards import DIFFERENTIABLE
@@ -529,6 +553,12 @@ def _experiment_inconsistency(config: Config, name: str, experiment: Experiment)
 def _prompts_of(config: Config, experiment: Experiment) -> str:
     """The part that a scale casts with a prompt set."""
     return experiment.prompts or config.tasks[experiment.tasks[0]].prompts
+
+
+def _full_steps(evaluation: Evaluation, model: str) -> int:
+    """A model's own number of steps; that of a base model can be the scale's."""
+    facts = models.read()[model]
+    return (facts.trainable and evaluation.base_nfe) or facts.steps
 
 
 def _images_per_prompt(config: Config, experiment: Experiment) -> int:
@@ -578,8 +608,8 @@ def _method_of(
 # -- runs --------------------------------------------------------------------------------------
 
 
-# Settings of a scale that say which runs there are, how they are judged and on how many devices, not
-# how one is trained.
+# Settings of a scale that say which runs there are, how they are judged and on how many devices,
+# not how one is trained.
 SELECTION = {
     "backbones",
     "prompts",
@@ -607,14 +637,16 @@ def runs(config: Config) -> dict[str, Run]:
         common = {
             "backbone": model,
             "prompts": prompts,
-            "model": facts.settings(scale.evaluation.base_nfe),
+            "model": facts.settings(),
             "seed": seed,
             "scale": config.scale,
             "settings": scale.model_dump(mode="json", exclude=SELECTION),
         }
         if variant == BASE:
             name = f"{BASE}.{prompts}.{model}"
-            found[name] = Run(name, BASE, BASE, facts.title, "", rewards={}, hyperparameters={}, **common)
+            found[name] = Run(
+                name, BASE, BASE, facts.title, "", rewards={}, hyperparameters={}, **common
+            )
             return
         method, parameters = _method_of(config, variant)
         name = f"{variant}.{task}.{model}.{seed}"
@@ -720,6 +752,7 @@ def evaluations(config: Config) -> dict[str, dict[str, Any]]:
             **weights_of(settings, measured[all_runs[name].prompts]),
             "prompts": evaluation.prompts,
             "batch": evaluation.batch,
+            "full": _full_steps(evaluation, all_runs[name].backbone),
             "resolution": evaluation.resolution or config.active.resolution,
             "server": list(served),
             "correlation": {
@@ -772,7 +805,7 @@ def tables(config: Config) -> list[dict[str, Any]]:
         return {
             "part": parts.get(model, ""),
             "backbone": model,
-            "full": models.read()[model].settings(evaluation.base_nfe)["steps"],
+            "full": _full_steps(evaluation, model),
             "iteration": None,
             "rule": False,
         }
@@ -784,7 +817,12 @@ def tables(config: Config) -> list[dict[str, Any]]:
         prompts = scale.prompts[_prompts_of(config, experiment)]
         rows: list[dict[str, Any]] = []
         for model in _untrained(scale, experiment):
-            row = {**common(model), "variant": BASE, "task": "", "label": models.read()[model].title}
+            row = {
+                **common(model),
+                "variant": BASE,
+                "task": "",
+                "label": models.read()[model].title,
+            }
             row["runs"] = members[BASE, "", prompts, model]
             if model in scale.models:
                 rows.append({**row, "sampler": "pipeline", "nfe": row["full"]})

@@ -23,14 +23,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tafs import checkpoint, failures, images, rundir, sampling, seeding
+from tafs import checkpoint, images, rundir, sampling, seeding
 from tafs.progress import Reporter
 from tafs.prompts import Prompt, first_of_each
 from tafs.rewards import canary
 
 # One seed for all: methods are compared on the same prompts and noise. It is no training seed.
 EVALUATION_SEED = 1_000_003
-SAMPLES_PER_TAG = 8  # prompts whose images are kept for the figures
 PIPELINE = "pipeline"  # the sampler of models that are compared as they are
 
 
@@ -114,7 +113,7 @@ def evaluate(run: rundir.RunDir) -> None:
         canary.verify(metrics.rewards, digests, run.world.canary, run.world.device)
     settings = [Setting(**setting) for setting in evaluation["settings"]]
     reporter = Reporter(run.folder, "evaluate", sum(s.nfe for s in settings))
-    shown = first_of_each(prompts, SAMPLES_PER_TAG)
+    shown = first_of_each(prompts, rundir.SAMPLES_PER_TAG)
     texts = [prompt.text for prompt in prompts]
     samples = {"prompts": torch.tensor(shown)}
     tables: list[pd.DataFrame] = []

@@ -51,6 +51,7 @@ OTHERS = (
     ("#117733", "8"),
 )
 
+ROWS = 12  # of prompts in a grid of images
 LINES = ("-", "--", "-.", ":")
 
 UNITS = {
@@ -309,14 +310,15 @@ def image_grid(
     name: str = "image_grid",
     captions: Sequence[str],
     indices: Sequence[int] | None = None,
-    per_tag: int = 2,
+    per_tag: int | None = None,
     nfe: int,
 ) -> list[Path]:
     """The same prompts and start noise side by side, each system's lowest seed.
 
     Args:
-        captions: the text of every prompt that the samples hold, in their order.
-        indices: the prompts to show; None takes the first `per_tag` of each task.
+        captions: the text of every prompt, in their order.
+        indices: the prompts to show; None takes the first `per_tag` of each task, which by default
+            are ROWS together, of those whose images are kept.
 
     Raises:
         ValueError: an input is missing or broken, or the captions do not fit; names it.
@@ -331,10 +333,13 @@ def image_grid(
             columns.append((title, system.results[0], f"{system.sampler}-{n}"))
     scores = systems[0].results[0].scores
     tags = dict(zip(scores.prompts, scores.tags, strict=True))
-    shown = list(indices) if indices is not None else _first_of_each(tags, per_tag)
+    fair = min(rundir.SAMPLES_PER_TAG, ROWS // len(set(tags.values())))
+    shown = list(indices) if indices is not None else _first_of_each(tags, per_tag or max(fair, 1))
     if not shown:
         raise ValueError("no prompts to show")
-    images = [_samples(result, key, shown, len(captions)) for _, result, key in columns]
+    if max(shown) >= len(captions):
+        raise ValueError(f"prompt {max(shown)} has no caption: {len(captions)} were given")
+    images = [_samples(result, key, shown) for _, result, key in columns]
     with _style():
         return _save(_grid(columns, images, shown, captions, tags), out_dir, name)
 
@@ -489,24 +494,23 @@ def _grid(
     return figure
 
 
-def _samples(result: Result, key: str, shown: Sequence[int], n_captions: int) -> np.ndarray:
+def _samples(result: Result, key: str, shown: Sequence[int]) -> np.ndarray:
     """uint8 [shown, H, W, 3]; reads no other images."""
     file = result.run.samples
     if not file.is_file():
         raise ValueError(f"{file}: not found; `python -m tafs.evaluate` writes it")
     try:
         with safe_open(file, framework="numpy") as stored:
-            if key not in stored.keys():  # noqa: SIM118 (no mapping)
-                found = ", ".join(sorted(stored.keys()))
-                raise ValueError(f"{file}: has no {key!r} (has: {found})")
+            for needed in ("prompts", key):
+                if needed not in stored.keys():  # noqa: SIM118 (no mapping)
+                    found = ", ".join(sorted(stored.keys()))
+                    raise ValueError(f"{file}: has no {needed!r} (has: {found})")
+            place = {int(p): i for i, p in enumerate(stored.get_tensor("prompts"))}
+            missing = [prompt for prompt in shown if prompt not in place]
+            if missing:
+                raise ValueError(f"{file}: has no prompt {missing[0]}")
             part = stored.get_slice(key)
-            total = part.get_shape()[0]
-            if total != n_captions:
-                raise ValueError(f"{file}: {total} prompts, but {n_captions} captions were given")
-            outside = [i for i in shown if not 0 <= i < total]
-            if outside:
-                raise ValueError(f"{file}: has no prompt {outside[0]} (prompts: 0 to {total - 1})")
-            return np.concatenate([part[i : i + 1] for i in shown])
+            return np.concatenate([part[place[p] : place[p] + 1] for p in shown])
     except SafetensorError as error:
         raise ValueError(f"{file}: not a safetensors file ({error})") from None
 

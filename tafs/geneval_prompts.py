@@ -16,27 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from tafs.rewards.geneval import TASKS
+from tafs.rewards.geneval import CLASSES, COLORS, TASKS
 from tafs.shapes import captions
 
 Row = dict[str, Any]
 
-# COCO's 80 classes in COCO's order, under GenEval's names ("computer mouse", "tv remote").
-CLASSES = (
-    *("person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat"),
-    *("traffic light", "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat"),
-    *("dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "backpack"),
-    *("umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard", "sports ball"),
-    *("kite", "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket"),
-    *("bottle", "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple"),
-    *("sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair"),
-    *("couch", "potted plant", "bed", "dining table", "toilet", "tv", "laptop"),
-    *("computer mouse", "tv remote", "computer keyboard", "cell phone", "microwave", "oven"),
-    *("toaster", "sink", "refrigerator", "book", "clock", "vase", "scissors", "teddy bear"),
-    *("hair drier", "toothbrush"),
-)
 COLORED = CLASSES[1:]  # no coloured persons
-COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 SEED = 43  # of GenEval's own set

@@ -59,12 +59,11 @@ class Model(_Strict):
         lora = self.lora.resource if self.lora else None
         return tuple(name for name in (self.resource, lora, self.text_encoder) if name)
 
-    def settings(self, steps: int | None = None) -> dict[str, Any]:
-        """What run.json says of it; `steps` replaces its own."""
+    def settings(self) -> dict[str, Any]:
+        """What run.json says of it."""
         return {
             "guidance": self.guidance,
             "max_sequence_length": self.max_sequence_length,
-            "steps": steps or self.steps,
             "trainable": self.trainable,
         }
 

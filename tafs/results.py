@@ -129,7 +129,7 @@ def read_step_scores(file: Path) -> pd.DataFrame:
 
 
 # Of run.json.
-REQUIRED = "name method title backbone model seed scale sampler iterations"
+REQUIRED = "name method title backbone seed scale sampler iterations"
 
 
 class Result:
@@ -161,7 +161,7 @@ class Result:
 
     @property
     def random_weights(self) -> set[str]:
-        """What of its models and of its metrics' is randomly initialised: such numbers mean nothing."""
+        """What of its models and its metrics' is randomly initialised: its numbers mean nothing."""
         return {
             name
             for record in (self.info, self.run.evaluation)
@@ -243,7 +243,7 @@ class System:
     @property
     def full_steps(self) -> int:
         """The untrained model's own steps."""
-        return int(self.info["model"]["steps"])
+        return int(self.results[0].run.evaluation["full"])
 
     def values(self, sampler: str, nfe: int, metric: str, iteration: int | None = None) -> Array:
         """[seeds, prompts, images] of the models after an iteration; None: the final ones.

@@ -12,6 +12,8 @@ from typing import Any
 
 from tafs import config, failures, prompts, worlds
 
+SAMPLES_PER_TAG = 8  # prompts of each tag whose images samples.safetensors keeps
+
 
 class RunDir:
     """results/SCALE/runs/NAME."""

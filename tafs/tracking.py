@@ -425,7 +425,8 @@ def _copy_artifacts(mirror: Mirror, target: Path) -> None:
         from safetensors import safe_open
 
         with safe_open(samples, "numpy") as images:
-            for name in images.keys():  # noqa: SIM118 - it is no dict
+            # `prompts` says which prompts the images are of.
+            for name in sorted(set(images.keys()) - {"prompts"}):
                 draw = partial(_draw, images, name)
                 _place(target / "samples" / f"{_entity(name)}.png", samples, draw)
 

@@ -29,7 +29,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tafs import checkpoint, distributed, failures, prompts, provenance, rundir, seeding, worlds
+from tafs import (
+    checkpoint,
+    config,
+    distributed,
+    failures,
+    prompts,
+    provenance,
+    rundir,
+    seeding,
+    worlds,
+)
 from tafs import method as methods
 from tafs.backbones.base import Backbone, fast_dtype
 from tafs.distributed import Processes
@@ -37,7 +47,6 @@ from tafs.journal import Journal
 from tafs.method import Feedback, Trajectory
 from tafs.progress import Reporter
 from tafs.rewards.registry import RewardSet
-
 
 AHEAD = 16  # iterations whose prompts are encoded at once, while the text encoders are on the GPU
 
@@ -99,17 +108,9 @@ class Trainer:
         self.prompts = known
         self.shares = shares
         self.encoded = range(0)  # the iterations whose prompts the backbone has prepared
-        if self.groups % self.method.updates:
-            raise ValueError(
-                f"updates: {self.method.updates} does not divide prompts_per_iteration "
-                f"({self.groups}); choose a divisor"
-            )
-        shared = self.groups // self.method.updates
-        if shared % processes.size:
-            raise ValueError(
-                f"prompts_per_iteration: {self.groups} prompts in {self.method.updates} updates "
-                f"cannot be shared by {processes.size} processes; choose a divisor of {shared}"
-            )
+        problem = config.sharing_problem(self.groups, self.method.updates, processes.size)
+        if problem:
+            raise ValueError(problem)
         # The groups of this process, of all that an iteration has.
         parts = torch.arange(self.groups).view(self.method.updates, processes.size, -1)
         self.own: list[int] = parts[:, processes.rank].flatten().tolist()
@@ -134,7 +135,7 @@ class Trainer:
         Raises:
             NonFinite: before anything is updated; names the iteration and the source.
         """
-        clock = time.perf_counter
+        clock = self._clock
         start = clock()
         drawn = self._draw(iteration)
         if iteration not in self.encoded:
@@ -166,6 +167,12 @@ class Trainer:
                 "total": end - start,
             },
         }
+
+    def _clock(self) -> float:
+        """Seconds, once the device has done what it was told."""
+        if self.backbone.device.type == "cuda":
+            torch.cuda.synchronize(self.backbone.device)
+        return time.perf_counter()
 
     def _draw(self, iteration: int) -> list[prompts.Prompt]:
         """The prompts of an iteration's groups, of all processes."""
@@ -389,9 +396,7 @@ class Keeper:
         self.reporter.finish()
 
 
-def trainer_of(
-    description: dict[str, Any], processes: Processes = distributed.ALONE
-) -> Trainer:
+def trainer_of(description: dict[str, Any], processes: Processes = distributed.ALONE) -> Trainer:
     """What run.json describes, with its world's models, rewards and training prompts."""
     world = worlds.of(description["settings"], processes.local_rank)
     return Trainer(

@@ -19,6 +19,7 @@ __all__ = ["ConfigError", "Plan", "read"]
 
 OVERRIDES = ("scale", "results", "method", "seeds")
 
+
 class Plan:
     """The active scale's runs, as the graph needs them."""
 
@@ -179,8 +180,11 @@ class Plan:
             found |= {"gres": f"gpu:{gpus}"} if nodes > 1 else {"gpu": gpus}
         return found
 
-    def start(self) -> None:
+    def start(self, workflow: Any) -> None:
         """Refuse to run what cannot be run, and show the jobs' progress from now on.
+
+        Args:
+            workflow: Snakemake's own.
 
         Raises:
             SystemExit: the scale's models are not pinned; one line, exit code 2.
@@ -193,6 +197,10 @@ class Plan:
                 file=sys.stderr,
             )
             sys.exit(2)
+        if workflow.local_exec:
+            # Its limit of submissions a second wakes Snakemake once a second for every job that has
+            # ended, until that is a tenth of all the work; jobs of this machine need no such limit.
+            workflow.scheduler.job_rate_limiter = None
         self.watch()
 
     def adapters(self, name: str) -> list[str]:

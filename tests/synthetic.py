@@ -98,6 +98,7 @@ def write_run(
         "method": method,
         "title": kind.title,
         "task": "preference",
+        "prompts": "shapes",
         "backbone": "shapes-sd3",
         "seed": seed,
         "scale": "shapes",
@@ -121,6 +122,8 @@ def write_run(
     evaluation = {
         "prompts": None,
         "batch": 64,
+        "full": FULL,
+        "server": [],
         "correlation": {"nfe": FEW, "prompts": prompts},
         "settings": [
             {"sampler": s, "nfe": n, "iteration": iteration, "images_per_prompt": images}
@@ -199,7 +202,8 @@ def _write_samples(
     disc = (y - centre[:, 0]) ** 2 + (x - centre[:, 1]) ** 2 < 30
     clean = np.where(disc[..., None], colour, 25)
     save_file(
-        {
+        {"prompts": np.arange(prompts)}
+        | {
             f"{sampler}-{nfe}": np.clip(
                 clean + own.normal(size=clean.shape) * 120 / nfe, 0, 255
             ).astype(np.uint8)
@@ -299,6 +303,7 @@ def table2(
                     "backbone": info["backbone"],
                     "label": info["title"],
                     "nfe": n,
+                    "full": full,
                     "iteration": kept,
                     "sampler": "ode" if base else None,
                     "rule": False,
@@ -312,6 +317,6 @@ def table2(
         "header": "Method",
         "figures": {},
         "reference": REFERENCE,
-        "evaluation": {"few": FEW, "full": FULL, "curve": list(range(1, 9))},
+        "evaluation": {"few": FEW, "curve": list(range(1, 9))},
         "rows": [row for row in rows.values() if row["nfe"]],
     }

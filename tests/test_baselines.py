@@ -1,12 +1,11 @@
 """What sets each baseline apart: its window, its random steps, its solver, its gradients."""
 
 import torch
-from toy import toy_run, toy_trainer, ToyBackbone
+from toy import ToyBackbone, toy_run, toy_trainer
 
 from tafs import method, sampling, seeding
 from tafs.backbones.base import Backbone
 from tafs.method import Feedback
-from tafs.train import Trainer
 
 
 def toy() -> ToyBackbone:

@@ -37,7 +37,7 @@ def test_runs_are_named_after_method_task_backbone_and_seed():
     assert "tafs_grpo.preference.shapes-flux.2" in runs
     assert "flow_grpo.preference.shapes-flux.0" in runs
     assert "step_distillation.composition.shapes-sd3.0" in runs
-    assert {"base.shapes-sd3", "base.shapes-flux"} <= set(runs)
+    assert {"base.shapes.shapes-sd3", "base.shapes.shapes-flux"} <= set(runs)
     # Two base models, Table 2's six methods on three seeds, and on one seed two of Table 1 on two
     # base models, five ablations and two more tasks.
     assert len(runs) == 2 + 6 * 3 + 2 * 2 + 5 + 2
@@ -54,7 +54,7 @@ def test_runs_are_named_after_method_task_backbone_and_seed():
         (
             "learning_rate:",
             "learning_rte:",
-            "methods.tafs_grpo: unknown hyperparameter 'learning_rte'",
+            "scales.smoke.methods.tafs_grpo: unknown hyperparameter 'learning_rte'",
         ),
         ("scale: shapes", "scale: shape", "scale: unknown scale 'shape'; did you mean 'shapes'"),
         ("clip: 2.0}", "clipp: 2.0}", "tasks.preference.rewards: unknown reward 'clipp'"),
@@ -110,7 +110,7 @@ def test_runs_are_named_after_method_task_backbone_and_seed():
             "scales.shapes.iterations: input should be a valid integer",
         ),
         ("results: results", "scale: smoke", "'scale' is given twice"),
-        ("  tafs_grpo: {", "  tafs_grp: {", "methods.tafs_grp: unknown method 'tafs_grp'"),
+        ("  tafs_grpo: {", "  tafs_grp: {", "scales.smoke.methods: unknown method 'tafs_grp'"),
         (
             "pickscore: 1.0, clip: 2.0}\n  comp",
             "pickscore: -1, clip: 2.0}\n  comp",
@@ -184,6 +184,7 @@ def test_changing_one_hyperparameter_changes_only_its_runs_fingerprints(tmp_path
 def variant(name: str, **methods: Any) -> config.Run:
     raw = config.load_yaml(SHIPPED, dict)
     raw["methods"] |= methods
+    raw["scales"]["shapes"]["methods"] = {}
     raw["experiments"]["table2"]["methods"] = [name]
     return config.runs(config.check(raw))[f"{name}.preference.shapes-flux.0"]
 
@@ -197,6 +198,19 @@ def test_a_variant_starts_from_the_hyperparameters_of_the_one_it_names():
     )
     assert run.method == "tafs_grpo"
     assert run.hyperparameters == {"learning_rate": 3e-4, "updates": 4, "n_adv": 3}
+
+
+def test_what_a_scale_says_of_a_method_holds_there_and_for_its_variants():
+    raw = config.load_yaml(SHIPPED, dict)
+    raw["methods"]["tafs_grpo"] = {"learning_rate": 1e-4, "weight_decay": 0.5}
+    raw["scales"]["shapes"]["methods"] = {"tafs_grpo": {"learning_rate": 5e-4}}
+    runs = config.runs(config.check(raw))
+    for variant in ("tafs_grpo", "tafs_n_annealed_1"):
+        found = runs[f"{variant}.preference.shapes-flux.0"].hyperparameters
+        assert (found["learning_rate"], found["weight_decay"]) == (5e-4, 0.5)
+    smoke = config.runs(config.check({**raw, "scale": "smoke"}))
+    found = smoke["tafs_grpo.preference.shapes-flux.0"].hyperparameters
+    assert (found["learning_rate"], found["weight_decay"]) == (2e-3, 0.5)
 
 
 def test_variants_that_name_each_other_are_refused():
@@ -406,7 +420,7 @@ def test_a_table_of_several_steps_judges_its_runs_at_each(judged):
 
 
 def test_a_base_model_is_judged_at_its_full_steps_by_eulers(judged):
-    for name in ("base.shapes-sd3", "base.shapes-flux"):
+    for name in ("base.shapes.shapes-sd3", "base.shapes.shapes-flux"):
         settings = judged[name]["settings"]
         assert {s["sampler"] for s in settings} == {"ode"}
         assert [s["nfe"] for s in settings if s["images_per_prompt"] == 4] == [4, 28]
@@ -427,10 +441,10 @@ def test_a_base_model_of_correlations_alone_is_not_judged(tmp_path):
     path = changed(tmp_path, every, "[table7]")
     plan = workflow.read({"scale": "shapes"}, path)
     [name] = plan.runs
-    assert name == "base.shapes-flux"
+    assert name == "base.shapes.shapes-flux"
     assert json.loads(plan.evaluation(name))["settings"] == []
     assert plan.files("scores.parquet", judged=True) == []
-    assert plan.correlated == ["results/shapes/runs/base.shapes-flux/step_scores.parquet"]
+    assert plan.correlated == ["results/shapes/runs/base.shapes.shapes-flux/step_scores.parquet"]
 
 
 @pytest.mark.parametrize("key", sorted(config.Evaluation.model_fields))
@@ -440,6 +454,11 @@ def test_how_runs_are_judged_changes_no_training(key):
     before = config.check(raw)
     value = raw["scales"]["shapes"]["evaluation"].get(key)
     other = [1, 2] if isinstance(value, list) else (value or 0) + 1
+    if key == "server":  # the embedded world has none
+        with pytest.raises(config.ConfigError, match="server: the world 'shapes' needs no server"):
+            raw["scales"]["shapes"]["evaluation"][key] = ["serve"]
+            config.check(raw)
+        return
     raw["scales"]["shapes"]["evaluation"][key] = other
     after = config.check(raw)
     old, new = config.runs(before), config.runs(after)

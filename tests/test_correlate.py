@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from toy import ToyBackbone, toy_rewards
 
-from tafs import correlate, evaluate, rundir, sampling, seeding
+from tafs import correlate, evaluate, prompts, rundir, sampling, seeding
 from tafs.prompts import Prompt
 from tafs.rewards import registry
+from tafs.shapes import captions
 
 TEXTS = ["a red circle", "a blue star", "two green squares"]
 
@@ -76,7 +77,7 @@ def test_equal_generators_give_equal_images() -> None:
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> rundir.RunDir:
     """A base model's folder; the toy plays the model and the rewards."""
-    description = {"method": "base", "settings": {"world": "shapes"}}
+    description = {"method": "base", "prompts": "shapes", "settings": {"world": "shapes"}}
     (tmp_path / "run.json").write_text(json.dumps(description), encoding="utf-8")
     monkeypatch.setattr(evaluate, "load_model", lambda run, iteration: toy())
     monkeypatch.setattr(registry, "load", lambda names, world: toy_rewards())

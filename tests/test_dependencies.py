@@ -23,7 +23,7 @@ FILES = (
     ".ci/run",
     ".gitignore",
 )
-TARGETS = ("setup", "all", "test", "ui", "shapes-weights", "lint", "lock", "help")
+TARGETS = ("setup", "all", "test", "ui", "shapes-weights", "lint", "lock", "constraints", "help")
 
 
 def requirements(name: str) -> list[Requirement]:

@@ -22,8 +22,8 @@ from tafs import config, figures
 from tafs.results import METRICS, read_results, systems_of
 
 SMALL = {"prompts": 18, "images": 2, "iterations": 6, "nfe": (1, 4)}
-FEW: dict[str, Any] = {"nfe": (1, 4), "full_steps": 28}
-AT_FOUR = {"nfe": 4, "full_steps": 28}
+FEW: dict[str, Any] = {"nfe": (1, 4)}
+AT_FOUR = {"nfe": 4}
 
 
 @pytest.fixture(scope="module")
@@ -252,16 +252,18 @@ def test_bad_input_is_one_line_that_names_the_file(own_runs: list[Path], tmp_pat
             figures.image_grid(own_runs, tmp_path / "out", **options)
         assert "\n" not in str(caught.value)
 
-    fails("base-0/samples.safetensors: 18 prompts, but 2 captions were given", captions=["a", "b"])
+    fails("prompt 15 has no caption: 2 were given", captions=["a", "b"])
     fails("base-0/samples.safetensors: has no prompt 18", indices=[18])
-    fails(r"base-0/samples.safetensors: has no 'ode-3' \(has: ode-1, ode-28, ode-4\)", nfe=3)
+    fails(
+        r"base-0/samples.safetensors: has no 'ode-3' \(has: ode-1, ode-28, ode-4, prompts\)", nfe=3
+    )
     fails("no prompts to show", indices=[])
     (own_runs[0] / "samples.safetensors").write_text("x")
     fails("base-0/samples.safetensors: not a safetensors file")
     (own_runs[0] / "samples.safetensors").unlink()
     fails("base-0/samples.safetensors: not found")
     with pytest.raises(ValueError, match=r"scores.parquet: no geneval for sampler ode at nfe 3"):
-        figures.figure4(own_runs, tmp_path / "out", nfe=[3], full_steps=28)
+        figures.figure4(own_runs, tmp_path / "out", nfe=[3])
     with pytest.raises(ValueError, match="no trained run"):
         figures.learning_curves(own_runs[:1], tmp_path / "out")
     text = '{"kind": "iteration", "iteration": 0, "seconds": {"total": 1}}\n'
@@ -427,7 +429,7 @@ def test_every_figure_is_drawn_from_an_experiments_entry(
     kind: str, runs: list[Path], drawn: list[Figure], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world = [SimpleNamespace(text=caption) for caption in synthetic.captions(18)]
-    monkeypatch.setattr(figures.rundir, "test_prompts", lambda world_, per_tag: world)
+    monkeypatch.setattr(figures.rundir.RunDir, "test_prompts", lambda run: world)
     spec = synthetic.table2(runs)
     spec["evaluation"]["curve"] = [1, 4]
     figures.draw(kind, "name", spec, runs, Path())

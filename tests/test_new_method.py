@@ -10,7 +10,6 @@ from test_method import assert_costs_what_it_says
 from toy import toy_run, toy_trainer
 
 from tafs import method, new_method
-from tafs.train import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -248,7 +248,7 @@ def test_what_cannot_be_locked_is_said_and_stays_out(project):
     project.hub.faults.busy = {"owner/busy"}
     write_yaml(project.folder / "resources.yaml", {**RESOURCES, **more})
     before = resources.read_lock(project.lock)
-    project.lock.write_text(project.lock.read_text().replace(before["words"].revision, "0" * 40))
+    project.lock.write_text(project.lock.read_text().replace(before["words"].revision, "f" * 40))
     url = project.hub.url
     assert project.failures("lock") == {
         "closed": f"{url}/owner/closed is gated: set HF_TOKEN after accepting the licence there",
@@ -381,7 +381,7 @@ def test_a_missing_file_is_noticed(fetched):
 
 def test_a_commit_that_is_gone_is_said(project):
     present = resources.read_lock()["pipe"].revision
-    project.lock.write_text(project.lock.read_text().replace(present, "0" * 40))
+    project.lock.write_text(project.lock.read_text().replace(present, "f" * 40))
     page = f"{project.hub.url}/owner/pipe"
     assert project.failures("fetch", "pipe") == {
         "pipe": f"{page}: no longer has the locked revision; lock it again"
@@ -419,7 +419,7 @@ def test_offline_mode_is_named(project):
 
 def test_a_missing_lock_or_entry_names_the_command(project):
     other = Path("other.yaml")
-    with pytest.raises(ValueError, match="other.yaml: no such lock file; run `python -m tafs.reso"):
+    with pytest.raises(ValueError, match="other.yaml: no such lock file; run `make lock`"):
         resources.path("pipe", other)
     shutil.copy(project.lock, other)
     command = "`python -m tafs.resources lock pope --lock other.yaml`"

@@ -82,7 +82,7 @@ def trained_run(folder: Path, **changes: Any) -> Path:
     Image.new("RGB", (2, 2), "red").save(folder / "plots" / "grid.png")
     images = np.zeros((6, 8, 8, 3), np.uint8)
     images[5, :, :, 0] = 255
-    save_file({"ode-4": images}, folder / "samples.safetensors")
+    save_file({"prompts": np.arange(len(images)), "ode-4": images}, folder / "samples.safetensors")
     rows = [
         # (tag, metric, value): GenEval's tags count alike, however many images they have.
         ("one", "geneval", 1.0),

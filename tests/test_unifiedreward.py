@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import time
 
@@ -12,10 +11,10 @@ from chat_server import ChatServer, brightness_grade, caption, decode
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tafs.failures import RunFailed
 from tafs.prompts import Prompt
 from tafs.rewards import unifiedreward
 from tafs.rewards.unifiedreward import Missing, UnifiedReward, grade, wait_ready
-from tafs.failures import RunFailed
 
 SIDE = 16
 

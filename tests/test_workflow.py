@@ -32,7 +32,7 @@ NEEDED = (
     "baselines",
 )
 FLOW, TAFS = "flow_grpo.preference.shapes-flux.0", "tafs_grpo.preference.shapes-flux.0"
-BASE = "base.shapes-flux"
+BASE = "base.shapes.shapes-flux"
 METHODS = ("dance_grpo", "mix_grpo", "flow_grpo", "rg_lcd", "reward_instruct", "tafs_grpo")
 TRAINED = [f"{name}.preference.shapes-flux.0" for name in METHODS]
 COMPARED = {("compare", ""), ("track", ""), ("all", "")}

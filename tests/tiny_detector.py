@@ -38,9 +38,9 @@ def mask2former(folder: Path, seed: int = 0) -> Path:
     )
     config = Mask2FormerConfig(
         backbone_config=backbone,
-        feature_size=16,
-        mask_feature_size=16,
-        hidden_dim=16,
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=32,
         encoder_feedforward_dim=16,
         encoder_layers=1,
         decoder_layers=2,

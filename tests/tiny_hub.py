@@ -18,6 +18,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import tafs  # noqa: F401 - before anything imports torchvision
+
+# isort: split
 import tiny_detector
 import tiny_pipelines
 import tiny_rewards
@@ -33,6 +36,7 @@ COPIED = (
     *("config.yaml", "claims.yaml", "resources.yaml", "environment.yml", "pyproject.toml"),
     *("workflow", "tafs", "baselines"),
 )
+STEPS = 6  # of every model at the most
 PICKAPIC = (40, 8)  # training and test prompts
 # What is small about the scale: sizes and budgets, and that the GPU is a processor.
 SCALE: Mapping[str, Any] = {
@@ -41,7 +45,7 @@ SCALE: Mapping[str, Any] = {
     "memory_mb": 1500,
     "resolution": 64,
     "iterations": 2,
-    "prompts_per_iteration": 4,
+    "prompts_per_iteration": 6,
     "group_size": 2,
     "micro_batch": 2,
     "checkpoint_every": 1,
@@ -49,7 +53,8 @@ SCALE: Mapping[str, Any] = {
 }
 EVALUATION: Mapping[str, Any] = {
     "images_per_prompt": 1,
-    "prompts": 3,
+    "prompts": 2,
+    "base_nfe": STEPS,
     "curve_nfe": [1, 4],
     "correlation_prompts": 12,
     "batch": 6,
@@ -95,10 +100,15 @@ def bert(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "bert"}')
 
 
+def clip_h(folder: Path) -> None:
+    tiny_rewards.clip_processor(folder)
+    (folder / "config.json").write_text('{"model_type": "clip"}')
+
+
 WRITERS: Mapping[str, Callable[[Path], object]] = {
     **tiny_pipelines.RESOURCES,
     "pickscore": tiny_rewards.pickscore,
-    "clip-vit-h-14": tiny_rewards.clip_processor,
+    "clip-vit-h-14": clip_h,
     "clip-vit-l-14": tiny_rewards.clip,
     "hpsv2": lambda folder: tiny_rewards.hpsv2(folder / "HPS_v2.1_compressed.pt"),
     "imagereward": imagereward,
@@ -118,19 +128,34 @@ def write(folder: Path) -> Path:
     return folder
 
 
-def configure(file: Path, experiments: Sequence[str]) -> str:
-    """config.yaml with a small scale `paper`; without `experiments` all of them."""
+def configure(file: Path, experiments: Sequence[str], methods: Sequence[str] = ()) -> str:
+    """config.yaml with a small scale `paper`, of these experiments and methods or of all."""
     content = config.load_yaml(file, dict)
     scale = content["scales"]["paper"]
     scale |= SCALE
     scale["evaluation"] |= EVALUATION
     if experiments:
         scale["experiments"] = list(experiments)
+    if methods:
+        scale["without"] = [name for name in content["methods"] if name not in methods]
     return yaml.safe_dump(content, sort_keys=False)
 
 
-def project(folder: Path, experiments: Sequence[str] = ()) -> Path:
-    """A copy of the project whose scale `paper` is small."""
+def project(folder: Path, experiments: Sequence[str] = (), methods: Sequence[str] = ()) -> Path:
+    """A copy of the project whose scale `paper` is small; see `configure`."""
+    copy(folder)
+    file = folder / "config.yaml"
+    file.write_text(configure(file, experiments, methods))
+    file = folder / "tafs" / "models.yaml"
+    models = config.load_yaml(file, dict)
+    for model in models.values():
+        model["steps"] = min(model["steps"], STEPS)
+    file.write_text(yaml.safe_dump(models, sort_keys=False))
+    return folder
+
+
+def copy(folder: Path) -> None:
+    """What the graph needs of the project."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in COPIED:
         if (ROOT / name).is_file():
@@ -141,9 +166,6 @@ def project(folder: Path, experiments: Sequence[str] = ()) -> Path:
     weights = folder / "tafs/shapes/weights"
     if not weights.exists():
         weights.symlink_to(ROOT / "tafs/shapes/weights")
-    file = folder / "config.yaml"
-    file.write_text(configure(file, experiments))
-    return folder
 
 
 def environment(folder: Path, hub: Hub) -> dict[str, str]:

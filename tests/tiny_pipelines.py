@@ -12,9 +12,11 @@ import gzip
 import importlib.util
 import io
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import sentencepiece
@@ -380,6 +382,7 @@ def llama(folder: Path, seed: int = 0) -> Path:
         tokenizer_object=tokenizer, bos_token=begin, eos_token=end, model_max_length=131072
     ).save_pretrained(folder)
     _write(folder / "special_tokens_map.json", {"bos_token": begin, "eos_token": end})
+    _write(folder / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 1})
     return folder
 
 
@@ -583,14 +586,17 @@ def _seeded(seed: int) -> Iterator[None]:
 def _save(module: Any, folder: Path, stem: str, shards: int = 1, variant: str = "") -> None:
     """Write a module's configuration and weights, in `shards` files with an index if several."""
     module.eval().to(torch.float16 if variant == "fp16" else torch.bfloat16)
-    module.save_pretrained(folder)
-    file = folder / f"{stem}.safetensors"
+    folder.mkdir(parents=True, exist_ok=True)
     dotted = f".{variant}" if variant else ""
-    if shards == 1:
-        file.rename(folder / f"{stem}{dotted}.safetensors")
-        return
-    tensors = load_file(file)
-    file.unlink()
+    # Elsewhere first: transformers clears away the shards of an earlier variant.
+    with TemporaryDirectory() as elsewhere:
+        module.save_pretrained(elsewhere)
+        shutil.copy(Path(elsewhere, "config.json"), folder)
+        file = Path(elsewhere, f"{stem}.safetensors")
+        if shards == 1:
+            shutil.copy(file, folder / f"{stem}{dotted}.safetensors")
+            return
+        tensors = load_file(file)
     names = [f"{stem}{dotted}-{n + 1:05}-of-{shards:05}.safetensors" for n in range(shards)]
     places = {key: names[i * shards // len(tensors)] for i, key in enumerate(tensors)}
     for name in names:

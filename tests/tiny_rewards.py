@@ -85,6 +85,8 @@ def clip_processor(folder: Path) -> None:
     text = "".join(f"{a} {b}\n" for a, b in merges)
     (folder / "merges.txt").write_text("#version: 0.2\n" + text, encoding="utf-8")
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR), encoding="utf-8")
+    special = {"bos_token": start, "eos_token": end, "pad_token": end, "unk_token": end}
+    (folder / "special_tokens_map.json").write_text(json.dumps(special), encoding="utf-8")
 
 
 def clip_model(folder: Path, activation: str, seed: int) -> None:

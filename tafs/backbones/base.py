@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,11 +14,13 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tafs.sampling import shifted
 
 KEPT_BYTES = 4 << 30  # of prompts' embeddings in host memory, for each process
+ADAPTER_NAME = re.compile(r"\.[^.]+\.weight$")  # peft's, which files do not have
 TIMESTEPS = 1000  # the networks read t in [0, 1] as a timestep in [0, 1000]
 
 # The adapted layers: every projection of the joint attention, as in Flow-GRPO's public settings for
@@ -338,6 +341,12 @@ class Backbone:
         if self.transformer.dtype == torch.float32:
             self.pipeline.fuse_lora(components=["transformer"])
             self.pipeline.unload_lora_weights()
+            return
+        # diffusers reads it in the network's precision.
+        saved = load_file(file)
+        for name, parameter in self.lora_parameters().items():
+            values = saved["transformer." + ADAPTER_NAME.sub(".weight", name)]
+            parameter.data = values.float().to(parameter.device)
 
     def _modules(self) -> list[nn.Module]:
         components = self.pipeline.components.values()

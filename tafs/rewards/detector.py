@@ -21,23 +21,9 @@ from torch import Tensor
 from tafs.prompts import Prompt
 from tafs.rewards import learned
 from tafs.rewards.clip import CLIPScore
-from tafs.rewards.geneval import Detection, judge
+from tafs.rewards.geneval import CLASSES, COLORS, Detection, judge
 from tafs.rewards.registry import Reward, check_images
 
-# GenEval's object_names.txt: COCO's classes in COCO's order, three of them spelt out.
-CLASSES = (
-    *("person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat"),
-    *("traffic light", "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat"),
-    *("dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "backpack"),
-    *("umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard", "sports ball"),
-    *("kite", "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket"),
-    *("bottle", "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple"),
-    *("sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair"),
-    *("couch", "potted plant", "bed", "dining table", "toilet", "tv", "laptop"),
-    *("computer mouse", "tv remote", "computer keyboard", "cell phone", "microwave", "oven"),
-    *("toaster", "sink", "refrigerator", "book", "clock", "vase", "scissors", "teddy bear"),
-    *("hair drier", "toothbrush"),
-)
 # Labels of COCO checkpoints on the hub, some in the spelling of Pascal VOC, and GenEval's.
 SPELLINGS = {
     "mouse": "computer mouse",
@@ -50,10 +36,6 @@ SPELLINGS = {
     "diningtable": "dining table",
     "tvmonitor": "tv",
 }
-COLORS = (
-    *("red", "orange", "yellow", "green", "blue"),
-    *("purple", "pink", "brown", "black", "white"),
-)
 COLOR_TEMPLATES = (
     "a photo of a {color} {name}",
     "a photo of a {color}-colored {name}",

@@ -10,6 +10,7 @@ import torch
 from tafs.rewards import RESOURCES, SERVED
 from tafs.rewards.registry import Reward
 
+
 def build(
     name: str,
     folder: Callable[[str], Path],

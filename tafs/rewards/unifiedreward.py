@@ -22,9 +22,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tafs.failures import RunFailed
 from tafs.prompts import Prompt
 from tafs.rewards.registry import Reward, check_images
-from tafs.failures import RunFailed
 
 GRADES = 5
 MODEL = "UnifiedReward-7b-v1.5"
