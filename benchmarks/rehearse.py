@@ -498,22 +498,19 @@ def plan(seconds: Mapping[str, float], available: float, most: int) -> dict[str,
 
 
 class Rehearsal(Trainer):
-    """A trainer that counts its evaluations, and waits for the GPU where a phase ends."""
+    """A trainer that counts its evaluations."""
 
     backbone: Rehearsed
 
     def _rollout(self, texts: Sequence[str], iteration: int) -> list[Trajectory]:
         before = self.backbone.evaluations.copy()
         chunks = super()._rollout(texts, iteration)
-        # The last evaluation is still to be computed when its call returns.
-        synchronize(self.backbone.device)
         self.sampling = self.backbone.evaluations - before
         return chunks
 
     def _update(self, *arguments: Any) -> dict[str, Any]:
         before = self.backbone.evaluations.copy()
         learned = super()._update(*arguments)
-        synchronize(self.backbone.device)
         self.updating = self.backbone.evaluations - before
         return learned
 

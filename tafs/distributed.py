@@ -9,14 +9,14 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from tafs.failures import RunFailed
 
@@ -59,30 +59,19 @@ class Processes:
         return torch.cat(parts, dim)
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its sum over the processes: one exchange for all, in float32.
+        """Replace each tensor by its sum over the processes: one exchange for all, in float64.
 
         Raises:
             RunFailed: another process has ended or does not answer.
         """
         if self.size == 1:
             return
-        flat = torch.cat([tensor.flatten().float() for tensor in tensors])
+        flat = torch.cat([tensor.flatten().double() for tensor in tensors])
         with _others():
             dist.all_reduce(flat)
         sizes = [tensor.numel() for tensor in tensors]
         for tensor, part in zip(tensors, flat.split(sizes), strict=True):
             tensor.copy_(part.view_as(tensor))
-
-    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """`sum_` of the gradients; one that a process does not have counts as zeros."""
-        if self.size == 1:
-            return
-        gradients = []
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            gradients.append(parameter.grad)
-        self.sum_(gradients)
 
 
 ALONE = Processes()

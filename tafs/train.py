@@ -140,7 +140,8 @@ class Trainer:
         drawn = self._draw(iteration)
         if iteration not in self.encoded:
             self.encoded = range(iteration, min(iteration + AHEAD, self.iterations))
-            self.backbone.prepare([self._draw(i)[n].text for i in self.encoded for n in self.own])
+            ahead = map(self._draw, self.encoded)
+            self.backbone.prepare([later[group].text for later in ahead for group in self.own])
         chunks = self._rollout([drawn[group].text for group in self.own], iteration)
         sampled = clock()
         owners = [drawn[group] for group in self.own for _ in range(self.group_size)]
@@ -261,7 +262,12 @@ class Trainer:
         norms = []
         pending = iter(chunks)
         for number, update in enumerate(self._updates()):
-            self.optimizer.zero_grad(set_to_none=True)
+            # Rounding then does not depend on how many processes share the sum: AdamW makes whole
+            # steps of what is left of gradients that cancel.
+            total = {
+                name: torch.zeros_like(parameter, dtype=torch.float64, requires_grad=False)
+                for name, parameter in self.parameters.items()
+            }
             low = update.start
             while low < update.stop:
                 chunk = next(pending)
@@ -281,17 +287,24 @@ class Trainer:
                     (part.loss * share).backward()
                     for name, values in part.facts.items():
                         facts.setdefault(name, []).append(values)
+                for name, parameter in self.parameters.items():
+                    if parameter.grad is not None:
+                        total[name] += parameter.grad
+                        parameter.grad = None
                 low += size
             # DistributedDataParallel would sum them in a wrapped network's forward and backward
             # passes; methods call the backbone itself, and the adapter is small enough to be
             # summed at once. Every process gets the same sum, bit for bit, and so the same adapter.
-            self.processes.sum_gradients(self.parameters.values())
+            self.processes.sum_(list(total.values()))
+            for name, parameter in self.parameters.items():
+                parameter.grad = total[name].to(parameter.dtype)
             norm = nn.utils.clip_grad_norm_(self.parameters.values(), method.max_grad_norm)
             if not norm.isfinite():
                 raise NonFinite(
                     f"iteration {iteration}, update {number}: the gradient's norm is {norm.item()}"
                 )
             self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
             norms.append(norm.item())
             for name, parameter in self.parameters.items():
                 self.averages[name].lerp_(parameter.detach(), 1 - method.ema)

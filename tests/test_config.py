@@ -116,6 +116,23 @@ def test_runs_are_named_after_method_task_backbone_and_seed():
             "pickscore: -1, clip: 2.0}\n  comp",
             "tasks.preference.rewards.pickscore",
         ),
+        (
+            "processes: 8",
+            "processes: 5",
+            "scales.paper: tafs_grpo: prompts_per_iteration: 24 prompts in 1 updates cannot be "
+            "shared by 5 processes",
+        ),
+        ("processes: 8", "processes: 8\n    nodes: 3", "nodes: 3 cannot share 8 processes"),
+        (
+            "{preference: 1, composition: 4}",
+            "{preference: 1}",
+            "scales.paper.evaluation.images_per_prompt: none for 'composition'",
+        ),
+        ("sd3: sd35-medium", "sd3: sd35-large", "'sd35-large' cannot be trained, only compared"),
+        ("      - sana-1-5", "      - sana-2", "scales.paper: unknown model 'sana-2'"),
+        ("sd3: sd35-medium", "sd3: shapes-sd3", "'shapes-sd3' is not of the world 'hub'"),
+        ("composition: geneval}", "composition: genevl}", "unknown prompt set 'genevl'"),
+        ("without: [step", "without: [stop", "scales.paper.methods: unknown method 'stop_"),
     ],
 )
 def test_a_mistake_gets_one_line_that_names_its_key(tmp_path, old, new, message):
@@ -184,7 +201,9 @@ def test_changing_one_hyperparameter_changes_only_its_runs_fingerprints(tmp_path
 def variant(name: str, **methods: Any) -> config.Run:
     raw = config.load_yaml(SHIPPED, dict)
     raw["methods"] |= methods
-    raw["scales"]["shapes"]["methods"] = {}
+    for scale in raw["scales"].values():
+        scale["methods"] = {}
+        scale["prompts_per_iteration"] = 8 * scale.get("processes", 1)
     raw["experiments"]["table2"]["methods"] = [name]
     return config.runs(config.check(raw))[f"{name}.preference.shapes-flux.0"]
 
