@@ -41,8 +41,9 @@ reference: $(STAMP)  ## Five seeds of everything (hours), kept in results/refere
 	done
 	cp results/shapes/claims.md results/shapes/claims.json results/reference/
 
-test: $(STAMP)  ## Run the tests; pass pytest's options with ARGS='-k NAME'
-	$(RUN) python -m pytest $(ARGS)
+# A file's tests stay in one process, which share what they set up.
+test: $(STAMP)  ## Run the tests on two cores; pass pytest's options with ARGS='-k NAME'
+	$(RUN) OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile $(ARGS)
 
 ui: $(STAMP)  ## Browse the tracked runs with MLflow on 127.0.0.1
 	$(RUN) python -m tafs.tracking ui $(ARGS)

@@ -113,9 +113,9 @@ def read_run(folder: Path) -> Mirror | None:
     journals = [folder / ".state" / "journal.jsonl", folder / "journal.jsonl"]
     path = next((p for p in journals if p.exists()), None)
     records = journal.read(path) if path else []
-    scores_file = folder / "scores.parquet"
-    scored = scores_file.exists()
-    if not records and not scored:
+    files = [folder / "scores.parquet", folder / "judgements.parquet"]
+    score_files = [file for file in files if file.exists()]
+    if not records and not score_files:
         return None
 
     start: dict[str, Any] = next((r for r in reversed(records) if r["kind"] == "start"), {})
@@ -141,12 +141,13 @@ def read_run(folder: Path) -> Mirror | None:
         skipped += bad
     next_iteration = iterations[-1]["iteration"] + 1 if iterations else 0
     scores: list[Point] = []
-    scores_sha256 = ""
-    if scored:
-        scores, bad = _score_points(scores_file)
+    for file in score_files:
+        found, bad = _score_points(file)
+        scores += found
         skipped += bad
-        scores_sha256 = hashlib.sha256(scores_file.read_bytes()).hexdigest()
-    started = int(records[0]["time"] * 1000) if records else _modified_ms(scores_file)
+    content = b"".join(file.read_bytes() for file in score_files)
+    scores_sha256 = hashlib.sha256(content).hexdigest() if score_files else ""
+    started = int(records[0]["time"] * 1000) if records else _modified_ms(score_files[0])
     ended = next((int(r["time"] * 1000) for r in records if r["kind"] == "end"), None)
     tags["tafs.skipped_values"] = str(skipped)
     # The start's time, because a run that is trained anew draws curves of its own.

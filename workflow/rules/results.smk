@@ -52,7 +52,7 @@ rule track:
     input:
         descriptions=PLAN.files("run.json", trained=True),
         journals=PLAN.files("journal.jsonl", trained=True),
-        scores=PLAN.files("scores.parquet", trained=True),
+        scores=[f for name in PLAN.metrics_files for f in PLAN.files(name, trained=True)],
     output:
         touch(f"{ROOT}/tracked"),
     log:

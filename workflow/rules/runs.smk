@@ -60,7 +60,7 @@ rule evaluate:
         fetched=lambda wildcards: PLAN.fetched(wildcards.run, judging=True),
         canary=PLAN.canary,
     output:
-        PLAN.images,
+        temp(PLAN.images),
         scores=f"{ROOT}/runs/{{run}}/scores.parquet",
         samples=f"{ROOT}/runs/{{run}}/samples.safetensors",
     log:
