@@ -203,7 +203,7 @@ class Run:
             "cost": 0,
             "iterations": 0,
             "snapshots": list(self.snapshots),
-            **weights_of(self.settings, used),
+            **weights_of(self.settings, used, [self.prompts]),
         }
         if self.trained:
             algorithm = methods.create(self.method, dict(self.hyperparameters))
@@ -217,13 +217,17 @@ class Run:
         return out
 
 
-def weights_of(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """What models and rewards are made of: its SHA-256, and what of it is randomly initialised."""
+def weights_of(
+    settings: Mapping[str, Any], names: Sequence[str], prompt_sets: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What models, rewards and prompts are made of: SHA-256, and what is randomly initialised."""
     from tafs import worlds
 
     world = worlds.of(settings)
-    known = names if world.pinned else ()
-    return {"weights": world.digests(known), "random_weights": world.random(known)}
+    if not world.pinned:
+        return {"weights": {}, "random_weights": []}
+    digests = world.digests(names, prompt_sets)
+    return {"weights": digests, "random_weights": world.random(names)}
 
 
 def to_json(value: Mapping[str, Any]) -> str:
@@ -624,6 +628,15 @@ SELECTION = {
     "nodes",
     "memory_mb",
 }
+# Those that say how a model is trained, and nothing of one that is not.
+TRAINING = {
+    "iterations",
+    "prompts_per_iteration",
+    "group_size",
+    "micro_batch",
+    "checkpoint_every",
+    "lora",
+}
 
 
 def runs(config: Config) -> dict[str, Run]:
@@ -634,13 +647,14 @@ def runs(config: Config) -> dict[str, Run]:
 
     def add(variant: str, task: str, model: str, prompts: str, seed: int) -> None:
         facts = models.read()[model]
-        common = {
+        left_out = SELECTION | (TRAINING if variant == BASE else set())
+        common: dict[str, Any] = {
             "backbone": model,
             "prompts": prompts,
             "model": facts.settings(),
             "seed": seed,
             "scale": config.scale,
-            "settings": scale.model_dump(mode="json", exclude=SELECTION),
+            "settings": scale.model_dump(mode="json", exclude=left_out),
         }
         if variant == BASE:
             name = f"{BASE}.{prompts}.{model}"
@@ -754,7 +768,7 @@ def evaluations(config: Config) -> dict[str, dict[str, Any]]:
             "batch": evaluation.batch,
             "full": _full_steps(evaluation, all_runs[name].backbone),
             "resolution": evaluation.resolution or config.active.resolution,
-            "server": list(served),
+            "server": bool(served),
             "correlation": {
                 "nfe": evaluation.few_nfe,
                 "prompts": evaluation.correlation_prompts,
@@ -837,8 +851,8 @@ def tables(config: Config) -> list[dict[str, Any]]:
                 if len(experiment.tasks) > 1:
                     label = config.tasks[task].title or task
                 if len(experiment.backbones) > 1:
-                    model = models.read()[backbone]
-                    label = f"{label} + {model.short or model.title}"
+                    facts = models.read()[backbone]
+                    label = f"{label} + {facts.short or facts.title}"
                 for n in few:
                     row = {**common(backbone), "variant": variant, "task": task, "nfe": n}
                     row |= {"label": label, "sampler": None}

@@ -56,10 +56,10 @@ def correlate(run: rundir.RunDir) -> None:
     drawn = [known[i] for i in sorted(chosen)]
     reporter = Reporter(run.folder, "correlate", -(-len(drawn) // batch))
     parts = []
+    backbone.prepare([prompt.text for prompt in drawn])
     for low in range(0, len(drawn), batch):
         part = drawn[low : low + batch]
         generator = seeding.generator(seed, "correlate", low)
-        backbone.prepare([prompt.text for prompt in part])
         images = images_along(backbone, [prompt.text for prompt in part], steps, generator)
         scores = rewards.report(rewards.score(images.flatten(0, 1), part * steps))
         index = {

@@ -31,6 +31,7 @@ class Processes:
     rank: int = 0
     size: int = 1
     local_rank: int = 0  # among the processes of this machine
+    kind: str = "cpu"  # of their devices, or cuda
 
     @property
     def leads(self) -> bool:
@@ -39,10 +40,8 @@ class Processes:
 
     @property
     def device(self) -> torch.device:
-        """The GPU of this process, or the CPU where there is none."""
-        if torch.cuda.is_available():
-            return torch.device("cuda", self.local_rank)
-        return torch.device("cpu")
+        """The GPU of this process, or the CPU."""
+        return torch.device("cuda", self.local_rank) if self.kind == "cuda" else torch.device("cpu")
 
     def all_gather(self, tensor: Tensor, dim: int) -> Tensor:
         """The processes' tensors, all of one shape, side by side along `dim` in order of rank.
@@ -77,19 +76,22 @@ class Processes:
 ALONE = Processes()
 
 
-def from_environment() -> Processes:
+def from_environment(kind: str = "cpu") -> Processes:
     """This process's place, from the RANK, WORLD_SIZE and LOCAL_RANK that torchrun sets.
 
+    Args:
+        kind: of the devices, cpu or cuda.
+
     Raises:
-        ValueError: one of them is missing or no number, or this machine has GPUs but none for
-            this process; names it.
+        ValueError: one of them is missing or no number, or there is no GPU for this process; names
+            it.
     """
     size = _number("WORLD_SIZE", "1")
     if size == 1:
         return ALONE
-    here = Processes(_number("RANK"), size, _number("LOCAL_RANK"))
-    gpus = torch.cuda.device_count()
-    if here.device.type == "cuda" and here.local_rank >= gpus:
+    here = Processes(_number("RANK"), size, _number("LOCAL_RANK"), kind)
+    gpus = torch.cuda.device_count() if kind == "cuda" else 0
+    if kind == "cuda" and here.local_rank >= gpus:
         raise ValueError(
             f"LOCAL_RANK: process {here.local_rank} of this machine has no GPU, only {gpus} are "
             f"visible; start it with torchrun --nproc-per-node={gpus}"
@@ -98,7 +100,7 @@ def from_environment() -> Processes:
 
 
 @contextmanager
-def connected() -> Iterator[Processes]:
+def connected(kind: str = "cpu") -> Iterator[Processes]:
     """This process's place, and its connection to the other processes inside the block.
 
     CPU tensors go over gloo, tensors on GPUs over NCCL. An exception inside the block ends the job:
@@ -109,7 +111,7 @@ def connected() -> Iterator[Processes]:
         ValueError: as `from_environment`; or TAFS_DISTRIBUTED_TIMEOUT is no positive whole number.
         RunFailed: the other processes cannot be reached.
     """
-    here = from_environment()
+    here = from_environment(kind)
     if here.size == 1:
         yield here
         return

@@ -257,7 +257,7 @@ def learning_curves(
 
     Thin lines are the seeds. Thick ones are their mean and bands their range, of running means over
     an eighth of the iterations: every iteration draws other prompts, which hides the trend. Compute
-    time counts iterations at their median time, as tables have it: a run beside others takes longer.
+    time counts iterations at their median time, as tables have it: runs disturb one another.
 
     Raises:
         ValueError: no run is trained, or an input is missing or broken; names it.

@@ -38,8 +38,8 @@ def write(
     random = sorted(set[str]().union(*(result.random_weights for result in shown)))
     if random:
         note = f"Randomly initialised: {', '.join(random)}. These numbers are no results."
-        marked = {"caption": f"RANDOM WEIGHTS: {table.caption}", "notes": [note, *table.notes]}
-        table = replace(table, **marked)
+        caption = f"RANDOM WEIGHTS: {table.caption}"
+        table = replace(table, caption=caption, notes=[note, *table.notes])
     texts = {
         "csv": _csv(table, lines, published, random),
         "md": _markdown(table, lines),

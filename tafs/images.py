@@ -59,6 +59,8 @@ class Archive:
 @contextmanager
 def writing(file: Path) -> Iterator[Archive]:
     """The file is there once the block has ended well, with all images in it."""
+    for left in file.parent.glob(f".tmp-*-{file.name}"):  # by a job that was killed
+        left.unlink()
     # PNG is compressed already.
     with checkpoint.atomic(file) as path, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         yield Archive(archive)

@@ -1,34 +1,37 @@
 """Metrics behind a server: `python -m tafs.judge RUN_DIR` scores the images of an evaluation.
 
-The command that evaluation.json names is started on a free port of 127.0.0.1 and stopped at the
-end. Reads images.zip and writes judgements.parquet, in the layout of scores.parquet.
+The command of the environment variable TAFS_SERVER is started on a free port of 127.0.0.1 and
+stopped at the end. Reads images.zip and writes judgements.parquet, in the layout of scores.parquet.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from socket import socket
-from tempfile import TemporaryFile
 
 import pandas as pd
 
 from tafs import evaluate, failures, images, resources, rundir
 from tafs.progress import Reporter
-from tafs.rewards import SERVED, canary, unifiedreward
-from tafs.rewards.registry import Reward
+from tafs.rewards import RESOURCES, SERVED, canary, unifiedreward
 
 START_TIMEOUT_S = 1800  # a 7B model is read from disk and compiled
+AT_ONCE = 64  # images in flight
 
 
 @contextmanager
-def serving(command: list[str], folder: Path) -> Iterator[str]:
+def serving(command: Sequence[str], folder: Path, log: Path) -> Iterator[str]:
     """The server's address, as long as the block lasts.
 
     Args:
         command: {folder} and {port} are filled in.
+        log: what it says.
 
     Raises:
         failures.RunFailed: it did not start, or ended early; with its last line.
@@ -38,9 +41,11 @@ def serving(command: list[str], folder: Path) -> Iterator[str]:
         port = probe.getsockname()[1]
     filled = [part.format(folder=folder, port=port) for part in command]
     url = f"http://127.0.0.1:{port}"
-    with TemporaryFile() as output:
+    with log.open("w+b") as output:
         try:
-            server = subprocess.Popen(filled, stdout=output, stderr=subprocess.STDOUT)
+            server = subprocess.Popen(
+                filled, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
         except OSError as error:
             raise failures.RunFailed(f"{filled[0]}: cannot be started ({error.strerror})") from None
         try:
@@ -52,20 +57,36 @@ def serving(command: list[str], folder: Path) -> Iterator[str]:
                 raise failures.RunFailed(f"{error}; it said: {said[-1] if said else ''}") from None
             yield url
         finally:
-            server.terminate()
+            # With the processes that it has started.
+            os.killpg(server.pid, signal.SIGTERM)
             try:
                 server.wait(timeout=30)
             except subprocess.TimeoutExpired:
-                server.kill()
+                os.killpg(server.pid, signal.SIGKILL)
                 server.wait()
 
 
 @contextmanager
-def served(run: rundir.RunDir) -> Iterator[Reward]:
-    """The reward behind the server that evaluation.json names, as long as the block lasts."""
-    folder = resources.path(SERVED, Path(run.description["settings"]["lock"]))
-    with serving(run.evaluation["server"], folder) as url:
-        yield unifiedreward.UnifiedReward(url).reward()
+def served(run: rundir.RunDir, images: int) -> Iterator[unifiedreward.UnifiedReward]:
+    """The reward behind the server of TAFS_SERVER, for so many images, while the block lasts."""
+    lock = Path(run.description["settings"]["lock"])
+    folders = [resources.path(resource, lock) for resource in RESOURCES[SERVED]]
+    with serving(_command(), folders[0], run.folder / "server.log") as url:
+        yield unifiedreward.UnifiedReward(url, images=images)
+
+
+def _command() -> list[str]:
+    """The server's command, a JSON list: the workflow takes it from config.yaml."""
+    try:
+        command = json.loads(os.environ.get("TAFS_SERVER", ""))
+    except ValueError:
+        command = None
+    if not isinstance(command, list) or not all(isinstance(part, str) for part in command):
+        raise ValueError(
+            "TAFS_SERVER: holds no command as a JSON list; snakemake sets it from "
+            "evaluation.server in config.yaml"
+        )
+    return command
 
 
 def judge(run: rundir.RunDir) -> None:
@@ -77,13 +98,14 @@ def judge(run: rundir.RunDir) -> None:
             canary.
     """
     evaluation, prompts, world = run.evaluation, run.test_prompts(), run.world
-    per_prompt = sum(setting["images_per_prompt"] for setting in evaluation["settings"])
-    reporter = Reporter(run.folder, "judge", per_prompt * len(prompts))
+    total = sum(s["images_per_prompt"] for s in evaluation["settings"]) * len(prompts)
+    reporter = Reporter(run.folder, "judge", total)
     rows = []
-    with served(run) as reward:
+    with served(run, total) as scorer:
+        reward = scorer.reward()
         if world.canary is not None:
             canary.verify([reward], {reward.name: world.reward_digest(reward.name)}, world.canary)
-        for keys, batch in images.read(run.images, evaluation["batch"]):
+        for keys, batch in images.read(run.images, AT_ONCE):
             owners = [prompts[key.prompt] for key in keys]
             scores = reward.report(reward.score(batch, owners))
             rows += [
@@ -91,6 +113,7 @@ def judge(run: rundir.RunDir) -> None:
                 for key, owner, value in zip(keys, owners, scores.double().tolist(), strict=True)
             ]
             reporter.advance(steps=len(keys))
+        print(json.dumps(scorer.record()))
     evaluate.write_table(run, run.judgements, pd.DataFrame(rows))
     reporter.finish()
 

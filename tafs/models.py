@@ -60,12 +60,9 @@ class Model(_Strict):
         return tuple(name for name in (self.resource, lora, self.text_encoder) if name)
 
     def settings(self) -> dict[str, Any]:
-        """What run.json says of it."""
-        return {
-            "guidance": self.guidance,
-            "max_sequence_length": self.max_sequence_length,
-            "trainable": self.trainable,
-        }
+        """What run.json says of it: all that decides its images, but for a base model's steps."""
+        left_out = {"title", "short", "world", "licence"} | ({"steps"} if self.trainable else set())
+        return self.model_dump(mode="json", exclude=left_out)
 
 
 class _Models(BaseModel):

@@ -155,7 +155,9 @@ def failure(stage: str, run: str, logs: Sequence[str]) -> str:
         said = Path(log).read_text(encoding="utf-8", errors="replace").strip().splitlines()
     except OSError:
         said = []
-    return f"FAILED {stage} {run}".rstrip() + f" ({log})\n    {said[-1] if said else 'no output'}"
+    # torchrun says more after the process that failed has said why.
+    reasons = [line for line in said if line.startswith(f"{stage} ")] or said or ["no output"]
+    return f"FAILED {stage} {run}".rstrip() + f" ({log})\n    {reasons[-1]}"
 
 
 class Watcher:

@@ -310,7 +310,7 @@ def _resolve_hub(resource: Resource) -> tuple[str, dict[str, LockedFile]]:
     from huggingface_hub.utils.sha import git_hash
 
     repository = str(resource.hub)
-    info = HfApi().repo_info(repository, repo_type=resource.type, files_metadata=True)
+    info: Any = HfApi().repo_info(repository, repo_type=resource.type, files_metadata=True)
     siblings = {sibling.rfilename: sibling for sibling in info.siblings or []}
     chosen = {name: siblings[name] for name in _select(resource.files, sorted(siblings))}
     # The hub knows the SHA-256 of large files; of small ones only git's hash.
@@ -407,6 +407,12 @@ def fetch(name: str, lock: Path = LOCK) -> Path:
         if found != verified.get(file):
             _verify(folder / file, expected, _command("fetch", name, lock))
         states[file] = found
+    if locked.hub is not None:
+        # Programs that open a repository by its name alone, offline, read the commit from here.
+        main = folder.parents[1] / "refs" / "main"
+        if not main.is_file() or main.read_text() != locked.revision:
+            with _appearing_whole(main) as temporary:
+                temporary.write(locked.revision.encode())
     if states != verified:
         with _appearing_whole(_verified_file(name, locked)) as temporary:
             temporary.write(json.dumps(states, indent=1).encode())
@@ -554,7 +560,7 @@ def _each(names: Iterable[str], work: Callable[[str], str]) -> None:
         sys.exit(1)
 
 
-def _lock(names: Sequence[str], lock: Path, random_weights: bool) -> None:
+def _lock(names: Sequence[str], lock: Path, random_weights: bool, update: bool) -> None:
     resources = read()
     for name in names:
         if name not in resources:
@@ -568,7 +574,19 @@ def _lock(names: Sequence[str], lock: Path, random_weights: bool) -> None:
         _write_lock(lock, kept)
         return f"{entry.revision}, {len(entry.files)} files, {_gigabytes(entry.size)}"
 
-    _each(names or sorted(resources), work)
+    def pinned(name: str) -> bool:
+        entry, wanted = earlier.get(name), resources[name]
+        return (
+            entry is not None
+            and (entry.hub, entry.github, entry.type) == (wanted.hub, wanted.github, wanted.type)
+            and (entry.weights == "random") == random_weights
+            and all(any(fnmatchcase(f, pattern) for f in entry.files) for pattern in wanted.files)
+        )
+
+    chosen = names or [name for name in sorted(resources) if update or not pinned(name)]
+    _each(chosen, work)
+    if not chosen:
+        print(f"{lock}: pins everything; --update pins what is there today")
 
 
 def _fetch(names: Sequence[str], lock: Path) -> None:
@@ -583,18 +601,19 @@ def main() -> None:
     lock = verbs.add_parser("lock", help=f"pin what {RESOURCES} names")
     fetch = verbs.add_parser("fetch", help="download and verify what is pinned")
     for verb in (lock, fetch):
-        verb.add_argument("names", nargs="*", metavar="NAME", help="default: all")
+        verb.add_argument("names", nargs="*", metavar="NAME", help="default: all there is to do")
         verb.add_argument("--lock", type=Path, default=LOCK, help=f"default: {LOCK}")
     lock.add_argument(
         "--random-weights",
         action="store_true",
         help="mark the entries as randomly initialised, and so all results made with them",
     )
+    lock.add_argument("--update", action="store_true", help="pin again what is pinned already")
     given = parser.parse_args()
 
     def work() -> None:
         if given.verb == "lock":
-            _lock(given.names, given.lock, given.random_weights)
+            _lock(given.names, given.lock, given.random_weights, given.update)
         else:
             _fetch(given.names, given.lock)
 

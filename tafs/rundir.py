@@ -114,4 +114,16 @@ def run_stage(stage: str, work: Callable[[RunDir], None]) -> None:
     what = f"{stage} {sys.argv[1]}"
     if os.environ.get("WORLD_SIZE", "1") != "1":
         what += f" (process {os.environ.get('RANK')})"
-    failures.fail_in_one_line(what, lambda: work(RunDir(Path(sys.argv[1]))))
+
+    def within_memory() -> None:
+        import torch
+
+        try:
+            work(RunDir(Path(sys.argv[1])))
+        except torch.OutOfMemoryError as error:
+            raise failures.RunFailed(
+                "the GPU's memory does not suffice; lower micro_batch (training) or "
+                f"evaluation.batch in config.yaml ({str(error).splitlines()[0]})"
+            ) from None
+
+    failures.fail_in_one_line(what, within_memory)

@@ -226,7 +226,8 @@ def _score_points(file: Path) -> tuple[list[Point], int]:
             tags = rows.groupby("tag", observed=True)["value"]
             value = 100 * tags.mean(skipna=False).mean(skipna=False)
         else:
-            value = rows["value"].mean(skipna=False)
+            # A server's missing grades are counted in the tables.
+            value = rows["value"].mean(skipna=file.stem == "judgements")
         if math.isfinite(value):
             key = _entity(f"score/{metric}/{sampler}/nfe_{nfe}")
             points.append(Point(key, float(value), _modified_ms(file), int(iteration)))

@@ -229,10 +229,13 @@ class Trainer:
         low = 0
         for chunk in chunks:
             scored, size = chunk.scored.shape[:2]
-            with torch.no_grad():
-                images = self.backbone.decode(chunk.scored.flatten(0, 1), self.decode_dtype)
-            scores = self.rewards.score(images, owners[low : low + size] * scored)
-            for name, values in scores.items():
+            steps = []
+            for latents in chunk.scored:
+                with torch.no_grad():
+                    images = self.backbone.decode(latents, self.decode_dtype)
+                steps.append(self.rewards.score(images, owners[low : low + size]))
+            for name in self.weights:
+                values = torch.cat([step[name] for step in steps])
                 if not values.isfinite().all():
                     row = int((~values.isfinite()).nonzero()[0, 0])
                     image, step = self._place(low + row % size), row // size + 1
@@ -452,7 +455,7 @@ def _headline(rewards: dict[str, list[float]]) -> str:
 
 def train_together(run: rundir.RunDir) -> None:
     """`train` in this process and in those that torchrun started beside it."""
-    with distributed.connected() as processes:
+    with distributed.connected(run.description["settings"]["device"]) as processes:
         train(run, processes)
 
 

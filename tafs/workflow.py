@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
@@ -17,6 +19,7 @@ from tafs.rewards import RESOURCES, SERVED
 
 __all__ = ["ConfigError", "Plan", "read"]
 
+CPUS_PER_GPU = 8  # decoding, PNG files and a server's own processes need more than one
 OVERRIDES = ("scale", "results", "method", "seeds")
 
 
@@ -151,21 +154,19 @@ class Plan:
         return resources.digest(resource, lock) if lock.is_file() else ""
 
     @property
-    def launcher(self) -> str:
-        """The start of a training's command line."""
+    def environment(self) -> str:
+        """What jobs know of the scale that is no part of their runs, as a shell's assignments.
+
+        Jobs read what was fetched before; every look-up of a missing file would retry for long.
+        """
         scale = self.settings.active
-        if scale.processes == 1:
-            return "python"
-        each = scale.processes // scale.nodes
-        torchrun = f"python -m torch.distributed.run --nnodes={scale.nodes} --nproc-per-node={each}"
-        if scale.nodes == 1:
-            return f"{torchrun} --standalone"
-        # The batch script's shell fills in what Slurm knows of the job.
-        first = '"$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)":29500'
-        return (
-            f"srun -N {scale.nodes} -n {scale.nodes} --ntasks-per-node=1 {torchrun} "
-            f'--rdzv-id="$SLURM_JOB_ID" --rdzv-backend=c10d --rdzv-endpoint={first}'
-        )
+        known = {
+            "HF_HUB_OFFLINE": "1",
+            "TAFS_PROCESSES": str(scale.processes),
+            "TAFS_NODES": str(scale.nodes),
+            "TAFS_SERVER": json.dumps(list(scale.evaluation.server)),
+        }
+        return " ".join(f"{name}={shlex.quote(value)}" for name, value in known.items())
 
     def needs(self, stage: str) -> dict[str, Any]:
         """Snakemake's resources of a stage's jobs; training is what takes several GPUs."""
@@ -173,11 +174,13 @@ class Plan:
         processes = scale.processes if stage == "train" else 1
         nodes = scale.nodes if stage == "train" else 1
         found: dict[str, Any] = {"mem_mb": scale.memory_mb * processes // nodes}
-        if nodes > 1:
-            found |= {"mpi": "srun", "nodes": nodes, "tasks": nodes, "tasks_per_gpu": 0}
         if scale.device == "cuda":
             gpus = processes // nodes
+            # Without a number of nodes Slurm may take the GPUs from several.
+            found |= {"nodes": nodes, "cpus_per_task": CPUS_PER_GPU * gpus}
             found |= {"gres": f"gpu:{gpus}"} if nodes > 1 else {"gpu": gpus}
+        if nodes > 1:
+            found |= {"mpi": "srun", "tasks": nodes, "tasks_per_gpu": 0}
         return found
 
     def start(self, workflow: Any) -> None:

@@ -72,8 +72,8 @@ class World(Protocol):
         """Whether the files are fixed; where they are not, runs can be planned but not made."""
         ...
 
-    def digests(self, names: Sequence[str]) -> dict[str, str]:
-        """SHA-256 of what models and rewards are made of, by its name.
+    def digests(self, names: Sequence[str], prompt_sets: Sequence[str] = ()) -> dict[str, str]:
+        """SHA-256 of what models, rewards and prompt sets are made of, by its name.
 
         Raises:
             ValueError: something is not pinned; names it.
@@ -96,7 +96,8 @@ class World(Protocol):
 
 def of(settings: Mapping[str, Any], gpu: int = 0) -> World:
     """The world of a run's settings; `gpu` is this process's one, where they name GPUs."""
-    return {"shapes": Shapes, "hub": Hub}[settings["world"]](settings, gpu)
+    worlds: dict[str, type[Shapes] | type[Hub]] = {"shapes": Shapes, "hub": Hub}
+    return worlds[settings["world"]](settings, gpu)
 
 
 class _World:
@@ -155,7 +156,7 @@ class Shapes(_World):
         folder = weights.verify(models.read()[name].resource)
         return backbones.load(folder, **_settings(self.settings, name, resolution, self.device))
 
-    def digests(self, names: Sequence[str]) -> dict[str, str]:
+    def digests(self, names: Sequence[str], prompt_sets: Sequence[str] = ()) -> dict[str, str]:
         from tafs.shapes import weights
 
         return {name: weights.digest(name) for name in names if name != "geneval"}
@@ -240,8 +241,9 @@ class Hub(_World):
     def pinned(self) -> bool:
         return self.lock.is_file()
 
-    def digests(self, names: Sequence[str]) -> dict[str, str]:
-        return {name: resources.digest(name, self.lock) for name in resources_of(names)}
+    def digests(self, names: Sequence[str], prompt_sets: Sequence[str] = ()) -> dict[str, str]:
+        needed = resources_of(names, prompt_sets)
+        return {name: resources.digest(name, self.lock) for name in needed}
 
     def random(self, names: Sequence[str]) -> list[str]:
         return [name for name in resources_of(names) if resources.is_random(name, self.lock)]

@@ -29,8 +29,8 @@ NONSENSE = "This image shows a lovely scene, well worth seeing."
 
 
 def brightness_grade(pixels: np.ndarray) -> float:
-    """1 for black to 5 for white, to two digits; pixels uint8."""
-    return round(1 + 4 * float(pixels.mean()) / 255, 2)
+    """1 for black to 5 for white, to four digits; pixels uint8."""
+    return round(1 + 4 * float(pixels.mean()) / 255, 4)
 
 
 class ChatServer(ThreadingHTTPServer):

@@ -252,7 +252,7 @@ def test_bad_input_is_one_line_that_names_the_file(own_runs: list[Path], tmp_pat
             figures.image_grid(own_runs, tmp_path / "out", **options)
         assert "\n" not in str(caught.value)
 
-    fails("prompt 15 has no caption: 2 were given", captions=["a", "b"])
+    fails("prompt 16 has no caption: 2 were given", captions=["a", "b"])
     fails("base-0/samples.safetensors: has no prompt 18", indices=[18])
     fails(
         r"base-0/samples.safetensors: has no 'ode-3' \(has: ode-1, ode-28, ode-4, prompts\)", nfe=3

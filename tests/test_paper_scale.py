@@ -83,6 +83,7 @@ def test_every_metric_scored_every_image(done):
 def test_rewards_have_passed_their_canary(done):
     found = json.loads((done / "results/paper/canary.json").read_text())
     assert set(found) == METRICS | {"geneval"}
+    assert all(record["version"] and record["scale"] for record in found.values())
     stored = json.loads((done / "resources.lock.canary.json").read_text())
     assert set(stored) == set(found)
 

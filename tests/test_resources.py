@@ -250,7 +250,7 @@ def test_what_cannot_be_locked_is_said_and_stays_out(project):
     before = resources.read_lock(project.lock)
     project.lock.write_text(project.lock.read_text().replace(before["words"].revision, "f" * 40))
     url = project.hub.url
-    assert project.failures("lock") == {
+    assert project.failures("lock", "--update") == {
         "closed": f"{url}/owner/closed is gated: set HF_TOKEN after accepting the licence there",
         "gone": f"{url}/owner/none: not found, or private; correct it in resources.yaml or set "
         "HF_TOKEN",
@@ -261,6 +261,16 @@ def test_what_cannot_be_locked_is_said_and_stays_out(project):
         "busy": f"{url}/api/models/owner/busy: HTTP status 503; try again later",
     }
     assert resources.read_lock(project.lock) == before
+
+
+def test_what_is_pinned_stays_so_until_an_update_is_asked_for(project):
+    text = project.lock.read_text()
+    old = text.replace(resources.read_lock(project.lock)["words"].revision, "f" * 40)
+    project.lock.write_text(old)
+    project.failures("lock")  # what is gated is still missing
+    assert project.lock.read_text() == old
+    project.succeed("lock", "words")
+    assert project.lock.read_text() == text
 
 
 def test_a_name_that_is_not_in_the_file_is_refused(project):

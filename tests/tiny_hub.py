@@ -53,7 +53,7 @@ SCALE: Mapping[str, Any] = {
 }
 EVALUATION: Mapping[str, Any] = {
     "images_per_prompt": 1,
-    "prompts": 2,
+    "prompts": 3,
     "base_nfe": STEPS,
     "curve_nfe": [1, 4],
     "correlation_prompts": 12,

@@ -72,6 +72,7 @@ class Zoo:
         if model.lora:
             _merge(pipeline, folders[model.lora.resource] / model.lora.file, model.lora.scale)
         pipeline.set_progress_bar_config(disable=True)
+        pipeline.vae.enable_slicing()
         return cls(model, pipeline.to(device), resolution)
 
     @torch.no_grad()

@@ -203,10 +203,12 @@ def main() -> None:
         rewards = [*world.rewards(names, strict_geneval=True).rewards]
         found = record(rewards, {n: world.reward_digest(n) for n in names}, file, world.device)
         if run.evaluation["server"]:
-            with judge.served(run) as reward:
-                digest = {reward.name: world.reward_digest(reward.name)}
-                found |= record([reward], digest, file)
-        checkpoint.atomic_text(out, json.dumps(found, indent=1) + "\n")
+            with judge.served(run, len(PROMPTS)) as scorer:
+                digest = {scorer.name: world.reward_digest(scorer.name)}
+                rewards.append(scorer.reward())
+                found |= record(rewards[-1:], digest, file)
+        said = {r.name: {**r.record(), "scores": found[r.name]} for r in rewards}
+        checkpoint.atomic_text(out, json.dumps(said, indent=1) + "\n")
 
     failures.fail_in_one_line(f"canary {run.folder}", work)
 

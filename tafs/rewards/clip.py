@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
@@ -36,7 +35,7 @@ class CLIPScore(learned.DualEncoder):
         processor = processor or folder
         learned.require(self.name, *(folder / file for file in WEIGHTS))
         learned.require(self.name, *(processor / file for file in PROCESSOR))
-        model = self._load(folder)
+        model = learned.pretrained(self.name, CLIPModel, folder)
         pixels = CLIPImageProcessor.from_pretrained(processor, local_files_only=True)
         self.side = int(pixels.size["shortest_edge"])
         self.crop = int(pixels.crop_size["height"])
@@ -47,22 +46,6 @@ class CLIPScore(learned.DualEncoder):
             reason = f"the tokenizer has {known} tokens, the model reads {read}"
             raise learned.damaged(self.name, processor, reason)
         super().__init__(model, pixels.image_mean, pixels.image_std, device)
-
-    def _load(self, folder: Path) -> CLIPModel:
-        try:
-            model, found = CLIPModel.from_pretrained(
-                folder,
-                local_files_only=True,
-                use_safetensors=True,
-                dtype=torch.float32,
-                output_loading_info=True,
-            )
-        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-            raise learned.damaged(self.name, folder, error) from None
-        # transformers draws them at random and goes on.
-        if missing := sorted(found["missing_keys"]):
-            raise learned.damaged(self.name, folder, f"{missing[0]} is missing")
-        return model
 
     def tokenize(self, text: str) -> Tensor:
         encoded = self.tokenizer(

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor
 
 from tafs.prompts import Prompt
@@ -88,7 +87,7 @@ class GenEval:
         return scores
 
     def reward(self) -> Reward:
-        return Reward(self.name, self, self.report, differentiable=False)
+        return Reward(self.name, self, self.report, differentiable=False, record=self.record)
 
     def record(self) -> dict[str, str]:
         """For a result's provenance."""
@@ -333,18 +332,5 @@ def _load(folder: Path) -> Any:
     from transformers import Mask2FormerForUniversalSegmentation
 
     learned.require(GenEval.name, folder / "config.json", folder / "model.safetensors")
-    try:
-        model, found = Mask2FormerForUniversalSegmentation.from_pretrained(
-            folder,
-            local_files_only=True,
-            use_safetensors=True,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise learned.damaged(GenEval.name, folder, error) from None
-    # transformers draws what is missing at random and goes on; buffers are constants.
-    weights = {name for name, _ in model.named_parameters()}
-    if missing := sorted(weights & set(found["missing_keys"])):
-        raise learned.damaged(GenEval.name, folder, f"{missing[0]} is missing")
+    model = learned.pretrained(GenEval.name, Mask2FormerForUniversalSegmentation, folder)
     return model.eval().requires_grad_(False)

@@ -35,11 +35,11 @@ def build(
     if name == "clip":
         from tafs.rewards.clip import CLIPScore
 
-        return CLIPScore(*folders, device).reward()
+        return CLIPScore(folders[0], device).reward()
     if name == "pickscore":
         from tafs.rewards.clip import PickScore
 
-        return PickScore(*folders, device).reward()
+        return PickScore(folders[0], folders[1], device).reward()
     if name == "hpsv2":
         from tafs.rewards.hpsv2 import HPSv2
 
@@ -48,8 +48,9 @@ def build(
         from tafs.rewards.imagereward import ImageReward
 
         model, tokenizer = folders
-        files = model / "ImageReward.pt", model / "med_config.json"
-        return ImageReward(*files, tokenizer, device).reward()
+        weights, config = model / "ImageReward.pt", model / "med_config.json"
+        return ImageReward(weights, config, tokenizer, device).reward()
     from tafs.rewards.detector import GenEval, Mask2FormerDetector
 
-    return GenEval(Mask2FormerDetector(*folders, device), strict=strict_geneval).reward()
+    detector = Mask2FormerDetector(folders[0], folders[1], device)
+    return GenEval(detector, strict=strict_geneval).reward()

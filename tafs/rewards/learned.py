@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -81,7 +82,7 @@ class LearnedReward(ABC):
         return self.reported * scores
 
     def reward(self) -> Reward:
-        return Reward(self.name, self, self.report, differentiable=True)
+        return Reward(self.name, self, self.report, differentiable=True, record=self.record)
 
     def record(self) -> dict[str, str]:
         """For a result's provenance."""
@@ -142,6 +143,29 @@ def require(name: str, *files: Path) -> None:
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"reward {name}: {file} is missing; fetch the model again")
+
+
+def pretrained(name: str, kind: Any, folder: Path) -> Any:
+    """A model of transformers' class `kind`, in float32, whose every weight comes from the folder.
+
+    Raises:
+        ValueError: a file is missing or damaged; names the reward, the folder and the remedy.
+    """
+    try:
+        model, found = kind.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise damaged(name, folder, error) from None
+    # transformers draws what is missing at random and goes on; buffers are constants.
+    weights = {weight for weight, _ in model.named_parameters()}
+    if missing := sorted(weights & set(found["missing_keys"])):
+        raise damaged(name, folder, f"{missing[0]} is missing")
+    return model
 
 
 def read_state(name: str, file: Path) -> dict[str, Any]:

@@ -32,6 +32,7 @@ class Reward:
     report: Callable[[Tensor], Tensor]
     differentiable: bool
     higher_is_better: bool = True
+    record: Callable[[], dict[str, str]] = dict  # its version and scale, for provenance
     served: bool = False  # by a server, whose scores depend a little on what else it is asked
 
 

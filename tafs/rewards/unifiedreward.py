@@ -67,7 +67,8 @@ class UnifiedReward:
         workers: requests in flight.
         timeout: seconds for an answer, and for connecting.
         attempts: tries of a request that fails to connect, times out or is answered by 429 or 5xx.
-        missing_share: of a call's images that may stay without a score.
+        missing_share: of the images that may stay without a score.
+        images: how many there are in all; None takes a call's own for all.
         side: images are shown to the model at side x side pixels.
 
     Raises:
@@ -85,6 +86,7 @@ class UnifiedReward:
         timeout: float = 120.0,
         attempts: int = 5,
         missing_share: float = 0.1,
+        images: int | None = None,
         side: int = SIDE,
     ) -> None:
         self.url = url
@@ -94,6 +96,7 @@ class UnifiedReward:
         self.timeout = timeout
         self.attempts = attempts
         self.missing_share = missing_share
+        self.images = images
         self.side = side
         self.asked = 0
         self.missing: Counter[str] = Counter()
@@ -108,7 +111,8 @@ class UnifiedReward:
         check_images(self.name, images, prompts)
         pixels = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
         arrays = pixels.permute(0, 2, 3, 1).cpu().numpy()
-        call = _Call(len(prompts), int(self.missing_share * len(prompts)))
+        allowed = int(self.missing_share * (self.images or len(prompts)))
+        call = _Call(len(prompts), allowed - (self.missing.total() if self.images else 0))
 
         def score(i: int) -> float:
             if call.stopped.is_set():
@@ -140,7 +144,9 @@ class UnifiedReward:
         return GRADES * scores
 
     def reward(self) -> Reward:
-        return Reward(self.name, self, self.report, differentiable=False, served=True)
+        return Reward(
+            self.name, self, self.report, differentiable=False, record=self.record, served=True
+        )
 
     def record(self) -> dict[str, str]:
         """What scored, and of how many images it gave no score so far, by reason."""

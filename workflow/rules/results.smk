@@ -52,7 +52,9 @@ rule track:
     input:
         descriptions=PLAN.files("run.json", trained=True),
         journals=PLAN.files("journal.jsonl", trained=True),
-        scores=[f for name in PLAN.metrics_files for f in PLAN.files(name, trained=True)],
+        scores=[
+            f for name in PLAN.metrics_files for f in PLAN.files(name, trained=True)
+        ],
     output:
         touch(f"{ROOT}/tracked"),
     log:

@@ -49,7 +49,7 @@ rule train:
     resources:
         **PLAN.needs("train"),
     shell:
-        PLAN.launcher + " -m tafs.train $(dirname {input.run:q}) > {log:q} 2>&1"
+        "python -m tafs.launch $(dirname {input.run:q}) > {log:q} 2>&1"
 
 
 rule evaluate:
@@ -58,7 +58,7 @@ rule evaluate:
         evaluation=f"{ROOT}/runs/{{run}}/evaluation.json",
         adapters=lambda wildcards: PLAN.adapters(wildcards.run),
         fetched=lambda wildcards: PLAN.fetched(wildcards.run, judging=True),
-        canary=PLAN.canary,
+        canary=ancient(PLAN.canary),
     output:
         temp(PLAN.images),
         scores=f"{ROOT}/runs/{{run}}/scores.parquet",
@@ -79,7 +79,7 @@ rule correlate:
         evaluation=f"{ROOT}/runs/{{run}}/evaluation.json",
         adapters=lambda wildcards: PLAN.adapters(wildcards.run),
         fetched=lambda wildcards: PLAN.fetched(wildcards.run, judging=True),
-        canary=PLAN.canary,
+        canary=ancient(PLAN.canary),
     output:
         f"{ROOT}/runs/{{run}}/step_scores.parquet",
     log:
@@ -99,7 +99,7 @@ rule judge:
         evaluation=f"{ROOT}/runs/{{run}}/evaluation.json",
         images=f"{ROOT}/runs/{{run}}/images.zip",
         fetched=PLAN.served,
-        canary=PLAN.canary,
+        canary=ancient(PLAN.canary),
     output:
         f"{ROOT}/runs/{{run}}/judgements.parquet",
     log:

@@ -1,0 +1,80 @@
+"""Starts a training in as many processes as the scale says: `python -m tafs.launch RUN_DIR`.
+
+TAFS_PROCESSES (1 by default) of them on TAFS_NODES machines, which Slurm has to have given to the
+job. The workflow takes both from config.yaml; they are no part of a run, which may go on with
+others.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from tafs import failures
+
+PORT = 29500  # where torchrun's processes meet, on the job's first machine
+
+
+def number(name: str) -> int:
+    """Of an environment variable, 1 where it is not set.
+
+    Raises:
+        ValueError: it is no positive whole number; names it.
+    """
+    given = os.environ.get(name, "1")
+    if not given.isdecimal() or int(given) < 1:
+        raise ValueError(f"{name}: {given!r} is no number of processes; give one from 1")
+    return int(given)
+
+
+def command(run_dir: str, processes: int, nodes: int, first: str = "") -> list[str]:
+    """The command that trains; `first` is the job's first machine, where there are several."""
+    python = [sys.executable, "-m"]
+    if processes == 1:
+        return [*python, "tafs.train", run_dir]
+    torchrun = [*python, "torch.distributed.run", f"--nnodes={nodes}"]
+    torchrun.append(f"--nproc-per-node={processes // nodes}")
+    if nodes == 1:
+        return [*torchrun, "--standalone", "-m", "tafs.train", run_dir]
+    meeting = [f"--rdzv-id={os.environ.get('SLURM_JOB_ID', '0')}", "--rdzv-backend=c10d"]
+    meeting.append(f"--rdzv-endpoint={first}:{PORT}")
+    srun = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
+    return [*srun, *torchrun, *meeting, "-m", "tafs.train", run_dir]
+
+
+def first_machine() -> str:
+    """Of this Slurm job; Snakemake's job step hides Slurm's list of them.
+
+    Raises:
+        RunFailed: this is no Slurm job, or Slurm does not answer.
+    """
+    job = os.environ.get("SLURM_JOB_ID", "")
+    try:
+        nodes = _answer("squeue", "--noheader", "--jobs", job, "--format", "%N")
+        return _answer("scontrol", "show", "hostnames", nodes).splitlines()[0]
+    except (OSError, IndexError, subprocess.CalledProcessError):
+        raise failures.RunFailed(
+            "several nodes train a run only in a Slurm job; set the scale's nodes to 1"
+        ) from None
+
+
+def _answer(*question: str) -> str:
+    return subprocess.run(question, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        print("usage: python -m tafs.launch RUN_DIR", file=sys.stderr)
+        sys.exit(2)
+
+    def work() -> None:
+        processes, nodes = number("TAFS_PROCESSES"), number("TAFS_NODES")
+        started = command(sys.argv[1], processes, nodes, first_machine() if nodes > 1 else "")
+        os.execvp(started[0], started)
+
+    failures.fail_in_one_line(f"train {sys.argv[1]}", work)
+
+
+if __name__ == "__main__":
+    main()
