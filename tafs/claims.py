@@ -83,6 +83,22 @@ class Claim(_Strict):
     faster: Faster | None = None
     correlated: Correlated | None = None
 
+    @property
+    def methods(self) -> set[str]:
+        """Those that it compares."""
+
+        def named(value: Any) -> Iterator[str]:
+            if isinstance(value, RowName):
+                yield value.method
+            elif isinstance(value, BaseModel):
+                for field in type(value).model_fields:
+                    yield from named(getattr(value, field))
+            elif isinstance(value, tuple):
+                for part in value:
+                    yield from named(part)
+
+        return set(named(self))
+
 
 KINDS = ("better", "rising", "holds", "faster", "correlated")
 

@@ -799,9 +799,9 @@ def _titles(config: Config) -> dict[str, str]:
 def tables(config: Config) -> list[dict[str, Any]]:
     """What the active scale's tables and figures show, as plain data.
 
-    Each has `name`, `kind`, `caption`, `header`, `figures`, `reference`, `evaluation` (the few and
-    the curve's steps), and `rows` of {runs, variant, task, part, backbone, nfe, full, iteration,
-    sampler, label, rule}: the names of the runs that a row stands for and what they share, at how
+    Each has `name`, `kind`, `caption`, `header`, `figures`, `reference`, `without` (its methods
+    that the scale leaves out), `evaluation` (the few and the curve's steps), and `rows` of {runs,
+    variant, task, part, backbone, nfe, full, iteration, sampler, label, rule}: the names of the runs that a row stands for and what they share, at how
     many steps (and the model's full ones) and after which iteration (None: the last) and by which
     sampler they are judged (None: the run's own), the row's label, and whether a line separates it
     from the row above.
@@ -869,6 +869,7 @@ def tables(config: Config) -> list[dict[str, Any]]:
                 "header": experiment.header,
                 "figures": experiment.figures,
                 "reference": config.reference,
+                "without": [name for name in experiment.methods if name in scale.without],
                 "evaluation": {
                     "few": evaluation.few_nfe,
                     "curve": list(evaluation.curve_nfe),

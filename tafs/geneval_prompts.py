@@ -40,12 +40,12 @@ def evaluation_rows() -> list[Row]:
     for _ in range(ROWS):
         rows.append(_two_object(*rng.choice(classes, 2, replace=False)))
     for _ in range(ROWS):
-        rows.append(_counting(rng.choice(classes), rng.integers(len(NUMBERS))))
+        rows.append(_counting(rng.choice(classes), int(rng.integers(len(NUMBERS)))))
     for _ in range(ROWS):
         rows.append(_colors(rng.choice(colored), rng.choice(colors)))
     for _ in range(ROWS):
-        pair = rng.choice(classes, 2, replace=False)
-        rows.append(_position(*pair, rng.choice(len(RELATIONS))))
+        a, b = rng.choice(classes, 2, replace=False)
+        rows.append(_position(a, b, rng.choice(len(RELATIONS))))
     for _ in range(ROWS):
         pair = rng.choice(colored, 2, replace=False)
         rows.append(_color_attr(*pair, *rng.choice(colors, 2, replace=False)))

@@ -39,7 +39,11 @@ def build(root: Path) -> None:
             figures.draw(kind, name, spec, runs, root / "figures")
         results = read_results(runs)
         random = random.union(*(result.random_weights for result in results))
-        own = [claim for claim in stated if claim.experiment == spec["name"]]
+        own = [
+            claim
+            for claim in stated
+            if claim.experiment == spec["name"] and not claim.methods & set(spec["without"])
+        ]
         verdicts += [claims.judge(claim, spec, results) for claim in own]
     judged = {verdict.claim.id for verdict in verdicts}
     untested = [claim for claim in stated if claim.id not in judged]

@@ -166,7 +166,8 @@ class Plan:
             "TAFS_NODES": str(scale.nodes),
             "TAFS_SERVER": json.dumps(list(scale.evaluation.server)),
         }
-        return " ".join(f"{name}={shlex.quote(value)}" for name, value in known.items())
+        text = " ".join(f"{name}={shlex.quote(value)}" for name, value in known.items())
+        return text.replace("{", "{{").replace("}", "}}")  # Snakemake fills in what is in braces
 
     def needs(self, stage: str) -> dict[str, Any]:
         """Snakemake's resources of a stage's jobs; training is what takes several GPUs."""

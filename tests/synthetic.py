@@ -317,6 +317,7 @@ def table2(
         "header": "Method",
         "figures": {},
         "reference": REFERENCE,
+        "without": [],
         "evaluation": {"few": FEW, "curve": list(range(1, 9))},
         "rows": [row for row in rows.values() if row["nfe"]],
     }

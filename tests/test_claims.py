@@ -196,6 +196,14 @@ def test_few_and_full_are_the_scales_steps(runs: list[Path], said: str, meant: i
     )
 
 
+def test_a_claim_tells_the_methods_that_it_compares() -> None:
+    stated = {claim.id: claim for claim in claims.read(ROOT / "claims.yaml")}
+    assert stated["training_time"].methods == {"tafs_grpo", "flow_grpo"}
+    assert stated["step_distillation"].methods == {"tafs_grpo", "step_distillation"}
+    assert len(stated["out_of_domain"].methods) == 6
+    assert stated["correlation"].methods == set()
+
+
 def test_a_backbone_is_the_part_that_it_plays(runs: list[Path]) -> None:
     base = {**BASE, "backbone": "sd3"}
     found = verdict(runs, better={"row": TAFS, "than": [base], "metrics": ["clip"]})

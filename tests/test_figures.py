@@ -253,7 +253,7 @@ def test_bad_input_is_one_line_that_names_the_file(own_runs: list[Path], tmp_pat
         assert "\n" not in str(caught.value)
 
     fails("prompt 16 has no caption: 2 were given", captions=["a", "b"])
-    fails("base-0/samples.safetensors: has no prompt 18", indices=[18])
+    fails("base-0/samples.safetensors: has no prompt 18", indices=[18], captions=["a"] * 19)
     fails(
         r"base-0/samples.safetensors: has no 'ode-3' \(has: ode-1, ode-28, ode-4, prompts\)", nfe=3
     )

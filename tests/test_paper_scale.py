@@ -99,12 +99,19 @@ def test_tables_and_claims_say_that_the_weights_are_random(done):
     assert "RANDOM WEIGHTS" in (root / "claims.md").read_text()
 
 
+def test_claims_about_methods_that_the_scale_leaves_out_are_not_tested(done):
+    found = json.loads((done / "results/paper/claims.json").read_text())
+    verdicts = {claim["id"]: claim["verdict"] for claim in found}
+    assert verdicts["training_time"] == "not tested"
+    assert verdicts["base"] != "not tested"
+
+
 def test_a_table_can_be_traced_to_the_weights(done):
     lock = resources.read_lock(done / "resources.lock.yaml")
     record = json.loads((done / "results/paper/provenance/table2.json").read_text())
     run = record["runs"][TRAINED]
     assert set(run["provenance"]["weights"]) == {
-        *("flux-dev", "pickscore", "clip-vit-h-14", "clip-vit-l-14"),
+        *("flux-dev", "pickapic", "pickscore", "clip-vit-h-14", "clip-vit-l-14"),
     }
     assert run["provenance"]["weights"]["flux-dev"] == resources.digest(
         "flux-dev", done / "resources.lock.yaml"

@@ -253,7 +253,7 @@ def test_an_edited_method_reruns_its_own_runs_and_no_others(workplace):
 
 
 def test_a_changed_hyperparameter_reruns_its_methods_runs_and_no_others(workplace):
-    old, new = "\n  tafs_grpo: {", "\n  tafs_grpo: {max_grad_norm: 0.5, "
+    old, new = "\n  tafs_grpo:\n", "\n  tafs_grpo: {max_grad_norm: 0.5}\n"
     with workplace.edited("config.yaml", old, new):
         stages = ("describe", "train", "evaluate")
         own = {(stage, run) for stage in stages for run in workplace.runs("tafs_grpo")}
