@@ -801,10 +801,10 @@ def tables(config: Config) -> list[dict[str, Any]]:
 
     Each has `name`, `kind`, `caption`, `header`, `figures`, `reference`, `without` (its methods
     that the scale leaves out), `evaluation` (the few and the curve's steps), and `rows` of {runs,
-    variant, task, part, backbone, nfe, full, iteration, sampler, label, rule}: the names of the runs that a row stands for and what they share, at how
-    many steps (and the model's full ones) and after which iteration (None: the last) and by which
-    sampler they are judged (None: the run's own), the row's label, and whether a line separates it
-    from the row above.
+    variant, task, part, backbone, nfe, full, iteration, sampler, label, rule}: the names of the
+    runs that a row stands for and what they share, at how many steps (and the model's full ones)
+    and after which iteration (None: the last) and by which sampler they are judged (None: the run's
+    own), the row's label, and whether a line separates it from the row above.
     """
     scale = config.active
     evaluation = scale.evaluation
