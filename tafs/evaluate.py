@@ -67,7 +67,7 @@ def sample(
         for low in range(0, len(keys), batch):
             part = keys[low : low + batch]
             generators = [seeding.generator(seed, "start", image, p) for p, image in part]
-            yield part, model.generate([texts[p] for p, _ in part], generators)
+            yield part, model.generate([texts[p] for p, _ in part], generators, setting.nfe)
         return
     shape = (len(texts), *model.latent_shape)
     noise = [

@@ -152,6 +152,13 @@ def test_images_are_those_of_the_plain_pipeline(name, folders):
     torch.testing.assert_close(load(name, folders).generate(PROMPTS, generators(0, 1)), plain)
 
 
+def test_a_model_can_be_sampled_at_another_number_of_steps(folders):
+    loaded = load("flux-schnell", folders)
+    own, two = (loaded.generate(PROMPTS, generators(0, 1), steps) for steps in (None, 2))
+    torch.testing.assert_close(loaded.generate(PROMPTS, generators(0, 1), STEPS), own)
+    assert (own - two).abs().max() > 0.01
+
+
 @pytest.mark.parametrize("name", ["flux-turbo-alpha", "hyper-flux"])
 def test_an_adapter_is_merged_at_its_scale(name, folders):
     model = MODELS[name]

@@ -36,7 +36,7 @@ COPIED = (
     *("config.yaml", "claims.yaml", "resources.yaml", "environment.yml", "pyproject.toml"),
     *("workflow", "tafs", "baselines"),
 )
-STEPS = 6  # of every model at the most
+STEPS = 4  # of every model at the most
 PICKAPIC = (40, 8)  # training and test prompts
 # What is small about the scale: sizes and budgets, and that the GPU is a processor.
 SCALE: Mapping[str, Any] = {
@@ -53,8 +53,8 @@ SCALE: Mapping[str, Any] = {
 }
 EVALUATION: Mapping[str, Any] = {
     "images_per_prompt": 1,
-    "prompts": 3,
-    "base_nfe": STEPS,
+    "prompts": 2,
+    "base_nfe": 6,
     "curve_nfe": [1, 4],
     "correlation_prompts": 12,
     "batch": 6,

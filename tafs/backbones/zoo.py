@@ -76,11 +76,17 @@ class Zoo:
         return cls(model, pipeline.to(device), resolution)
 
     @torch.no_grad()
-    def generate(self, texts: Sequence[str], generators: Sequence[torch.Generator]) -> Tensor:
+    def generate(
+        self,
+        texts: Sequence[str],
+        generators: Sequence[torch.Generator],
+        steps: int | None = None,
+    ) -> Tensor:
         """Images of the prompts, [len(texts), 3, resolution, resolution] in [0, 1], float32.
 
         Args:
             texts: prompts, an image each.
+            steps: by default the model's own number.
             generators: of each image its own, from which all of its noise is drawn.
 
         Raises:
@@ -94,7 +100,7 @@ class Zoo:
             list(texts),
             height=self.resolution,
             width=self.resolution,
-            num_inference_steps=self.model.steps,
+            num_inference_steps=steps or self.model.steps,
             guidance_scale=self.model.guidance,
             max_sequence_length=self.model.max_sequence_length,
             generator=list(generators),
