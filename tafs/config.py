@@ -439,7 +439,8 @@ def _inconsistency(config: Config) -> str | None:
                 return f"{own}methods.{variant}: {str(error) or 'is a stub'}"
             if not cost > 0:
                 return f"{own}methods.{variant}: its `cost` is {cost}; it must be above 0"
-            if variant not in scale.without:
+            # A method that one scale cannot share out may be tried at another.
+            if key == config.scale and variant not in scale.without:
                 problem = sharing_problem(
                     scale.prompts_per_iteration, algorithm.updates, scale.processes
                 )

@@ -49,6 +49,10 @@ OTHERS = (
     ("#44aa99", ">"),
     ("#661100", "*"),
     ("#117733", "8"),
+    ("#aa4499", "d"),
+    ("#ddcc77", "H"),
+    ("#88ccee", "p"),
+    ("#6699cc", "s"),
 )
 
 ROWS = 12  # of prompts in a grid of images

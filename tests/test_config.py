@@ -116,12 +116,6 @@ def test_runs_are_named_after_method_task_backbone_and_seed():
             "pickscore: -1, clip: 2.0}\n  comp",
             "tasks.preference.rewards.pickscore",
         ),
-        (
-            "processes: 8",
-            "processes: 5",
-            "scales.paper: tafs_grpo: prompts_per_iteration: 24 prompts in 1 updates cannot be "
-            "shared by 5 processes",
-        ),
         ("processes: 8", "processes: 8\n    nodes: 3", "nodes: 3 cannot share 8 processes"),
         (
             "{preference: 1, composition: 4}",
@@ -142,6 +136,17 @@ def test_a_mistake_gets_one_line_that_names_its_key(tmp_path, old, new, message)
     assert message in text
     assert "\n" not in text
     assert str(tmp_path) in text
+
+
+def test_prompts_that_a_scales_processes_cannot_share_are_refused_there(tmp_path):
+    path = changed(tmp_path, "processes: 8", "processes: 5")
+    config.read(path, {"scale": "shapes"})
+    with pytest.raises(config.ConfigError) as caught:
+        config.read(path, {"scale": "paper"})
+    assert str(caught.value) == (
+        f"{path}: scales.paper: tafs_grpo: prompts_per_iteration: 24 prompts in 1 updates cannot "
+        "be shared by 5 processes; choose a divisor of 24"
+    )
 
 
 def test_3e_4_is_a_number(tmp_path):
