@@ -74,9 +74,7 @@ class Scale(_Strict):
     memory_mb: Count = 3000  # of the machine's, for each process
     backbones: dict[Name, Name]  # the models that play the experiments' parts
     prompts: dict[Name, Name]  # the prompt sets that play the tasks' parts
-    models: tuple[
-        Name, ...
-    ] = ()  # compared without being trained, where an experiment has `models`
+    models: tuple[Name, ...] = ()  # compared as they are, where an experiment has `models`
     without: tuple[Name, ...] = ()  # methods that are not trained at this scale
     methods: dict[Name, dict[Name, Any]] = {}  # hyperparameters at this scale
     iterations: Count

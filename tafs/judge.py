@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from socket import socket
 
@@ -57,13 +57,18 @@ def serving(command: Sequence[str], folder: Path, log: Path) -> Iterator[str]:
                 raise failures.RunFailed(f"{error}; it said: {said[-1] if said else ''}") from None
             yield url
         finally:
-            # With the processes that it has started.
-            os.killpg(server.pid, signal.SIGTERM)
+            _end(server, signal.SIGTERM)
             try:
                 server.wait(timeout=30)
             except subprocess.TimeoutExpired:
-                os.killpg(server.pid, signal.SIGKILL)
+                _end(server, signal.SIGKILL)
                 server.wait()
+
+
+def _end(server: subprocess.Popen[bytes], how: signal.Signals) -> None:
+    """The server and the processes that it has started, as far as they are still there."""
+    with suppress(ProcessLookupError):
+        os.killpg(server.pid, how)
 
 
 @contextmanager

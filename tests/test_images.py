@@ -1,0 +1,47 @@
+"""Generated images on disk: what comes back is what was written, byte for byte the same twice."""
+
+import pytest
+import torch
+
+from tafs import images
+
+KEYS = [images.Key(3, "ode", 4, prompt, 0) for prompt in range(5)]
+
+
+def pictures() -> torch.Tensor:
+    return torch.randint(256, (5, 3, 8, 8), generator=torch.Generator().manual_seed(0)) / 255
+
+
+def write(file) -> bytes:
+    with images.writing(file) as archive:
+        for key, pixels in zip(KEYS, images.pixels(pictures()), strict=True):
+            archive.add(key, pixels)
+    return file.read_bytes()
+
+
+def test_images_come_back_in_batches_in_their_order(tmp_path):
+    write(tmp_path / "images.zip")
+    parts = list(images.read(tmp_path / "images.zip", 2))
+    assert [key for keys, _ in parts for key in keys] == KEYS
+    assert [len(keys) for keys, _ in parts] == [2, 2, 1]
+    torch.testing.assert_close(torch.cat([part for _, part in parts]), pictures())
+
+
+def test_equal_images_are_equal_archives(tmp_path):
+    assert write(tmp_path / "a.zip") == write(tmp_path / "b.zip")
+
+
+def test_a_failure_leaves_no_archive_and_what_a_kill_left_is_cleared(tmp_path):
+    left = tmp_path / ".tmp-1-images.zip"
+    left.write_bytes(b"half")
+    with pytest.raises(RuntimeError), images.writing(tmp_path / "images.zip"):
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_archive_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="images.zip: not found"):
+        next(images.read(tmp_path / "images.zip", 2))
+    (tmp_path / "images.zip").write_bytes(b"x")
+    with pytest.raises(ValueError, match="images.zip: not an archive of images"):
+        next(images.read(tmp_path / "images.zip", 2))
