@@ -12,6 +12,7 @@ Two intact generations are kept. Nothing is ever unpickled.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import logging
@@ -95,11 +96,16 @@ def save(
             shutil.rmtree(generation, ignore_errors=True)
 
 
-def load(folder: Path, fingerprint: str) -> State | None:
+def load(
+    folder: Path, fingerprint: str, lacks: Callable[[State], str] = lambda _: ""
+) -> State | None:
     """The newest intact state with this fingerprint, or None.
 
-    A state that is damaged or belongs to another fingerprint is passed over with a line in the
-    log and in `State.notes`; it stays on the disk until `save` or `clear` removes it.
+    A state that is damaged, belongs to another fingerprint or lacks something is passed over with a
+    line in the log and in `State.notes`; it stays on the disk until `save` or `clear` removes it.
+
+    Args:
+        lacks: what a state refers to that is not there, in words; "" if nothing.
     """
     notes: list[str] = []
     for generation in _generations(Path(folder)):
@@ -109,8 +115,12 @@ def load(folder: Path, fingerprint: str) -> State | None:
             if content["fingerprint"] == fingerprint:
                 # From bytes: a mapped file cannot be deleted cleanly on a network file system.
                 tensors = safetensors.torch.load((generation / TENSORS).read_bytes())
-                return State(content["iteration"], tensors, content["values"], notes)
-            reason = f"its fingerprint is {content['fingerprint']}, the run's is {fingerprint}"
+                state = State(content["iteration"], tensors, content["values"], notes)
+                reason = lacks(state)
+                if not reason:
+                    return state
+            else:
+                reason = f"its fingerprint is {content['fingerprint']}, the run's is {fingerprint}"
         notes.append(f"ignored the resume state {generation}: {reason}")
         logger.warning(notes[-1])
     return None
@@ -178,13 +188,16 @@ def atomic(path: Path) -> Iterator[Path]:
     """A temporary file beside `path`, which is put there in one step when the block has ended well.
 
     The temporary name keeps the suffix, by which some writers choose a format. `path` holds either
-    what it held before or all of the new content, also after a crash of the machine.
+    what it held before or all of the new content, also after a crash of the machine. What a killed
+    writer left is removed: no two processes may write one file at once.
 
     Raises:
         OSError: the file could not be written; any error of the block. `path` is as it was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".tmp-*-{glob.escape(path.name)}"):
+        left.unlink(missing_ok=True)
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
         yield temporary
@@ -214,6 +227,16 @@ def atomic_text(path: Path, text: str) -> None:
     atomic_write(path, lambda temporary: temporary.write_bytes(text.encode()))
 
 
+def digest(file: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
 def _generations(folder: Path) -> list[Path]:
     """The generations in a folder, newest first."""
     found = [path for path in folder.glob("*") if path.name.isdecimal()]
@@ -225,9 +248,8 @@ def _damage(generation: Path) -> str:
     try:
         hashes = json.loads((generation / MANIFEST).read_bytes())["sha256"]
         for name in (TENSORS, VALUES):
-            with (generation / name).open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != hashes[name]:
-                    return f"{name} is damaged"
+            if digest(generation / name) != hashes[name]:
+                return f"{name} is damaged"
     except OSError as error:
         return f"{Path(error.filename or generation).name}: {error.strerror}"
     except (ValueError, KeyError, TypeError):

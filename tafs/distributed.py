@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tafs.failures import RunFailed
+from tafs.failures import RunFailed, ToBeContinued
 
 TIMEOUT = 1800  # s that a process waits for the others; TAFS_DISTRIBUTED_TIMEOUT replaces it
 GRACE = 10.0  # s in which the launcher ends the processes that another one's failure leaves
@@ -72,6 +72,16 @@ class Processes:
         for tensor, part in zip(tensors, flat.split(sizes), strict=True):
             tensor.copy_(part.view_as(tensor))
 
+    def any(self, asked: bool) -> bool:
+        """Whether one of the processes asks.
+
+        Raises:
+            RunFailed: another process has ended or does not answer.
+        """
+        count = torch.tensor(float(asked))
+        self.sum_([count])
+        return bool(count > 0)
+
 
 ALONE = Processes()
 
@@ -105,7 +115,8 @@ def connected(kind: str = "cpu") -> Iterator[Processes]:
 
     CPU tensors go over gloo, tensors on GPUs over NCCL. An exception inside the block ends the job:
     it is raised in the process in which it happened first; the others, which it leaves without a
-    partner, end with exit code 1 and without a word, so that the cause stands alone.
+    partner, end with exit code 1 and without a word, so that the cause stands alone. Processes
+    that have agreed to stop leave by ToBeContinued or SystemExit.
 
     Raises:
         ValueError: as `from_environment`; or TAFS_DISTRIBUTED_TIMEOUT is no positive whole number.
@@ -131,6 +142,8 @@ def connected(kind: str = "cpu") -> Iterator[Processes]:
         )
     try:
         yield here
+    except ToBeContinued:
+        raise
     except Exception:
         if not _fails_first(store):
             # Whoever exits within the same second may be taken by torchrun for the cause.

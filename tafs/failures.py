@@ -5,18 +5,42 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+BAD_INPUT = 2
+CONTINUE = 75  # sysexits.h's EX_TEMPFAIL: the same command, called again, goes on
+
 
 class RunFailed(RuntimeError):
     """Work stopped for a reason that its input alone does not show, in one line."""
 
 
-def fail_in_one_line(what: str, work: Callable[[], None]) -> None:
-    """Do the work; a failure is one line and exit code 2 for bad input, else 1."""
+class ToBeContinued(RuntimeError):
+    """Work stopped before its end with its state saved, in one line: the same command goes on."""
+
+
+def fail_in_one_line(
+    what: str, work: Callable[[], None], note: Callable[[int, str], None] | None = None
+) -> None:
+    """Do the work; a failure is one line and exit code 2 for bad input, 75 for what is to be
+    continued, else 1.
+
+    Args:
+        note: called with the exit code and the line before the process ends.
+    """
     try:
         work()
+    except ToBeContinued as error:
+        code, line = CONTINUE, str(error)
     except (ValueError, FileNotFoundError) as error:
-        print(f"{what}: {error}", file=sys.stderr)
-        sys.exit(2)
+        code, line = BAD_INPUT, str(error)
     except (RunFailed, OSError) as error:
-        print(f"{what}: {error}", file=sys.stderr)
-        sys.exit(1)
+        code, line = 1, str(error)
+    except Exception as error:  # a mistake in the code: its traceback says where
+        if note is not None:
+            note(1, f"{type(error).__name__}: {error}")
+        raise
+    else:
+        return
+    print(f"{what}: {line}", file=sys.stderr)
+    if note is not None:
+        note(code, line)
+    sys.exit(code)

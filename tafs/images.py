@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -59,11 +59,22 @@ class Archive:
 @contextmanager
 def writing(file: Path) -> Iterator[Archive]:
     """The file is there once the block has ended well, with all images in it."""
-    for left in file.parent.glob(f".tmp-*-{file.name}"):  # by a job that was killed
-        left.unlink()
     # PNG is compressed already.
     with checkpoint.atomic(file) as path, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         yield Archive(archive)
+
+
+def join(archives: Sequence[Path], file: Path) -> None:
+    """One archive of the images of several, in their order.
+
+    Raises:
+        OSError, zipfile.BadZipFile: one of them cannot be read, or the file not be written.
+    """
+    with checkpoint.atomic(file) as path, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as joined:
+        for archive in archives:
+            with zipfile.ZipFile(archive) as part:
+                for member in part.infolist():
+                    joined.writestr(member, part.read(member))
 
 
 def read(file: Path, batch: int) -> Iterator[tuple[list[Key], Tensor]]:

@@ -17,7 +17,7 @@ from socket import socket
 
 import pandas as pd
 
-from tafs import evaluate, failures, images, resources, rundir
+from tafs import checkpoint, evaluate, failures, images, resources, rundir
 from tafs.progress import Reporter
 from tafs.rewards import RESOURCES, SERVED, canary, unifiedreward
 
@@ -120,6 +120,7 @@ def judge(run: rundir.RunDir) -> None:
             reporter.advance(steps=len(keys))
         print(json.dumps(scorer.record()))
     evaluate.write_table(run, run.judgements, pd.DataFrame(rows))
+    checkpoint.clear(run.judged)
     reporter.finish()
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
-from tafs import failures
+from tafs import failures, rundir
 
 PORT = 29500  # where torchrun's processes meet, on the job's first machine
 
@@ -68,12 +69,20 @@ def main() -> None:
         print("usage: python -m tafs.launch RUN_DIR", file=sys.stderr)
         sys.exit(2)
 
+    run = rundir.RunDir(Path(sys.argv[1]))
+
     def work() -> None:
         processes, nodes = number("TAFS_PROCESSES"), number("TAFS_NODES")
         started = command(sys.argv[1], processes, nodes, first_machine() if nodes > 1 else "")
+        # The first process takes the lock for itself; here, so that the others, which would give
+        # up waiting for it, start when it is free.
+        with run.alone("train"):
+            pass
         os.execvp(started[0], started)
 
-    failures.fail_in_one_line(f"train {sys.argv[1]}", work)
+    failures.fail_in_one_line(
+        f"train {run.folder}", work, lambda code, line: run.note_failure("train", code, line)
+    )
 
 
 if __name__ == "__main__":

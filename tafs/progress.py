@@ -139,25 +139,27 @@ class Jobs(logging.Handler):
         elif event == "progress":
             self.done, self.total = facts["done"], facts["total"]
         elif event == "job_error":
-            job = self.running.pop(facts["jobid"], None)
-            self.failed += 1
-            self.say(failure(facts["rule_name"], job.run if job else "", facts["log"]))
+            self.running.pop(facts["jobid"], None)  # what follows, tafs/retries.py says
         elif facts.get("exception") == "RuleException":
             pass  # the shell's exit status, beside a job_error that says more
         elif record.levelno >= logging.WARNING and record.msg:
             self.say(record.getMessage())
 
 
-def failure(stage: str, run: str, logs: Sequence[str]) -> str:
-    """A failed job: which one, the last thing that it said, and where the rest stands."""
+def failure(how: str, stage: str, run: str, logs: Sequence[str], reason: str) -> str:
+    """A failed job: what becomes of it, which one, why, and where the rest stands.
+
+    Args:
+        reason: "" where the job has not said it; its log's last line then has to do.
+    """
     log = logs[0] if logs else "no log"
-    try:
-        said = Path(log).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    except OSError:
-        said = []
-    # torchrun says more after the process that failed has said why.
-    reasons = [line for line in said if line.startswith(f"{stage} ")] or said or ["no output"]
-    return f"FAILED {stage} {run}".rstrip() + f" ({log})\n    {reasons[-1]}"
+    if not reason:
+        try:
+            said = Path(log).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        except OSError:
+            said = []
+        reason = said[-1] if said else "no output"
+    return f"{how} {stage} {run}".rstrip() + f" ({log})\n    {reason}"
 
 
 class Watcher:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tafs import failures
+from tafs import failures, locks
 
 CLAIMS = Path("claims.yaml")
 
@@ -16,7 +16,16 @@ def main() -> None:
     if len(sys.argv) != 2:
         print("usage: python -m tafs.report ROOT", file=sys.stderr)
         sys.exit(2)
-    failures.fail_in_one_line("compare", lambda: build(Path(sys.argv[1])))
+    root = Path(sys.argv[1])
+
+    def wait(holder: str) -> None:
+        print(f"compare {root}: waits for {holder}", file=sys.stderr, flush=True)
+
+    def alone() -> None:
+        with locks.held(root / ".locks" / "compare", wait):
+            build(root)
+
+    failures.fail_in_one_line("compare", alone)
 
 
 def build(root: Path) -> None:
@@ -25,7 +34,7 @@ def build(root: Path) -> None:
     Raises:
         ValueError, FileNotFoundError: an input is missing or broken; names it.
     """
-    from tafs import claims, comparison, figures
+    from tafs import checkpoint, claims, comparison, figures
     from tafs.results import read_results
 
     stated = claims.read(CLAIMS)
@@ -49,6 +58,9 @@ def build(root: Path) -> None:
     untested = [claim for claim in stated if claim.id not in judged]
     verdicts += [claims.Verdict(claim, claims.NOT_TESTED, ()) for claim in untested]
     claims.write(verdicts, root.name, root, sorted(random))
+    # The scores are final now: nothing is left to be continued.
+    for judged in root.glob("runs/*/.judged"):
+        checkpoint.clear(judged)
 
 
 def contents(root: Path) -> list[dict[str, Any]]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tafs import config, failures, prompts, worlds
+from tafs import config, failures, locks, prompts, worlds
 
 SAMPLES_PER_TAG = 8  # prompts of each tag whose images samples.safetensors keeps
 
@@ -29,6 +31,7 @@ class RunDir:
         self.judgements = folder / "judgements.parquet"
         self.step_scores = folder / "step_scores.parquet"
         self.snapshots = folder / "snapshots"
+        self.judged = folder / ".judged"
         self.state = folder / ".state"
         self.checkpoints = self.state / "checkpoints"
 
@@ -54,6 +57,10 @@ class RunDir:
         """The adapter after so many iterations, one of run.json's `snapshots`."""
         return self.snapshots / f"{iteration}.safetensors"
 
+    def kept_snapshot(self, iteration: int) -> Path:
+        """Where a snapshot lies until the training has ended."""
+        return self.state / "snapshots" / self.snapshot(iteration).name
+
     @cached_property
     def world(self) -> worlds.World:
         """Where its models, rewards and prompts come from."""
@@ -74,10 +81,82 @@ class RunDir:
 
         return config.fingerprint(self.description, method.source_file(self.description["method"]))
 
+    def judging_fingerprint(self) -> str:
+        """Of all that decides the run's scores, its trained weights among it."""
+        trained = [self.adapter, *(self.snapshot(n) for n in self.description["snapshots"])]
+        both = {"run": self.description, "evaluation": self.evaluation}
+        return config.fingerprint(both, *(trained if self.trained else ()))
+
+    def verified(self, iteration: int | None) -> Path:
+        """The adapter, or a snapshot, as training has left it.
+
+        Raises:
+            FileNotFoundError: it is not there; names it.
+            ValueError: it has changed since; names it.
+        """
+        from tafs import checkpoint, journal
+
+        file = self.adapter if iteration is None else self.snapshot(iteration)
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: not found; `python -m tafs.train` writes it")
+        written: dict[str, str] = {}
+        for record in journal.read(self.journal):
+            written |= record.get("sha256", {})
+        if checkpoint.digest(file) != written.get(file.name):
+            raise ValueError(
+                f"{file}: is not what training wrote, by {self.journal.name}; remove it, and the "
+                "workflow trains the run again"
+            )
+        return file
+
+    def forget_training(self) -> None:
+        """Remove the resume state of a run that has been trained, unless it is being trained."""
+        with suppress(locks.Busy), locks.held(self.lock("train")):
+            self.clear_state()
+
     def clear_state(self) -> None:
         from tafs import checkpoint
 
         checkpoint.clear(self.state)
+
+    def lock(self, stage: str) -> Path:
+        """Held by the one process that works on a stage of the run."""
+        return self.folder / ".locks" / stage
+
+    def failure(self, stage: str) -> Path:
+        """How the last try of a stage ended, if not well:
+        {"stage", "exit" (code), "message", "time" (Unix seconds), "seen" (by the workflow)}."""
+        return self.folder / ".failed" / f"{stage}.json"
+
+    @contextmanager
+    def alone(self, stage: str) -> Iterator[None]:
+        """No other process works on this stage of the run inside the block.
+
+        One that does is waited for: a job that a killed workflow left behind goes on, and what it
+        has done is continued and not done twice.
+
+        Raises:
+            FileNotFoundError: there is no such run.
+            failures.RunFailed, OSError: as `locks.held`.
+        """
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"{self.folder}: not found; snakemake writes it")
+
+        def wait(holder: str) -> None:
+            print(f"{stage} {self.folder}: waits for {holder}", file=sys.stderr, flush=True)
+
+        with locks.held(self.lock(stage), wait):
+            yield
+
+    def note_failure(self, stage: str, code: int, message: str) -> None:
+        """Write `failure`'s file; a disk that has no room for it must not hide the failure."""
+        record = {"stage": stage, "exit": code, "message": message, "time": time.time()}
+        file = self.failure(stage)
+        temporary = file.with_suffix(f".{os.getpid()}")
+        with suppress(OSError):
+            file.parent.mkdir(exist_ok=True)
+            temporary.write_text(json.dumps({**record, "seen": False}), encoding="utf-8")
+            os.replace(temporary, file)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -106,24 +185,34 @@ def limit_threads() -> None:
 
 
 def run_stage(stage: str, work: Callable[[RunDir], None]) -> None:
-    """`python -m tafs.STAGE RUN_DIR`, with one thread a process."""
+    """`python -m tafs.STAGE RUN_DIR`, with one thread a process, and alone in that stage."""
     if len(sys.argv) != 2:
         print(f"usage: python -m tafs.{stage} RUN_DIR", file=sys.stderr)
         sys.exit(2)
     limit_threads()
-    what = f"{stage} {sys.argv[1]}"
+    run = RunDir(Path(sys.argv[1]))
+    what = f"{stage} {run.folder}"
+    rank = os.environ.get("RANK", "0")
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        what += f" (process {os.environ.get('RANK')})"
+        what += f" (process {rank})"
 
     def within_memory() -> None:
         import torch
 
         try:
-            work(RunDir(Path(sys.argv[1])))
+            work(run)
         except torch.OutOfMemoryError as error:
             raise failures.RunFailed(
                 "the GPU's memory does not suffice; lower micro_batch (training) or "
                 f"evaluation.batch in config.yaml ({str(error).splitlines()[0]})"
             ) from None
 
-    failures.fail_in_one_line(what, within_memory)
+    def alone() -> None:
+        if rank != "0":  # the first process writes for all
+            within_memory()
+            return
+        with run.alone(stage):
+            run.failure(stage).unlink(missing_ok=True)
+            within_memory()
+
+    failures.fail_in_one_line(what, alone, lambda code, line: run.note_failure(stage, code, line))

@@ -1,9 +1,11 @@
 """The one training loop: `python -m tafs.train RUN_DIR` trains what RUN_DIR/run.json describes.
 
 Writes adapter.safetensors, journal.jsonl and, after the iterations that run.json names, snapshots/.
-Until then all of it and the resume state live in RUN_DIR/.state, which outlives a kill, is refused
-when the run's fingerprint has changed, and is deleted on success. All randomness comes from streams
-of (seed, name, iteration), so a resumed run draws what an undisturbed one draws.
+Until then all of it and the resume state live in RUN_DIR/.state, which outlives a kill and is
+refused when the run's fingerprint has changed. It is deleted when the run is evaluated and not
+before: a workflow that was killed before it heard of a training's end calls for that training
+again, which then has nothing left to do. All randomness comes from streams of (seed, name,
+iteration), so a resumed run draws what an undisturbed one draws.
 
 `torchrun --standalone --nproc-per-node=8 -m tafs.train RUN_DIR` trains the same run on eight GPUs,
 and either command continues what the other began. Each process takes an equal part of the groups of
@@ -17,6 +19,7 @@ processes read the resume state: RUN_DIR must be on a file system that they shar
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -42,6 +45,7 @@ from tafs import (
 )
 from tafs import method as methods
 from tafs.backbones.base import Backbone, fast_dtype
+from tafs.budget import Budget
 from tafs.distributed import Processes
 from tafs.journal import Journal
 from tafs.method import Feedback, Trajectory
@@ -342,12 +346,14 @@ class Trainer:
 
     # -- resuming ------------------------------------------------------------------------------
 
-    def save(self, folder: Path, fingerprint: str, iteration: int, seconds: float) -> None:
-        """Write the resume state after `iteration` iterations and `seconds` of training."""
+    def save(
+        self, folder: Path, fingerprint: str, iteration: int, facts: Mapping[str, Any]
+    ) -> None:
+        """Write the resume state after `iteration` iterations, with what else is to be kept."""
         tensors, values = checkpoint.pack_optimizer(self.optimizer)
         tensors |= {f"lora/{name}": p.detach() for name, p in self.parameters.items()}
         tensors |= {f"ema/{name}": average for name, average in self.averages.items()}
-        checkpoint.save(folder, fingerprint, iteration, tensors, {**values, "seconds": seconds})
+        checkpoint.save(folder, fingerprint, iteration, tensors, {**values, **facts})
 
     def restore(self, state: checkpoint.State) -> None:
         with torch.no_grad():
@@ -381,7 +387,8 @@ class Keeper:
         else:
             self.journal.append("resume", iteration=state.iteration, notes=state.notes)
         self.seconds: float = 0.0 if state is None else state.values["seconds"]
-        done = 0 if state is None else state.iteration
+        self.snapshots: dict[str, str] = {} if state is None else state.values["snapshots"]
+        self.saved = done = 0 if state is None else state.iteration
         self.reporter = Reporter(run.folder, "train", trainer.iterations, done)
 
     def keep(self, record: Mapping[str, Any]) -> None:
@@ -392,23 +399,44 @@ class Keeper:
         self.reporter.advance(_headline(record["rewards"]))
         done = record["iteration"] + 1
         if done in run.description["snapshots"]:
-            run.state.joinpath("snapshots").mkdir(exist_ok=True)
-            trainer.export(run.state / "snapshots" / run.snapshot(done).name)
+            kept = run.kept_snapshot(done)
+            trainer.export(kept)
+            self.snapshots[kept.name] = checkpoint.digest(kept)
         every = run.description["settings"]["checkpoint_every"]
         if done % every == 0 or done == trainer.iterations:
-            trainer.save(run.checkpoints, self.fingerprint, done, self.seconds)
+            self.save(done)
+
+    def save(self, done: int) -> None:
+        facts = {"seconds": self.seconds, "snapshots": self.snapshots}
+        self.trainer.save(self.run.checkpoints, self.fingerprint, done, facts)
+        self.saved = done
+
+    def pause(self, done: int, reason: str) -> None:
+        """Save the state after `done` iterations, for another job to go on.
+
+        Raises:
+            failures.ToBeContinued: always.
+        """
+        if self.saved != done:
+            self.save(done)
+        self.journal.append("pause", iteration=done, reason=reason)
+        self.reporter.finish()
+        raise failures.ToBeContinued(
+            f"saved after {done} of {self.trainer.iterations} iterations, to be continued: {reason}"
+        )
 
     def finish(self) -> None:
         """Put the finished run's files in their places."""
         run = self.run
-        self.journal.append("end", iterations=self.trainer.iterations, seconds=self.seconds)
-        checkpoint.atomic_text(run.journal, self.journal.path.read_text(encoding="utf-8"))
         run.snapshots.mkdir(exist_ok=True)
         for iteration in run.description["snapshots"]:
-            kept = run.state / "snapshots" / run.snapshot(iteration).name
-            checkpoint.atomic_write(run.snapshot(iteration), partial(shutil.copyfile, kept))
+            copy = partial(shutil.copyfile, run.kept_snapshot(iteration))
+            checkpoint.atomic_write(run.snapshot(iteration), copy)
         self.trainer.export(run.adapter)
-        run.clear_state()
+        digests = {**self.snapshots, run.adapter.name: checkpoint.digest(run.adapter)}
+        facts = {"iterations": self.trainer.iterations, "seconds": self.seconds}
+        self.journal.append("end", **facts, sha256=digests)
+        checkpoint.atomic_text(run.journal, self.journal.path.read_text(encoding="utf-8"))
         self.reporter.finish()
 
 
@@ -429,7 +457,7 @@ def train(run: rundir.RunDir, processes: Processes = distributed.ALONE) -> None:
     """Train a run from its newest usable state to its adapter, in each of its processes."""
     trainer = trainer_of(run.description, processes)
     fingerprint = run.fingerprint()
-    state = checkpoint.load(run.checkpoints, fingerprint)
+    state = checkpoint.load(run.checkpoints, fingerprint, partial(_missing_snapshot, run))
     done = 0 if state is None else state.iteration
     found = processes.all_gather(torch.tensor([done]), dim=0).tolist()
     if len(set(found)) > 1:
@@ -440,12 +468,28 @@ def train(run: rundir.RunDir, processes: Processes = distributed.ALONE) -> None:
     if state is not None:
         trainer.restore(state)
     keeper = Keeper(run, trainer, fingerprint, state) if processes.leads else None
-    for iteration in range(done, trainer.iterations):
-        record = trainer.iterate(iteration)
+    with Budget.from_environment() as budget:
+        for iteration in range(done, trainer.iterations):
+            record = trainer.iterate(iteration)
+            if keeper is not None:
+                keeper.keep(record)
+            budget.lap()
+            done = iteration + 1
+            if processes.any(bool(budget.spent)) and done < trainer.iterations:
+                if keeper is None:
+                    sys.exit(failures.CONTINUE)
+                keeper.pause(done, budget.spent or "another process was asked to stop")
         if keeper is not None:
-            keeper.keep(record)
-    if keeper is not None:
-        keeper.finish()
+            keeper.finish()
+
+
+def _missing_snapshot(run: rundir.RunDir, state: checkpoint.State) -> str:
+    """Which snapshot that was taken before a state is not as it was written; "" if all are."""
+    for name, digest in state.values["snapshots"].items():
+        kept = run.state / "snapshots" / name
+        if not kept.is_file() or checkpoint.digest(kept) != digest:
+            return f"snapshot {name} is damaged"
+    return ""
 
 
 def _headline(rewards: dict[str, list[float]]) -> str:

@@ -99,8 +99,10 @@ def run_trial(
     nfe, batch = evaluation.few_nfe, evaluation.batch
     run = rundir.RunDir(folder / trial.name)
     checkpoint.atomic_text(run.folder / "run.json", config.to_json(description))
-    if not is_trained(run):
-        train.train(run)
+    with run.alone("train"):
+        if not is_trained(run):
+            train.train(run)
+        run.clear_state()
     records = journal.iterations(run.journal)
     return {
         "method": trial.variant,

@@ -7,14 +7,16 @@ import logging
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from tafs import config, resources, worlds
+from tafs import config, failures, locks, resources, worlds
 from tafs import method as methods
 from tafs.config import Config, ConfigError, Run
 from tafs.progress import Watcher
+from tafs.retries import Retries
 from tafs.rewards import RESOURCES, SERVED
 
 __all__ = ["ConfigError", "Plan", "read"]
@@ -33,6 +35,7 @@ class Plan:
         self.results = settings.results
         self.root = f"{settings.results}/{settings.scale}"
         self._watcher: Watcher | None = None
+        self._held = ExitStack()  # until this process ends
 
     @property
     def contents(self) -> str:
@@ -191,7 +194,8 @@ class Plan:
             workflow: Snakemake's own.
 
         Raises:
-            SystemExit: the scale's models are not pinned; one line, exit code 2.
+            SystemExit: the scale's models are not pinned (exit code 2), or its results are being
+                made by another process (1); one line.
         """
         scale = self.settings.active
         if not worlds.of(scale.model_dump(mode="json")).pinned:
@@ -201,11 +205,20 @@ class Plan:
                 file=sys.stderr,
             )
             sys.exit(2)
+        # Snakemake's own lock would outlive a kill and have to be taken away by hand; this one ends
+        # with the process, so that the same command goes on.
+        lock = locks.held(Path(self.root) / ".locks" / "all")
+        try:
+            self._held.enter_context(lock)
+        except failures.RunFailed as error:
+            print(f"{self.root}: is being made by {error}; wait for it, or end it", file=sys.stderr)
+            sys.exit(1)
         if workflow.local_exec:
             # Its limit of submissions a second wakes Snakemake once a second for every job that has
             # ended, until that is a tenth of all the work; jobs of this machine need no such limit.
             workflow.scheduler.job_rate_limiter = None
-        self.watch()
+        watcher = self.watch()
+        Retries(workflow.scheduler, watcher.runs, watcher.jobs)
 
     def adapters(self, name: str) -> list[str]:
         """The trained adapter and its snapshots' folder, or nothing for a base model."""
@@ -214,12 +227,12 @@ class Plan:
             return []
         return [f"{folder}/adapter.safetensors", f"{folder}/snapshots"]
 
-    def watch(self) -> None:
+    def watch(self) -> Watcher:
         """Show the jobs' progress on standard error until `finish`."""
-        self._watcher = Watcher(
-            Path(self.root) / "runs", sys.stderr, f"scale {self.settings.scale}"
-        )
+        runs = Path(self.root) / "runs"
+        self._watcher = Watcher(runs, sys.stderr, f"scale {self.settings.scale}")
         self._watcher.start(logging.getLogger("snakemake.logging"))
+        return self._watcher
 
     def finish(self, succeeded: bool) -> None:
         """Take the live table away and say where the results are, or what has failed."""

@@ -47,8 +47,11 @@ rule train:
         "../../environment.yml"
     threads: PLAN.settings.active.processes
     resources:
+        runtime=0,  # minutes; no limit, unless a profile sets one
         **PLAN.needs("train"),
     shell:
+        # Before its time is over it saves its state and asks to be continued.
+        "TAFS_MINUTES={resources.runtime} TAFS_STARTED=$(date +%s) "
         "python -m tafs.launch $(dirname {input.run:q}) > {log:q} 2>&1"
 
 
@@ -68,8 +71,10 @@ rule evaluate:
     conda:
         "../../environment.yml"
     resources:
+        runtime=0,  # minutes; no limit, unless a profile sets one
         **PLAN.needs("evaluate"),
     shell:
+        "TAFS_MINUTES={resources.runtime} TAFS_STARTED=$(date +%s) "
         "python -m tafs.evaluate $(dirname {input.run:q}) > {log:q} 2>&1"
 
 
