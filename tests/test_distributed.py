@@ -141,6 +141,7 @@ def test_one_process_of_several_writes_the_files(by_four):
             "journal.jsonl",
             "snapshots",
             ".progress",
+            ".state",
         }
         assert not any((run.folder / ".progress").iterdir())
 
@@ -335,7 +336,7 @@ def test_the_rank_on_a_machine_is_not_the_rank_in_the_job(monkeypatch):
 def train_each(folder: rundir.RunDir) -> None:
     """Train every run of a folder in turn: starting a process takes longer than its training."""
     with distributed.connected() as processes:
-        for run in sorted(folder.folder.iterdir()):
+        for run in sorted(folder.folder.glob("[!.]*")):
             train.train(rundir.RunDir(run), processes)
 
 

@@ -133,24 +133,27 @@ def test_finished_jobs_leave_the_table_and_are_counted(watcher):
     assert head.startswith("scale smoke") and head.endswith("3 of 11 jobs done")
 
 
-def test_a_failed_job_is_named_with_its_last_words_and_its_log(watcher, tmp_path):
-    output = tmp_path / "train.log"
-    output.write_text("Traceback ...\nValueError: no prompts\n\n")
+def test_a_failed_job_leaves_the_table(watcher):
     watcher.jobs.handle(started())
     watcher.jobs.handle(log("error", logging.ERROR, "exit status 1", exception="RuleException"))
-    failed = log("job_error", logging.ERROR, jobid=1, rule_name="train", log=[str(output)])
-    watcher.jobs.handle(failed)
-    assert said(watcher) == f"FAILED train {RUN} ({output})\n    ValueError: no prompts\n"
-    assert watcher.lines()[0].endswith(", 1 failed")
+    watcher.jobs.handle(log("job_error", logging.ERROR, jobid=1, rule_name="train", log=[]))
+    assert len(watcher.lines()) == 1
+    assert said(watcher) == ""
 
 
-def test_a_failed_job_without_output_is_named_too(watcher):
-    facts = {"jobid": 1, "rule_name": "compare"}
-    watcher.jobs.handle(log("job_error", logging.ERROR, log=[], **facts))
-    watcher.jobs.handle(log("job_error", logging.ERROR, log=["gone.log"], **facts))
-    assert said(watcher) == (
-        "FAILED compare (no log)\n    no output\nFAILED compare (gone.log)\n    no output\n"
-    )
+def test_a_failure_is_told_by_its_reason_or_by_the_last_line_of_its_log(tmp_path):
+    output = tmp_path / "train.log"
+    output.write_text("Traceback ...\nValueError: no prompts\n\n")
+    told = progress.failure("FAILED", "train", RUN, [str(output)], "no prompts at all")
+    assert told == f"FAILED train {RUN} ({output})\n    no prompts at all"
+    told = progress.failure("FAILED", "train", RUN, [str(output)], "")
+    assert told == f"FAILED train {RUN} ({output})\n    ValueError: no prompts"
+
+
+@pytest.mark.parametrize("logs", [[], ["gone.log"]])
+def test_a_failed_job_without_output_is_named_too(logs):
+    told = progress.failure("FAILED", "compare", "", logs, "")
+    assert told == f"FAILED compare ({logs[0] if logs else 'no log'})\n    no output"
 
 
 def test_warnings_are_passed_on_and_other_lines_are_not(watcher):

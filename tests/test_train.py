@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tafs import config, journal, rundir, train
+from tafs import config, failures, journal, rundir, train
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -99,7 +100,137 @@ def test_a_run_that_stopped_continues_to_the_same_adapter(finished, failing, tmp
     assert snapshots(run) == snapshots(finished)
     kinds = [record["kind"] for record in journal.read(run.journal)]
     assert kinds.count("resume") == 1
+
+
+def test_a_finished_run_that_is_called_again_has_nothing_left_to_do(undisturbed, tmp_path):
+    """As by a workflow that was killed before it heard of the end, and so removed the files."""
+    run = rundir.RunDir(shutil.copytree(undisturbed.folder, tmp_path / undisturbed.name))
+    run.adapter.unlink()
+    run.journal.unlink()
+    shutil.rmtree(run.snapshots)
+    train.train(run)
+    assert same_adapter(run, undisturbed)
+    assert snapshots(run) == snapshots(undisturbed)
+    kinds = [record["kind"] for record in journal.read(run.journal)]
+    assert kinds == ["start", *["iteration"] * ITERATIONS, "end", "resume", "end"]
+    run.forget_training()
     assert not run.state.exists()
+
+
+def test_the_resume_state_of_a_run_that_is_being_trained_is_not_removed(undisturbed, tmp_path):
+    run = rundir.RunDir(shutil.copytree(undisturbed.folder, tmp_path / undisturbed.name))
+    with run.alone("train"):
+        run.forget_training()
+    assert run.state.exists()
+
+
+def test_a_snapshot_that_was_damaged_before_the_end_is_taken_again(
+    undisturbed, tmp_path, monkeypatch
+):
+    run = prepare(tmp_path)
+    train_until(run, 3, monkeypatch)
+    content = bytearray(run.kept_snapshot(1).read_bytes())
+    content[len(content) // 2] ^= 1
+    run.kept_snapshot(1).write_bytes(content)
+    train.train(run)
+    assert snapshots(run) == snapshots(undisturbed)
+    assert same_adapter(run, undisturbed)
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "snapshots/1.safetensors"])
+def test_an_adapter_that_is_not_what_training_wrote_is_refused(undisturbed, tmp_path, name):
+    run = rundir.RunDir(shutil.copytree(undisturbed.folder, tmp_path / undisturbed.name))
+    iteration = None if name.startswith("adapter") else 1
+    assert run.verified(iteration) == run.folder / name
+    content = bytearray((run.folder / name).read_bytes())
+    content[-1] ^= 1
+    (run.folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}: is not what training wrote"):
+        run.verified(iteration)
+    (run.folder / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{name}: not found"):
+        run.verified(iteration)
+
+
+# -- time limits and signals -----------------------------------------------------------------------
+
+
+def in_steps(run: rundir.RunDir, environment: dict[str, str]) -> list[str]:
+    """The lines of the jobs that train the run, one after the other until it is trained."""
+    command = [sys.executable, "-m", "tafs.launch", str(run.folder)]
+    said = []
+    for _ in range(ITERATIONS):
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode == 0:
+            return said
+        assert (done.returncode, run.adapter.exists()) == (failures.CONTINUE, False)
+        said.append(done.stderr.splitlines()[-1])
+        noted = json.loads(run.failure("train").read_text())
+        assert (noted["exit"], noted["seen"]) == (failures.CONTINUE, False)
+    raise AssertionError(said)
+
+
+def test_a_job_near_its_time_limit_saves_its_state_and_asks_to_be_continued(undisturbed, tmp_path):
+    """Each job has time for one iteration alone."""
+    run = prepare(tmp_path)
+    spent = {"TAFS_MINUTES": "1", "TAFS_STARTED": str(int(time.time()) - 60)}
+    said = in_steps(run, spent)
+    assert said == [
+        f"train {run.folder}: saved after {n} of {ITERATIONS} iterations, to be continued: the "
+        "time limit of 1 minutes is near"
+        for n in range(1, ITERATIONS)
+    ]
+    assert same_adapter(run, undisturbed)
+    assert snapshots(run) == snapshots(undisturbed)
+    pauses = [r["iteration"] for r in journal.read(run.journal) if r["kind"] == "pause"]
+    assert pauses == [1, 2, 3]
+    assert not run.failure("train").exists()
+
+
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_asks_for_the_same(undisturbed, tmp_path, asked, monkeypatch):
+    run = prepare(tmp_path)
+    iterate = train.Trainer.iterate
+
+    def signalled(self, iteration):
+        if iteration == 1:
+            os.kill(os.getpid(), asked)
+        return iterate(self, iteration)
+
+    before = signal.getsignal(asked)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "iterate", signalled)
+        with pytest.raises(failures.ToBeContinued, match=f"2 of {ITERATIONS}.*: {asked.name}$"):
+            train.train(run)
+    assert signal.getsignal(asked) == before
+    train.train(run)
+    assert same_adapter(run, undisturbed)
+
+
+def test_a_second_job_waits_for_the_first_and_then_has_nothing_to_do(undisturbed, tmp_path):
+    """As when a killed workflow left the first one behind, and is called again."""
+    run = prepare(tmp_path)
+    command = [sys.executable, "-m", "tafs.launch", str(run.folder)]
+    jobs = [
+        subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    said = [job.communicate(timeout=240)[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0]
+    [first, second] = [[job.pid, text] for job, text in zip(jobs, said, strict=True)]
+    if "waits for" in first[1]:
+        first, second = second, first
+    assert f"train {run.folder}: waits for process {first[0]} on " in second[1]
+    assert "waits for" not in first[1]
+    kinds = [record["kind"] for record in journal.read(run.journal)]
+    assert kinds == ["start", *["iteration"] * ITERATIONS, "end", "resume", "end"]
+    assert same_adapter(run, undisturbed)
 
 
 def test_a_run_stopped_between_snapshot_and_checkpoint_writes_the_snapshot_again(
@@ -108,10 +239,10 @@ def test_a_run_stopped_between_snapshot_and_checkpoint_writes_the_snapshot_again
     run = prepare(tmp_path)
     save = train.Trainer.save
 
-    def stop(self, folder, fingerprint, iteration, seconds):
+    def stop(self, folder, fingerprint, iteration, facts):
         if iteration == 3:
             raise KeyboardInterrupt
-        save(self, folder, fingerprint, iteration, seconds)
+        save(self, folder, fingerprint, iteration, facts)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train.Trainer, "save", stop)
