@@ -59,8 +59,8 @@ def build(root: Path) -> None:
     verdicts += [claims.Verdict(claim, claims.NOT_TESTED, ()) for claim in untested]
     claims.write(verdicts, root.name, root, sorted(random))
     # The scores are final now: nothing is left to be continued.
-    for judged in root.glob("runs/*/.judged"):
-        checkpoint.clear(judged)
+    for kept in root.glob("runs/*/.judged"):
+        checkpoint.clear(kept)
 
 
 def contents(root: Path) -> list[dict[str, Any]]:

@@ -44,19 +44,26 @@ class Retries:
     def __init__(self, scheduler: Any, runs: Path, jobs: Jobs) -> None:
         self.runs = runs
         self.jobs = jobs
+        self._forgiven: set[int] = set()
         self._handle = scheduler._handle_error
         # Snakemake has no setting for it: a rule's retries are one number.
         scheduler._handle_error = self.handle
+
+    def forgive(self, job: Any) -> None:
+        """The failure that is about to be handled is not the job's: it uses up no retry."""
+        self._forgiven.add(id(job))
 
     def handle(self, job: Any, *arguments: Any, **keywords: Any) -> None:
         """As Snakemake's own `_handle_error`, for a job or a group of jobs."""
         members = list(job.jobs) if job.is_group() else [job]
         found = [taken(self.runs, member) for member in members]
         known = [f for f in found if f.code is not None]
-        continued = bool(known) and all(f.code == failures.CONTINUE for f in known)
+        forgiven = id(job) in self._forgiven
+        self._forgiven.discard(id(job))
+        continued = forgiven or (known and all(f.code == failures.CONTINUE for f in known))
         refused = any(f.code == failures.BAD_INPUT for f in known)
         retried = not refused and (continued or job.restart_times > job.attempt - 1)
-        for one in known or found[:1]:
+        for one in known or ([] if forgiven else found[:1]):
             if continued:
                 self.jobs.say(f"{one.stage} {one.run}: {one.message}")
                 continue

@@ -12,7 +12,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from tafs import config, failures, locks, resources, worlds
+from tafs import config, failures, locks, resources, slurm, worlds
 from tafs import method as methods
 from tafs.config import Config, ConfigError, Run
 from tafs.progress import Watcher
@@ -177,7 +177,12 @@ class Plan:
         scale = self.settings.active
         processes = scale.processes if stage == "train" else 1
         nodes = scale.nodes if stage == "train" else 1
-        found: dict[str, Any] = {"mem_mb": scale.memory_mb * processes // nodes}
+        memory = scale.memory_mb * processes // nodes
+
+        def growing(wildcards: Any, attempt: int) -> int:  # by half with each failed try
+            return memory * (1 + attempt) // 2
+
+        found: dict[str, Any] = {"mem_mb": growing}
         if scale.device == "cuda":
             gpus = processes // nodes
             # Without a number of nodes Slurm may take the GPUs from several.
@@ -213,12 +218,37 @@ class Plan:
         except failures.RunFailed as error:
             print(f"{self.root}: is being made by {error}; wait for it, or end it", file=sys.stderr)
             sys.exit(1)
+        self._leave_no_orphans()
         if workflow.local_exec:
             # Its limit of submissions a second wakes Snakemake once a second for every job that has
             # ended, until that is a tenth of all the work; jobs of this machine need no such limit.
             workflow.scheduler.job_rate_limiter = None
         watcher = self.watch()
-        Retries(workflow.scheduler, watcher.runs, watcher.jobs)
+        retries = Retries(workflow.scheduler, watcher.runs, watcher.jobs)
+        executor = workflow.scheduler._executor
+        if type(executor).__module__ == slurm.EXECUTOR:
+            slurm.remember(self._submitted, executor)
+            slurm.Watch(executor, retries)
+
+    @property
+    def _submitted(self) -> Path:
+        """Names the jobs that the last call has submitted to Slurm."""
+        return Path(self.root) / ".locks" / "slurm.json"
+
+    def _leave_no_orphans(self) -> None:
+        """End what a call that was killed has left in Slurm."""
+        try:
+            ended = slurm.end_orphans(self._submitted)
+        except failures.RunFailed as error:
+            print(f"{self.root}: {error}", file=sys.stderr)
+            sys.exit(1)
+        if ended:
+            print(f"{self.root}: cancelled {ended} jobs of an earlier call", file=sys.stderr)
+
+    @property
+    def short(self) -> str | None:
+        """The group of the evaluations, of which several share a job where they are short."""
+        return "judged" if self.settings.active.device == "cpu" else None
 
     def adapters(self, name: str) -> list[str]:
         """The trained adapter and its snapshots' folder, or nothing for a base model."""

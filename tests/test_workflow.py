@@ -1,36 +1,17 @@
-"""The graph, run once at smoke scale in a copy of the project, and what reruns after a change.
-
-The copy lets tests edit sources without touching the tree that everybody else works in.
-"""
+"""The graph, run once at smoke scale in a copy of the project, and what reruns after a change."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 
 import pandas as pd
 import pytest
 from safetensors.torch import load_file
+from workplace import NEEDED, Workplace, copied, states
 
 from tafs import journal
 from tafs.rewards import METRICS
 
-ROOT = Path(__file__).resolve().parent.parent
-NEEDED = (
-    "config.yaml",
-    "claims.yaml",
-    "environment.yml",
-    "pyproject.toml",
-    "workflow",
-    "tafs",
-    "baselines",
-)
 FLOW, TAFS = "flow_grpo.preference.shapes-flux.0", "tafs_grpo.preference.shapes-flux.0"
 BASE = "base.shapes.shapes-flux"
 METHODS = ("dance_grpo", "mix_grpo", "flow_grpo", "rg_lcd", "reward_instruct", "tafs_grpo")
@@ -38,85 +19,15 @@ TRAINED = [f"{name}.preference.shapes-flux.0" for name in METHODS]
 COMPARED = {("compare", ""), ("track", ""), ("all", "")}
 
 
-@dataclass(frozen=True)
-class Workplace:
-    """A copy of the project and a results folder elsewhere."""
-
-    folder: Path
-    results: Path
-
-    @property
-    def smoke(self) -> Path:
-        return self.results / "smoke"
-
-    def runs(self, method: str) -> list[str]:
-        return [folder.name for folder in (self.smoke / "runs").glob(f"{method}.*")]
-
-    def snakemake(self, *arguments: str) -> subprocess.CompletedProcess:
-        """`snakemake ARGUMENTS --config scale=smoke results=...`, as a person calls it."""
-        config = () if "--config" in arguments else ("--config",)
-        programs = Path(sys.executable).parent
-        return subprocess.run(
-            ["snakemake", *arguments, *config, "scale=smoke", f"results={self.results}"],
-            cwd=self.folder,
-            env={
-                **os.environ,
-                "PATH": f"{programs}:{os.environ['PATH']}",
-                "PYTHONPATH": str(self.folder),  # the copy, not what is installed
-                "OMP_NUM_THREADS": "1",
-            },
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-    def planned(self, *arguments: str) -> set[tuple[str, str]]:
-        """(rule, run) of the jobs that a call would run now."""
-        done = self.snakemake("all", "--dry-run", *arguments)
-        assert done.returncode == 0, done.stderr
-        jobs = re.split(r"^rule ", done.stdout + done.stderr, flags=re.MULTILINE)[1:]
-        runs = [re.search(r"wildcards: run=(\S+)", job) for job in jobs]
-        return {
-            (job.partition(":")[0], run.group(1) if run else "")
-            for job, run in zip(jobs, runs, strict=True)
-        }
-
-    @contextmanager
-    def edited(self, name: str, old: str, new: str) -> Iterator[None]:
-        """A file of the copy with `old` replaced inside the block, and as before after it."""
-        file = self.folder / name
-        text, status = file.read_text(), file.stat()
-        assert text.count(old) == 1
-        file.write_text(text.replace(old, new))
-        try:
-            yield
-        finally:
-            file.write_text(text)
-            os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
-
-
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory) -> Workplace:
     """The whole graph has run here, once for all tests."""
-    folder = tmp_path_factory.mktemp("project")
-    for name in NEEDED:
-        if (ROOT / name).is_file():
-            shutil.copy2(ROOT / name, folder / name)
-        else:
-            ignored = shutil.ignore_patterns("__pycache__", "weights")
-            shutil.copytree(ROOT / name, folder / name, ignore=ignored)
-    (folder / "tafs/shapes/weights").symlink_to(ROOT / "tafs/shapes/weights")
-    place = Workplace(folder, tmp_path_factory.mktemp("results") / "absolute")
+    results = tmp_path_factory.mktemp("results") / "absolute"
+    place = copied(tmp_path_factory.mktemp("project"), results)
     done = place.snakemake("all")
     assert done.returncode == 0, done.stderr
     (place.results / "said.txt").write_text(done.stderr)
     return place
-
-
-def states(folder: Path) -> dict[Path, tuple[int, bytes]]:
-    """Every file's time and content."""
-    files = [f for f in sorted(folder.rglob("*")) if f.is_file()]
-    return {f.relative_to(folder): (f.stat().st_mtime_ns, f.read_bytes()) for f in files}
 
 
 # -- what one call leaves behind -------------------------------------------------------------------

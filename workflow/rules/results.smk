@@ -40,6 +40,8 @@ rule compare:
         ),
     log:
         f"{ROOT}/logs/compare.log",
+    group:
+        "results"
     conda:
         "../../environment.yml"
     resources:
@@ -59,6 +61,8 @@ rule track:
         touch(f"{ROOT}/tracked"),
     log:
         f"{ROOT}/logs/track.log",
+    group:
+        "results"
     conda:
         "../../environment.yml"
     resources:

@@ -47,8 +47,8 @@ rule train:
         "../../environment.yml"
     threads: PLAN.settings.active.processes
     resources:
-        runtime=0,  # minutes; no limit, unless a profile sets one
         **PLAN.needs("train"),
+        runtime=0,  # minutes; no limit, unless a profile sets one
     shell:
         # Before its time is over it saves its state and asks to be continued.
         "TAFS_MINUTES={resources.runtime} TAFS_STARTED=$(date +%s) "
@@ -68,11 +68,13 @@ rule evaluate:
         samples=f"{ROOT}/runs/{{run}}/samples.safetensors",
     log:
         f"{ROOT}/logs/evaluate/{{run}}.log",
+    group:
+        PLAN.short
     conda:
         "../../environment.yml"
     resources:
-        runtime=0,  # minutes; no limit, unless a profile sets one
         **PLAN.needs("evaluate"),
+        runtime=0,  # minutes; no limit, unless a profile sets one
     shell:
         "TAFS_MINUTES={resources.runtime} TAFS_STARTED=$(date +%s) "
         "python -m tafs.evaluate $(dirname {input.run:q}) > {log:q} 2>&1"

@@ -1,0 +1,228 @@
+"""A real Slurm on one machine: `python tests/slurm/cluster.py FOLDER` runs it until Ctrl-C.
+
+Needs root and Debian's slurmctld, slurmd, slurm-client and munge. Its nodes are declared, with GPUs
+that no program can use: whatever asks for them is scheduled, and computes on the CPU. All files lie
+in the folder but /etc/slurm/slurm.conf and gres.conf, links that are removed again; a Slurm that
+this machine already has is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
+ETC = Path("/etc/slurm")
+GPUS = 8  # of each node
+PATIENCE = 60.0  # s for a daemon to come or go
+PORTS = 17001  # of the first node's daemon, and the next ones' from there
+
+SLURM_CONF = """\
+ClusterName=one-machine
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+CredType=cred/munge
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/linux
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+DefMemPerCPU=1000
+SlurmdParameters=config_overrides
+MpiDefault=none
+SwitchType=switch/none
+ReturnToService=2
+MinJobAge=600
+KillWait=5
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldPidFile={folder}/run/slurmctld.pid
+SlurmdPidFile={folder}/run/slurmd.%n.pid
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool/%n
+SlurmctldLogFile={folder}/log/slurmctld.log
+SlurmdLogFile={folder}/log/slurmd.%n.log
+GresTypes=gpu
+AccountingStorageType=accounting_storage/none
+{nodes}
+PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1
+PartitionName=spare Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=CANCEL
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+"""
+NODE = (
+    "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} Sockets=1 "
+    "CoresPerSocket={cores} ThreadsPerCore=1 RealMemory={memory} Gres=gpu:h100:{gpus} State=UNKNOWN"
+)
+
+
+def missing() -> str:
+    """What this machine lacks for a Slurm of its own, in a few words; "" if nothing."""
+    if os.geteuid() != 0:
+        return "it needs root"
+    absent = [name for name in PROGRAMS if not find(name)]
+    if absent:
+        return f"{', '.join(absent)} not found (apt-get install slurm-wlm munge)"
+    if (ETC / "slurm.conf").exists():
+        return f"{ETC}/slurm.conf is there: this machine has a Slurm"
+    return ""
+
+
+def find(program: str) -> str | None:
+    return shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin:/usr/bin")
+
+
+@dataclass
+class Cluster:
+    """Its daemons run from `start` to `stop`.
+
+    Args:
+        folder: for all of its files; short, since sockets lie in it.
+        nodes, cores: declared, however many there are.
+    """
+
+    folder: Path
+    nodes: int = 2
+    cores: int = 4
+    memory: int = 1_000_000  # MB
+    _munged: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+
+    @property
+    def names(self) -> list[str]:
+        return [f"h100-{number}" for number in range(self.nodes)]
+
+    def start(self) -> None:
+        """Raises RuntimeError where the machine lacks something or a daemon does not come."""
+        if missing():
+            raise RuntimeError(f"no Slurm can be started: {missing()}")
+        for name in ("etc", "run", "log", "spool", "state", "dev"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        for number in range(GPUS):
+            device = self.folder / "dev" / f"nvidia{number}"
+            if not device.exists():  # a plain file would be scheduled and not be made visible
+                os.mknod(device, 0o600 | 0o020000, os.makedev(195, number))
+        host = socket.gethostname()
+        nodes = [
+            NODE.format(
+                name=name,
+                host=host,
+                port=PORTS + number,
+                cores=self.cores,
+                memory=self.memory,
+                gpus=GPUS,
+            )
+            for number, name in enumerate(self.names)
+        ]
+        text = SLURM_CONF.format(host=host, folder=self.folder, nodes="\n".join(nodes))
+        gres = f"Name=gpu Type=h100 File={self.folder}/dev/nvidia[0-{GPUS - 1}]\n"
+        ETC.mkdir(exist_ok=True)
+        for name, content in (("slurm.conf", text), ("gres.conf", gres)):
+            (self.folder / "etc" / name).write_text(content)
+            # The plugin's inner srun does not see SLURM_CONF.
+            (ETC / name).symlink_to(self.folder / "etc" / name)
+        subprocess.run(
+            ["install", "-d", "-o", "munge", "-g", "munge", "-m", "0755", "/run/munge"], check=True
+        )
+        munged = ["runuser", "-u", "munge", "--", find("munged"), "--foreground"]
+        with (self.folder / "log" / "munged.log").open("ab") as log:
+            self._munged = subprocess.Popen([str(p) for p in munged], stdout=log, stderr=log)
+        wait(lambda: Path("/run/munge/munge.socket.2").exists(), "munged")
+        self.start_controller()
+        for name in self.names:
+            self.start_node(name)
+        wait(lambda: set(self.states()) == {"idle"}, "the nodes")
+
+    def start_controller(self) -> None:
+        subprocess.run([str(find("slurmctld")), "-i"], check=True)
+        wait(lambda: bool(self.states(quiet=True)), "slurmctld")
+
+    def start_node(self, name: str) -> None:
+        subprocess.run([str(find("slurmd")), "-N", name], check=True)
+
+    def states(self, quiet: bool = False) -> list[str]:
+        """Of the nodes."""
+        asked = ["sinfo", "-h", "-N", "-p", "gpu", "-o", "%T"]
+        done = subprocess.run(asked, capture_output=True, text=True, check=not quiet)
+        return done.stdout.split()
+
+    def jobs(self) -> dict[str, str]:
+        """State of every job that Slurm knows, by its id."""
+        asked = ["squeue", "-h", "-t", "all", "-o", "%i %T"]
+        done = subprocess.run(asked, capture_output=True, text=True, check=True)
+        return dict(line.split() for line in done.stdout.splitlines())
+
+    def end(self, daemon: str, how: signal.Signals = signal.SIGTERM) -> None:
+        """`slurmctld`, or a node's `slurmd.NAME`; by the id in its file."""
+        file = self.folder / "run" / f"{daemon}.pid"
+        if not file.exists():
+            return
+        pid = int(file.read_text())
+        try:
+            os.kill(pid, how)
+            wait(lambda: not Path(f"/proc/{pid}").exists(), f"the end of {daemon}")
+        except ProcessLookupError:
+            pass
+        file.unlink(missing_ok=True)
+
+    def stop(self) -> None:
+        """End its jobs and daemons, and take the links away."""
+        if self.states(quiet=True):
+            subprocess.run(["scancel", "--user=root"], check=False)
+        for daemon in (*(f"slurmd.{name}" for name in self.names), "slurmctld"):
+            self.end(daemon)
+        if self._munged is not None:
+            self._munged.terminate()
+            self._munged.wait(PATIENCE)
+        for name in ("slurm.conf", "gres.conf"):
+            link = ETC / name
+            if link.is_symlink() and link.resolve() == self.folder / "etc" / name:
+                link.unlink()
+
+    def __enter__(self) -> Cluster:
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def wait(ready: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
+    """Raises RuntimeError where it is not ready in time."""
+    deadline = time.monotonic() + seconds
+    while not ready():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"Slurm: {what} did not happen in {seconds:g} s")
+        time.sleep(0.1)
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        print("usage: python tests/slurm/cluster.py FOLDER", file=sys.stderr)
+        sys.exit(2)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with Cluster(Path(sys.argv[1]).resolve()) as cluster:
+            print(f"{len(cluster.names)} nodes are idle; Ctrl-C ends them", flush=True)
+            signal.pause()
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        return
+
+
+if __name__ == "__main__":
+    main()
