@@ -26,6 +26,7 @@ NEEDED = (
     "baselines",
     "slurm",
 )
+RUN = "tafs_grpo.preference.shapes-flux.0"  # the only training of a reduced workplace
 
 
 @dataclass(frozen=True)
@@ -120,3 +121,36 @@ def states(folder: Path) -> dict[Path, tuple[int, bytes]]:
     """Every file's time and content."""
     files = [f for f in sorted(folder.rglob("*")) if f.is_file()]
     return {f.relative_to(folder): (f.stat().st_mtime_ns, f.read_bytes()) for f in files}
+
+
+def reduced(folder: Path, iterations: int) -> Workplace:
+    """A copy in an empty folder, with one method and one table at the scale that runs in it."""
+    place = copied(folder, folder / "results")
+    file = folder / "config.yaml"
+    text = file.read_text()
+    six = "[dance_grpo, mix_grpo, flow_grpo, rg_lcd, reward_instruct, tafs_grpo]"
+    changes = {
+        six: "[tafs_grpo]",
+        "experiments: [table2, equal_compute, gains, table7]\n    iterations: 2": (
+            f"experiments: [gains]\n    iterations: {iterations}"
+        ),
+    }
+    for old, new in changes.items():
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    file.write_text(text[: text.index("\n# The search that")])  # it names the other methods
+    return place
+
+
+def outcome(place: Workplace) -> dict[str, bytes]:
+    """Tables and what they are made of: all but what tells times."""
+    files = [*place.smoke.glob("tables/*"), place.smoke / "claims.md"]
+    files += place.smoke.glob("runs/*/*.safetensors")
+    files += place.smoke.glob("runs/*/*.parquet")
+    return {str(f.relative_to(place.smoke)): f.read_bytes() for f in files}
+
+
+def assert_same(place: Workplace, other: Workplace) -> None:
+    found, expected = outcome(place), outcome(other)
+    assert found.keys() == expected.keys()
+    assert [name for name in found if found[name] != expected[name]] == []

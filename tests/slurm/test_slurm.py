@@ -1,0 +1,216 @@
+"""The workflow on a real Slurm, and what clusters do to it: it ends with the same tables.
+
+`make test-slurm`; skipped where no Slurm can be started.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import cluster
+import pytest
+from cluster import Cluster, wait
+from workplace import RUN, Workplace, assert_same, copied, outcome, reduced
+
+from tafs import journal
+
+pytestmark = pytest.mark.skipif(
+    bool(cluster.missing()), reason=f"no Slurm can be started: {cluster.missing()}"
+)
+
+ITERATIONS = 60  # enough to be disturbed among them
+PROFILE = ("--profile", "slurm", "--slurm-init-seconds-before-status-checks", "3")
+FOLLOWED = 300.0  # s, as for a requeued job, which Slurm holds back for two minutes
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory) -> Iterator[Cluster]:
+    with Cluster(tmp_path_factory.mktemp("slurm")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    return reduced(tmp_path_factory.mktemp("project"), ITERATIONS).folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(project, tmp_path_factory) -> Workplace:
+    """Without Slurm."""
+    place = Workplace(project, tmp_path_factory.mktemp("undisturbed"))
+    done = place.snakemake("all")
+    assert done.returncode == 0, done.stderr
+    return place
+
+
+def iterations(place: Workplace) -> int:
+    """Of the training in progress."""
+    file = place.smoke / "runs" / RUN / ".state" / "journal.jsonl"
+    return len(journal.iterations(file)) if file.exists() else 0
+
+
+def kinds(place: Workplace) -> list[str]:
+    return [r["kind"] for r in journal.read(place.smoke / "runs" / RUN / "journal.jsonl")]
+
+
+def job(place: Workplace) -> str:
+    """Slurm's id of the training in progress."""
+    return str(json.loads((place.smoke / "runs" / RUN / ".locks" / "train").read_bytes())["job"])
+
+
+def control(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def disturbed(place: Workplace, act: Callable[[str], None], *arguments: str) -> str:
+    """The workflow, disturbed while it trains; what it said."""
+    workflow = place.start("all", *PROFILE, *arguments)
+    try:
+        wait(lambda: iterations(place) >= 5 or workflow.poll() is not None, "a training", 240.0)
+        assert workflow.poll() is None, workflow.communicate()[1]
+        act(job(place))
+        said = workflow.communicate(timeout=FOLLOWED + 300.0)[1]
+    finally:
+        if workflow.poll() is None:
+            os.killpg(workflow.pid, signal.SIGKILL)
+            workflow.wait()
+    assert workflow.returncode == 0, said
+    return said
+
+
+@pytest.fixture
+def place(project, tmp_path) -> Workplace:
+    return Workplace(project, tmp_path / "results")
+
+
+def test_a_cancelled_job_is_submitted_again_and_continues(
+    slurm, place, undisturbed, trials
+) -> None:
+    for _ in trials("Slurm: scancel", 1, 1):
+        said = disturbed(place, lambda id: control("scancel", id) and None)
+        assert f"train {RUN}" in said
+        assert kinds(place).count("start") == 1
+        assert "resume" in kinds(place)
+        assert_same(place, undisturbed)
+
+
+def test_a_job_near_its_time_limit_is_continued_by_another(
+    slurm, place, undisturbed, trials
+) -> None:
+    """And uses up no retry: there are none."""
+    for _ in trials("Slurm: time limit, state saved before it", 1, 1):
+        said = disturbed(
+            place, lambda id: None, "--retries", "0", "--set-resources", "train:runtime=1"
+        )
+        assert f"of {ITERATIONS} iterations, to be continued: the time limit" in said
+        assert kinds(place).count("pause") >= 1
+        assert_same(place, undisturbed)
+
+
+def test_a_job_that_is_ended_by_its_time_limit_is_submitted_again(
+    slurm, place, undisturbed, trials
+) -> None:
+    for _ in trials("Slurm: time limit, unforeseen", 0, 1):
+        disturbed(place, lambda id: control("scontrol", "update", f"JobId={id}", "TimeLimit=1"))
+        assert "resume" in kinds(place)
+        assert_same(place, undisturbed)
+
+
+def test_a_workflow_that_is_killed_is_continued_by_the_same_command(
+    slurm, place, undisturbed, trials
+) -> None:
+    for _ in trials("Slurm: kill -9 of snakemake", 1, 1):
+        workflow = place.start("all", *PROFILE)
+        wait(lambda: iterations(place) >= 5, "a training", 240.0)
+        orphan = job(place)
+        os.killpg(workflow.pid, signal.SIGKILL)
+        workflow.wait()
+        done = place.snakemake("all", *PROFILE)
+        assert done.returncode == 0, done.stderr
+        assert f"{place.smoke}: cancelled 1 jobs of an earlier call" in done.stderr
+        assert slurm.jobs()[orphan] == "CANCELLED"
+        assert kinds(place).count("start") == 1
+        assert_same(place, undisturbed)
+
+
+def test_an_outage_of_slurms_controller_is_waited_for(slurm, place, undisturbed, trials) -> None:
+    def outage(id: str) -> None:
+        slurm.end("slurmctld", signal.SIGKILL)
+        time.sleep(20.0)
+        slurm.start_controller()
+
+    for _ in trials("Slurm: slurmctld killed for 20 s", 1, 1):
+        disturbed(place, outage)
+        assert_same(place, undisturbed)
+
+
+def test_a_requeued_job_continues(slurm, place, undisturbed, trials) -> None:
+    for _ in trials("Slurm: scontrol requeue", 0, 1):
+        disturbed(place, lambda id: control("scontrol", "requeue", id))
+        assert kinds(place).count("start") == 1
+        assert_same(place, undisturbed)
+
+
+def urgent(slurm: Cluster) -> None:
+    """Take all nodes for a job of another user's, so to say."""
+    nodes = f"--nodes={len(slurm.names)}"
+    control("sbatch", "--partition=urgent", "--exclusive", nodes, "--wrap=sleep 5")
+
+
+def test_a_preempted_job_that_slurm_requeues_continues(slurm, place, undisturbed, trials) -> None:
+    for _ in trials("Slurm: preemption with requeue", 0, 1):
+        disturbed(place, lambda id: urgent(slurm))
+        assert "resume" in kinds(place)
+        assert_same(place, undisturbed)
+
+
+def test_a_preempted_job_that_slurm_ends_is_submitted_again(
+    slurm, place, undisturbed, trials
+) -> None:
+    """Snakemake's executor would await it for ever."""
+    for _ in trials("Slurm: preemption with cancellation", 0, 1):
+        resources = ("--default-resources", "slurm_partition=spare", "runtime=60")
+        disturbed(place, lambda id: urgent(slurm), *resources)
+        assert "resume" in kinds(place)
+        assert_same(place, undisturbed)
+
+
+def test_a_job_whose_node_fails_runs_elsewhere(slurm, place, undisturbed, trials) -> None:
+    def fail(id: str) -> None:
+        node = control("squeue", "--noheader", f"--jobs={id}", "--format=%N")
+        control("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+
+    for _ in trials("Slurm: node failure", 0, 1):
+        try:
+            disturbed(place, fail)
+        finally:
+            for name in slurm.names:
+                subprocess.run(
+                    ["scontrol", "update", f"NodeName={name}", "State=RESUME"], check=False
+                )
+        assert "resume" in kinds(place)
+        assert_same(place, undisturbed)
+
+
+def test_the_whole_graph_gives_the_tables_that_it_gives_without_slurm(
+    slurm, tmp_path_factory, trials
+) -> None:
+    """Every method, table and figure of the scale, by the command of the README."""
+    for _ in trials("Slurm: the whole graph, undisturbed", 0, 1):
+        folder = tmp_path_factory.mktemp("whole")
+        places = [copied(folder, folder / "slurm"), Workplace(folder, folder / "local")]
+        for place, profile in zip(places, (PROFILE, ()), strict=True):
+            done = place.snakemake("all", *profile)
+            assert done.returncode == 0, done.stderr
+        found, expected = map(outcome, places)
+        differing = {name for name in expected if found.get(name) != expected[name]}
+        # It prints the iterations' times.
+        assert {Path(name).stem for name in differing} <= {"table2"}
+        assert found.keys() == expected.keys()

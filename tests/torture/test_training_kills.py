@@ -1,0 +1,58 @@
+"""kill -9 of a training: it ends bit for bit as one that nothing has disturbed."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+from disturbed import assert_same_training, iterations, prepare, trained, training, wait_for
+
+from tafs import rundir
+
+ITERATIONS = 20
+SHORT = 6
+# With it two processes draw what one draws, and take as many steps.
+SHARED = {"prompts_per_iteration": 8, "group_size": 2, "micro_batch": 2}
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory) -> tuple[rundir.RunDir, float]:
+    """A shorter run, and how many seconds it takes."""
+    start = time.monotonic()
+    run = trained(prepare(tmp_path_factory.mktemp("short") / "run", SHORT, checkpoint_every=2))
+    return run, time.monotonic() - start
+
+
+def test_a_training_killed_at_a_random_point_ends_bit_for_bit_the_same(
+    short, tmp_path, trials
+) -> None:
+    expected, seconds = short
+    draw = random.Random(5)
+    for number in trials("training: kill -9 at a random point", 1, 20):
+        run = prepare(tmp_path / str(number), SHORT, checkpoint_every=2)
+        [process] = training(run)
+        time.sleep(draw.uniform(0.0, seconds))
+        process.kill()
+        process.wait()
+        assert_same_training(trained(run), expected)
+
+
+@pytest.mark.parametrize(("processes", "name"), [(1, "one process"), (2, "two processes")])
+def test_a_training_killed_at_every_step_ends_bit_for_bit_the_same(
+    processes, name, tmp_path, trials
+) -> None:
+    run = prepare(tmp_path / "run", ITERATIONS, **SHARED)
+    step = None
+    for step in trials(f"training: kill -9 at every step of 20, {name}", 0, ITERATIONS - 1):
+        started = training(run, processes)
+        wait_for(run, step + 1, started[0])
+        # One of the processes, in turn: the others end by themselves.
+        started[step % processes].kill()
+        for process in started:
+            assert process.wait() != 0
+        assert iterations(run) >= step + 1
+    if step is not None:
+        trained(run, processes)
+        expected = trained(prepare(tmp_path / "expected", ITERATIONS, **SHARED), processes)
+        assert_same_training(run, expected)

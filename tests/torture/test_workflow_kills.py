@@ -1,0 +1,87 @@
+"""kill -9 of snakemake: the same command goes on, and two of them do not meet."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from workplace import Workplace, assert_same, reduced
+
+ITERATIONS = 8
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> tuple[Workplace, float]:
+    """A finished workflow, and how many seconds it took."""
+    place = reduced(tmp_path_factory.mktemp("project"), ITERATIONS)
+    start = time.monotonic()
+    done = place.snakemake("all")
+    assert done.returncode == 0, done.stderr
+    return place, time.monotonic() - start
+
+
+def test_a_workflow_that_is_killed_is_continued_by_the_same_command(
+    undisturbed, tmp_path, trials
+) -> None:
+    """Its jobs are left behind and go on; those of the next call wait for them."""
+    expected, seconds = undisturbed
+    place = Workplace(expected.folder, tmp_path / "results")
+    draw = random.Random(11)
+    killed = 0
+    for _ in trials("workflow: kill -9 of snakemake at a random point", 2, 20):
+        if killed % 4 == 0:  # or the later ones would find everything done
+            place = Workplace(expected.folder, tmp_path / str(killed))
+        workflow = place.start("all")
+        time.sleep(draw.uniform(1.0, seconds / 2))
+        os.kill(workflow.pid, signal.SIGKILL)
+        workflow.communicate()
+        killed += 1
+        if killed % 4 == 0:
+            finish(place, expected)
+    if killed % 4:
+        finish(place, expected)
+
+
+def finish(place: Workplace, expected: Workplace) -> None:
+    done = place.snakemake("all")
+    assert done.returncode == 0, done.stderr
+    assert_same(place, expected)
+    assert list(place.smoke.glob("runs/*/.state")) == []
+    assert list(place.smoke.glob("runs/*/.judged")) == []
+    assert list(place.smoke.rglob(".tmp-*")) == []
+
+
+def test_of_two_workflows_at_once_exactly_one_proceeds(undisturbed, tmp_path, trials) -> None:
+    expected, _ = undisturbed
+    for number in trials("workflow: two at once", 1, 3):
+        place = Workplace(expected.folder, tmp_path / str(number))
+        both = [place.start("all"), place.start("all")]
+        said = [workflow.communicate()[1] for workflow in both]
+        codes = [workflow.returncode for workflow in both]
+        assert sorted(codes) == [0, 1], said
+        refused = codes.index(1)
+        [line] = [line for line in said[refused].splitlines() if line.startswith(str(place.smoke))]
+        other = both[1 - refused].pid
+        assert line.startswith(f"{place.smoke}: is being made by process {other} on ")
+        assert line.endswith("; wait for it, or end it")
+        assert_same(place, expected)
+
+
+def test_a_workflow_takes_up_what_another_ones_job_is_doing(undisturbed, tmp_path) -> None:
+    """The job that the first call has left is waited for, and its work is not done twice."""
+    expected, _ = undisturbed
+    place = Workplace(expected.folder, tmp_path / "results")
+    log = place.smoke / "logs" / "train" / "tafs_grpo.preference.shapes-flux.0.log"
+    state = place.smoke / "runs" / "tafs_grpo.preference.shapes-flux.0" / ".state"
+    workflow = place.start("all")
+    while not (state / "journal.jsonl").exists():
+        assert workflow.poll() is None
+        time.sleep(0.05)
+    os.kill(workflow.pid, signal.SIGKILL)
+    workflow.communicate()
+    finish(place, expected)
+    assert "waits for process" in Path(log).read_text()
