@@ -187,7 +187,7 @@ def evaluate(run: rundir.RunDir) -> None:
                 name, parts = next(iter(judged.scores.items()))
                 mean = torch.cat(parts).mean()
                 reporter.advance(f"{setting.name}  {name} {mean:.3g}", setting.nfe)
-    write(run, prompts, settings, found)
+    write(run, prompts, settings, found, measured)
     totals = {kind: sum(judged.seconds[kind] for judged in found) for kind in found[0].seconds}
     print(json.dumps({"evaluated": run.name, "seconds": totals}))
     reporter.finish()
@@ -246,13 +246,14 @@ def write(
     prompts: Sequence[Prompt],
     settings: Sequence[Setting],
     found: Sequence[Judged],
+    measured: Sequence[str],
 ) -> None:
     """Put what has been judged in its places."""
     shown = first_of_each(prompts, rundir.SAMPLES_PER_TAG)
     samples = {"prompts": torch.tensor(shown)}
     tables = []
     for setting, judged in zip(settings, found, strict=True):
-        scores = {name: torch.cat(parts) for name, parts in judged.scores.items()}
+        scores = {name: torch.cat(judged.scores[name]) for name in measured}
         tables.append(_long(scores, prompts, setting, judged.after))
         if setting.iteration is None:
             samples[setting.name] = torch.stack([judged.first[p] for p in shown])

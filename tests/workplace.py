@@ -68,14 +68,18 @@ class Workplace:
             check=False,
         )
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """The same, without waiting for its end; in a process group of its own."""
+    def start(self, *arguments: str, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
+        """The same, without waiting for its end; in a process group of its own.
+
+        Args:
+            stderr: the jobs have it too, and keep a pipe open while they live.
+        """
         return subprocess.Popen(
             self.command(*arguments),
             cwd=self.folder,
             env=self.environment,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            stderr=stderr,
             text=True,
             start_new_session=True,
         )

@@ -75,8 +75,8 @@ def test_a_truncation_is_noticed_and_the_previous_state_used(saved, tmp_path, tr
         assert loaded(folder) == 10
 
 
-def killed_at(step: int, after: bool) -> Callable[..., None]:
-    """Lets this process kill itself before or after its fsync or rename of that number."""
+def saving(folder: Path, step: int, after: bool) -> Callable[[], None]:
+    """Saves, and kills itself before or after its fsync or rename of that number."""
     taken = 0
 
     def counted(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -92,10 +92,11 @@ def killed_at(step: int, after: bool) -> Callable[..., None]:
 
         return call
 
-    def patch() -> None:
+    def work() -> None:
         os.fsync, os.replace = counted(os.fsync), counted(os.replace)
+        save(folder, 30)
 
-    return patch
+    return work
 
 
 def test_a_kill_around_every_fsync_and_rename_costs_one_interval_at_most(
@@ -107,14 +108,7 @@ def test_a_kill_around_every_fsync_and_rename_costs_one_interval_at_most(
     for number in trials("checkpoint: kill -9 before or after an fsync or rename", 12, 12):
         step, after = points[number]
         folder = Path(shutil.copytree(saved, tmp_path / str(number)))
-
-        def work(
-            folder: Path = folder, patch: Callable[..., None] = killed_at(step, after)
-        ) -> None:
-            patch()
-            save(folder, 30)
-
-        assert Process(work).wait() == -signal.SIGKILL
+        assert Process(saving(folder, step, after)).wait() == -signal.SIGKILL
         ends.append(loaded(folder))
         save(folder, 40)
         assert loaded(folder) == 40

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -35,10 +36,10 @@ def test_a_workflow_that_is_killed_is_continued_by_the_same_command(
     for _ in trials("workflow: kill -9 of snakemake at a random point", 2, 20):
         if killed % 4 == 0:  # or the later ones would find everything done
             place = Workplace(expected.folder, tmp_path / str(killed))
-        workflow = place.start("all")
+        workflow = place.start("all", stderr=subprocess.DEVNULL)
         time.sleep(draw.uniform(1.0, seconds / 2))
         os.kill(workflow.pid, signal.SIGKILL)
-        workflow.communicate()
+        workflow.wait()
         killed += 1
         if killed % 4 == 0:
             finish(place, expected)
@@ -77,11 +78,11 @@ def test_a_workflow_takes_up_what_another_ones_job_is_doing(undisturbed, tmp_pat
     place = Workplace(expected.folder, tmp_path / "results")
     log = place.smoke / "logs" / "train" / "tafs_grpo.preference.shapes-flux.0.log"
     state = place.smoke / "runs" / "tafs_grpo.preference.shapes-flux.0" / ".state"
-    workflow = place.start("all")
+    workflow = place.start("all", stderr=subprocess.DEVNULL)
     while not (state / "journal.jsonl").exists():
         assert workflow.poll() is None
         time.sleep(0.05)
     os.kill(workflow.pid, signal.SIGKILL)
-    workflow.communicate()
+    workflow.wait()
     finish(place, expected)
     assert "waits for process" in Path(log).read_text()
