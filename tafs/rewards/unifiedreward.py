@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tafs.failures import RunFailed
 from tafs.prompts import Prompt
-from tafs.rewards.registry import Reward, check_images
+from tafs.rewards.registry import MISSING_SHARE, Reward, check_images
 
 GRADES = 5
 MODEL = "UnifiedReward-7b-v1.5"
@@ -85,7 +85,7 @@ class UnifiedReward:
         workers: int = 64,
         timeout: float = 120.0,
         attempts: int = 5,
-        missing_share: float = 0.1,
+        missing_share: float = MISSING_SHARE,
         images: int | None = None,
         side: int = SIDE,
     ) -> None:
