@@ -192,7 +192,7 @@ def test_the_journal_holds_what_an_iteration_measured(undisturbed):
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, iteration: int, images: list[int], name: str) -> None:
-    """Let a reward lack at an iteration's second scored step, for these of the first four images."""
+    """Let a reward lack at the second scored step, for these of an iteration's first images."""
     iterate, score = train.Trainer.iterate, RewardSet.score
     calls: list[int] = []
 
