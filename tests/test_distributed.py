@@ -281,6 +281,7 @@ def test_an_image_without_a_reward_is_masked_for_all_processes(variant):
         assert record["invalid"] == 1
         assert record["rewards"]["clip"] == pytest.approx(expected["rewards"]["clip"], rel=1e-5)
         assert record["reward_std"] == pytest.approx(expected["reward_std"], rel=1e-5)
+        assert record["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
         for name, parameter in run.parameters.items():
             torch.testing.assert_close(parameter, lacking.parameters[name], rtol=0, atol=1e-6)
 

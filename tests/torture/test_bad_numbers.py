@@ -35,9 +35,12 @@ IMAGES = 64
 UPDATES = 2
 
 
-def trainer(name: str, **hyperparameters: object) -> Trainer:
-    """Of four groups of 16 images."""
-    return toy_trainer({**toy_run(name, **hyperparameters), "rewards": REWARDS})
+def trainer(name: str, group_size: int = 16, **hyperparameters: object) -> Trainer:
+    """Of 64 images in groups."""
+    description = toy_run(name, **hyperparameters)
+    sizes = {"group_size": group_size, "prompts_per_iteration": IMAGES // group_size}
+    settings = {**description["settings"], **sizes}
+    return toy_trainer({**description, "settings": settings, "rewards": REWARDS})
 
 
 def weights(run: Trainer) -> dict[str, torch.Tensor]:
@@ -66,8 +69,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def told(run: Trainer, invalid: np.ndarray) -> None:
-    """Let a run without a bad number credit its images as if the invalid ones [4, 16] had never
-    been, each group and reward by itself: the advantages that numpy finds among the others."""
+    """Let a run without a bad number credit its images as if the invalid ones had never been.
+
+    The others' advantages are numpy's, found group by group; invalid: [groups, G].
+    """
     algorithm: Any = run.method
 
     def advantages(rewards: np.ndarray) -> np.ndarray:
@@ -98,13 +103,13 @@ def test_bad_rewards_are_masked_or_stop_the_run(trials):
     for number in trials("numbers: NaN or inf in a training reward", 3, 60):
         rng = np.random.default_rng([1, number])
         name = str(rng.choice(POLICIES))
-        options = {"normalize_rewards": bool(rng.random() < 0.5), "shared_noise": False}
-        run, expected = trainer(name, **options), trainer(name, **options)
+        size, apart = int(rng.choice([4, 16])), bool(rng.random() < 0.5)
+        run, expected = (trainer(name, size, normalize_rewards=apart) for _ in range(2))
         too_many = number % 3 == 2
         count = int(rng.integers(7, IMAGES + 1) if too_many else rng.integers(1, 7))
-        # Half of the time in one group, of which too few may be left.
-        low = 16 * int(rng.integers(4)) if rng.random() < 0.5 and count <= 16 else 0
-        pool = np.arange(low, low + 16) if low else np.arange(IMAGES)
+        # Half of the time those in a row, which may leave a small group with one or none.
+        low = int(rng.integers(IMAGES - count + 1))
+        pool = np.arange(low, low + count) if rng.random() < 0.5 else np.arange(IMAGES)
         lacking = sorted(int(image) for image in rng.choice(pool, count, replace=False))
         steps = len(run.method.scored_steps())
         spots: dict[str, dict[tuple[int, int], float]] = {reward: {} for reward in REWARDS}
@@ -128,14 +133,14 @@ def test_bad_rewards_are_masked_or_stop_the_run(trials):
             continue
         invalid = np.zeros(IMAGES, bool)
         invalid[lacking] = True
-        told(expected, invalid.reshape(4, 16))
+        told(expected, invalid.reshape(-1, size))
         record, clean = run.iterate(0), expected.iterate(0)
         assert (record["invalid"], clean["invalid"]) == (count, 0)
         for key in ("ratio_deviation", "clip_fraction", "grad_norm", "kl"):
             assert record[key] == pytest.approx(clean[key], rel=1e-3, abs=1e-6), key
-        for key, parameter in run.parameters.items():
-            assert parameter.isfinite().all() and parameter.any()
-            torch.testing.assert_close(parameter, expected.parameters[key], rtol=0, atol=1e-5)
+        # With the optimiser's means of the gradients: its first steps are little but their signs.
+        torch.testing.assert_close(state(run), state(expected), rtol=1e-3, atol=1e-6)
+        assert all(parameter.any() for parameter in run.parameters.values())
 
 
 # -- stopped ---------------------------------------------------------------------------------------
@@ -161,7 +166,7 @@ def break_loss(run: Trainer, update: int, rng: np.random.Generator) -> None:
 
 
 def break_gradient(run: Trainer, update: int, rng: np.random.Generator) -> None:
-    """One element of one parameter's gradient is bad, at the end of an update's last part."""
+    """One element of one parameter's gradient is bad from an update on."""
     parameter = run.parameters[str(rng.choice(list(run.parameters)))]
     bad, element = BAD[rng.integers(3)], int(rng.integers(parameter.numel()))
 
