@@ -1,6 +1,7 @@
 """Group-relative policy optimisation: advantages, ratio, clipped objective, KL (Eqs. 1-3, 9, 10).
 
 Pure functions of tensors. Reward tensors are [..., groups, G]: G images of one prompt in a group.
+NaN is a missing reward: no mean and no standard deviation knows of it, and its advantage is 0.
 """
 
 from __future__ import annotations
@@ -13,29 +14,43 @@ from torch import Tensor
 CREDITS = ("step", "sum", "to_go", "final")
 
 
+def mean_of_known(values: Tensor, dim: int | tuple[int, ...], keepdim: bool = False) -> Tensor:
+    """The mean over `dim` of what is not NaN; NaN where nothing is known.
+
+    Where nothing is missing it is `Tensor.mean`, bit for bit.
+    """
+    mean = values.mean(dim, keepdim=keepdim)
+    return torch.where(mean.isnan(), values.nanmean(dim, keepdim=keepdim), mean)
+
+
 def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
     """(R - mean) / std over the G images of a prompt at the same step (Eq. 9).
 
     The text of the paper says variance; the standard deviation is meant. A group whose rewards are
-    all equal carries no preference: its advantages are exactly 0.
+    all equal, or of which fewer than two are known, carries no preference: its advantages are
+    exactly 0.
 
     Args:
         rewards: [..., groups, G].
     """
-    centred = rewards - rewards.mean(-1, keepdim=True)
-    std = centred.square().mean(-1, keepdim=True).sqrt()
-    return torch.where(std > eps * 1e-2, centred / (std + eps), torch.zeros_like(centred))
+    centred = rewards - mean_of_known(rewards, -1, keepdim=True)
+    std = mean_of_known(centred.square(), -1, keepdim=True).sqrt()
+    known = ~rewards.isnan() & (std > eps * 1e-2)
+    return torch.where(known, centred / (std + eps), torch.zeros_like(centred))
 
 
 def global_std_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
     """Flow-GRPO's advantages: per-prompt mean, std over the whole batch.
 
+    The only known reward of a group has advantage 0, but it counts in the batch's std.
+
     Args:
         rewards: [..., groups, G]; each leading index is a batch of its own.
     """
-    centred = rewards - rewards.mean(-1, keepdim=True)
-    std = (rewards - rewards.mean((-2, -1), keepdim=True)).square().mean((-2, -1), keepdim=True)
-    return centred / (std.sqrt() + eps)
+    centred = rewards - mean_of_known(rewards, -1, keepdim=True)
+    spread = (rewards - mean_of_known(rewards, (-2, -1), keepdim=True)).square()
+    std = mean_of_known(spread, (-2, -1), keepdim=True).sqrt()
+    return torch.where(rewards.isnan(), torch.zeros_like(centred), centred / (std + eps))
 
 
 def assign_credit(advantages: Tensor, credit: str, steps: int) -> Tensor:
@@ -77,6 +92,9 @@ def clipped_objective(
     log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_range: float
 ) -> Objective:
     """-mean(min(r A, clip(r, 1 - eps, 1 + eps) A)) with r = exp(log_prob - old) (Eqs. 2, 10).
+
+    The mean is over all images. One with a missing reward has advantage 0: it adds 0 to the sum and
+    to the gradient, and the others' terms weigh what they would weigh beside it.
 
     Args:
         log_prob, old_log_prob, advantages: [B].

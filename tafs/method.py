@@ -127,7 +127,11 @@ class Method:
         raise NotImplementedError
 
     def credit(self, rewards: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-        """Training-scale rewards by name, [K, groups, G] each -> advantages [T, groups, G]."""
+        """Training-scale rewards by name, [K, groups, G] each -> advantages [T, groups, G].
+
+        An image that lacks a reward is NaN in all of them; the others' advantages are those of
+        their groups without it. The training loop sets its own to 0.
+        """
         return next(iter(rewards.values()))[:0]
 
     def divergence(
@@ -316,7 +320,10 @@ class PolicyGradient(Method):
         return self.assign(self.advantages(total), self.nfe_theta)
 
     def advantages(self, rewards: Tensor) -> Tensor:
-        """Of each scored image among those of its step: [K, groups, G] -> [K, groups, G]."""
+        """Of each scored image among those of its step: [K, groups, G] -> [K, groups, G].
+
+        A missing reward is NaN; it must not count in the others' advantages.
+        """
         normalise = grpo.global_std_advantages if self.global_std else grpo.group_advantages
         advantages = normalise(rewards)
         if self.advantage_limit is None:

@@ -37,6 +37,7 @@ from tafs import (
     config,
     distributed,
     failures,
+    grpo,
     prompts,
     provenance,
     rundir,
@@ -50,28 +51,51 @@ from tafs.distributed import Processes
 from tafs.journal import Journal
 from tafs.method import Feedback, Trajectory
 from tafs.progress import Reporter
-from tafs.rewards.registry import RewardSet
+from tafs.rewards.registry import MISSING_SHARE, RewardSet
 
 AHEAD = 16  # iterations whose prompts are encoded at once, while the text encoders are on the GPU
 
 
 class NonFinite(failures.RunFailed):
-    """A loss, reward or gradient is NaN or infinite; nothing was updated."""
+    """An image, reward, loss or gradient is NaN or infinite; it has updated nothing."""
+
+
+def tolerated(images: int) -> int:
+    """How many of an iteration's images may lack a reward.
+
+    The share MISSING_SHARE, but always one, which says little about a share where a batch is small;
+    and never all.
+    """
+    return min(max(1, int(MISSING_SHARE * images)), images - 1)
 
 
 @dataclass
 class Rewards:
-    """The rewards of an iteration's scored images."""
+    """The rewards of an iteration's scored images; an invalid image's are all NaN."""
 
     by_name: dict[str, Tensor]  # training scale, [K, groups, G]
     reported: dict[str, Tensor]  # reported scale, [K, groups, G]
     weights: dict[str, float]
+    invalid: Tensor  # bool [groups, G]: some reward at some step was NaN or infinite
 
     @property
     def total(self) -> Tensor:
         """Weighted sum, [K, groups, G]."""
         parts = [weight * self.by_name[name] for name, weight in self.weights.items()]
         return torch.stack(parts).sum(0)
+
+    @property
+    def spread(self) -> float:
+        """The total's standard deviation within a group at the last step, mean over the groups.
+
+        Of valid images, and groups that have two of them; NaN if there are none.
+        """
+        last = self.total[-1]
+        std = last.std(-1)
+        for group in self.invalid.any(-1).nonzero().flatten().tolist():
+            valid = last[group][~self.invalid[group]]
+            std[group] = valid.std() if len(valid) > 1 else torch.nan
+        return grpo.mean_of_known(std, 0).item()
 
 
 class Trainer:
@@ -134,10 +158,15 @@ class Trainer:
         """Sample, score, update; returns the journal's record.
 
         It describes the images of all processes, but for the time, which is this process's, and
-        the divergence, which is that of this process's first group.
+        the divergence, which is that of this process's first group. An image without a finite
+        reward is `invalid`: it is counted, the record's rewards are those of the others, and it
+        moves nothing but a KL term, which knows no rewards.
 
         Raises:
-            NonFinite: before anything is updated; names the iteration and the source.
+            NonFinite: more images are invalid than `tolerated`, or any where the method
+                differentiates the rewards; or an image, a loss or a gradient is NaN or infinite.
+                Raised before the update that it would have been part of; names the iteration and
+                the source.
         """
         clock = self._clock
         start = clock()
@@ -150,7 +179,9 @@ class Trainer:
         sampled = clock()
         owners = [drawn[group] for group in self.own for _ in range(self.group_size)]
         rewards = self._score(chunks, owners, iteration)
-        advantages = self.method.credit(rewards.by_name, rewards.weights)[:, self.own].flatten(1)
+        advantages = self.method.credit(rewards.by_name, rewards.weights)
+        # Whatever a method makes of missing rewards.
+        advantages = advantages.masked_fill(rewards.invalid, 0)[:, self.own].flatten(1)
         scored = clock()
         learned = self._update(chunks, owners, advantages, iteration)
         end = clock()
@@ -160,8 +191,12 @@ class Trainer:
         batch = self.groups * self.group_size
         return {
             "iteration": iteration,
-            "rewards": {n: r.mean((1, 2)).tolist() for n, r in rewards.reported.items()},
-            "reward_std": rewards.total[-1].std(-1).mean().item(),
+            "rewards": {
+                name: grpo.mean_of_known(values, (1, 2)).tolist()
+                for name, values in rewards.reported.items()
+            },
+            "reward_std": rewards.spread,
+            "invalid": int(rewards.invalid.sum()),
             **learned,
             **({} if divergence is None else {"kl": divergence}),
             "images_per_s": batch / (end - start),
@@ -234,27 +269,64 @@ class Trainer:
         for chunk in chunks:
             scored, size = chunk.scored.shape[:2]
             steps = []
-            for latents in chunk.scored:
+            for number, latents in enumerate(chunk.scored, start=1):
+                where = f"iteration {iteration}, scored step {number} of {scored}"
                 with torch.no_grad():
-                    images = self.backbone.decode(latents, self.decode_dtype)
+                    images = self._decode(latents, range(low, low + size), where)
                 steps.append(self.rewards.score(images, owners[low : low + size]))
             for name in self.weights:
-                values = torch.cat([step[name] for step in steps])
-                if not values.isfinite().all():
-                    row = int((~values.isfinite()).nonzero()[0, 0])
-                    image, step = self._place(low + row % size), row // size + 1
-                    raise NonFinite(
-                        f"iteration {iteration}: reward {name!r} is {values[row].item()} for image "
-                        f"{image}, scored step {step} of {scored}"
-                    )
-                columns[name].append(values.view(scored, size))
+                columns[name].append(torch.stack([step[name] for step in steps]))
             low += size
         by_name = {}
         for name, parts in columns.items():
             own = torch.cat(parts, dim=1)
             own = own.view(len(own), self.method.updates, -1, self.group_size)
             by_name[name] = self.processes.all_gather(own, dim=2).flatten(1, 2)
-        return Rewards(by_name, self.rewards.report(by_name), self.weights)
+        invalid = self._invalid(by_name, iteration)
+        reported = self.rewards.report(by_name)
+        return Rewards(
+            {name: values.masked_fill(invalid, torch.nan) for name, values in by_name.items()},
+            {name: values.masked_fill(invalid, torch.nan) for name, values in reported.items()},
+            self.weights,
+            invalid,
+        )
+
+    def _decode(self, latents: Tensor, images: Sequence[int], where: str) -> Tensor:
+        """Pixels of this process's `images`, [b, ...] as their latents.
+
+        Raises:
+            NonFinite: NaN or infinity is among them; names the image.
+        """
+        pixels = self.backbone.decode(latents, self.decode_dtype)
+        broken = ~pixels.detach().flatten(1).isfinite().all(1)
+        if broken.any():
+            image = self._place(images[int(broken.nonzero()[0, 0])])
+            raise NonFinite(f"{where}: image {image} holds NaN or infinity")
+        return pixels
+
+    def _invalid(self, rewards: Mapping[str, Tensor], iteration: int) -> Tensor:
+        """Which images lack a reward, [groups, G], of those of all processes [K, groups, G].
+
+        Raises:
+            NonFinite: too many do; names the first of them, and how many may.
+        """
+        missing = torch.stack([~values.isfinite() for values in rewards.values()])
+        invalid = missing.any(0).any(0)
+        count, images = int(invalid.sum()), invalid.numel()
+        allowed = 0 if self.method.needs_reward_gradients else tolerated(images)
+        if count > allowed:
+            image = int(invalid.flatten().nonzero()[0, 0])
+            of, step = missing.flatten(2)[:, :, image].nonzero()[0].tolist()
+            name, values = list(rewards.items())[of]
+            limit = f"at most {allowed} may ({MISSING_SHARE:.0%}, or one)"
+            if self.method.needs_reward_gradients:
+                limit = "none may where the method differentiates it"
+            raise NonFinite(
+                f"iteration {iteration}: reward {name!r} is {values[step].flatten()[image].item()} "
+                f"for image {image}, scored step {step + 1} of {len(values)}; {count} of {images} "
+                f"images ({count / images:.1%}) lack a finite reward, {limit}"
+            )
+        return invalid
 
     def _update(
         self,
@@ -275,6 +347,7 @@ class Trainer:
                 name: torch.zeros_like(parameter, dtype=torch.float64, requires_grad=False)
                 for name, parameter in self.parameters.items()
             }
+            where = f"iteration {iteration}, update {number}"
             low = update.start
             while low < update.stop:
                 chunk = next(pending)
@@ -282,14 +355,13 @@ class Trainer:
                 of = slice(low, low + size)
                 feedback = Feedback(
                     advantages[:, of],
-                    partial(self._differentiable_rewards, owners[of]),
+                    partial(self._differentiable_rewards, owners, range(low, low + size), where),
                     self.weights,
                     self.averaged,
                 )
                 share = size / ((update.stop - update.start) * self.processes.size)
                 for part in method.losses(self.backbone, chunk, feedback, self.micro_batch):
                     if not part.loss.isfinite():
-                        where = f"iteration {iteration}, update {number}"
                         raise NonFinite(f"{where}: the loss is {part.loss.item()}")
                     (part.loss * share).backward()
                     for name, values in part.facts.items():
@@ -307,9 +379,7 @@ class Trainer:
                 parameter.grad = total[name].to(parameter.dtype)
             norm = nn.utils.clip_grad_norm_(self.parameters.values(), method.max_grad_norm)
             if not norm.isfinite():
-                raise NonFinite(
-                    f"iteration {iteration}, update {number}: the gradient's norm is {norm.item()}"
-                )
+                raise NonFinite(f"{where}: the gradient's norm is {norm.item()}")
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             norms.append(norm.item())
@@ -325,11 +395,34 @@ class Trainer:
         return (total[0] / total[1]).item()
 
     def _differentiable_rewards(
-        self, owners: Sequence[prompts.Prompt], x_0: Tensor, part: slice
+        self,
+        owners: Sequence[prompts.Prompt],
+        chunk: range,
+        where: str,
+        x_0: Tensor,
+        part: slice,
     ) -> dict[str, Tensor]:
-        """Training-scale rewards of latents, with gradients; see `method.Feedback`."""
-        images = self.backbone.decode(x_0, self.decode_dtype)
-        return self.rewards.differentiate(images, owners[part])
+        """Training-scale rewards of latents, with gradients; see `method.Feedback`.
+
+        Args:
+            owners: of all of this process's images.
+            chunk: those of them that `part` selects from.
+
+        Raises:
+            NonFinite: an image or a reward is NaN or infinite; a gradient may not show it.
+        """
+        images = chunk[part]
+        pixels = self._decode(x_0, images, where)
+        rewards = self.rewards.differentiate(pixels, [owners[image] for image in images])
+        for name, values in rewards.items():
+            broken = ~values.detach().isfinite()
+            if broken.any():
+                row = int(broken.nonzero()[0, 0])
+                raise NonFinite(
+                    f"{where}: reward {name!r} is {values[row].item()} for image "
+                    f"{self._place(images[row])}"
+                )
+        return rewards
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

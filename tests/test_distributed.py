@@ -7,6 +7,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -18,7 +19,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy import toy_run, toy_trainer
+from toy import call_of, spoil, toy_run, toy_trainer
 
 from tafs import config, distributed, journal, rundir, train
 from tafs.distributed import Processes
@@ -148,7 +149,7 @@ def test_one_process_of_several_writes_the_files(by_four):
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory) -> tuple[rundir.RunDir, subprocess.CompletedProcess[str]]:
-    """Two processes, of which the second one's rewards are broken in iteration 1."""
+    """Two processes, of which the second one's rewards are broken in iteration 1: half of all."""
     run = prepare(tmp_path_factory.mktemp("broken") / VARIANTS[0], VARIANTS[0])
     return run, torchrun(2, __file__, "broken", str(run.folder))
 
@@ -157,11 +158,14 @@ def test_a_failure_of_one_process_ends_the_job_with_its_own_line(broken):
     run, done = broken
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if line.startswith(f"train {run.folder}")]
-    # The second process has the images 4 to 7 of the first update's 0 to 7.
+    # The second process has the images 4 to 7 of the first update's 0 to 7. Both processes know all
+    # rewards and stop, and either may be the first.
     assert len(lines) == 1
-    assert lines[0].startswith(
-        f"train {run.folder} (process 1): iteration 1: reward 'pickscore' is nan for image 4, "
-        "scored step 1 of 3"
+    assert re.fullmatch(
+        rf"train {re.escape(str(run.folder))} \(process [01]\): iteration 1: reward 'pickscore' is "
+        r"nan for image 4, scored step 1 of 3; 8 of 16 images \(50.0%\) lack a finite reward, "
+        r"at most 1 may \(10%, or one\)",
+        lines[0],
     )
     assert "another process" not in done.stderr
     command_lines = [p.info["cmdline"] or [] for p in psutil.process_iter(["cmdline"])]
@@ -257,6 +261,30 @@ def test_tensors_are_gathered_in_order_of_rank_and_summed():
         processes.sum_([counts, total])
         assert counts.tolist() == [1, 10]
         assert total.item() == 1.0
+
+    assert in_two_processes(work) == [0, 0]
+
+
+@pytest.mark.parametrize("variant", ["tafs_grpo", "flow_grpo"])
+def test_an_image_without_a_reward_is_masked_for_all_processes(variant):
+    """The second process scores it; the first one's images are normalised without it too."""
+    sound, lacking = (trainer(Processes(), variant) for _ in range(2))
+    sound.iterate(0)
+    spoil(lacking, {call_of(lacking, 2 * 16 + 3): math.nan})
+    expected = lacking.iterate(0)
+    assert not torch.equal(lacking.parameters["bias"], sound.parameters["bias"])
+
+    def work(processes: Processes) -> None:
+        run = trainer(processes, variant)
+        if processes.rank == 1:
+            spoil(run, {call_of(run, 3): math.nan})  # of its first group, the third of all
+        record = run.iterate(0)
+        assert record["invalid"] == 1
+        assert record["rewards"]["clip"] == pytest.approx(expected["rewards"]["clip"], rel=1e-5)
+        assert record["reward_std"] == pytest.approx(expected["reward_std"], rel=1e-5)
+        assert record["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+        for name, parameter in run.parameters.items():
+            torch.testing.assert_close(parameter, lacking.parameters[name], rtol=0, atol=1e-6)
 
     assert in_two_processes(work) == [0, 0]
 

@@ -44,6 +44,54 @@ def test_global_std_divides_by_the_batch_wide_std():
     torch.testing.assert_close(grpo.global_std_advantages(rewards), expected, atol=1e-4, rtol=0)
 
 
+NAN = float("nan")
+
+
+def test_a_missing_reward_is_left_out_of_its_groups_mean_and_std():
+    advantages = grpo.group_advantages(torch.tensor([[1.0, NAN, 2.0, 3.0, 6.0], [0, 0, 0, NAN, 2]]))
+    # The known ones: mean 3, std 1.870829; mean 0.5, std sqrt((3 * 0.25 + 2.25) / 4) = 0.866025
+    first = torch.tensor([-2.0, 0.0, -1.0, 0.0, 3.0]) / 1.870829
+    second = torch.tensor([-0.5, -0.5, -0.5, 0.0, 1.5]) / 0.866025
+    torch.testing.assert_close(advantages, torch.stack([first, second]), atol=4e-4, rtol=0)
+    assert advantages[0, 1] == 0 and advantages[1, 3] == 0
+
+
+@pytest.mark.parametrize("normalise", [grpo.group_advantages, grpo.global_std_advantages])
+def test_a_group_with_fewer_than_two_rewards_teaches_nothing(normalise):
+    advantages = normalise(torch.tensor([[NAN, 5.0, NAN], [NAN, NAN, NAN], [1.0, 2.0, 3.0]]))
+    assert not advantages[:2].any()
+    assert advantages[2, 2] == -advantages[2, 0] > 0
+
+
+def test_global_std_is_that_of_the_known_rewards():
+    rewards = torch.tensor([[0.0, 2.0, NAN], [NAN, 7.0, NAN]])
+    # Batch mean 3, std sqrt((9 + 1 + 16) / 3) = 2.943920: the second group's only one counts.
+    expected = torch.tensor([[-1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]) / 2.943920
+    torch.testing.assert_close(grpo.global_std_advantages(rewards), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("normalise", [grpo.group_advantages, grpo.global_std_advantages])
+@given(rewards=rewards, lacking=st.sets(st.integers(0, 3), max_size=4))
+def test_known_rewards_are_normalised_as_if_the_others_had_never_been(normalise, rewards, lacking):
+    known = [image for image in range(4) if image not in lacking]
+    rewards = rewards.double()  # a group of nearly equal rewards is nothing but their rounding
+    with_gaps = rewards.clone()
+    with_gaps[..., list(lacking)] = NAN
+    advantages = normalise(with_gaps)
+    assert not advantages[..., list(lacking)].any()
+    if known:
+        torch.testing.assert_close(advantages[..., known], normalise(rewards[..., known]))
+
+
+def test_a_mean_of_what_is_known_is_the_mean_where_all_is_known():
+    values = torch.rand(7, 3, 1000, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(grpo.mean_of_known(values, (1, 2)), values.mean((1, 2)))
+    values[2, 1, 5] = values[2, 2, 0] = values[4] = NAN
+    means = grpo.mean_of_known(values, (1, 2))
+    assert means[2].item() == pytest.approx(values[2][~values[2].isnan()].mean().item())
+    assert means.isnan().tolist() == [False] * 4 + [True] + [False] * 2
+
+
 IMAGES = torch.tensor([1.0, 10.0, 100.0]).view(3, 1, 1)
 
 
@@ -77,6 +125,19 @@ def test_the_objective_is_minus_the_mean_advantage_before_the_first_update():
     assert objective.loss.item() == -1.0
     assert objective.ratio.tolist() == [1.0, 1.0]
     assert not objective.clipped.any()
+
+
+def test_an_image_of_advantage_0_adds_nothing_to_the_sum_and_counts_in_the_mean():
+    """An invalid image, whatever its ratio: (1.1 * 1 + 0 + 0.9 * -1) / 3, by hand."""
+    log_prob = torch.tensor([1.3, 5.0, 0.7]).log().requires_grad_()
+    advantages = torch.tensor([1.0, 0.0, -1.0])
+    objective = grpo.clipped_objective(log_prob, torch.zeros(3), advantages, 0.1)
+    assert objective.loss.item() == pytest.approx(-0.2 / 3, abs=1e-6)
+    assert objective.clipped.tolist() == [True, False, True]
+    objective = grpo.clipped_objective(log_prob, torch.zeros(3), advantages, 0.5)
+    (gradient,) = torch.autograd.grad(objective.loss, log_prob)
+    # d(r A) / d log r = r A of the others, each over 3
+    torch.testing.assert_close(gradient, torch.tensor([-1.3, 0.0, 0.7]) / 3)
 
 
 @pytest.mark.parametrize(

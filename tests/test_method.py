@@ -2,16 +2,18 @@
 
 import dataclasses
 import itertools
+import math
+import re
 import statistics
 import sys
 
 import pytest
 import torch
-from toy import toy_run, toy_trainer
+from toy import call_of, spoil, toy_run, toy_trainer
 
 from tafs import checkpoint, config, method
 from tafs.method import Method, PolicyGradient
-from tafs.train import NonFinite, Trainer
+from tafs.train import NonFinite, Trainer, tolerated
 
 NAMES = list(method.sources())
 POLICIES = [n for n in NAMES if issubclass(method.method_class(n), PolicyGradient)]
@@ -99,6 +101,24 @@ def test_advantages_have_zero_mean_in_each_group_and_step(name, normalize):
     advantages = algorithm.credit(rewards, {"clip": 1.0, "pickscore": 0.5})
     assert advantages.shape == (algorithm.nfe_theta, 5, 8)
     assert advantages.mean(-1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("parameters", [{}, {"normalize_rewards": True}, {"global_std": True}])
+def test_an_image_without_a_reward_has_no_advantage_and_changes_no_others(name, parameters):
+    """Whatever a method makes of the missing reward, the training loop sets its own to 0."""
+    algorithm = method.create(name, parameters)
+    scored = len(algorithm.scored_steps())
+    generator = torch.Generator().manual_seed(0)
+    rewards = {n: torch.randn(scored, 5, 8, generator=generator) for n in ("clip", "pickscore")}
+    weights = {"clip": 1.0, "pickscore": 0.5}
+    known = [image for image in range(8) if image != 3]
+    without = algorithm.credit({n: r[..., known] for n, r in rewards.items()}, weights)
+    for values in rewards.values():
+        values[..., 3] = float("nan")
+    advantages = algorithm.credit(rewards, weights)
+    assert not advantages[..., 3].any()
+    torch.testing.assert_close(advantages[..., known], without)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -226,30 +246,196 @@ def test_rewards_normalised_apart_do_not_depend_on_their_scale():
     torch.testing.assert_close(small, large, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_non_finite_reward_stops_before_the_update_and_is_named(value):
-    run = trainer("tafs_grpo")
-    reward = run.rewards.rewards[0]
-    broken = dataclasses.replace(
-        reward, score=lambda images, prompts: torch.full((len(images),), value)
-    )
-    run.rewards.rewards = (broken,)
+# -- bad numbers -----------------------------------------------------------------------------------
+
+BAD = [float("nan"), float("inf"), float("-inf")]
+DIFFERENTIABLE = ["reward_instruct", "rg_lcd"]
+
+
+def stops(run: Trainer, iteration: int = 0) -> str:
+    """The line with which an iteration stops, having changed nothing."""
     before = {name: p.detach().clone() for name, p in run.parameters.items()}
-    with pytest.raises(
-        NonFinite, match="iteration 3: reward 'clip' is (nan|inf) for image 0, scored step 1 of 3"
-    ):
-        run.iterate(3)
+    averages = {name: average.clone() for name, average in run.averages.items()}
+    with pytest.raises(NonFinite) as raised:
+        run.iterate(iteration)
     for name, parameter in run.parameters.items():
         assert torch.equal(parameter, before[name])
+        assert torch.equal(run.averages[name], averages[name])
+    assert not run.optimizer.state
+    line = str(raised.value)
+    assert "\n" not in line
+    return line
 
 
-def test_a_non_finite_gradient_stops_before_the_update():
+def two_rewards(name: str, **hyperparameters: object) -> Trainer:
+    description = toy_run(name, **hyperparameters)
+    return toy_trainer({**description, "rewards": {"clip": 1.0, "pickscore": 0.5}})
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("name", POLICIES)
+def test_an_image_without_a_finite_reward_is_counted_and_in_no_mean(name, bad):
+    """Any reward, any scored step: neither of its rewards counts at any step."""
+    sound = two_rewards(name)
+    clean: list[dict[str, torch.Tensor]] = []
+    score = sound.method.credit
+    object.__setattr__(sound.method, "credit", lambda r, w: clean.append(r) or score(r, w))
+    assert sound.iterate(0)["invalid"] == 0
+    run = two_rewards(name)
+    spoil(run, {call_of(run, 5, len(run.method.scored_steps()) - 1): bad}, "pickscore")
+    record = run.iterate(0)
+    assert record["invalid"] == 1
+    left = [image for image in range(64) if image != 5]
+    for reward, values in clean[0].items():
+        expected = values.flatten(1)[:, left].mean(1).tolist()
+        assert record["rewards"][reward] == pytest.approx(expected, rel=1e-5)
+    total = (clean[0]["clip"] + 0.5 * clean[0]["pickscore"])[-1]
+    groups = [total[0][[image for image in range(16) if image != 5]], *total[1:]]
+    spread = statistics.fmean(group.std().item() for group in groups)
+    assert record["reward_std"] == pytest.approx(spread, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_an_image_without_a_reward_moves_the_adapter_as_one_of_advantage_0_does(name):
+    run, told = trainer(name), trainer(name)
+    spoil(run, {call_of(run, 5): float("nan")})
+
+    def credit(rewards, weights):
+        [values] = rewards.values()
+        values = values.masked_fill(torch.arange(64).view(4, 16) == 5, torch.nan)
+        advantages = told.method.assign(told.method.advantages(values), told.method.nfe_theta)
+        assert not advantages.flatten(1)[:, 5].any()
+        return advantages
+
+    object.__setattr__(told.method, "credit", credit)
+    assert run.iterate(0)["grad_norm"] == told.iterate(0)["grad_norm"] > 0
+    for key, parameter in run.parameters.items():
+        assert parameter.any()
+        assert torch.equal(parameter, told.parameters[key])
+
+
+def test_a_method_that_ranks_a_missing_reward_first_cannot_teach_it():
     run = trainer("tafs_grpo")
-    run.parameters["bias"].register_hook(lambda gradient: gradient * float("nan"))
-    before = run.parameters["bias"].detach().clone()
-    with pytest.raises(NonFinite, match="iteration 0, update 0: the gradient's norm is nan"):
-        run.iterate(0)
-    assert torch.equal(run.parameters["bias"], before)
+    spoil(run, {call_of(run, 5): float("nan")})
+    seen: list[torch.Tensor] = []
+    losses = run.method.losses
+
+    def ranks(rewards):
+        return rewards.argsort(-1).argsort(-1) - 7.5  # NaN counts as the largest
+
+    def watched(backbone, trajectory, feedback, micro_batch):
+        seen.append(feedback.advantages)
+        return losses(backbone, trajectory, feedback, micro_batch)
+
+    object.__setattr__(run.method, "advantages", ranks)
+    object.__setattr__(run.method, "losses", watched)
+    run.iterate(0)
+    advantages = torch.cat(seen, dim=1)
+    assert not advantages[:, 5].any()
+    assert advantages[:, :16].any(0).sum() == 15
+
+
+@pytest.mark.parametrize(
+    ("images", "count"), [(1, 0), (2, 1), (8, 1), (10, 1), (19, 1), (20, 2), (64, 6), (1152, 115)]
+)
+def test_a_tenth_of_the_images_may_lack_a_reward_but_always_one_and_never_all(images, count):
+    assert tolerated(images) == count
+
+
+def test_more_images_without_a_reward_than_tolerated_stop_before_the_update():
+    run = trainer("tafs_grpo")
+    lacking = [9, 17, 30, 31, 33, 50, 63]
+    spoil(run, {call_of(run, image, step=1): float("inf") for image in lacking[1:]})
+    assert run.iterate(0)["invalid"] == 6
+    run = trainer("tafs_grpo")
+    spoil(run, {call_of(run, image, step=1): float("inf") for image in lacking})
+    assert stops(run, 3) == (
+        "iteration 3: reward 'clip' is inf for image 9, scored step 2 of 3; 7 of 64 images (10.9%) "
+        "lack a finite reward, at most 6 may (10%, or one)"
+    )
+
+
+def test_a_small_batch_may_lack_one_reward():
+    """Of eight images, of which one is more than a tenth; its group of two is left with one."""
+    description = toy_run("tafs_grpo")
+    description["settings"] |= {"group_size": 2}
+    run = toy_trainer(description)
+    spoil(run, {call_of(run, 0): float("nan")})
+    assert run.iterate(0)["invalid"] == 1
+    run = toy_trainer(description)
+    spoil(run, {call_of(run, 0): float("nan"), call_of(run, 1): float("nan")})
+    assert stops(run).endswith(
+        "; 2 of 8 images (25.0%) lack a finite reward, at most 1 may (10%, or one)"
+    )
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.parametrize("bad", BAD)
+def test_a_reward_that_is_differentiated_may_not_lack_for_any_image(name, bad):
+    run = trainer(name)
+    spoil(run, {call_of(run, 40): bad})
+    assert stops(run, 2) == (
+        f"iteration 2: reward 'clip' is {bad} for image 40, scored step 1 of 1; 1 of 64 images "
+        "(1.6%) lack a finite reward, none may where the method differentiates it"
+    )
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.parametrize("bad", BAD)
+def test_a_bad_value_of_a_differentiated_reward_stops_although_its_gradient_is_finite(name, bad):
+    run = trainer(name)
+    spoil(run, {(2, 7): bad})  # the first call for the loss, after those for two micro-batches
+    assert stops(run) == f"iteration 0, update 0: reward 'clip' is {bad} for image 7"
+
+
+def test_a_reward_that_is_only_watched_may_lack_for_an_image():
+    run = trainer("rg_lcd", reward_weight=0.0)
+    spoil(run, {call_of(run, 40): float("nan")})
+    assert run.iterate(0)["invalid"] == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("bad", BAD)
+def test_a_bad_image_stops_before_the_update_and_is_named(name, bad):
+    run = trainer(name)
+    decode, calls = run.backbone.decode, itertools.count()
+
+    def broken(x_0, dtype=None):
+        images = decode(x_0, dtype).clone()
+        if next(calls) == call_of(run, 40)[0]:
+            images[8, 1] = bad
+        return images
+
+    run.backbone.decode = broken  # type: ignore[method-assign]
+    assert re.fullmatch(
+        r"iteration 4, scored step 1 of \d+: image 40 holds NaN or infinity", stops(run, 4)
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("bad", BAD)
+def test_a_bad_loss_stops_before_the_update(name, bad):
+    run = trainer(name)
+    losses = run.method.losses
+
+    def broken(*given):
+        for part in losses(*given):
+            yield dataclasses.replace(part, loss=part.loss + bad)
+
+    object.__setattr__(run.method, "losses", broken)
+    assert stops(run) == f"iteration 0, update 0: the loss is {bad}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("bad", BAD)
+def test_a_bad_gradient_stops_before_the_update(name, bad):
+    run = trainer(name)
+    run.parameters["bias"].register_hook(lambda gradient: torch.full_like(gradient, bad))
+    norm = "nan" if math.isnan(bad) else "inf"
+    assert stops(run) == f"iteration 0, update 0: the gradient's norm is {norm}"
+
+
+# -- files -----------------------------------------------------------------------------------------
 
 
 def test_every_method_file_is_its_name():

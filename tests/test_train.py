@@ -13,6 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tafs import config, failures, journal, rundir, train
+from tafs.rewards.registry import RewardSet
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -319,6 +320,59 @@ def test_the_journal_holds_what_an_iteration_measured(undisturbed):
         for name in ("reward_std", "grad_norm", "kl", "images_per_s", "clip_fraction"):
             assert record[name] is not None and record[name] >= 0
     assert records[0]["kl"] > 0  # measured after the update
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, iteration: int, images: list[int], name: str) -> None:
+    """Let a reward lack at the second scored step, for these of an iteration's first images."""
+    iterate, score = train.Trainer.iterate, RewardSet.score
+    calls: list[int] = []
+
+    def counting(self, number):
+        calls[:] = [number, 0]
+        return iterate(self, number)
+
+    def spoiled(*given):
+        scores = score(*given)
+        calls[1] += 1
+        if calls == [iteration, 2]:
+            scores[name][images] = float("nan")
+        return scores
+
+    monkeypatch.setattr(train.Trainer, "iterate", counting)
+    monkeypatch.setattr(RewardSet, "score", spoiled)
+
+
+def test_an_image_without_a_reward_is_counted_in_the_journal(undisturbed, tmp_path, monkeypatch):
+    run = prepare(tmp_path)
+    spoil(monkeypatch, 1, [3], "pickscore")
+    train.train(run)
+    records = journal.iterations(run.journal)
+    assert [r["invalid"] for r in records] == [0, 1, 0, 0]
+    assert [r["invalid"] for r in journal.iterations(undisturbed.journal)] == [0] * ITERATIONS
+    for record in records:
+        assert all(None not in values for values in record["rewards"].values())
+    assert run.snapshot(1).read_bytes() == undisturbed.snapshot(1).read_bytes()
+    assert not same_adapter(run, undisturbed)
+
+
+def test_a_run_stopped_by_bad_rewards_continues_to_the_same_adapter(
+    undisturbed, tmp_path, monkeypatch
+):
+    run = prepare(tmp_path)
+    with monkeypatch.context() as patch:
+        spoil(patch, 2, [1, 3], "clip")
+        problem = (
+            "iteration 2: reward 'clip' is nan for image 1, scored step 2 of 3; 2 of 8 images "
+            r"\(25.0%\) lack a finite reward, at most 1 may \(10%, or one\)"
+        )
+        with pytest.raises(train.NonFinite, match=f"^{problem}$"):
+            train.train(run)
+    assert not run.adapter.exists()
+    train.train(run)
+    kinds = [record["kind"] for record in journal.read(run.journal)]
+    assert kinds == ["start", *["iteration"] * 2, "resume", *["iteration"] * 2, "end"]
+    assert same_adapter(run, undisturbed)
+    assert snapshots(run) == snapshots(undisturbed)
 
 
 def test_the_journal_starts_with_the_provenance(undisturbed):

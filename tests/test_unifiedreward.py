@@ -221,6 +221,19 @@ def test_too_many_missing_scores_end_the_run_with_their_counts():
     assert reward.missing.total() == 5
 
 
+def test_images_in_several_calls_may_lack_the_share_of_all():
+    """The fifth of forty, wherever it is."""
+    with ChatServer(faults={"nonsense": 0.2}) as server:
+        reward = scorer(server, images=40, workers=1)
+        for _ in range(2):
+            assert reward(grey(10), captions(10)).isnan().sum() == 2
+        with pytest.raises(
+            RunFailed, match=r"after 5 of 40 images .* \(5 no_score\); 4 may be miss"
+        ):
+            reward(grey(10), captions(10))
+    assert reward.missing == {"no_score": 5}
+
+
 def test_the_stated_share_may_be_missing():
     with ChatServer(faults={"nonsense": 0.5}) as server:
         scores = scorer(server, missing_share=0.5)(grey(8), captions(8))

@@ -1,6 +1,8 @@
 """A flow model small enough to know everything about: 2-d latents, an affine estimate."""
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,10 +58,41 @@ class ToyBackbone:
             self.active = True
 
 
-def toy_rewards() -> RewardSet:
-    """Larger is better: the first coordinate of the image."""
+def toy_rewards(names: Sequence[str] = ("clip",)) -> RewardSet:
+    """Larger is better: the first coordinate of the image, then the second."""
     return RewardSet(
-        [Reward("clip", lambda images, prompts: images[:, 0], lambda s: s, differentiable=True)]
+        [
+            Reward(name, lambda images, _, n=n: images[:, n], lambda s: s, differentiable=True)
+            for n, name in enumerate(names)
+        ]
+    )
+
+
+def call_of(run: Trainer, image: int, step: int = 0) -> tuple[int, int]:
+    """Which call of a reward in an iteration scores an image of this process, and in which row."""
+    scored = len(run.method.scored_steps()) if isinstance(run.method, PolicyGradient) else 1
+    chunk, row = divmod(image, run.micro_batch)
+    return chunk * scored + step, row
+
+
+def spoil(run: Trainer, values: Mapping[tuple[int, int], float], name: str = "clip") -> None:
+    """Let a reward return these values in the given (call, row), counted from now on."""
+
+    def spoiled(reward: Reward) -> Reward:
+        calls = itertools.count()
+
+        def score(images: Tensor, owners: Sequence[prompts.Prompt]) -> Tensor:
+            call = next(calls)
+            scores = reward.score(images, owners).clone()
+            for (of, row), value in values.items():
+                if of == call:
+                    scores[row] = value
+            return scores
+
+        return dataclasses.replace(reward, score=score)
+
+    run.rewards.rewards = tuple(
+        spoiled(reward) if reward.name == name else reward for reward in run.rewards.rewards
     )
 
 
@@ -67,7 +100,8 @@ def toy_trainer(description: dict, processes: Processes = ALONE) -> Trainer:
     """A toy run's training, on the embedded world's prompts."""
     known = prompts.read(captions.DATA / "train.jsonl")
     backbone: Any = ToyBackbone()
-    return Trainer(description, backbone, toy_rewards(), known, processes)
+    rewards = toy_rewards(list(description["rewards"]))
+    return Trainer(description, backbone, rewards, known, processes)
 
 
 def toy_run(method: str, **hyperparameters: object) -> dict:

@@ -12,6 +12,8 @@ from torch import Tensor
 from tafs.prompts import Prompt
 from tafs.rewards import METRICS
 
+# Of the images of an iteration or an evaluation that may have no score before the work stops.
+MISSING_SHARE = 0.1
 ROUNDING = 1e-3  # how far from [0, 1] arithmetic may carry a pixel: a quarter of an 8-bit step
 
 

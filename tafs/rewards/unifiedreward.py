@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tafs.failures import RunFailed
 from tafs.prompts import Prompt
-from tafs.rewards.registry import Reward, check_images
+from tafs.rewards.registry import MISSING_SHARE, Reward, check_images
 
 GRADES = 5
 MODEL = "UnifiedReward-7b-v1.5"
@@ -85,7 +85,7 @@ class UnifiedReward:
         workers: int = 64,
         timeout: float = 120.0,
         attempts: int = 5,
-        missing_share: float = 0.1,
+        missing_share: float = MISSING_SHARE,
         images: int | None = None,
         side: int = SIDE,
     ) -> None:
@@ -111,8 +111,10 @@ class UnifiedReward:
         check_images(self.name, images, prompts)
         pixels = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
         arrays = pixels.permute(0, 2, 3, 1).cpu().numpy()
-        allowed = int(self.missing_share * (self.images or len(prompts)))
-        call = _Call(len(prompts), allowed - (self.missing.total() if self.images else 0))
+        of = self.images or len(prompts)
+        allowed = int(self.missing_share * of)
+        before = self.missing if self.images else Counter[str]()
+        call = _Call(len(prompts), allowed - before.total())
 
         def score(i: int) -> float:
             if call.stopped.is_set():
@@ -128,13 +130,14 @@ class UnifiedReward:
 
         with ThreadPoolExecutor(max(1, min(self.workers, len(prompts)))) as pool:
             grades = list(pool.map(score, range(len(prompts))))
+        missing = before + call.missing
         self.asked += call.images
         self.missing += call.missing
-        if call.missing.total() > call.allowed:
-            reasons = ", ".join(f"{count} {name}" for name, count in sorted(call.missing.items()))
+        if missing.total() > allowed:
+            reasons = ", ".join(f"{count} {name}" for name, count in sorted(missing.items()))
             raise RunFailed(
-                f"unifiedreward: gave up on {self.url} after {call.missing.total()} of "
-                f"{call.images} images without a score ({reasons}); {call.allowed} may be missing"
+                f"unifiedreward: gave up on {self.url} after {missing.total()} of {of} images "
+                f"without a score ({reasons}); {allowed} may be missing"
             )
         scores = torch.tensor(grades, dtype=torch.float32, device=images.device)
         return scores / GRADES
