@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -192,7 +193,8 @@ def atomic(path: Path) -> Iterator[Path]:
     writer left is removed: no two processes may write one file at once.
 
     Raises:
-        OSError: the file could not be written; any error of the block. `path` is as it was.
+        OSError: the file could not be written, also by safetensors; any error of the block. `path`
+            is as it was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -203,6 +205,8 @@ def atomic(path: Path) -> Iterator[Path]:
         yield temporary
         _fsync(temporary)
         os.replace(temporary, path)
+    except safetensors.SafetensorError as error:  # is what it raises for a full disk
+        raise OSError(f"{path}: cannot be written ({error})") from error
     finally:
         temporary.unlink(missing_ok=True)
     _fsync(path.parent)
