@@ -71,9 +71,9 @@ def _overrides(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def _plan(given: argparse.Namespace) -> int:
-    from tafs import planning
+    from tafs import plan_report
 
-    report = planning.report(
+    report = plan_report.report(
         _overrides(given),
         nodes=given.nodes,
         price=given.gpu_hour_price,
