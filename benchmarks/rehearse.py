@@ -27,7 +27,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,25 +35,17 @@ import tafs  # isort: skip - before whatever imports torchvision
 
 import diffusers
 import torch
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-)
 from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from tafs import config, failures, models, rundir, seeding
+from tafs import config, failures, flops, models, rundir
 from tafs import method as methods
-from tafs.backbones.base import Backbone, Conditioning, fast_dtype
+from tafs.backbones.base import Conditioning, fast_dtype
 from tafs.backbones.flux import FluxBackbone
 from tafs.backbones.sd3 import SD3Backbone
+from tafs.flops import Architecture, Network, describe
 from tafs.method import Method, PolicyGradient, Trajectory
 from tafs.prompts import Prompt
 from tafs.rewards import registry
@@ -77,37 +69,12 @@ PEAKS = {r"H100 80GB HBM3$": 989.0, r"H200$": 989.0, r"A100(?!.*MIG)": 312.0}
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """What a model's repository says in its configuration files."""
-
-    title: str
-    transformer: Mapping[str, Any]
-    vae: Mapping[str, Any]
-    scheduler: Mapping[str, Any]
-    tokens: int  # of a prompt's embeddings
-
-
-@dataclass(frozen=True)
 class Size:
     """Everything that is built, and the side of the images in pixels."""
 
     resolution: int
     backbones: Mapping[str, Architecture]
     rewards: Mapping[str, Mapping[str, Any]]  # CLIPConfig's arguments, by the reward's name
-
-
-def _vae(channels: Sequence[int], layers: int, groups: int, **latents: float) -> dict[str, Any]:
-    return {
-        "block_out_channels": tuple(channels),
-        "down_block_types": ("DownEncoderBlock2D",) * len(channels),
-        "up_block_types": ("UpDecoderBlock2D",) * len(channels),
-        "layers_per_block": layers,
-        "latent_channels": 16,
-        "norm_num_groups": groups,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-        **latents,
-    }
 
 
 def _clip(
@@ -136,64 +103,12 @@ def _clip(
     }
 
 
-FLUX_LATENTS = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
-SD3_LATENTS = {"scaling_factor": 1.5305, "shift_factor": 0.0609}
-FLUX_SCHEDULER = {
-    "shift": 3.0,
-    "use_dynamic_shifting": True,
-    "base_shift": 0.5,
-    "max_shift": 1.15,
-    "base_image_seq_len": 256,
-    "max_image_seq_len": 4096,
-}
-SD3_SCHEDULER = {"shift": 3.0}
-PUBLISHED_VAE = {"channels": (128, 256, 512, 512), "layers": 2, "groups": 32}
 TINY_VAE = {"channels": (8, 8), "layers": 1, "groups": 4}
 
 SIZES = {
     "full": Size(
         resolution=512,
-        backbones={
-            "flux": Architecture(
-                title="FLUX.1-dev",
-                transformer={
-                    "patch_size": 1,
-                    "in_channels": 64,
-                    "num_layers": 19,
-                    "num_single_layers": 38,
-                    "attention_head_dim": 128,
-                    "num_attention_heads": 24,
-                    "joint_attention_dim": 4096,
-                    "pooled_projection_dim": 768,
-                    "guidance_embeds": True,
-                    "axes_dims_rope": (16, 56, 56),
-                },
-                vae=_vae(**PUBLISHED_VAE, **FLUX_LATENTS),
-                scheduler=FLUX_SCHEDULER,
-                tokens=512,
-            ),
-            "sd3": Architecture(
-                title="SD3.5-Medium",
-                transformer={
-                    "sample_size": 128,
-                    "patch_size": 2,
-                    "in_channels": 16,
-                    "out_channels": 16,
-                    "num_layers": 24,
-                    "attention_head_dim": 64,
-                    "num_attention_heads": 24,
-                    "joint_attention_dim": 4096,
-                    "caption_projection_dim": 1536,
-                    "pooled_projection_dim": 2048,
-                    "pos_embed_max_size": 384,
-                    "dual_attention_layers": tuple(range(13)),
-                    "qk_norm": "rms_norm",
-                },
-                vae=_vae(**PUBLISHED_VAE, **SD3_LATENTS),
-                scheduler=SD3_SCHEDULER,
-                tokens=77 + 256,  # of the CLIPs and of the T5
-            ),
-        },
+        backbones={"flux": flops.FLUX_DEV, "sd3": flops.SD35_MEDIUM},
         rewards={
             "pickscore": _clip(
                 "gelu", 1024, (1024, 24, 16), (1280, 32, 16), image_size=224, patch_size=14
@@ -221,8 +136,8 @@ SIZES = {
                     "guidance_embeds": True,
                     "axes_dims_rope": (4, 6, 6),
                 },
-                vae=_vae(**TINY_VAE, **FLUX_LATENTS),
-                scheduler=FLUX_SCHEDULER,
+                vae=flops.vae(**TINY_VAE, latents=flops.FLUX_LATENTS),
+                scheduler=flops.FLUX_SCHEDULER,
                 tokens=8,
             ),
             "sd3": Architecture(
@@ -242,8 +157,8 @@ SIZES = {
                     "dual_attention_layers": (0, 1),
                     "qk_norm": "rms_norm",
                 },
-                vae=_vae(**TINY_VAE, **SD3_LATENTS),
-                scheduler=SD3_SCHEDULER,
+                vae=flops.vae(**TINY_VAE, latents=flops.SD3_LATENTS),
+                scheduler=flops.SD3_SCHEDULER,
                 tokens=8,
             ),
         },
@@ -258,21 +173,12 @@ SIZES = {
 # -- models with random weights --------------------------------------------------------------------
 
 
-class Rehearsed(Backbone):
-    """Random embeddings of prompts, one adapter for all methods, and a count of evaluations."""
+class Rehearsed(flops.Textless):
+    """One adapter for all methods, and a count of evaluations."""
 
-    def __init__(self, pipeline: diffusers.DiffusionPipeline, *, tokens: int, **settings: Any):
+    def __init__(self, pipeline: diffusers.DiffusionPipeline, **settings: Any):
         super().__init__(pipeline, **settings)
-        self.tokens = tokens
         self.evaluations: Counter[bool] = Counter()  # of images, by whether they have gradients
-
-    def embed(self, prompts: Sequence[str]) -> Conditioning:
-        settings, batch = self.transformer.config, len(prompts)
-        where: dict[str, Any] = {"device": self.device, "dtype": self.transformer.dtype}
-        return Conditioning(
-            torch.randn(batch, self.tokens, settings.joint_attention_dim, **where),
-            torch.randn(batch, settings.pooled_projection_dim, **where),
-        )
 
     def velocity(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         self.evaluations[torch.is_grad_enabled()] += len(x_t)
@@ -292,60 +198,24 @@ class RandomSD3(Rehearsed, SD3Backbone):
     """Stable Diffusion 3.5."""
 
 
-CLASSES: dict[str, tuple[type[Rehearsed], Any, Any]] = {
-    "flux": (RandomFlux, FluxTransformer2DModel, FluxPipeline),
-    "sd3": (RandomSD3, SD3Transformer2DModel, StableDiffusion3Pipeline),
-}
-LEFT_OUT = {
-    "flux": ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
-    "sd3": (
-        *("text_encoder", "text_encoder_2", "text_encoder_3"),
-        *("tokenizer", "tokenizer_2", "tokenizer_3"),
-    ),
-}
-
-
-@contextmanager
-def made_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Inside, modules get their weights on the device and in this precision from the start."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            yield
-    finally:
-        torch.set_default_dtype(before)
+CLASSES: dict[str, type[Rehearsed]] = {"flux": RandomFlux, "sd3": RandomSD3}
 
 
 def build(
     name: str, size: Size, scale: config.Scale, device: torch.device, *, checkpointing: bool = False
 ) -> Rehearsed:
     """A backbone as `Backbone.load` gives it, with an adapter, but for what its weights are."""
-    kind, transformer, pipeline = CLASSES[name]
-    architecture, model = size.backbones[name], models.read()[scale.backbones[name]]
-    dtype = getattr(torch, scale.dtype)
-    with made_on(device, dtype):
-        network = transformer(**architecture.transformer)
-    for buffer in network.buffers():  # float32 whatever the default is
-        buffer.data = buffer.to(dtype)
-    with made_on(device, torch.float32):
-        vae = AutoencoderKL(**architecture.vae)
-    components = {
-        "transformer": network,
-        "vae": vae.to(memory_format=torch.channels_last),
-        "scheduler": FlowMatchEulerDiscreteScheduler(**architecture.scheduler),
-    }
-    backbone = kind(
-        pipeline(**components, **dict.fromkeys(LEFT_OUT[name])),
-        tokens=architecture.tokens,
+    backbone = flops.build(
+        CLASSES[name],
+        size.backbones[name],
+        models.read()[scale.backbones[name]],
         resolution=size.resolution,
-        guidance=model.guidance,
-        max_sequence_length=model.max_sequence_length,
+        dtype=getattr(torch, scale.dtype),
+        device=device,
+        lora=scale.lora,
     )
-    backbone.add_lora(scale.lora.rank, scale.lora.alpha, seeding.generator(0, "lora"))
-    network.to(device)  # the adapter's weights, where the network's have no storage
     if checkpointing:
-        for module in (network, vae):
+        for module in (backbone.transformer, backbone.pipeline.vae):
             module.enable_gradient_checkpointing()
     return backbone
 
@@ -354,7 +224,7 @@ class RandomClip(CLIPScore):
     """The CLIP score of a model with random weights, for captions of random tokens."""
 
     def __init__(self, settings: Mapping[str, Any], device: torch.device) -> None:
-        with made_on(device, torch.float32):
+        with flops.made_on(device, torch.float32):
             model = CLIPModel(CLIPConfig(**settings))
         self.side = self.crop = model.config.vision_config.image_size
         # What lies between reads files.
@@ -374,38 +244,6 @@ REWARDS: dict[str, type[RandomClip]] = {"pickscore": RandomPickScore, "clip": Ra
 
 def reward_models(names: Sequence[str], size: Size, device: torch.device) -> RewardSet:
     return registry.load(names, lambda name: REWARDS[name](size.rewards[name], device).reward())
-
-
-# -- what a network computes -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Network:
-    """One evaluation of one image by the network with its adapter, guidance included."""
-
-    parameters: int  # without the adapter's
-    adapter: int
-    forward: float  # FLOPs
-    trained: float  # of forward and backward, where only the adapter has gradients
-
-
-def describe(backbone: Rehearsed) -> Network:
-    """Counted on tensors without storage, so that neither the attention's kernel nor what gradient
-    checkpointing computes again plays a part; `backbone` lies on the device `meta`."""
-    one = backbone.embed([""])
-    cond = one if backbone.negative_prompt is None else replace(one, negative=one)
-    x = torch.empty(1, *backbone.latent_shape, device="meta")
-    t = torch.empty(1, device="meta")
-    counts = []
-    for trained in (False, True):
-        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(trained):
-            velocity = backbone.velocity(x, t, cond)
-            if trained:
-                velocity.sum().backward()
-        counts.append(float(counter.get_total_flops()))
-    adapter = sum(p.numel() for p in backbone.lora_parameters().values())
-    everything = sum(p.numel() for p in backbone.transformer.parameters())
-    return Network(everything - adapter, adapter, *counts)
 
 
 # -- how long it takes -----------------------------------------------------------------------------

@@ -66,6 +66,10 @@ class Plan:
         ]
         return [f"{self.root}/runs/{n}/{name}".rstrip("/") for n in names]
 
+    def existing(self) -> list[Path]:
+        """The runs' folders that are there."""
+        return [folder for folder in map(Path, self.files("")) if (folder / "run.json").is_file()]
+
     @cache  # noqa: B019 - one plan a process
     def description(self, name: str) -> str:
         """run.json's text."""

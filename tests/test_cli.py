@@ -1,0 +1,107 @@
+"""The command line: what it loads, how it refuses, and what it hands on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from tafs import cli, workflow
+from tafs.journal import Journal
+
+ROOT = Path(__file__).resolve().parent.parent
+TAFS = "tafs_grpo.preference.shapes-flux.0"
+
+
+def tafs(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "tafs.cli", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_help_names_the_commands_and_loads_no_torch():
+    code = (
+        "import contextlib, sys\n"
+        "from tafs import cli\n"
+        "with contextlib.suppress(SystemExit):\n"
+        "    cli.main(['--help'])\n"
+        "print('torch' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    *printed, loaded = done.stdout.splitlines()
+    assert loaded == "False"
+    assert all(any(line.split()[:1] == [c] for line in printed) for c in ("plan", "status", "sync"))
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ([], "tafs: the following arguments are required: COMMAND (see tafs --help)"),
+        (["plan", "--nodes", "0"], "tafs plan: argument --nodes: '0' is no number from 1"),
+        (["plan", "--gpu-hour-price", "nan"], "--gpu-hour-price: 'nan' is no number above 0"),
+        (["status", "--sc", "smoke"], "tafs: unrecognized arguments: --sc smoke"),
+        (["status", "--every", "-1"], "argument --every: '-1' is no number above 0"),
+    ],
+)
+def test_a_wrong_argument_is_refused_in_one_line(capsys, arguments, said):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
+@pytest.mark.parametrize("command", ["plan", "status", "sync"])
+def test_a_wrong_scale_is_refused_in_one_line(command):
+    done = tafs(command, "--scale", "smoek")
+    [line] = done.stderr.splitlines()
+    assert done.returncode == 2
+    assert (
+        line == f"tafs {command}: config.yaml: scale: unknown scale 'smoek'; did you mean 'smoke'?"
+    )
+
+
+def test_a_folder_without_a_configuration_is_refused_in_one_line(tmp_path):
+    done = tafs("status", folder=tmp_path)
+    assert (done.returncode, done.stderr) == (
+        *(2, "tafs status: config.yaml: cannot be read (No such file or directory)\n"),
+    )
+
+
+def test_status_is_shown_of_the_scale_that_is_asked_for(tmp_path):
+    done = tafs("status", "--scale", "smoke", "--results", str(tmp_path))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("scale smoke: 7 waiting; 0 of 14 jobs done\n")
+
+
+def test_sync_mirrors_the_runs_that_are_there_with_trackings_own_options(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(ROOT)
+    plan = workflow.read({"scale": "smoke", "results": str(tmp_path)})
+    folder = Path(plan.root) / "runs" / TAFS
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(plan.description(TAFS))
+    Journal(folder / "journal.jsonl").append("start", fingerprint="x")
+    own = ["sync", "--scale", "smoke", "--results", str(tmp_path)]
+    for options, store in (([], "mlflow"), (["--store", str(tmp_path / "other")], "other")):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*own, *options])
+        assert ended.value.code == 0
+        assert f"1 runs in {tmp_path / store} " in capsys.readouterr().out
+        client = MlflowClient(f"sqlite:///{tmp_path / store / 'mlflow.db'}")
+        assert client.get_experiment_by_name("preference") is not None
+
+
+def test_sync_says_that_no_run_is_there(tmp_path):
+    done = tafs("sync", "--scale", "smoke", "--results", str(tmp_path))
+    assert (done.returncode, done.stderr) == (
+        *(2, f"tafs sync: {tmp_path}/smoke: no run is there yet; start it first\n"),
+    )
