@@ -20,10 +20,10 @@ export MLFLOW_ALLOW_PICKLE_DESERIALIZATION := false
 unexport PYTHONDONTWRITEBYTECODE
 
 # Without it every look-up of a model that is not cached retries for many seconds.
-all reference test torture: export HF_HUB_OFFLINE ?= 1
+all reference test test-slurm torture: export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup all reference test torture ui new-method shapes-weights lint lock judge rehearsal constraints
+.PHONY: help setup all reference test test-slurm torture ui new-method shapes-weights lint lock judge rehearsal constraints
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
@@ -43,10 +43,13 @@ reference: $(STAMP)  ## Five seeds of everything (hours), kept in results/refere
 
 # A file's tests stay in one process, which share what they set up.
 test: $(STAMP)  ## Run the tests on two cores; pass pytest's options with ARGS='-k NAME'
-	$(RUN) OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(RUN) OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --ignore=tests/slurm $(ARGS)
+
+test-slurm: $(STAMP)  ## Run the workflow on a Slurm of this machine's own (root; slurm-wlm, munge)
+	$(RUN) OMP_NUM_THREADS=1 python -m pytest tests/slurm $(ARGS)
 
 torture: $(STAMP)  ## Try every fault often (minutes); ARGS='--reliability FILE' keeps the table
-	$(RUN) OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --torture tests/torture $(ARGS)
+	$(RUN) OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --torture tests/torture tests/slurm $(ARGS)
 
 ui: $(STAMP)  ## Browse the tracked runs with MLflow on 127.0.0.1
 	$(RUN) python -m tafs.tracking ui $(ARGS)

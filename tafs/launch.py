@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tafs import failures, rundir
+from tafs import failures, gpus, rundir
 
 PORT = 29500  # where torchrun's processes meet, on the job's first machine
 
@@ -78,6 +78,8 @@ def main() -> None:
         # up waiting for it, start when it is free.
         with run.alone("train"):
             pass
+        if run.description["settings"]["device"] == "cuda":
+            gpus.claim(processes // nodes)
         os.execvp(started[0], started)
 
     failures.fail_in_one_line(

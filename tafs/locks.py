@@ -27,12 +27,15 @@ class Busy(RunFailed):
 
 
 @contextmanager
-def held(file: Path, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
+def held(
+    file: Path, waiting: Callable[[str], None] | None = None, *, inherited: bool = False
+) -> Iterator[None]:
     """The lock is this process's inside the block; its children do not inherit it.
 
     Args:
         waiting: called once with the holder in words where there is one, which is then waited for;
             None does not wait.
+        inherited: it stays with this process where it becomes another program by exec.
 
     Raises:
         Busy: another process holds it and `waiting` is None.
@@ -41,6 +44,7 @@ def held(file: Path, waiting: Callable[[str], None] | None = None) -> Iterator[N
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    os.set_inheritable(fd, inherited)
     try:
         if not _taken(fd, file):
             if waiting is None:

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tafs import config, failures, locks, prompts, worlds
+from tafs import config, failures, gpus, locks, prompts, worlds
 
 SAMPLES_PER_TAG = 8  # prompts of each tag whose images samples.safetensors keeps
 
@@ -199,6 +199,8 @@ def run_stage(stage: str, work: Callable[[RunDir], None]) -> None:
     def within_memory() -> None:
         import torch
 
+        if run.description["settings"]["device"] == "cuda" and stage != "train":
+            gpus.claim(1)  # a training's launcher has taken all of its
         try:
             work(run)
         except torch.OutOfMemoryError as error:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tafs import checkpoint, failures, rundir
+from tafs import checkpoint, failures, gpus, rundir
 from tafs.prompts import Prompt
 from tafs.rewards import METRICS
 from tafs.rewards.registry import Reward
@@ -195,6 +195,8 @@ def main() -> None:
     def work() -> None:
         from tafs import judge, worlds
 
+        if run.description["settings"]["device"] == "cuda":
+            gpus.claim(1)
         world = run.world
         file = world.canary
         if file is None:

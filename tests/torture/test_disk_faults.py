@@ -122,7 +122,7 @@ def visible(folder: Path) -> dict[str, bytes]:
 
 
 def undisturbed(name: str, ready: Path, work: Callable[[Path], None]) -> Stage:
-    folder = ready.with_name(f"{name}-done")
+    folder = ready.parent.with_name(f"{name}-done") / ready.name
     shutil.copytree(ready, folder)
     before = visible(folder)
 
@@ -141,14 +141,14 @@ def undisturbed(name: str, ready: Path, work: Callable[[Path], None]) -> Stage:
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory) -> dict[str, Stage]:
     scratch = tmp_path_factory.mktemp("stages")
-    untrained = prepare(scratch / "train-ready", 2, "tafs_grpo", checkpoint_every=1)
-    copy = shutil.copytree(untrained.folder, scratch / "evaluate-ready")
+    untrained = prepare(scratch / "train-ready" / "run", 2, "tafs_grpo", checkpoint_every=1)
+    copy = shutil.copytree(untrained.folder, scratch / "evaluate-ready" / "run")
     judged = trained(rundir.RunDir(Path(copy)))
     plan = config.evaluations(config.read(ROOT / "config.yaml", {"scale": "smoke"}))
     how = dict(next(h for name, h in plan.items() if name.startswith("tafs_grpo")))
     how["settings"] = [s for s in how["settings"] if s["iteration"] is None]
     (judged.folder / "evaluation.json").write_text(json.dumps(how))
-    root = scratch / "compare-ready"
+    root = scratch / "compare-ready" / "root"
     runs = synthetic.write_runs(root / "runs", seeds=1)
     table = {**synthetic.table2(runs, name="some"), "figures": {"pareto": "pareto"}}
     (root / "tables.json").write_text(json.dumps({"tables": [table]}))
@@ -200,19 +200,19 @@ def failing(step: int, error: OSError) -> Callable[[], int]:
 def test_a_full_disk_leaves_what_was_there(disk, stages, name, trials) -> None:
     tried, draw = stages[name], random.Random(name)
     for number in trials(f"disk: no space left, {name}", 1, 12):
-        folder = disk.folder / f"{name}-{number}"
+        folder = disk.folder / f"{name}-{number}" / tried.ready.name
         shutil.copytree(tried.ready, folder)
         with disk.with_room_for(draw.randrange(tried.size)):
             process = tried.run(folder)
         tried.assert_harmless(folder, process)
-        shutil.rmtree(folder)
+        shutil.rmtree(folder.parent)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_failing_write_leaves_what_was_there(stages, name, tmp_path, trials) -> None:
     tried, draw = stages[name], random.Random(name)
     for number in trials(f"disk: I/O error at a write, {name}", 1, 20):
-        folder = tmp_path / str(number)
+        folder = tmp_path / str(number) / tried.ready.name
         shutil.copytree(tried.ready, folder)
         error = OSError(errno.EIO, os.strerror(errno.EIO))
         step = 1 + draw.randrange(tried.writes)
@@ -224,7 +224,7 @@ def test_a_failing_write_leaves_what_was_there(stages, name, tmp_path, trials) -
 def test_a_read_only_disk_leaves_what_was_there(disk, stages, name, trials) -> None:
     tried = stages[name]
     for number in trials(f"disk: read-only, {name}", 0, 1):
-        folder = disk.folder / f"{name}-{number}"
+        folder = disk.folder / f"{name}-{number}" / tried.ready.name
         shutil.copytree(tried.ready, folder)
         before = visible(folder)
         with disk.read_only():
@@ -233,4 +233,4 @@ def test_a_read_only_disk_leaves_what_was_there(disk, stages, name, trials) -> N
         assert "Read-only file system" in process.said
         assert visible(folder) == before
         tried.assert_harmless(folder, process)
-        shutil.rmtree(folder)
+        shutil.rmtree(folder.parent)
