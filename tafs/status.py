@@ -25,6 +25,7 @@ from tafs.config import Run
 LOCKS, FAILURES = ".locks", ".failed"
 CONTINUED = 75  # the exit code of a stage that has saved its state and waits to be continued
 RECENT = 5  # iterations that tell a run's pace
+STARTING = 120.0  # s in which a process that has a lock waiting for it takes it
 SILENT, PACES = 900.0, 10  # a heartbeat is overdue after so many seconds and so many paces
 SQUEUE_LIMIT = 20  # s
 ROUNDING = 1.0  # s; failures may be noted in whole seconds
@@ -245,7 +246,8 @@ def _state(
         return ("to be continued" if failure.exit == CONTINUED else "failed"), said
     if lock and lock.job and gone(lock.job):
         return "lost", LOST
-    if lock:
+    # A training's launcher gives the lock back for its processes, which take it once they run.
+    if lock and now - lock.since > STARTING:
         return "waiting", f"{current}: its process has gone; it continues when it is started again"
     return "waiting", ""
 

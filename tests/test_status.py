@@ -120,6 +120,8 @@ def test_a_lock_that_nobody_holds_is_no_sign_of_life(graph):
     folder = folder_of(graph, TAFS)
     iterated(folder / ".state" / "journal.jsonl", 8.0)
     lock(folder, "train")
+    assert look(graph).note == ""  # a launcher has given it back for its processes to take
+    lock(folder, "train", since=NOW - 600)
     found = look(graph)
     assert (found.state, found.where) == ("waiting", "")
     assert found.note == "train: its process has gone; it continues when it is started again"
