@@ -1,0 +1,118 @@
+"""An evaluation that is cut short is continued, and ends as one that was not."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from disturbed import Process, prepare, stage, trained
+from workplace import ROOT
+
+from tafs import checkpoint, config, evaluate, failures, images, rundir
+
+BATCH = 2  # of the six images of a setting
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory) -> rundir.RunDir:
+    """A trained run that is to be judged by three settings, and whose images are kept."""
+    run = trained(prepare(tmp_path_factory.mktemp("ready") / "run", 2, "tafs_grpo"))
+    plan = config.evaluations(config.read(ROOT / "config.yaml", {"scale": "smoke"}))
+    how = next(h for name, h in plan.items() if name.startswith("tafs_grpo"))
+    settings = [{**s, "iteration": s["iteration"] and 1} for s in how["settings"]]
+    content = {**how, "settings": settings, "batch": BATCH, "server": True}
+    (run.folder / "evaluation.json").write_text(json.dumps(content))
+    return run
+
+
+def outcome(run: rundir.RunDir) -> list[bytes]:
+    files = [run.scores, run.samples, run.images]
+    assert not any(run.folder.glob(".tmp-*"))
+    return [file.read_bytes() for file in files]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ready, tmp_path_factory) -> rundir.RunDir:
+    run = copied(ready, tmp_path_factory.mktemp("undisturbed"))
+    assert (process := evaluating(run)).wait() == 0, process.said
+    return run
+
+
+def copied(run: rundir.RunDir, folder: Path) -> rundir.RunDir:
+    return rundir.RunDir(Path(shutil.copytree(run.folder, folder / "run")))
+
+
+def evaluating(run: rundir.RunDir, keep_s: float = evaluate.KEEP_S, **environment) -> Process:
+    def work() -> None:
+        evaluate.KEEP_S = keep_s
+        stage("evaluate", evaluate.evaluate, run)
+
+    return Process(work, environment)
+
+
+def batches(run: rundir.RunDir) -> int:
+    settings = run.evaluation["settings"]
+    return len(settings) * -(-len(run.test_prompts()) // BATCH)
+
+
+def test_the_images_of_all_settings_are_kept_in_their_order(undisturbed):
+    keys = [key for part, _ in images.read(undisturbed.images, 4) for key in part]
+    settings = undisturbed.evaluation["settings"]
+    assert len(keys) == len(settings) * len(undisturbed.test_prompts()) == len(set(keys))
+    last = undisturbed.description["iterations"]
+    expected = [(s["iteration"] or last, s["sampler"], s["nfe"]) for s in settings]
+    assert list(dict.fromkeys(key[:3] for key in keys)) == expected
+
+
+def test_jobs_with_time_for_one_batch_each_end_as_one_job(ready, undisturbed, tmp_path):
+    run = copied(ready, tmp_path)
+    spent = {"TAFS_MINUTES": "1", "TAFS_STARTED": str(int(time.time()) - 60)}
+    codes = []
+    while not codes or codes[-1] == failures.CONTINUE:
+        process = evaluating(run, **spent)
+        codes.append(process.wait())
+        if codes[-1] == failures.CONTINUE:
+            assert "to be continued: the time limit" in process.said
+            assert not run.scores.exists()
+    # A setting's last batch asks for no continuation: the next setting's first does.
+    per_setting = batches(run) // len(run.evaluation["settings"])
+    assert codes == [failures.CONTINUE] * (batches(run) // per_setting * (per_setting - 1)) + [0]
+    assert outcome(run) == outcome(undisturbed)
+
+
+def test_a_killed_evaluation_goes_on_from_what_it_has_kept(ready, undisturbed, tmp_path):
+    run = copied(ready, tmp_path)
+    process = evaluating(run, keep_s=0.0)
+    deadline = time.monotonic() + 120
+    while len(list(run.judged.glob("*/0*/" + checkpoint.MANIFEST))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    kept = len(list(run.judged.glob("*/*.zip")))
+    assert kept >= 2
+    before = {file: os.stat(file).st_mtime_ns for file in list(run.judged.glob("*/*.zip"))[:1]}
+    assert (again := evaluating(run)).wait() == 0, again.said
+    assert {file: os.stat(file).st_mtime_ns for file in before} == before
+    assert outcome(run) == outcome(undisturbed)
+
+
+@pytest.mark.parametrize("pattern", ["*/0*/" + checkpoint.TENSORS, "*/*.zip"])
+def test_what_was_kept_and_is_damaged_is_judged_again(undisturbed, tmp_path, pattern):
+    run = copied(undisturbed, tmp_path)
+    for file in run.judged.glob(pattern):
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    assert (process := evaluating(run)).wait() == 0, process.said
+    assert outcome(run) == outcome(undisturbed)
+
+
+def test_another_adapter_is_judged_anew(undisturbed, tmp_path):
+    run = copied(undisturbed, tmp_path)
+    fingerprint = run.judging_fingerprint()
+    run.snapshot(1).write_bytes(b"another")
+    assert run.judging_fingerprint() != fingerprint
