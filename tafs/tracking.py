@@ -472,6 +472,7 @@ class Server:
         os.environ.update(ENVIRONMENT)
         # A request that MLflow's client repeats could make a run twice; a sync repeats it instead.
         os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+        os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
         os.environ.setdefault(TIMEOUT, str(REQUEST_SECONDS))
         from mlflow.tracking import MlflowClient
 
