@@ -7,8 +7,10 @@ not in a fresh interpreter. All are killed when the input ends.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import shutil
 import signal
 import socket
 import sqlite3
@@ -23,6 +25,13 @@ from typing import Any
 from tafs import tracking
 
 ROOT = Path(__file__).resolve().parent.parent
+# What a server and a sync import only when they need it.
+DONE = ["mlflow.server.fastapi_app", "mlflow.db", "mlflow.store.tracking.rest_store"]
+DONE += ["mlflow.store.artifact.mlflow_artifacts_repo", "mlflow.store.tracking.sqlalchemy_store"]
+DONE += ["pandas", "pyarrow.dataset", "pyarrow.parquet", "safetensors.numpy", "PIL.PngImagePlugin"]
+
+
+Contents = dict[tuple[str, str], Any]  # by experiment and run
 
 
 class Nursery:
@@ -63,17 +72,27 @@ class Nursery:
 
 
 class Server:
-    """An MLflow server on a port of its own, over a database that outlives it."""
+    """An MLflow server on a port of its own, over a database that outlives it.
 
-    def __init__(self, nursery: Nursery, folder: Path) -> None:
-        folder.mkdir(parents=True)
-        self.nursery, self.folder = nursery, folder
+    `empty` is a database to begin with.
+    """
+
+    def __init__(self, nursery: Nursery, folder: Path, empty: Path) -> None:
+        self.nursery, self.folder, self.empty = nursery, folder, empty
         self.database, self.artifacts = folder / "mlflow.db", folder / "artifacts"
         with socket.socket() as free:
             free.bind((tracking.HOST, 0))
             self.port = free.getsockname()[1]
         self.url = f"http://{tracking.HOST}:{self.port}"
         self.pid: int | None = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Be gone, and know nothing when started."""
+        self.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir()
+        shutil.copyfile(self.empty, self.database)
 
     def start(self) -> None:
         """Return when it answers."""
@@ -95,15 +114,18 @@ class Server:
             pid, self.pid = self.pid, None
             self.nursery.kill(pid)
 
+    def contents(self) -> Contents:
+        return contents(self.database, self.artifacts)
 
-def contents(database: Path, artifacts: Path) -> dict[tuple[str, str], Any]:
+
+def contents(database: Path, artifacts: Path) -> Contents:
     """All that a copy says of its runs, without MLflow's own ids and the tags of uploads."""
 
     def rows(select: str) -> list[tuple[Any, ...]]:
         with sqlite3.connect(database) as connection:
             return sorted(connection.execute(select).fetchall())
 
-    found: dict[tuple[str, str], Any] = {}
+    found: Contents = {}
     runs = rows(
         "SELECT run_uuid, r.name, e.name, status, start_time, end_time, r.artifact_uri "
         "FROM runs r JOIN experiments e USING (experiment_id) WHERE r.lifecycle_stage = 'active'"
@@ -141,8 +163,9 @@ def serve_requests() -> None:
     import uvicorn  # isort: skip
     import mlflow.cli
     import mlflow.server
-    import mlflow.server.fastapi_app  # noqa: F401
-    import pandas  # noqa: F401
+
+    for name in DONE:
+        importlib.import_module(name)
 
     def in_place(command: list[str], extra_env: dict[str, str], **_: Any) -> None:
         os.environ.update(extra_env)
