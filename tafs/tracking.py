@@ -515,8 +515,8 @@ class Server:
             if getattr(error, "error_code", "") in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
                 remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or _TOKEN"
             raise ServerError(
-                f"{self.url}: no MLflow server that can be used ({reason}); nothing is lost: "
-                f"{remedy}, and sync again"
+                f"{self.url}: no MLflow server that can be used ({reason}): {remedy}, and sync "
+                "again; nothing is lost"
             ) from None
         finally:
             os.environ[TIMEOUT] = patience
@@ -529,7 +529,7 @@ def _reason(error: BaseException) -> str:
         if isinstance(cause, OSError) and cause.strerror:
             return cause.strerror
         cause = cause.__cause__ or cause.__context__
-    return _one_line(error)
+    return _one_line(error, 100)
 
 
 def _push(copy: Copy, mirror: Mirror) -> int:
@@ -699,9 +699,9 @@ def serve(store: Path, port: int) -> NoReturn:
     os.execve(command[0], command, {**os.environ, **ENVIRONMENT})
 
 
-def _one_line(error: object) -> str:
+def _one_line(error: object, length: int = 300) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:300]}..."
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def server_url(text: str) -> str:

@@ -7,6 +7,7 @@ not in a fresh interpreter. All are killed when the input ends.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -173,6 +174,8 @@ def serve_requests() -> None:
 
     mlflow.server._exec_cmd = in_place
     programs = {"mlflow": mlflow.cli.cli, "tracking": tracking.main}
+    gc.collect()
+    gc.freeze()  # what the children share stays shared
     living = set()
     for line in sys.stdin:
         request = json.loads(line)
@@ -181,13 +184,16 @@ def serve_requests() -> None:
             living.remove(request["wait"])
             print(os.waitstatus_to_exitcode(status), flush=True)
             continue
+        log = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         pid = os.fork()
         if not pid:
-            log = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             for stream in (1, 2):
                 os.dup2(log, stream)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            sys.exit(programs[request["start"]](request["arguments"]))
+            code = programs[request["start"]](request["arguments"])
+            sys.stdout.flush()
+            os._exit(code)  # taking thousands of modules down takes longer than a sync
+        os.close(log)
         living.add(pid)
         print(pid, flush=True)
     for pid in living:
