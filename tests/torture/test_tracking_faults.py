@@ -89,11 +89,11 @@ def expected(runs: list[Path], undisturbed: Callable[[list[Path]], Contents]) ->
     return copy
 
 
-def wait_for(sign: Sign) -> None:
+def wait_for(sign: Sign, pause: float = 0.002) -> None:
     deadline = time.monotonic() + PATIENCE
     while not sign():
         assert time.monotonic() < deadline
-        time.sleep(0.002)
+        time.sleep(pause)
 
 
 def after(sign: Sign, seconds: float, action: Callable[[], None]) -> threading.Thread:
@@ -297,5 +297,5 @@ def test_a_training_does_not_notice_its_tracking(
             wait_for(lambda loop=loop, known=known: loop.lines("tracking: http") > known)
         else:
             server.start()
-            wait_for(lambda expected=expected: server.contents() == expected)
+            wait_for(lambda expected=expected: server.contents() == expected, 0.2)
         loop.end()
