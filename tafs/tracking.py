@@ -7,6 +7,9 @@ already holds is left alone. Layout of a store, which may be moved as a whole:
     <store>/mlflow.db    experiments (a task each), runs, parameters, curves
             artifacts/   <task>/<MLflow's run id>/artifacts/...
             .lock        held by the one process that writes
+
+With `--server URL` the copy is a running MLflow server's instead, and of the store only the lock is
+used. MLflow's own variables (MLFLOW_TRACKING_USERNAME, _PASSWORD, _TOKEN) hold its credentials.
 """
 
 from __future__ import annotations
@@ -20,15 +23,18 @@ import math
 import os
 import re
 import shutil
+import signal
 import socket
 import sqlite3
 import sys
+import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 from urllib.parse import urlsplit
 
 from tafs import journal
@@ -49,14 +55,22 @@ ENVIRONMENT = {
 PARAMETER_LENGTH, TAG_LENGTH = 6000, 5000
 METRICS_PER_BATCH, ENTRIES_PER_BATCH = 1000, 100
 HOST = "127.0.0.1"
+# A server that is gone would be waited for by MLflow's client for minutes; the next sync does it.
+TIMEOUT, REQUEST_SECONDS, PROBE_SECONDS = "MLFLOW_HTTP_REQUEST_TIMEOUT", 30, 10
+ATTEMPTS = 3  # at a run: files move while it trains, and hosts without a common lock meet
 SHOWN_COLUMNS = 4  # of sampled images in a picture, and as many rows
 
 # Tags by which a sync knows what the store holds.
 KEY, RUN, CURVES, SCORES = "tafs.key", "tafs.run", "tafs.next_iteration", "tafs.scores_sha256"
+UPLOADED = "tafs.sha256/"  # of an artifact's source, on a server
 
 
 class SyncError(RuntimeError):
     """Some runs could not be mirrored; one line that names the first and counts the others."""
+
+
+class ServerError(RuntimeError):
+    """The server cannot be used now; one line that names it and what to do."""
 
 
 class Point(NamedTuple):
@@ -265,38 +279,110 @@ def _modified_ms(file: Path) -> int:
     return file.stat().st_mtime_ns // 1_000_000
 
 
-# -- writing the store -----------------------------------------------------------------------------
+# -- writing the copy ------------------------------------------------------------------------------
 
 
-def sync(run_dirs: list[Path], store: Path) -> Summary:
-    """Bring the store up to date with the runs; a run that fails does not keep back the others.
+class Copy(Protocol):
+    """Where the runs are mirrored to."""
+
+    client: MlflowClient
+
+    def artifact_location(self, task: str) -> str | None:
+        """Of a task's experiment; None where the server chooses."""
+
+    def place(self, run: Run, name: str, source: Path, write: Callable[[Path], object]) -> None:
+        """Make an artifact by `write`, which fills a path, unless the source is unchanged."""
+
+    def verify(self) -> None:
+        """Raise ServerError if nothing can be mirrored now."""
+
+
+Signature = tuple[object, ...]
+
+
+def sync(
+    run_dirs: list[Path],
+    store: Path,
+    server: str | None = None,
+    seen: dict[Path, Signature] | None = None,
+) -> Summary:
+    """Bring the store, or the server's copy, up to date with the runs.
+
+    A run that fails does not keep back the others. `seen` holds what the runs' files were like when
+    they were mirrored: such runs are passed over, and those mirrored now are added.
 
     Raises:
         SyncError: a run could not be mirrored.
+        ServerError: the server cannot be used; what it lacks is sent by the next sync.
         OSError, ValueError: the store cannot be opened.
     """
-    store.mkdir(parents=True, exist_ok=True)
+    seen = {} if seen is None else seen
+    # Before the files are read, so that what changes meanwhile is mirrored by the next sync.
+    signatures = {folder: _signature(folder, store, server) for folder in run_dirs}
+    changed = [folder for folder in run_dirs if seen.get(folder) != signatures[folder]]
     runs = points = skipped = waiting = 0
+    if not changed:
+        return Summary(runs, points, skipped, waiting)
+    store.mkdir(parents=True, exist_ok=True)
     failures = []
     with _locked(store):
-        client = _open(store)
-        for folder in run_dirs:
+        copy = Server(server) if server else Local(store)
+        for folder in changed:
             try:
-                mirror = read_run(folder)
-                if mirror is None:
-                    waiting += 1
-                    continue
-                points += _push(client, mirror, store)
+                mirror, new = _mirror(copy, folder)
+            except ServerError as error:
+                seen.clear()  # it may come back as another one, with less in it
+                raise ServerError(f"{error} ({runs} of {len(changed)} runs mirrored)") from None
             # MLflow lets errors of several packages through; all mean "not mirrored".
             except Exception as error:
                 failures.append(f"{folder}: {_one_line(error)}")
                 continue
+            seen[folder] = signatures[folder]
+            if mirror is None:
+                waiting += 1
+                continue
             runs += 1
+            points += new
             skipped += mirror.skipped
     if failures:
         others = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
-        raise SyncError(f"{len(failures)} of {len(run_dirs)} runs failed: {failures[0]}{others}")
+        raise SyncError(f"{len(failures)} of {len(changed)} runs failed: {failures[0]}{others}")
     return Summary(runs, points, skipped, waiting)
+
+
+def _mirror(copy: Copy, folder: Path) -> tuple[Mirror | None, int]:
+    """A run, mirrored, and how many points were new; None where nothing has started yet."""
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return _mirror_once(copy, folder)
+        except Exception:
+            copy.verify()
+    return _mirror_once(copy, folder)
+
+
+def _mirror_once(copy: Copy, folder: Path) -> tuple[Mirror | None, int]:
+    mirror = read_run(folder)
+    return mirror, 0 if mirror is None else _push(copy, mirror)
+
+
+def _signature(folder: Path, store: Path, server: str | None) -> Signature:
+    """Changes with every file that is mirrored, and with the database that it is mirrored to."""
+    database = None if server else _status(store / DATABASE)
+    names = ["run.json", "journal.jsonl", ".state/journal.jsonl", "adapter.safetensors"]
+    names += ["scores.parquet", "judgements.parquet", "samples.safetensors"]
+    files = [folder / name for name in names] + sorted(folder.rglob("*.png"))
+    found = [(str(file), _status(file)) for file in files]
+    described = [
+        (name, status.st_size, status.st_mtime_ns) for name, status in found if status is not None
+    ]
+    return (server or (database and database.st_ino), *described)
+
+
+def _status(file: Path) -> os.stat_result | None:
+    try:
+        return file.stat()
+    except FileNotFoundError:
+        return None
 
 
 @contextmanager
@@ -334,9 +420,11 @@ def _open(store: Path) -> MlflowClient:
     commands.main(["upgrade", _uri(target)], standalone_mode=False)
     # mlflow-artifacts:/ is resolved by the server, so that no absolute path enters the store.
     created = SqlAlchemyStore(_uri(target), "mlflow-artifacts:/")
+    # Also of a known one: this process may hold connections to a deleted file of this name.
+    created.engine.dispose()
     if new:
-        created.engine.dispose()
         os.replace(target, database)
+        SqlAlchemyStore(_uri(database), "mlflow-artifacts:/").engine.dispose()
     return MlflowClient(tracking_uri=_uri(database))
 
 
@@ -354,17 +442,111 @@ def _check_database(database: Path) -> None:
         )
 
 
-def _push(client: MlflowClient, mirror: Mirror, store: Path) -> int:
-    """Add what the store lacks of one run; how many points that were."""
+class Local:
+    """The store's own database and files, written without a server."""
+
+    def __init__(self, store: Path) -> None:
+        self.client = _open(store)
+        self._artifacts = store / ARTIFACTS
+
+    def artifact_location(self, task: str) -> str:
+        return f"mlflow-artifacts:/{re.sub(r'[^a-zA-Z0-9_-]', '_', task)}"
+
+    def place(self, run: Run, name: str, source: Path, write: Callable[[Path], object]) -> None:
+        # Directly and not by the client, which would need a running server to resolve the address.
+        folder = self._artifacts / urlsplit(run.info.artifact_uri).path.lstrip("/")
+        _place(folder / name, source, write)
+
+    def verify(self) -> None:
+        """It was opened, and its errors are a run's."""
+
+
+class Server:
+    """A running MLflow server.
+
+    Raises:
+        ServerError: it does not answer, or refuses.
+    """
+
+    def __init__(self, url: str) -> None:
+        os.environ.update(ENVIRONMENT)
+        # A request that MLflow's client repeats could make a run twice; a sync repeats it instead.
+        os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+        os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
+        os.environ.setdefault(TIMEOUT, str(REQUEST_SECONDS))
+        from mlflow.tracking import MlflowClient
+
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        self.url = url
+        self.client = MlflowClient(tracking_uri=url)
+        self.verify()
+
+    def artifact_location(self, task: str) -> None:
+        return None
+
+    def place(self, run: Run, name: str, source: Path, write: Callable[[Path], object]) -> None:
+        uri = run.info.artifact_uri
+        if urlsplit(uri).scheme in ("", "file"):
+            raise ValueError(
+                f"{self.url} keeps artifacts in {uri}, a folder of its own machine: start it with "
+                "--serve-artifacts and --artifacts-destination, and no --default-artifact-root"
+            )
+        # Before the file is sent: one that changes meanwhile is sent again by the next sync.
+        with source.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        tag = _entity(f"{UPLOADED}{name}")
+        if run.data.tags.get(tag) == digest:
+            return
+        parent, _, last = name.rpartition("/")
+        # From a copy, because a journal may grow while it is sent.
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / last
+            write(path)
+            self.client.log_artifact(run.info.run_id, str(path), parent or None)
+        self.client.set_tag(run.info.run_id, tag, digest)
+
+    def verify(self) -> None:
+        patience = os.environ[TIMEOUT]
+        os.environ[TIMEOUT] = str(PROBE_SECONDS)
+        try:
+            self.client.search_experiments(max_results=1)
+        except Exception as error:
+            reason, remedy = _reason(error), "start it or correct --server"
+            if getattr(error, "error_code", "") in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
+                remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or _TOKEN"
+            raise ServerError(
+                f"{self.url}: no MLflow server that can be used ({reason}): {remedy}, and sync "
+                "again; nothing is lost"
+            ) from None
+        finally:
+            os.environ[TIMEOUT] = patience
+
+
+def _reason(error: BaseException) -> str:
+    """The system's word for what went wrong with a connection, or the error's own text."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return _one_line(error, 100)
+
+
+def _push(copy: Copy, mirror: Mirror) -> int:
+    """Add what the copy lacks of one run; how many points that were."""
     from mlflow.entities import Metric, Param, RunTag
 
-    run = _find_or_create(client, mirror)
+    client = copy.client
+    run = _find_or_create(copy, mirror)
     run_id, known = run.info.run_id, run.data.tags
 
     first = int(known.get(CURVES, 0))
-    points = [point for point in mirror.curves if point.step >= first]
+    # Curves are sent in order, so a key's last step says what of it had arrived before a cut.
+    last = {metric.key: metric.step for metric in run.data.to_proto().metrics}
+    points = [p for p in mirror.curves if p.step >= first and p.step > last.get(p.key, -1)]
     if mirror.scores_sha256 != known.get(SCORES, ""):
-        points += mirror.scores
+        held = _last_values(client, run_id, {p.key for p in mirror.scores} & last.keys())
+        points += [p for p in mirror.scores if held.get((p.key, p.step)) != p.value]
     metrics = [Metric(*point) for point in points]
     for low in range(0, len(metrics), METRICS_PER_BATCH):
         client.log_batch(run_id, metrics=metrics[low : low + METRICS_PER_BATCH])
@@ -372,9 +554,9 @@ def _push(client: MlflowClient, mirror: Mirror, store: Path) -> int:
     missing = [Param(k, v) for k, v in mirror.parameters.items() if k not in run.data.params]
     for low in range(0, len(missing), ENTRIES_PER_BATCH):
         client.log_batch(run_id, params=missing[low : low + ENTRIES_PER_BATCH])
-    _copy_artifacts(mirror, store / ARTIFACTS / urlsplit(run.info.artifact_uri).path.lstrip("/"))
+    _copy_artifacts(copy, run, mirror)
 
-    # Last, so that what was cut short is done again; MLflow drops the points that it has.
+    # Last, so that what was cut short is done again.
     tags = {
         **mirror.tags,
         CURVES: str(max(first, mirror.next_iteration)),
@@ -388,32 +570,61 @@ def _push(client: MlflowClient, mirror: Mirror, store: Path) -> int:
     return len(points)
 
 
-def _find_or_create(client: MlflowClient, mirror: Mirror) -> Run:
+def _last_values(client: MlflowClient, run_id: str, keys: set[str]) -> dict[tuple[str, int], float]:
+    """The newest value of every step of these curves."""
+    values = {}
+    for key in sorted(keys):
+        history = client.get_metric_history(run_id, key)
+        for metric in sorted(history, key=lambda metric: metric.timestamp):
+            values[key, metric.step] = metric.value
+    return values
+
+
+def _find_or_create(copy: Copy, mirror: Mirror) -> Run:
     """The MLflow run of this training; a new one closes the unfinished ones of the same run."""
-    experiment = client.get_experiment_by_name(mirror.task)
+    client = copy.client
+    experiment_id = _experiment(copy, mirror.task)
+    found = _runs_of(client, experiment_id, mirror.key)
+    if not found:
+        for run in client.search_runs([experiment_id], "attributes.status = 'RUNNING'"):
+            tags = run.data.tags
+            same = (tags.get(RUN), tags.get("scale")) == (mirror.name, mirror.tags.get("scale"))
+            if same and tags.get(KEY) != mirror.key:
+                client.set_terminated(run.info.run_id, "KILLED", end_time=mirror.started_ms)
+        tagged = {**mirror.tags, KEY: mirror.key}
+        client.create_run(experiment_id, mirror.started_ms, tagged, mirror.name)
+        found = _runs_of(client, experiment_id, mirror.key)
+    # Hosts without a common lock may each have made one; all of them keep the same one.
+    for twin in found[1:]:
+        client.delete_run(twin.info.run_id)
+    return found[0]
+
+
+def _experiment(copy: Copy, task: str) -> str:
+    """The id of a task's experiment, which may be new or come back from the deleted ones."""
+    from mlflow.exceptions import MlflowException
+
+    experiment = copy.client.get_experiment_by_name(task)
     if experiment is None:
-        folder = re.sub(r"[^\w-]", "_", mirror.task, flags=re.ASCII)
-        experiment_id = client.create_experiment(mirror.task, f"mlflow-artifacts:/{folder}")
-    else:
-        experiment_id = experiment.experiment_id
-        if experiment.lifecycle_stage == "deleted":
-            client.restore_experiment(experiment_id)
-    found = client.search_runs([experiment_id], f"tags.`{KEY}` = '{mirror.key}'", max_results=1)
-    if found:
-        return found[0]
-    for run in client.search_runs([experiment_id], "attributes.status = 'RUNNING'"):
-        same = (run.data.tags.get(RUN), run.data.tags.get("scale"))
-        if same == (mirror.name, mirror.tags.get("scale")):
-            client.set_terminated(run.info.run_id, "KILLED", end_time=mirror.started_ms)
-    tags = {**mirror.tags, KEY: mirror.key}
-    return client.create_run(experiment_id, mirror.started_ms, tags, mirror.name)
+        try:
+            return copy.client.create_experiment(task, copy.artifact_location(task))
+        except MlflowException as error:
+            # Another host was faster.
+            experiment = copy.client.get_experiment_by_name(task)
+            if error.error_code != "RESOURCE_ALREADY_EXISTS" or experiment is None:
+                raise
+    if experiment.lifecycle_stage == "deleted":
+        copy.client.restore_experiment(experiment.experiment_id)
+    return experiment.experiment_id
 
 
-def _copy_artifacts(mirror: Mirror, target: Path) -> None:
-    """Copy the run's files that are new or have changed, and draw its sampled images.
+def _runs_of(client: MlflowClient, experiment_id: str, key: str) -> list[Run]:
+    found = client.search_runs([experiment_id], f"tags.`{KEY}` = '{key}'")
+    return sorted(found, key=lambda run: run.info.run_id)
 
-    Directly and not by the client, which would need a running server to resolve the address.
-    """
+
+def _copy_artifacts(copy: Copy, run: Run, mirror: Mirror) -> None:
+    """Place the run's files that are new or have changed, and pictures of its sampled images."""
     sources = [mirror.folder / "run.json", mirror.folder / "adapter.safetensors"]
     copies = {source.name: source for source in sources if source.exists()}
     if mirror.journal:
@@ -421,7 +632,7 @@ def _copy_artifacts(mirror: Mirror, target: Path) -> None:
     for image in mirror.folder.rglob("*.png"):
         copies[str(image.relative_to(mirror.folder))] = image
     for name, source in copies.items():
-        _place(target / name, source, partial(shutil.copyfile, source))
+        copy.place(run, name, source, partial(shutil.copyfile, source))
     samples = mirror.folder / "samples.safetensors"
     if samples.exists():
         from safetensors import safe_open
@@ -430,7 +641,7 @@ def _copy_artifacts(mirror: Mirror, target: Path) -> None:
             # `prompts` says which prompts the images are of.
             for name in sorted(set(images.keys()) - {"prompts"}):
                 draw = partial(_draw, images, name)
-                _place(target / "samples" / f"{_entity(name)}.png", samples, draw)
+                copy.place(run, f"samples/{_entity(name)}.png", samples, draw)
 
 
 def _draw(images: Any, name: str, path: Path) -> None:
@@ -488,17 +699,102 @@ def serve(store: Path, port: int) -> NoReturn:
     os.execve(command[0], command, {**os.environ, **ENVIRONMENT})
 
 
-def _one_line(error: object) -> str:
+def _one_line(error: object, length: int = 300) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:300]}..."
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
+def server_url(text: str) -> str:
+    """A server's address as it can be used.
+
+    Raises:
+        ValueError: it is none, or holds what does not belong on a command line.
+    """
+    # Not repeated in the message: it may hold a password.
+    if "@" in text or "?" in text or "#" in text:
+        raise ValueError(
+            "--server: an address without credentials or a query; they belong in "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+        )
+    parts = urlsplit(text)
+    try:
+        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is no number
+        valid = None
+    if not valid:
+        raise ValueError(f"--server {text}: not an address such as http://{HOST}:5000")
+    return text.rstrip("/")
+
+
+def _find(run_dirs: list[Path], parent: Path | None) -> list[Path]:
+    inside = sorted(file.parent for file in parent.glob("*/run.json")) if parent else []
+    return list(dict.fromkeys([*run_dirs, *inside]))
+
+
+def _describe(done: Summary, place: object) -> str:
+    details = f"{done.points} new points"
+    if done.skipped:
+        details += f", {done.skipped} values that are no finite numbers left out"
+    if done.waiting:
+        details += f", {done.waiting} runs not started"
+    return f"{done.runs} runs in {place} ({details})"
+
+
+def _complain(error: object) -> None:
+    print(f"tracking: {_one_line(error)}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _until_interrupted() -> Iterator[threading.Event]:
+    """Ctrl-C and SIGTERM set the event and leave the block, in the middle of whatever it does."""
+    stop = threading.Event()
+
+    def interrupt(*_: object) -> None:
+        if not stop.is_set():
+            stop.set()
+            raise KeyboardInterrupt
+
+    previous = {each: signal.signal(each, interrupt) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    except KeyboardInterrupt:
+        pass
+    finally:
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+
+
+def keep_syncing(
+    find: Callable[[], list[Path]], store: Path, server: str | None, seconds: float
+) -> None:
+    """Sync the folders that `find` names again and again, until interrupted.
+
+    A line for each round that mirrored or failed; runs whose files are unchanged are passed over.
+    """
+    seen: dict[Path, Signature] = {}
+    with _until_interrupted() as stop:
+        while not stop.is_set():
+            try:
+                done = sync(find(), store, server, seen)
+                if done.runs:
+                    print(_describe(done, server or store), flush=True)
+            # The next round may find the disk, the server or the run in order again.
+            except Exception as error:
+                _complain(error)
+            stop.wait(seconds)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code: 1, with one line on stderr, if something could not be done."""
+    """The exit code, with one line on stderr: 2 for bad input, 1 if something could not be done."""
     parser = argparse.ArgumentParser(prog="python -m tafs.tracking", description="MLflow's copy")
     commands = parser.add_subparsers(dest="command", required=True)
-    syncing = commands.add_parser("sync", help="mirror run folders into the store")
-    syncing.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
+    syncing = commands.add_parser("sync", help="mirror run folders into the store or to a server")
+    syncing.add_argument("run_dirs", nargs="*", type=Path, metavar="RUN_DIR")
+    syncing.add_argument("--runs", type=Path, metavar="FOLDER", help="all run folders in it")
+    syncing.add_argument("--server", metavar="URL", help="a running MLflow server")
+    syncing.add_argument(
+        "--every", type=float, metavar="SECONDS", help="again and again, until interrupted"
+    )
     serving = commands.add_parser("ui", help=f"browse the store on {HOST}")
     serving.add_argument("--port", type=int, default=5000)
     for command in (syncing, serving):
@@ -507,18 +803,37 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if given.command == "ui":
             serve(given.store, given.port)
-        done = sync(given.runs, given.store)
+    except Exception as error:
+        _complain(error)
+        return 1
+    try:
+        server = server_url(given.server) if given.server is not None else None
+        _check(given)
+    except ValueError as error:
+        _complain(error)
+        return 2
+    find = partial(_find, given.run_dirs, given.runs)
+    try:
+        if given.every:
+            keep_syncing(find, given.store, server, given.every)
+        else:
+            print(_describe(sync(find(), given.store, server), server or given.store))
     # A copy that fails must not look like a run that fails: one line, whatever it was.
     except Exception as error:
-        print(f"tracking: {_one_line(error)}", file=sys.stderr)
+        _complain(error)
         return 1
-    details = f"{done.points} new points"
-    if done.skipped:
-        details += f", {done.skipped} values that are no finite numbers left out"
-    if done.waiting:
-        details += f", {done.waiting} runs not started"
-    print(f"{done.runs} runs in {given.store} ({details})")
     return 0
+
+
+def _check(given: argparse.Namespace) -> None:
+    """Raise ValueError for a sync that could mirror nothing."""
+    if not given.run_dirs and given.runs is None:
+        raise ValueError("no runs: name their folders, or with --runs the folder that holds them")
+    if given.every is not None and not 0 < given.every < threading.TIMEOUT_MAX:
+        raise ValueError(f"--every {given.every}: a number of seconds above 0")
+    # With --every it may appear later.
+    if given.runs and given.every is None and not given.runs.is_dir():
+        raise ValueError(f"--runs {given.runs}: no such folder")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -290,6 +292,105 @@ def test_points_that_a_cut_sync_had_written_are_not_written_twice(
     assert run.info.status == "FINISHED"
 
 
+def test_iterations_repeated_after_a_cut_sync_are_not_there_twice(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sync and training die together, and the training resumes from an older state."""
+    folder = tmp_path / "both"
+    describe(folder)
+    journal = Journal(folder / "journal.jsonl")
+    begin(journal)
+    for iteration in range(5):
+        iterate(journal, iteration)
+
+    def cut(*arguments: Any) -> None:
+        raise OSError("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(tracking.SyncError):
+        patch.setattr(tracking, "_copy_artifacts", cut)
+        tracking.sync([folder], store)
+    journal.append("resume", iteration=3)
+    for iteration in range(3, 7):
+        iterate(journal, iteration, delay=100)
+    tracking.sync([folder], store)
+    (run,) = runs(store, "both")
+    for key in ("kl", "reward/toy/last", "seconds/total"):
+        assert [step for step, _, _ in history(store, run, key)] == list(range(7))
+
+
+def test_scores_that_were_written_again_with_the_same_values_are_not_there_twice(
+    store: Path, tmp_path: Path
+) -> None:
+    folder = trained_run(tmp_path / "rescored")
+    tracking.sync([folder], store)
+    table = pd.read_parquet(folder / "scores.parquet")
+    table.to_parquet(folder / "scores.parquet", index=False, compression="gzip")
+    os.utime(folder / "scores.parquet", (START, START))
+    tracking.sync([folder], store)
+    (run,) = runs(store, "rescored")
+    assert len(history(store, run, "score/geneval/ode/nfe_4")) == 2
+    assert len(history(store, run, "score/pickscore/ode/nfe_4")) == 1
+
+
+def test_of_runs_made_at_once_on_several_hosts_one_stays(store: Path, tmp_path: Path) -> None:
+    folder = trained_run(tmp_path / "twin")
+    mirror = tracking.read_run(folder)
+    assert mirror is not None
+    writer = client(store)
+    experiment = writer.get_experiment_by_name("text").experiment_id
+    for _ in range(3):
+        writer.create_run(experiment, tags={tracking.KEY: mirror.key}, run_name="twin")
+    tracking.sync([folder], store)
+    (run,) = runs(store, "twin")
+    assert len(history(store, run, "kl")) == 2
+
+
+def test_runs_seen_unchanged_are_passed_over_unless_the_store_is_another(tmp_path: Path) -> None:
+    store, seen = tmp_path / "store", {}
+    folders = [trained_run(tmp_path / name) for name in ("one", "two")]
+    # Twice, because the first sync makes the store, which is then another one.
+    assert [tracking.sync(folders, store, seen=seen).runs for _ in range(3)] == [2, 2, 0]
+    with (folders[0] / "journal.jsonl").open("a") as file:
+        file.write(json.dumps({"kind": "end", "time": START + 60}) + "\n")
+    assert tracking.sync(folders, store, seen=seen).runs == 1
+    shutil.rmtree(store)
+    assert tracking.sync(folders, store, seen=seen).runs == 2
+    assert len(runs(store, "one") + runs(store, "two")) == 2
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_repeated_syncs_find_new_runs_and_end_cleanly(
+    store: Path, tmp_path: Path, end: signal.Signals
+) -> None:
+    folder = tmp_path / "later"
+    names = [f"first-{end}", f"second-{end}"]
+    first, second = (trained_run(tmp_path / "made" / name) for name in names)
+    loop = subprocess.Popen(
+        command("sync", "--every", "0.1", "--store", store, "--runs", folder),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert loop.stdout is not None and loop.stderr is not None
+        folder.mkdir()
+        first.rename(folder / first.name)
+        assert loop.stdout.readline().startswith(f"1 runs in {store} (20 new points")
+        # A round that fails says so, and the next ones go on.
+        describe(folder / "broken")
+        (folder / "broken" / "journal.jsonl").write_text("no JSON\n")
+        assert loop.stderr.readline().startswith(f"tracking: 1 of 1 runs failed: {folder}/broken")
+        second.rename(folder / second.name)
+        while not runs(store, second.name):
+            time.sleep(0.05)
+        loop.send_signal(end)
+        _, err = loop.communicate()
+    finally:
+        loop.kill()
+    assert loop.returncode == 0
+    assert all(line.startswith("tracking: 1 of ") for line in err.splitlines())
+
+
 def test_a_run_trained_anew_is_a_new_run_and_closes_the_old_one(
     store: Path, tmp_path: Path
 ) -> None:
@@ -387,6 +488,73 @@ def test_a_store_that_cannot_be_written_is_one_line(
     (tmp_path / "file").write_text("")
     assert tracking.main(["sync", str(finished), "--store", str(tmp_path / "file" / "x")]) == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "sqlite:///mlflow.db",
+        "file:///mlruns",
+        "databricks",
+        "http://",
+        "http://host:port",
+        "http://me:secret@host:5000",
+        "http://host:5000/?token=secret",
+    ],
+)
+def test_a_server_that_is_no_address_is_one_line_and_exit_code_2(
+    finished: Path, tmp_path: Path, url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tracking.main(["sync", str(finished), "--store", str(tmp_path), "--server", url]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("tracking: --server")
+    assert "secret" not in err
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        ([], "no runs: name their folders"),
+        (["--runs", "nowhere"], "--runs nowhere: no such folder"),
+        (["run", "--every", "0"], "--every 0.0: a number of seconds above 0"),
+        (["run", "--every", "nan"], "--every nan: a number of seconds above 0"),
+    ],
+)
+def test_a_sync_that_could_mirror_nothing_is_one_line_and_exit_code_2(
+    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tracking.main(["sync", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"tracking: {complaint}")
+    assert err.count("\n") == 1
+
+
+class Refusing(http.server.BaseHTTPRequestHandler):
+    """A server that wants to know who asks."""
+
+    def do_GET(self) -> None:
+        self.send_error(401)
+
+    do_POST = do_GET
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+def test_a_server_that_refuses_is_one_line_that_names_the_variables(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        arguments = ["sync", str(finished), "--store", str(tmp_path), "--server", url]
+        assert tracking.main(arguments) == 1
+        server.shutdown()
+    err = capsys.readouterr().err
+    assert err.startswith(f"tracking: {url}: ")
+    assert "MLFLOW_TRACKING_USERNAME" in err
+    assert err.count("\n") == 1
 
 
 def test_the_browser_needs_a_store_and_a_free_port(

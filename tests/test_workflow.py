@@ -251,3 +251,19 @@ METHOD = FlowGrpo
         file: before[file] for file in before.keys() - own
     }
     assert not (other.smoke / "runs" / FLOW / "adapter.safetensors").exists()
+
+
+def test_a_tracking_copy_that_fails_is_one_line_and_keeps_no_table_back(workplace, tmp_path):
+    other = Workplace(workplace.folder, tmp_path / "results")
+    shutil.copytree(workplace.smoke, other.smoke)
+    shutil.rmtree(other.smoke / "tables")
+    (other.smoke / "tracked").unlink()
+    (other.results / "mlflow").write_text("where the store should be")
+    done = other.snakemake("all")
+    assert done.returncode == 1
+    assert "stopped after" in done.stderr and "with 1 failed" in done.stderr
+    assert (other.smoke / "tables" / "table2.md").stat().st_size > 0
+    assert not (other.smoke / "tracked").exists()
+    (line,) = (other.smoke / "logs" / "track.log").read_text().splitlines()
+    assert line.startswith("tracking: ")
+    assert str(other.results / "mlflow") in line
