@@ -5,10 +5,13 @@ Pure functions of tensors. Reward tensors are [..., groups, G]: G images of one 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    from tafs.lazy import torch
 
 CREDITS = ("step", "sum", "to_go", "final")
 

@@ -43,6 +43,7 @@ from tafs import config, failures
 
 RESOURCES = Path("resources.yaml")
 LOCK = Path("resources.lock.yaml")
+LONGEST = 1 << 20  # bytes of either file
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -192,7 +193,7 @@ def _read_lock(file: Path, _: int) -> dict[str, Locked]:
 
 
 def _read(file: Path, kind: TypeAdapter[dict[str, Entry]], keys: Sequence[str]) -> dict[str, Entry]:
-    raw = config.load_yaml(file, dict)
+    raw = config.load_yaml(file, dict, LONGEST)
     try:
         return kind.validate_python(raw)
     except ValidationError as error:

@@ -49,7 +49,7 @@ rule train:
     resources:
         **PLAN.needs("train"),
     shell:
-        "python -m tafs.launch $(dirname {input.run:q}) > {log:q} 2>&1"
+        'python -m tafs.launch "$(dirname {input.run:q})" > {log:q} 2>&1'
 
 
 rule evaluate:
@@ -70,7 +70,7 @@ rule evaluate:
     resources:
         **PLAN.needs("evaluate"),
     shell:
-        "python -m tafs.evaluate $(dirname {input.run:q}) > {log:q} 2>&1"
+        'python -m tafs.evaluate "$(dirname {input.run:q})" > {log:q} 2>&1'
 
 
 rule correlate:
@@ -89,7 +89,7 @@ rule correlate:
     resources:
         **PLAN.needs("evaluate"),
     shell:
-        "python -m tafs.correlate $(dirname {input.run:q}) > {log:q} 2>&1"
+        'python -m tafs.correlate "$(dirname {input.run:q})" > {log:q} 2>&1'
 
 
 # A metric behind a server judges the images afterwards, so that the server has the GPUs.
@@ -109,4 +109,4 @@ rule judge:
     resources:
         **PLAN.needs("judge"),
     shell:
-        "python -m tafs.judge $(dirname {input.run:q}) > {log:q} 2>&1"
+        'python -m tafs.judge "$(dirname {input.run:q})" > {log:q} 2>&1'
