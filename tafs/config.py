@@ -33,7 +33,7 @@ MARKS = (0.25, 0.5, 0.75, 1.0)
 # What a file may hold: the time that reading takes grows with each, and recursion with the depth.
 LONGEST = 1 << 16  # bytes
 DEEPEST = 20  # levels
-MOST = 20_000  # values, those of an alias counted wherever it stands
+BYTES_A_VALUE = 8  # at least, on the average; the values of an alias count wherever it stands
 MOST_CHARACTERS = 300  # of a title, a caption, a label
 # A path that shell, Snakemake's patterns and MLflow's addresses leave as it is.
 PATH = re.compile(r"[\w./+=,@ -]+")
@@ -304,14 +304,18 @@ class _Loader(yaml.SafeLoader):
     It is PyYAML's own in Python: the one in C overflows the stack where values are nested deeply.
     """
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, most: int) -> None:
         super().__init__(text)
-        self._depth = 0
+        self._most = most  # values
+        self._count = self._depth = 0
         self._sizes: dict[int, int] = {}  # values of a finished node, by its id
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
+        self._count += 1
         self._depth += 1
+        if self._count > self._most:
+            raise _at(event, f"is value {self._count} of the file; write fewer")
         if self._depth > DEEPEST:
             raise _at(event, f"is nested more than {DEEPEST} levels deep; write it flatter")
         node = super().compose_node(parent, index)
@@ -323,8 +327,8 @@ class _Loader(yaml.SafeLoader):
         parts = node.value if isinstance(node, yaml.CollectionNode) else ()
         inside = itertools.chain(*parts) if isinstance(node, yaml.MappingNode) else parts
         size = 1 + sum(self._sizes[id(part)] for part in inside)
-        if size > MOST:
-            raise _at(event, f"holds more than {MOST} values; use fewer aliases")
+        if size > self._most:
+            raise _at(event, f"holds more than {self._most} values; use fewer aliases")
         self._sizes[id(node)] = size
         return node
 
@@ -395,7 +399,8 @@ def load_yaml(path: Path, kind: type, longest: int = LONGEST) -> Any:
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
     try:
-        raw = yaml.load(text, _Loader)  # noqa: S506 - _Loader is a SafeLoader
+        loader = _Loader(text, longest // BYTES_A_VALUE)
+        raw = loader.get_single_data()
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     except yaml.YAMLError as error:
@@ -701,7 +706,7 @@ def _tuning_inconsistency(config: Config, tuning: Tuning) -> str | None:
                 return f"tuning.grids.{variant}: {error}"
     sizes = {v: math.prod(len(values) for values in g.values()) for v, g in tuning.grids.items()}
     if len(set(sizes.values())) > 1:
-        return f"tuning.grids: the methods get different numbers of trials ({sizes})"
+        return f"tuning.grids: should give every method as many trials as the others ({sizes})"
     if any(tuning.seed in (*s.seeds, *s.ablation_seeds) for s in config.scales.values()):
         return f"tuning.seed: {tuning.seed} is one of the tables' seeds; choose another"
     return None

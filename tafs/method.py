@@ -455,7 +455,7 @@ def create(name: str, parameters: dict[str, Any]) -> Method:
     for key, value in parameters.items():
         if key not in known:
             raise ValueError(
-                f"unknown hyperparameter {key!r} (available: {', '.join(sorted(known))})"
+                f"unknown hyperparameter {shown(key)} (available: {', '.join(sorted(known))})"
             )
         # Else `true` would count as 1, and a word be refused by whatever first compares it.
         try:
