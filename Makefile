@@ -2,6 +2,10 @@
 PYTHON ?= python3
 ARGS ?=
 FOLDER ?= results/rehearsal
+# As they were typed: neither make nor a shell shall run what is in them.
+override NAME := $(value NAME)
+override FOLDER := $(value FOLDER)
+export NAME FOLDER
 
 VENV := .venv
 STAMP := $(VENV)/.installed
@@ -52,7 +56,7 @@ ui: $(STAMP)  ## Browse the tracked runs with MLflow on 127.0.0.1
 	$(RUN) python -m tafs.tracking ui $(ARGS)
 
 new-method: $(STAMP)  ## Write a method that runs as it stands: make new-method NAME=my_method
-	$(RUN) python -m tafs.new_method "$(NAME)"
+	$(RUN) python -m tafs.new_method "$$NAME"
 
 shapes-weights: $(STAMP)  ## Pretrain the shipped models of the embedded world again
 	$(RUN) python -m tafs.shapes.pretrain all $(ARGS)
@@ -70,7 +74,7 @@ lock: $(STAMP)  ## Pin the paper scale's models in resources.lock.yaml (network;
 judge: .venv-judge/.installed  ## Install UnifiedReward's server into .venv-judge (CUDA)
 
 rehearsal: $(STAMP)  ## Run the paper's whole graph on tiny random checkpoints: make rehearsal FOLDER=...
-	$(RUN) python tests/tiny_hub.py "$(FOLDER)" $(ARGS)
+	$(RUN) python tests/tiny_hub.py "$$FOLDER" $(ARGS)
 
 # --universal: one lock for every platform; the CUDA packages apply only where torch asks for them.
 constraints:  ## Resolve requirements.txt again and rewrite constraints.txt (needs uv)

@@ -444,10 +444,10 @@ def test_a_missing_lock_or_entry_names_the_command(project):
     [
         ({"files": []}, "pipe.files"),
         ({"hub": "pipe"}, "pipe.hub"),
-        ({"github": "owner/pipe"}, "pipe: value error, needs either 'hub' or 'github'"),
+        ({"github": "owner/pipe"}, "pipe: needs either 'hub' or 'github'"),
         ({"file": ["*"]}, "unknown key 'pipe.file'; did you mean 'files'"),
-        ({"files": ["../x"]}, "pipe.files.0: value error, is no path inside a repository"),
-        ({"files": ["/etc/passwd"]}, "pipe.files.0: value error, is no path inside a repository"),
+        ({"files": ["../x"]}, "pipe.files.0: is no path inside a repository"),
+        ({"files": ["/etc/passwd"]}, "pipe.files.0: is no path inside a repository"),
         ({"gigabytes": 0}, "pipe.gigabytes"),
     ],
 )
