@@ -106,7 +106,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Glyph")
 
 
 def no_command_ran(*folders: Path) -> bool:
-    return not any(list(folder.rglob("*PWNED*")) for folder in (*folders, Path.cwd()))
+    return not any(list(folder.rglob("PWNED")) for folder in (*folders, Path.cwd()))
 
 
 @pytest.fixture(autouse=True)
