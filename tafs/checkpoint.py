@@ -23,9 +23,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+
+from tafs.failures import one_line
 
 KEPT = 2
 TENSORS, VALUES, MANIFEST = "tensors.safetensors", "values.json", "manifest.json"
@@ -105,12 +108,15 @@ def load(folder: Path, fingerprint: str) -> State | None:
     for generation in _generations(Path(folder)):
         reason = _damage(generation)
         if not reason:
-            content = json.loads((generation / VALUES).read_bytes())
-            if content["fingerprint"] == fingerprint:
-                # From bytes: a mapped file cannot be deleted cleanly on a network file system.
-                tensors = safetensors.torch.load((generation / TENSORS).read_bytes())
-                return State(content["iteration"], tensors, content["values"], notes)
-            reason = f"its fingerprint is {content['fingerprint']}, the run's is {fingerprint}"
+            try:
+                content = json.loads((generation / VALUES).read_bytes())
+                if content["fingerprint"] == fingerprint:
+                    # From bytes: a mapped file cannot be deleted cleanly on a network file system.
+                    tensors = safetensors.torch.load((generation / TENSORS).read_bytes())
+                    return State(content["iteration"], tensors, content["values"], notes)
+                reason = f"its fingerprint is {content['fingerprint']}, the run's is {fingerprint}"
+            except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+                reason = f"it is no state ({one_line(str(error))})"  # whoever wrote its manifest
         notes.append(f"ignored the resume state {generation}: {reason}")
         logger.warning(notes[-1])
     return None
