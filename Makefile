@@ -27,7 +27,7 @@ unexport PYTHONDONTWRITEBYTECODE
 all reference test torture: export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup all reference test torture ui new-method shapes-weights lint lock judge rehearsal constraints
+.PHONY: help setup all reference test torture ui new-method shapes-weights lint lock judge rehearsal constraints audit
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
@@ -80,6 +80,12 @@ rehearsal: $(STAMP)  ## Run the paper's whole graph on tiny random checkpoints: 
 constraints:  ## Resolve requirements.txt again and rewrite constraints.txt (needs uv)
 	uv pip compile --universal --fork-strategy fewest --python-version 3.11 --upgrade --quiet \
 		--custom-compile-command 'make constraints' requirements.txt --output-file constraints.txt
+
+# --strict: a package of which the service knows nothing counts as a failure, not as safe.
+audit:  ## Look the locked packages up among the known vulnerabilities (network)
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet pip-audit
+	.venv-audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt $(ARGS)
 
 # uv ignores pip's configuration: where pip is told to look for local wheels, uv has to be told too.
 $(STAMP): requirements.txt requirements-nodeps.txt constraints.txt pyproject.toml
