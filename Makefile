@@ -2,6 +2,10 @@
 PYTHON ?= python3
 ARGS ?=
 FOLDER ?= results/rehearsal
+# As they were typed: neither make nor a shell shall run what is in them.
+override NAME := $(value NAME)
+override FOLDER := $(value FOLDER)
+export NAME FOLDER
 
 VENV := .venv
 STAMP := $(VENV)/.installed
@@ -23,7 +27,7 @@ unexport PYTHONDONTWRITEBYTECODE
 all reference test test-slurm torture: export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup all reference test test-slurm torture ui new-method shapes-weights lint lock judge rehearsal constraints
+.PHONY: help setup all reference test test-slurm torture ui new-method shapes-weights lint lock judge rehearsal constraints audit
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
@@ -55,7 +59,7 @@ ui: $(STAMP)  ## Browse the tracked runs with MLflow on 127.0.0.1
 	$(RUN) python -m tafs.tracking ui $(ARGS)
 
 new-method: $(STAMP)  ## Write a method that runs as it stands: make new-method NAME=my_method
-	$(RUN) python -m tafs.new_method "$(NAME)"
+	$(RUN) python -m tafs.new_method "$$NAME"
 
 shapes-weights: $(STAMP)  ## Pretrain the shipped models of the embedded world again
 	$(RUN) python -m tafs.shapes.pretrain all $(ARGS)
@@ -73,12 +77,18 @@ lock: $(STAMP)  ## Pin the paper scale's models in resources.lock.yaml (network;
 judge: .venv-judge/.installed  ## Install UnifiedReward's server into .venv-judge (CUDA)
 
 rehearsal: $(STAMP)  ## Run the paper's whole graph on tiny random checkpoints: make rehearsal FOLDER=...
-	$(RUN) python tests/tiny_hub.py "$(FOLDER)" $(ARGS)
+	$(RUN) python tests/tiny_hub.py "$$FOLDER" $(ARGS)
 
 # --universal: one lock for every platform; the CUDA packages apply only where torch asks for them.
 constraints:  ## Resolve requirements.txt again and rewrite constraints.txt (needs uv)
 	uv pip compile --universal --fork-strategy fewest --python-version 3.11 --upgrade --quiet \
 		--custom-compile-command 'make constraints' requirements.txt --output-file constraints.txt
+
+# --strict: a package of which the service knows nothing counts as a failure, not as safe.
+audit:  ## Look the locked packages up among the known vulnerabilities (network)
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet pip-audit
+	.venv-audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt $(ARGS)
 
 # uv ignores pip's configuration: where pip is told to look for local wheels, uv has to be told too.
 $(STAMP): requirements.txt requirements-nodeps.txt constraints.txt pyproject.toml

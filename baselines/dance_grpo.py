@@ -11,14 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
-
 from tafs import sampling
 from tafs.method import PolicyGradient
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from tafs.backbones.base import Backbone
+else:
+    from tafs.lazy import torch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,14 +18,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
-
 from tafs import sampling
 from tafs.method import Feedback, LossPart, Method, Trajectory
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from tafs.backbones.base import Backbone, Conditioning
+else:
+    from tafs.lazy import torch
 
 
 @dataclass(frozen=True, kw_only=True)

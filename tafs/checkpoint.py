@@ -29,6 +29,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from tafs.failures import one_line
+
 KEPT = 2
 TENSORS, VALUES, MANIFEST = "tensors.safetensors", "values.json", "manifest.json"
 
@@ -112,16 +114,20 @@ def load(
     for generation in _generations(Path(folder)):
         reason = _damage(generation)
         if not reason:
-            content = json.loads((generation / VALUES).read_bytes())
-            if content["fingerprint"] == fingerprint:
-                # From bytes: a mapped file cannot be deleted cleanly on a network file system.
-                tensors = safetensors.torch.load((generation / TENSORS).read_bytes())
-                state = State(content["iteration"], tensors, content["values"], notes)
-                reason = lacks(state)
-                if not reason:
-                    return state
-            else:
-                reason = f"its fingerprint is {content['fingerprint']}, the run's is {fingerprint}"
+            try:
+                content = json.loads((generation / VALUES).read_bytes())
+                if content["fingerprint"] == fingerprint:
+                    # From bytes: a mapped file cannot be deleted cleanly on a network file system.
+                    tensors = safetensors.torch.load((generation / TENSORS).read_bytes())
+                    state = State(content["iteration"], tensors, content["values"], notes)
+                    reason = lacks(state)
+                    if not reason:
+                        return state
+                else:
+                    found = content["fingerprint"]
+                    reason = f"its fingerprint is {found}, the run's is {fingerprint}"
+            except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+                reason = f"it is no state ({one_line(str(error))})"  # whoever wrote its manifest
         notes.append(f"ignored the resume state {generation}: {reason}")
         logger.warning(notes[-1])
     return None

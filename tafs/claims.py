@@ -74,8 +74,8 @@ class Correlated(_Strict):
 
 class Claim(_Strict):
     id: config.Name
-    claim: str
-    source: str
+    claim: config.Text
+    source: config.Text
     experiment: config.Name
     better: Better | None = None
     rising: Rising | None = None
@@ -312,12 +312,13 @@ def write(
     ]
     for claim, verdict, comparisons in verdicts:
         effects = "<br>".join(
-            f"{c.what}: {c.estimate.value:+.3g} [{c.estimate.low:+.3g}, {c.estimate.high:+.3g}]"
+            f"{escape(c.what, MARKDOWN)}: {c.estimate.value:+.3g} "
+            f"[{c.estimate.low:+.3g}, {c.estimate.high:+.3g}]"
             for c in comparisons
         )
         seeds = min((c.estimate.n_seeds for c in comparisons), default="–")
-        said = escape(claim.claim, MARKDOWN)
-        lines.append(f"| {said} | {claim.source} | **{verdict}** | {effects} | {seeds} |")
+        said, source = escape(claim.claim, MARKDOWN), escape(claim.source, MARKDOWN)
+        lines.append(f"| {said} | {source} | **{verdict}** | {effects} | {seeds} |")
     record = [
         {
             "id": claim.id,

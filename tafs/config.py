@@ -8,15 +8,17 @@ import itertools
 import json
 import math
 import re
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from tafs import models
+from tafs.failures import one_line, shown
 
 NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 BASE = "base"  # the untrained model's place among the methods
@@ -28,12 +30,64 @@ Kind = Literal["scores", "compute", "gains", "correlation"]
 # Shares of the reference method's training compute at which models are kept for the comparison.
 MARKS = (0.25, 0.5, 0.75, 1.0)
 
-Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
-Count = Annotated[int, Field(ge=1)]
+# What a file may hold: the time that reading takes grows with each, and recursion with the depth.
+LONGEST = 1 << 16  # bytes
+DEEPEST = 20  # levels
+BYTES_A_VALUE = 8  # at least, on the average; the values of an alias count wherever it stands
+MOST_CHARACTERS = 300  # of a title, a caption, a label
+# A path that shell, Snakemake's patterns and MLflow's addresses leave as it is.
+PATH = re.compile(r"[\w./+=,@ -]+")
+LONGEST_PART = 200  # bytes of a part of it; file systems allow 255
+PLACEHOLDERS = {"folder", "port"}  # of a server's command
 
 
 class ConfigError(ValueError):
-    """A mistake in config.yaml, in one line."""
+    """A mistake in config.yaml, in one line of printable characters."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(one_line(text, 600))
+
+
+def _printable(text: str) -> str:
+    """A title: one line that any file of results can hold."""
+    stripped = text.strip()
+    bad = next((c for c in stripped if not c.isprintable()), None)
+    if bad is not None:
+        raise ValueError(f"should have no character {bad!r}, which cannot be printed")
+    return stripped
+
+
+def _path(text: str) -> str:
+    """A path without `.` and doubled slashes; see PATH."""
+    path = PurePosixPath(text)
+    if not PATH.fullmatch(text) or not (text[0].isalnum() or text[0] in "./_") or text[-1] == " ":
+        raise ValueError(
+            "should be a path of letters, digits, spaces and ./_+=,@- without a space or - in front"
+        )
+    if path.name in ("", ".."):
+        raise ValueError("should end with the name of a folder of its own")
+    if any(len(part.encode()) > LONGEST_PART for part in path.parts) or len(text) > 1000:
+        raise ValueError(f"should be shorter; a part of it may have {LONGEST_PART} bytes")
+    return str(path)
+
+
+def _command(part: str) -> str:
+    """A part of a server's command, in which nothing but PLACEHOLDERS is filled in."""
+    try:
+        fields = {field for _, field, _, _ in string.Formatter().parse(part) if field is not None}
+    except ValueError:
+        fields = {"{"}
+    if fields - PLACEHOLDERS:
+        raise ValueError("should have no braces but those of {folder} and {port}")
+    return part
+
+
+Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Seed = Annotated[int, Field(ge=0, le=10**9)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Text = Annotated[str, Field(max_length=MOST_CHARACTERS), AfterValidator(_printable)]
+PathText = Annotated[str, AfterValidator(_path)]
 
 
 class _Strict(BaseModel):
@@ -58,14 +112,14 @@ class Evaluation(_Strict):
     batch: Count  # images at once; sampling takes less memory than training
     resolution: Count | None = None  # of the images, in pixels; None: as in training
     # The command that serves UnifiedReward, if it is a server; {folder} and {port} are filled in.
-    server: tuple[str, ...] = ()
+    server: tuple[Annotated[Text, AfterValidator(_command)], ...] = ()
 
 
 class Scale(_Strict):
     """Which models and budgets; never how."""
 
     world: Literal["shapes", "hub"]  # the embedded models, or those of resources.yaml
-    lock: str = "resources.lock.yaml"  # what the hub's models are pinned to
+    lock: PathText = "resources.lock.yaml"  # what the hub's models are pinned to
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the network's weights
     gradient_checkpointing: bool = False
@@ -79,9 +133,9 @@ class Scale(_Strict):
     methods: dict[Name, dict[Name, Any]] = {}  # hyperparameters at this scale
     iterations: Count
     prompts_per_iteration: Count
-    group_size: Annotated[int, Field(ge=2)]
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
-    ablation_seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+    group_size: Annotated[Count, Field(ge=2)]
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
+    ablation_seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
     experiments: tuple[Name, ...]  # what `snakemake all` builds
     micro_batch: Count
     checkpoint_every: Count
@@ -93,21 +147,21 @@ class Scale(_Strict):
 class Task(_Strict):
     """Rewards with their weights, on the training scale of each reward."""
 
-    title: str = ""  # of its row where a table compares tasks
+    title: Text = ""  # of its row where a table compares tasks
     prompts: Name  # the part that a scale casts with a prompt set
-    rewards: dict[Name, Annotated[float, Field(gt=0)]]
+    rewards: dict[Name, Annotated[Finite, Field(gt=0)]]
 
 
 class Experiment(_Strict):
     """A table: every method on every task and backbone, at every number of steps."""
 
-    caption: str
+    caption: Text
     kind: Kind = "scores"
     tasks: tuple[Name, ...] = ()
     backbones: Annotated[tuple[Name, ...], Field(min_length=1)]  # parts that a scale casts
     methods: tuple[Name, ...] = ()
-    header: str = "Method"  # of the rows' labels
-    labels: dict[Name, str] = {}  # of methods; by default their titles
+    header: Text = "Method"  # of the rows' labels
+    labels: dict[Name, Text] = {}  # of methods; by default their titles
     nfe: tuple[Count, ...] | None = None  # by default the scale's few_nfe
     base: bool = False  # the base models too, at their full and at few steps
     models: bool = False  # the scale's `models` too, at their own steps
@@ -120,8 +174,8 @@ class Tuning(_Strict):
     """The search: a grid a method, all of the same size, on a seed that no table uses."""
 
     task: Name
-    seed: Annotated[int, Field(ge=0)]
-    grids: dict[Name, dict[Name, tuple[float, ...]]]
+    seed: Seed
+    grids: dict[Name, dict[Name, tuple[int | Finite, ...]]]
 
 
 class Variant(BaseModel):
@@ -130,12 +184,12 @@ class Variant(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
     # The variant whose hyperparameters it starts from, or a method's file; by default its own name.
     method: Name | None = None
-    title: str = ""  # by default the method's
+    title: Text = ""  # by default the method's
 
 
 class Config(_Strict):
     scale: Name
-    results: str = "results"
+    results: PathText = "results"
     scales: dict[Name, Scale]
     tasks: dict[Name, Task]
     methods: dict[Name, Variant | None]
@@ -245,18 +299,69 @@ def fingerprint(description: Mapping[str, Any], *files: Path) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that refuses duplicate keys and reads 3e-4 as a number."""
+    """YAML that refuses duplicate keys and what unfolds without end, and reads 3e-4 as a number.
+
+    It is PyYAML's own in Python: the one in C overflows the stack where values are nested deeply.
+    """
+
+    def __init__(self, text: str, most: int) -> None:
+        super().__init__(text)
+        self._most = most  # values
+        self._count = self._depth = 0
+        self._sizes: dict[int, int] = {}  # values of a finished node, by its id
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        self._count += 1
+        self._depth += 1
+        if self._count > self._most:
+            raise _at(event, f"is value {self._count} of the file; write fewer")
+        if self._depth > DEEPEST:
+            raise _at(event, f"is nested more than {DEEPEST} levels deep; write it flatter")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if node is None or id(node) in self._sizes:
+            return node
+        if isinstance(event, yaml.AliasEvent):
+            raise _at(event, "stands inside what it names; write its values out")
+        parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+        inside = itertools.chain(*parts) if isinstance(node, yaml.MappingNode) else parts
+        size = 1 + sum(self._sizes[id(part)] for part in inside)
+        if size > self._most:
+            raise _at(event, f"holds more than {self._most} values; use fewer aliases")
+        self._sizes[id(node)] = size
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            value = super().construct_object(node, deep)
+        except ConfigError:
+            raise
+        # A day that no month has, an empty hexadecimal number, a word after `!!bool`.
+        except (ValueError, KeyError, AttributeError):
+            kind = node.tag.rpartition(":")[2]
+            raise _at(node, f"{shown(node.value)} is no {kind}; put it in quotes") from None
+        if isinstance(value, int) and abs(value) >= 1 << 63:  # its digits may take long to write
+            raise _at(node, "the number is too large; give one below 2**63")
+        return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                raise _at(key_node, "'<<' merges no keys here; write them out")
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, (str, int)):
-                raise ConfigError(f"line {key_node.start_mark.line + 1}: {key!r} is no plain key")
+                raise _at(key_node, f"{shown(key)} is no plain key; use a word")
             if key in seen:
-                raise ConfigError(f"line {key_node.start_mark.line + 1}: {key!r} is given twice")
+                raise _at(key_node, f"{shown(key)} is given twice; keep one of them")
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _at(place: yaml.Node | yaml.Event, problem: str) -> ConfigError:
+    mark: Any = place.start_mark
+    return ConfigError(f"line {mark.line + 1}: {problem}")
 
 
 _Loader.add_implicit_resolver(
@@ -275,27 +380,35 @@ def read(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
     return check({**load_yaml(path, dict), **(overrides or {})}, str(path))
 
 
-def load_yaml(path: Path, kind: type) -> Any:
-    """The file's content, a mapping (`dict`) or a list.
+def load_yaml(path: Path, kind: type, longest: int = LONGEST) -> Any:
+    """The file's content, a mapping (`dict`) or a list; it may have `longest` bytes.
 
     Raises:
         ConfigError: one line that names the file and what is wrong.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = file.read(longest + 1)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: is not UTF-8 text") from None
+        reason = error.strerror
+        raise ConfigError(f"{path}: cannot be read ({reason}); put a file there") from None
+    if len(content) > longest:
+        raise ConfigError(f"{path}: has more than {longest} bytes; shorten it")
     try:
-        raw = yaml.load(text, _Loader)  # noqa: S506 - _Loader is a SafeLoader
+        text = content.decode("utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
+    try:
+        loader = _Loader(text, longest // BYTES_A_VALUE)
+        raw = loader.get_single_data()
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{path}: is not YAML ({_yaml_problem(error)})") from None
+    except yaml.YAMLError as error:
+        problem = _yaml_problem(error, text)
+        raise ConfigError(f"{path}: is not YAML ({problem}); correct it there") from None
     if not isinstance(raw, kind):
         wanted = "mapping of keys to values" if kind is dict else "list"
-        raise ConfigError(f"{path}: holds no {wanted}")
+        raise ConfigError(f"{path}: holds no {wanted}; write one")
     return raw
 
 
@@ -356,7 +469,10 @@ def with_seeds(config: Config, count: Any) -> Config:
     return found
 
 
-def _yaml_problem(error: Exception) -> str:
+def _yaml_problem(error: yaml.YAMLError, text: str) -> str:
+    if isinstance(error, yaml.reader.ReaderError):
+        line = text.count("\n", 0, error.position) + 1
+        return f"line {line}: the character {chr(error.character)!r} is not allowed"
     mark = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None) or type(error).__name__
     return f"line {mark.line + 1}: {problem}" if mark else str(problem)
@@ -367,15 +483,18 @@ def first_problem(error: ValidationError, known: Sequence[str] | None = None) ->
     problems = error.errors()
     # A misspelt key is both unknown and missing: what was written says more.
     first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    path = ".".join(str(part) for part in first["loc"]).encode("unicode_escape").decode()
+    # A wrong key stands before a mark of pydantic's.
+    parts = [str(part) for part in first["loc"] if part != "[key]"]
+    path = ".".join(one_line(part, 80) for part in parts)
     if first["type"] == "extra_forbidden":
         known = known or _known_keys(first["loc"])
-        return f"unknown key {path!r}{_suggestion(str(first['loc'][-1]), known)}"
+        return f"unknown key {path!r}{_suggestion(parts[-1], known)}"
     if first["type"] == "missing":
-        return f"missing key {path!r}"
-    shown = repr(first["input"])
-    value = shown if len(shown) <= 60 else shown[:57] + "..."
-    return f"{path}: {first['msg'][0].lower() + first['msg'][1:]} (got {value})"
+        return f"missing key {path!r}; add it"
+    problem = one_line(first["msg"].removeprefix("Value error, "))
+    if first.get("ctx", {}).get("pattern") == f"^{NAME.pattern}$":
+        problem = "should be a name: a letter, then up to 63 of a-z, 0-9, '_' and '-'"
+    return f"{path}: {problem[0].lower() + problem[1:]} (got {shown(first['input'])})"
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
@@ -394,10 +513,11 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
 
 
 def _suggestion(name: str, available: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, available, n=1)
+    close = difflib.get_close_matches(name[:100], available, n=1)
     if close:
         return f"; did you mean {close[0]!r}?"
-    return f" (available: {', '.join(sorted(available))})"
+    names = sorted(available)
+    return f" (available: {', '.join(names[:20])}{', ...' if len(names) > 20 else ''})"
 
 
 def _inconsistency(config: Config) -> str | None:
@@ -411,12 +531,10 @@ def _inconsistency(config: Config) -> str | None:
             f"scale: unknown scale {config.scale!r}{_suggestion(config.scale, list(config.scales))}"
         )
     for name, task in config.tasks.items():
-        for reward, weight in task.rewards.items():
+        for reward in task.rewards:
             if reward not in METRICS:
                 hint = _suggestion(reward, list(METRICS))
                 return f"tasks.{name}.rewards: unknown reward {reward!r}{hint}"
-            if not math.isfinite(weight):
-                return f"tasks.{name}.rewards.{reward}: {weight} is not a finite number"
         if not task.rewards:
             return f"tasks.{name}.rewards: at least one reward is needed"
     if BASE in config.methods:
@@ -431,10 +549,11 @@ def _inconsistency(config: Config) -> str | None:
             try:
                 algorithm = methods.create(*_method_of(config, variant, scale))
                 cost = algorithm.cost
-            except (ValueError, TypeError) as error:
-                return f"{own}methods.{variant}: {error}"
             except NotImplementedError as error:
                 return f"{own}methods.{variant}: {str(error) or 'is a stub'}"
+            except Exception as error:  # whatever a method makes of its hyperparameters
+                kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+                return f"{own}methods.{variant}: {kind}{error}"
             if not cost > 0:
                 return f"{own}methods.{variant}: its `cost` is {cost}; it must be above 0"
             # A method that one scale cannot share out may be tried at another.
@@ -570,6 +689,8 @@ def _images_per_prompt(config: Config, experiment: Experiment) -> int:
 
 
 def _tuning_inconsistency(config: Config, tuning: Tuning) -> str | None:
+    from tafs import method as methods
+
     trained = {v for e in config.experiments.values() if tuning.task in e.tasks for v in e.methods}
     for variant in tuning.grids:
         if variant not in trained:
@@ -577,9 +698,15 @@ def _tuning_inconsistency(config: Config, tuning: Tuning) -> str | None:
                 f"tuning.grids: no experiment trains {variant!r} on {tuning.task!r}"
                 f"{_suggestion(variant, sorted(trained))}"
             )
+        file, own = _method_of(config, variant)
+        for key, value in ((k, v) for k, values in tuning.grids[variant].items() for v in values):
+            try:
+                methods.create(file, {**own, key: value})
+            except ValueError as error:
+                return f"tuning.grids.{variant}: {error}"
     sizes = {v: math.prod(len(values) for values in g.values()) for v, g in tuning.grids.items()}
     if len(set(sizes.values())) > 1:
-        return f"tuning.grids: the methods get different numbers of trials ({sizes})"
+        return f"tuning.grids: should give every method as many trials as the others ({sizes})"
     if any(tuning.seed in (*s.seeds, *s.ablation_seeds) for s in config.scales.values()):
         return f"tuning.seed: {tuning.seed} is one of the tables' seeds; choose another"
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import sys
 from collections.abc import Callable
 
@@ -44,3 +45,18 @@ def fail_in_one_line(
     if note is not None:
         note(code, line)
     sys.exit(code)
+
+
+def one_line(text: str, longest: int = 300) -> str:
+    """The text with escapes for what cannot be printed, and cut where it is too long."""
+    cut = text if len(text) <= longest else f"{text[: longest - 3]}..."
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
+
+
+def shown(value: object) -> str:
+    """The value as Python writes it, in a few words."""
+    few = reprlib.Repr()
+    few.maxstring = few.maxother = 60
+    few.maxlevel = few.maxdict = few.maxlist = 3
+    text = few.repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

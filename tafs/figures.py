@@ -70,6 +70,7 @@ UNITS = {
 STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same on every machine
     "font.size": 8,
+    "text.parse_math": False,  # a prompt or a title may hold dollar signs
     "axes.titlesize": 9,
     "axes.labelsize": 8,
     "axes.spines.top": False,

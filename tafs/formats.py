@@ -79,7 +79,7 @@ def _csv(table: Table, lines: Sequence[Line], published: bool, random: Sequence[
     writer.writerow(header)
     for line in lines:
         first = line.system.results[0]
-        fields: list[Any] = [line.system.label, first.variant, first.info["backbone"]]
+        fields: list[Any] = [_no_formula(line.system.label), first.variant, first.info["backbone"]]
         fields += [line.sampler, line.row.nfe]
         for cell in line.cells:
             fields.append(_exact(cell.value))
@@ -94,12 +94,18 @@ def _csv(table: Table, lines: Sequence[Line], published: bool, random: Sequence[
     return out.getvalue()
 
 
+def _no_formula(text: str) -> str:
+    """A spreadsheet would calculate what begins like a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+
+
 def _exact(value: float | None) -> str:
     return "" if value is None or not math.isfinite(value) else f"{value:.10g}"
 
 
 def _markdown(table: Table, lines: Sequence[Line]) -> str:
-    header = [table.header, "Steps", *(_title(column) for column in table.columns), "Seeds"]
+    titles = (_title(column) for column in table.columns)
+    header = [escape(table.header, MARKDOWN), "Steps", *titles, "Seeds"]
     rows = [header, ["---", *["---:"] * (len(header) - 1)]]
     for line in lines:
         cells = [_cell(cell, "**{}**", "{}") for cell in line.cells]
@@ -159,8 +165,8 @@ def _html(table: Table, lines: Sequence[Line]) -> str:
 
 def _latex(table: Table, lines: Sequence[Line]) -> str:
     """A table* for booktabs; the values' intervals as half their width."""
-    header = [table.header, "Steps", *(_title(column, latex=True) for column in table.columns)]
-    header.append("Seeds")
+    titles = (_title(column, latex=True) for column in table.columns)
+    header = [escape(table.header, LATEX), "Steps", *titles, "Seeds"]
     notes = [escape(note, LATEX) for note in _notes(table, lines)]
     beside = any(cell.published is not None for line in lines for cell in line.cells)
     notes.insert(0, r"$\pm$: half the width of the 95\,\% interval.")

@@ -6,10 +6,13 @@ NaN is a missing reward: no mean and no standard deviation knows of it, and its 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    from tafs.lazy import torch
 
 CREDITS = ("step", "sum", "to_go", "final")
 

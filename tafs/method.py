@@ -17,18 +17,27 @@ import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
 
-import torch
-from torch import Tensor
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from tafs import grpo, sampling
+from tafs.failures import shown
 from tafs.sampling import Transition
 
-if TYPE_CHECKING:  # importing diffusers would cost every reader of config.yaml seconds
+if TYPE_CHECKING:  # importing torch and diffusers would cost every reader of config.yaml seconds
+    import torch
+    from torch import Tensor
+
     from tafs.backbones.base import Backbone, Conditioning
+else:
+    from tafs.lazy import torch
+
+STRICT = ConfigDict(strict=True, allow_inf_nan=False)
+LARGEST = 10**6  # of a whole number: more steps or updates than anyone takes
 
 
 @dataclass(frozen=True)
@@ -397,12 +406,18 @@ def sources() -> dict[str, str]:
     found = {"tafs_grpo": "tafs.tafs_grpo"}
     for info in pkgutil.iter_modules(baselines.__path__):
         found[info.name] = f"baselines.{info.name}"
-    for point in entry_points(group="tafs.methods"):
+    for point in installed():
         if found.setdefault(point.name, point.module) != point.module:
             raise ValueError(
                 f"method {point.name!r} is defined twice: by {found[point.name]} and {point.module}"
             )
     return dict(sorted(found.items()))
+
+
+@cache
+def installed() -> tuple[EntryPoint, ...]:
+    """The methods of other packages; a plan asks often, and each answer opens hundreds of files."""
+    return tuple(entry_points(group="tafs.methods"))
 
 
 def source_file(name: str) -> Path:
@@ -439,15 +454,25 @@ def create(name: str, parameters: dict[str, Any]) -> Method:
     """The method with its hyperparameters.
 
     Raises:
-        ValueError: an unknown hyperparameter, or a value out of range; names it.
+        ValueError: an unknown hyperparameter, or a value of another type or out of range; names it.
     """
     found = method_class(name)
     known = {f.name for f in dataclasses.fields(found)}
-    for key in parameters:
+    kinds = get_type_hints(found)
+    for key, value in parameters.items():
         if key not in known:
             raise ValueError(
-                f"unknown hyperparameter {key!r} (available: {', '.join(sorted(known))})"
+                f"unknown hyperparameter {shown(key)} (available: {', '.join(sorted(known))})"
             )
+        # Else `true` would count as 1, and a word be refused by whatever first compares it.
+        try:
+            TypeAdapter(kinds[key], config=STRICT).validate_python(value)
+        except ValidationError as error:
+            problem = error.errors()[0]["msg"]
+            problem = f"{problem[0].lower()}{problem[1:]}"
+            raise ValueError(f"{key}: {problem} (got {shown(value)})") from None
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise ValueError(f"{key}: {value} is too large; give at most {LARGEST}")
     return found(**parameters)
 
 

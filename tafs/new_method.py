@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import sys
 from pathlib import Path
 
@@ -52,13 +53,17 @@ def write(name: str, folder: Path = FOLDER) -> Path:
     from tafs import method
 
     if not config.NAME.fullmatch(name) or "-" in name:
-        raise ValueError(f"{name!r} is no name: use lower-case letters, digits and underscores")
+        raise ValueError(
+            f"{failures.shown(name)} is no name: use lower-case letters, digits and underscores"
+        )
+    title = "".join(part.capitalize() for part in name.split("_"))
+    if keyword.iskeyword(name) or keyword.iskeyword(title):
+        raise ValueError(f"{name!r} is a word of Python's; choose another name")
     if name in method.sources() or name == config.BASE:
         raise ValueError(f"{name!r} is taken; choose another name")
     if not folder.is_dir():
         raise ValueError(f"{folder}/ is not here; call this in the project's folder")
     file = folder / f"{name}.py"
-    title = "".join(part.capitalize() for part in name.split("_"))
     with file.open("x", encoding="utf-8") as out:
         out.write(TEMPLATE.replace("{title}", title))
     return file

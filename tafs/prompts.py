@@ -27,14 +27,20 @@ def read(path: Path) -> list[Prompt]:
     """The prompts of a JSON Lines file, in its order.
 
     Raises:
-        ValueError: a line is not a JSON object with a string `prompt`; names file and line.
+        ValueError: a line is not a JSON object with a string `prompt` of characters; names file and
+            line.
     """
     prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not every character that ends a line elsewhere ends one of JSON Lines.
+    content = path.read_text(encoding="utf-8")
+    lines = content.removesuffix("\n").split("\n") if content else []
+    for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            prompts.append(Prompt(text=str(row["prompt"]), row=row))
-        except (json.JSONDecodeError, KeyError, TypeError):
+            text = row["prompt"]
+            text.encode()  # half a character would fail in the tokenizer
+            prompts.append(Prompt(text=text, row=row))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f"{path}:{number}: not a JSON object with a 'prompt'") from None
     if not prompts:
         raise ValueError(f"{path}: holds no prompt")

@@ -22,7 +22,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -43,6 +43,7 @@ from tafs import config, failures
 
 RESOURCES = Path("resources.yaml")
 LOCK = Path("resources.lock.yaml")
+LONGEST = 1 << 20  # bytes of either file
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -120,11 +121,12 @@ ALL_LOCKED = TypeAdapter(dict[Name, Locked])
 def path(name: str, lock: Path = LOCK) -> Path:
     """The folder with a resource's verified files; never touches the network.
 
-    Files whose size and time are those of their verification are taken as unaltered.
+    Files whose size and times are those of their verification are taken as unaltered, all others
+    are hashed again: what a program has written is noticed, also where it has set the time back.
 
     Raises:
-        ValueError: it is not locked, not fetched, or a file is missing or altered since it was
-            verified; one line with the remedy.
+        ValueError: it is not locked, not fetched, or a file is missing or altered; one line with
+            the remedy.
     """
     locked = _entry(name, lock)
     folder, verified = _folder(locked), _verified(name, locked)
@@ -132,13 +134,12 @@ def path(name: str, lock: Path = LOCK) -> Path:
     if not verified:
         raise ValueError(f"{name}: not fetched; run {remedy}")
     for file, expected in locked.files.items():
-        found = _state(folder / file, expected)
-        if found is None:
+        if _state(folder / file, expected) is None:
             raise ValueError(f"{name}: {folder / file} is missing; run {remedy}")
-        if found != verified.get(file):
-            raise ValueError(
-                f"{name}: {folder / file} has changed since it was verified; run {remedy}"
-            )
+    states = _verify_changed(locked, verified, remedy)
+    # Where the cache cannot be written every job hashes what has changed.
+    with suppress(OSError):
+        _note(name, locked, verified, states)
     return folder
 
 
@@ -192,7 +193,7 @@ def _read_lock(file: Path, _: int) -> dict[str, Locked]:
 
 
 def _read(file: Path, kind: TypeAdapter[dict[str, Entry]], keys: Sequence[str]) -> dict[str, Entry]:
-    raw = config.load_yaml(file, dict)
+    raw = config.load_yaml(file, dict, LONGEST)
     try:
         return kind.validate_python(raw)
     except ValidationError as error:
@@ -260,7 +261,7 @@ def _state(file: Path, expected: LockedFile) -> list[Any] | None:
         found = file.stat()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return [expected.sha256, found.st_size, found.st_mtime_ns]
+    return [expected.sha256, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
 @contextmanager
@@ -398,25 +399,41 @@ def fetch(name: str, lock: Path = LOCK) -> Path:
         _check_space(folder, sum(locked.files[file].size for file in missing))
         with _in_one_line(locked):
             _download(locked, missing, folder)
-    states = {}
     for file, expected in locked.files.items():
-        found = _state(folder / file, expected)
-        if found is None:
+        if _state(folder / file, expected) is None:
             remedy = _command("lock", name, lock)
             raise ValueError(f"{folder / file} is not in the repository; run {remedy}")
-        if found != verified.get(file):
-            _verify(folder / file, expected, _command("fetch", name, lock))
-        states[file] = found
+    states = _verify_changed(locked, verified, _command("fetch", name, lock))
     if locked.hub is not None:
         # Programs that open a repository by its name alone, offline, read the commit from here.
         main = folder.parents[1] / "refs" / "main"
         if not main.is_file() or main.read_text() != locked.revision:
             with _appearing_whole(main) as temporary:
                 temporary.write(locked.revision.encode())
+    _note(name, locked, verified, states)
+    return folder
+
+
+def _verify_changed(
+    locked: Locked, verified: Mapping[str, Any], command: str
+) -> dict[str, list[Any] | None]:
+    """Hash the files that are not as they were when they were verified; the state of all."""
+    folder, states = _folder(locked), {}
+    for file, expected in locked.files.items():
+        # Taken before the file is read: what changes meanwhile is hashed again.
+        states[file] = _state(folder / file, expected)
+        if states[file] != verified.get(file):
+            _verify(folder / file, expected, command)
+    return states
+
+
+def _note(
+    name: str, locked: Locked, verified: Mapping[str, Any], states: Mapping[str, Any]
+) -> None:
+    """Write down what was verified, where it is not what was known."""
     if states != verified:
         with _appearing_whole(_verified_file(name, locked)) as temporary:
             temporary.write(json.dumps(states, indent=1).encode())
-    return folder
 
 
 def _verify(file: Path, expected: LockedFile, command: str) -> None:

@@ -9,11 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    from tafs.lazy import torch
 
-Time = float | Tensor  # one time for the batch, or [B]
+Time: TypeAlias = "float | Tensor"  # one time for the batch, or [B]
 
 
 @dataclass(frozen=True)
@@ -157,7 +161,7 @@ def shifted(t: Tensor, shift: float) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
-Step = Callable[[Tensor, Tensor, Tensor, Tensor], Transition]
+Step: TypeAlias = "Callable[[Tensor, Tensor, Tensor, Tensor], Transition]"
 SAMPLERS: dict[str, Step] = {"ode": ode, "anneal": anneal}  # evaluation
 
 # Policies: samplers whose steps have a density, with the noise level of those that have one.

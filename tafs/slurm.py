@@ -16,7 +16,6 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tafs import checkpoint
 from tafs.failures import RunFailed
 from tafs.retries import Retries
 
@@ -142,6 +141,8 @@ def end_orphans(file: Path) -> int:
 
 def remember(file: Path, executor: Any) -> None:
     """Write the name of the jobs that the executor submits: {"name"}."""
+    from tafs import checkpoint  # it imports torch, which no plan needs
+
     checkpoint.atomic_text(file, json.dumps({"name": executor.run_uuid}))
 
 

@@ -51,6 +51,18 @@ ENVIRONMENT = {
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
 }
+# Of the server: nothing is called, nothing runs, no other page may show it.
+SERVER_ENVIRONMENT = {
+    "MLFLOW_ENABLE_AI_GATEWAY": "false",
+    "MLFLOW_ENABLE_REMOTE_ASSISTANT": "false",
+    "MLFLOW_SERVER_ENABLE_CUSTOM_SCORERS": "false",
+    "MLFLOW_SERVER_JOB_ENABLE_PERIODIC_TASKS": "false",
+    "MLFLOW_SERVER_DISABLE_SECURITY_MIDDLEWARE": "false",
+    "MLFLOW_SERVER_X_FRAME_OPTIONS": "DENY",
+    "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "none",
+}
+FOREIGN = re.compile(r"^_?MLFLOW_|TOKEN|SECRET|PASSWORD|CREDENTIAL|_KEY(_ID)?$")
+GUNICORN = "--worker-class=gthread --threads=4 --log-level=warning --no-control-socket"
 # MLflow's limits; it cuts longer parameters without a word.
 PARAMETER_LENGTH, TAG_LENGTH = 6000, 5000
 METRICS_PER_BATCH, ENTRIES_PER_BATCH = 1000, 100
@@ -695,8 +707,14 @@ def serve(store: Path, port: int) -> NoReturn:
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port)]
     command += ["--backend-store-uri", _uri(database), "--workers", "1"]
     command += ["--artifacts-destination", str((store / ARTIFACTS).resolve())]
+    # Under gunicorn MLflow serves its Flask application alone: no assistant that runs commands, no
+    # jobs, no calls of language models, none of which can be switched off under uvicorn.
+    command += [f"--gunicorn-opts={GUNICORN}"]
+    # What is set for MLflow elsewhere could open this server; no credential is of use to it.
+    kept = {name: value for name, value in os.environ.items() if not FOREIGN.search(name)}
+    hosts = {"MLFLOW_SERVER_ALLOWED_HOSTS": f"{HOST}:{port},localhost:{port}"}
     print(f"http://{HOST}:{port}  (Ctrl-C ends it)", flush=True)
-    os.execve(command[0], command, {**os.environ, **ENVIRONMENT})
+    os.execve(command[0], command, {**kept, **ENVIRONMENT, **SERVER_ENVIRONMENT, **hosts})
 
 
 def _one_line(error: object, length: int = 300) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -313,8 +314,18 @@ def read(overrides: Mapping[str, Any], path: Path = Path("config.yaml")) -> Plan
     method = given.pop("method", None)
     given.pop("seeds", None)
     settings = config.read(path, given)
+    _check_folder(Path(settings.results), path)
     if "seeds" in overrides:
         settings = config.with_seeds(settings, overrides["seeds"])
     if method is None:
         return Plan(settings)
     return Plan(config.with_method(settings, str(method)), compared=str(method))
+
+
+def _check_folder(results: Path, path: Path) -> None:
+    """Refuse a folder for results that cannot be made or written, before any job starts."""
+    there = next(folder for folder in (results, *results.parents) if os.path.lexists(folder))
+    if not there.is_dir():
+        raise ConfigError(f"{path}: results: {there} is no folder; choose another path")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"{path}: results: {there} cannot be written; choose another path")

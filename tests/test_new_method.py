@@ -68,13 +68,13 @@ def test_installed_packages_bring_methods_by_entry_point(tmp_path, monkeypatch):
     file = new_method.write("their_method", tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     point = EntryPoint("their_method", "their_method:METHOD", "tafs.methods")
-    monkeypatch.setattr(method, "entry_points", lambda group: [point])
+    monkeypatch.setattr(method, "installed", lambda: (point,))
     assert method.source_file("their_method") == file
     assert method.create("their_method", {}).nfe_theta == 5
 
 
 def test_a_name_that_two_packages_claim_is_refused(monkeypatch):
     point = EntryPoint("flow_grpo", "elsewhere.flow:METHOD", "tafs.methods")
-    monkeypatch.setattr(method, "entry_points", lambda group: [point])
+    monkeypatch.setattr(method, "installed", lambda: (point,))
     with pytest.raises(ValueError, match="'flow_grpo' is defined twice: .*elsewhere.flow"):
         method.sources()

@@ -124,8 +124,23 @@ FORBIDDEN = (
     r"\byaml \. (full|unsafe)_load\w*",
     r"\byaml \. load(_all)? \((?! [^()]*\bLoader\b)",
     r"\bos \. (system|popen)\b",
-    r"(?<!\. )(?<!def )\b(eval|exec) \(",
+    r"(?<!\. )(?<!def )\b(eval|exec|compile|__import__) \(",
+    r"(?<!\. )\btorch \. load \((?![^()]*(?:\([^()]*\)[^()]*)*\bweights_only = True\b)",
+    r"\ballow_pickle = (?!False\b)",
+    r"\b(read|to)_pickle\b",
+    r"\btempfile \. mktemp\b",
+    r"\bverify = False\b",
+    r"\b_create_unverified_context\b",
+    r"\bos \. (spawn|posix_spawn)\w*",
+    r"\bsubprocess \. (getoutput|getstatusoutput)\b",
+    r"\bextractall\b",
 )
+# What attacks with such a file has to be able to say so.
+ATTACKS = {
+    "tests/test_style.py",
+    "tests/torture/test_malicious_files.py",
+    "tests/torture/test_hostile_requests.py",
+}
 
 
 def unsafe(source: str) -> list[str]:
@@ -138,14 +153,26 @@ def unsafe(source: str) -> list[str]:
     code = re.sub(r"\b(yaml \. )?Loader\b", "Unsafe", code.replace("Loader =", ""))
     for name in ("yaml . SafeLoader", "yaml . CSafeLoader", "SafeLoader", *safe):
         code = re.sub(rf"(?<!class )(?<![\w.] )\b{re.escape(name)}\b", "Loader", code)
-    return [match.group() for rule in FORBIDDEN for match in re.finditer(rule, code)]
+    found = [match.group() for rule in FORBIDDEN for match in re.finditer(rule, code)]
+    return found + listening_to_all(source)
 
 
-def test_nothing_shipped_unpickles_or_runs_what_it_reads():
-    files = [f for f in tracked(*SHIPPED) if f.suffix in (".py", ".smk") or f.name == "Snakefile"]
+def listening_to_all(source: str) -> list[str]:
+    """Addresses from which other machines are served."""
+    tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
+    strings = [token.string for token in tokens if token.type == tokenize.STRING]
+    return [text for text in strings if re.search(r"(?<![\d.])0\.0\.0\.0(?![\d.])", text)]
+
+
+def test_nothing_unpickles_or_runs_what_it_reads():
+    files = [
+        f
+        for f in tracked(*SHIPPED, "tests")
+        if f.suffix in (".py", ".smk") or f.name == "Snakefile"
+    ]
     assert len(files) > 20
     found = {str(f.relative_to(ROOT)): unsafe(text_of(f)) for f in files}
-    assert {name: what for name, what in found.items() if what} == {}
+    assert {name for name, what in found.items() if what} <= ATTACKS, found
 
 
 @pytest.mark.parametrize(
@@ -162,6 +189,16 @@ def test_nothing_shipped_unpickles_or_runs_what_it_reads():
         "yaml.load(text, Loader=yaml.FullLoader)",
         "yaml.unsafe_load(text)",
         "os.system(command)",
+        "torch.load(file)",
+        "torch.load(file, map_location=torch.device('cpu'))",
+        "np.load(file, allow_pickle=True)",
+        "pd.read_pickle(file)",
+        "tempfile.mktemp()",
+        "requests.get(url, verify=False)",
+        "archive.extractall(folder)",
+        "server.bind(('0.0.0.0', 80))",
+        "subprocess.getoutput(command)",
+        "__import__(name)",
         "value = eval(text)",
         "rule a:\n    run:\n        exec(text)",
     ],
@@ -176,6 +213,11 @@ def test_an_unsafe_call_is_recognised(source):
         "# no pickle, no shell=True",
         "text = 'yaml.load(text)'",
         "torch.load(file, weights_only=True)",
+        "safetensors.torch.load(content)",
+        "torch.load(path(name), map_location=torch.device('cpu'), weights_only=True)",
+        "np.load(file, allow_pickle=False)",
+        "re.compile(pattern)",
+        "version = '10.0.0.0.1'",
         "model.eval()",
         "yaml.safe_load(text)",
         "yaml.load(text, Loader=yaml.SafeLoader)",

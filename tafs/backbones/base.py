@@ -14,6 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -334,10 +335,23 @@ class Backbone:
 
         It is merged into the weights where they are float32, which saves its products at every
         evaluation; in bfloat16 merging would round it.
+
+        Raises:
+            FileNotFoundError, ValueError: there is none, or it is damaged; names the file.
         """
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such adapter")
-        self.pipeline.load_lora_weights(file.parent, weight_name=file.name, local_files_only=True)
+        try:
+            with safe_open(file, framework="numpy"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(
+                f"{file}: no safetensors file ({error}); train the run again"
+            ) from None
+        # Without `use_safetensors` diffusers would read it as something else.
+        self.pipeline.load_lora_weights(
+            file.parent, weight_name=file.name, local_files_only=True, use_safetensors=True
+        )
         if self.transformer.dtype == torch.float32:
             self.pipeline.fuse_lora(components=["transformer"])
             self.pipeline.unload_lora_weights()

@@ -155,7 +155,9 @@ def _fourth_text_encoder(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
 def _merge(pipeline: Any, file: Path, scale: float) -> None:
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such adapter")
-    pipeline.load_lora_weights(file.parent, weight_name=file.name, local_files_only=True)
+    pipeline.load_lora_weights(
+        file.parent, weight_name=file.name, local_files_only=True, use_safetensors=True
+    )
     pipeline.fuse_lora(components=["transformer"], lora_scale=scale)
     pipeline.unload_lora_weights()
 

@@ -94,7 +94,11 @@ class DualEncoder(nn.Module):
         # With so few tokens plain products are faster than a fused kernel.
         return cls(
             CLIPModel.from_pretrained(
-                folder, local_files_only=True, dtype=torch.float32, attn_implementation="eager"
+                folder,
+                local_files_only=True,
+                use_safetensors=True,
+                dtype=torch.float32,
+                attn_implementation="eager",
             )
         )
 

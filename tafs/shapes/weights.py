@@ -71,7 +71,7 @@ def verify(name: str, root: Path = ROOT) -> Path:
     """The folder of the model `name`, after its files matched the manifest.
 
     Raises:
-        ValueError: a file is missing or altered; names it and the remedy.
+        ValueError: a file is missing, altered, or not of the model; names it and the remedy.
     """
     listed: dict[str, str] = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
     members = {path: sum_ for path, sum_ in listed.items() if path.startswith(f"{name}/")}
@@ -82,6 +82,11 @@ def verify(name: str, root: Path = ROOT) -> Path:
         if not file.is_file() or sha256(file) != expected:
             state = "altered" if file.is_file() else "missing"
             raise ValueError(f"{file}: {state}; restore it with `git checkout -- {file}`")
+    for file in (root / name).rglob("*"):
+        # Libraries prefer some files to others, and would take what somebody has put beside them.
+        known = file.name in NOT_LOADED or file.relative_to(root).as_posix() in members
+        if file.is_file() and not known and not file.name.startswith("."):
+            raise ValueError(f"{file}: not listed in {root / MANIFEST}; delete it")
     return root / name
 
 

@@ -31,4 +31,4 @@ rule canary:
     resources:
         **PLAN.needs("canary"),
     shell:
-        "python -m tafs.rewards.canary $(dirname {input.run:q}) {output:q} > {log:q} 2>&1"
+        'python -m tafs.rewards.canary "$(dirname {input.run:q})" {output:q} > {log:q} 2>&1'

@@ -47,7 +47,7 @@ rule compare:
     resources:
         mem_mb=2000,
     shell:
-        "python -m tafs.report $(dirname {input.contents:q}) > {log:q} 2>&1"
+        'python -m tafs.report "$(dirname {input.contents:q})" > {log:q} 2>&1'
 
 
 rule track:
