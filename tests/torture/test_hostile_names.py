@@ -340,7 +340,7 @@ def test_claims_hold_any_text_literally(tmp_path, trials):
 
 def test_mlflow_holds_any_text_and_writes_nothing_outside_its_store(runs, tmp_path, trials):
     texts = [*LINES[:12], *LINES[21:30], "../../PWNED", "a\nb", "\x00", "x" * 5000]
-    for number in trials("names: text in MLflow", 1, len(texts)):
+    for number in trials("names: text in MLflow", 0, len(texts)):
         text = texts[number]
         folder = Path(shutil.copytree(runs[-1], tmp_path / "runs" / str(number)))
         described = json.loads((folder / "run.json").read_text())
