@@ -53,7 +53,7 @@ test-slurm: $(STAMP)  ## Run the workflow on a Slurm of this machine's own (root
 	$(RUN) OMP_NUM_THREADS=1 python -m pytest tests/slurm $(ARGS)
 
 torture: $(STAMP)  ## Try every fault often (minutes); ARGS='--reliability FILE' keeps the table
-	$(RUN) OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --torture tests/torture tests/slurm $(ARGS)
+	$(RUN) OMP_NUM_THREADS=1 python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --torture tests/slurm tests/torture $(ARGS)
 
 ui: $(STAMP)  ## Browse the tracked runs with MLflow on 127.0.0.1
 	$(RUN) python -m tafs.tracking ui $(ARGS)

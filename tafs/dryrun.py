@@ -14,7 +14,7 @@ from typing import Any
 from tafs import failures
 
 TOTAL = re.compile(r"^total\s+(\d+)$", re.MULTILINE)
-FACT = re.compile(r"^    (\w+): (.*)$", re.MULTILINE)
+FACT = re.compile(r"^ {4,8}(\w+): (.*)$", re.MULTILINE)  # a group's jobs stand further in
 NAMED = "Updated input files"  # the reason whose files say more than its words
 FOLLOWS = "input files updated by another job"
 
@@ -78,7 +78,7 @@ def parse(printed: str) -> list[Pending]:
         RunFailed: they are not as many as it says.
     """
     found = []
-    for text in re.split(r"^(?:local)?rule ", printed, flags=re.MULTILINE)[1:]:
+    for text in re.split(r"^ *(?:local)?rule ", printed, flags=re.MULTILINE)[1:]:
         facts = dict(FACT.findall(text))
         wildcards = dict(
             pair.split("=", 1) for pair in facts.get("wildcards", "").split(", ") if pair

@@ -199,8 +199,9 @@ def run_stage(stage: str, work: Callable[[RunDir], None]) -> None:
     def within_memory() -> None:
         import torch
 
-        if run.description["settings"]["device"] == "cuda" and stage != "train":
-            gpus.claim(1)  # a training's launcher has taken all of its
+        # A training's launcher has taken all of its.
+        if stage != "train" and run.description["settings"]["device"] == "cuda":
+            gpus.claim(1)
         try:
             work(run)
         except torch.OutOfMemoryError as error:

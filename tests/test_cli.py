@@ -70,9 +70,8 @@ def test_a_wrong_scale_is_refused_in_one_line(command):
 
 def test_a_folder_without_a_configuration_is_refused_in_one_line(tmp_path):
     done = tafs("status", folder=tmp_path)
-    assert (done.returncode, done.stderr) == (
-        *(2, "tafs status: config.yaml: cannot be read (No such file or directory)\n"),
-    )
+    refusal = "config.yaml: cannot be read (No such file or directory); put a file there"
+    assert (done.returncode, done.stderr) == (2, f"tafs status: {refusal}\n")
 
 
 def test_status_is_shown_of_the_scale_that_is_asked_for(tmp_path):

@@ -137,13 +137,13 @@ def test_make_refuses_an_old_python_in_one_line(tmp_path: Path) -> None:
     assert not (tmp_path / "venv").exists()
 
 
-def test_continuous_integration_is_executable_and_runs_make_test() -> None:
+def test_continuous_integration_is_executable_and_runs_all_tests() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     lines = script.read_text().splitlines()
     assert lines[0] == "#!/usr/bin/env bash"
     assert "set -euo pipefail" in lines
-    assert lines[-1] == "make test"
+    assert lines[-2:] == ["make test", "make test-slurm"]
 
 
 def test_results_are_ignored_but_for_the_reference_run() -> None:

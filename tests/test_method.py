@@ -473,7 +473,7 @@ def test_training_that_stopped_ends_as_if_it_had_not(name, tmp_path):
     stopped = trainer(name)
     for iteration in range(2):
         stopped.iterate(iteration)
-    stopped.save(tmp_path, "of this run", 2, seconds=0.0)
+    stopped.save(tmp_path, "of this run", 2, {})
     state = checkpoint.load(tmp_path, "of this run")
     assert state is not None
     continued = trainer(name)

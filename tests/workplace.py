@@ -88,7 +88,7 @@ class Workplace:
         """(rule, run) of the jobs that a call would run now."""
         done = self.snakemake("all", "--dry-run", *arguments)
         assert done.returncode == 0, done.stderr
-        jobs = re.split(r"^rule ", done.stdout + done.stderr, flags=re.MULTILINE)[1:]
+        jobs = re.split(r"^ *rule ", done.stdout + done.stderr, flags=re.MULTILINE)[1:]
         runs = [re.search(r"wildcards: run=(\S+)", job) for job in jobs]
         return {
             (job.partition(":")[0], run.group(1) if run else "")

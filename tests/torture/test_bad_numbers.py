@@ -221,7 +221,7 @@ def stop_and_continue(
     failing, update = int(rng.integers(ITERATIONS)), int(rng.integers(UPDATES))
     for iteration in range(failing):
         run.iterate(iteration)
-    run.save(folder, "of this run", failing, seconds=0.0)
+    run.save(folder, "of this run", failing, {})
     saved = contents(folder)
     made = [weights(run)]
     run.optimizer.register_step_post_hook(lambda *_: made.append(weights(run)))
