@@ -72,9 +72,17 @@ def missing() -> str:
     absent = [name for name in PROGRAMS if not find(name)]
     if absent:
         return f"{', '.join(absent)} not found (apt-get install slurm-wlm munge)"
-    if (ETC / "slurm.conf").exists():
+    if (ETC / "slurm.conf").exists() and not left_over(ETC / "slurm.conf"):
         return f"{ETC}/slurm.conf is there: this machine has a Slurm"
     return ""
+
+
+def left_over(file: Path) -> bool:
+    """Whether it is a link of a cluster's that was killed."""
+    if not file.is_symlink():
+        return False
+    pid = file.resolve().parent.parent / "run" / "slurmctld.pid"
+    return not (pid.is_file() and Path(f"/proc/{pid.read_text().strip()}").exists())
 
 
 def find(program: str) -> str | None:
@@ -128,6 +136,8 @@ class Cluster:
         for name, content in (("slurm.conf", text), ("gres.conf", gres)):
             (self.folder / "etc" / name).write_text(content)
             # The plugin's inner srun does not see SLURM_CONF.
+            if left_over(ETC / name):
+                (ETC / name).unlink()
             (ETC / name).symlink_to(self.folder / "etc" / name)
         subprocess.run(
             ["install", "-d", "-o", "munge", "-g", "munge", "-m", "0755", "/run/munge"], check=True
