@@ -33,7 +33,7 @@ def test_a_workflow_that_is_killed_is_continued_by_the_same_command(
     place = Workplace(expected.folder, tmp_path / "results")
     draw = random.Random(11)
     killed = 0
-    for _ in trials("workflow: kill -9 of snakemake at a random point", 2, 20):
+    for _ in trials("workflow: kill -9 of snakemake at a random point", 1, 20):
         if killed % 4 == 0:  # or the later ones would find everything done
             place = Workplace(expected.folder, tmp_path / str(killed))
         workflow = place.start("all", stderr=subprocess.DEVNULL)
@@ -58,7 +58,7 @@ def finish(place: Workplace, expected: Workplace) -> None:
 
 def test_of_two_workflows_at_once_exactly_one_proceeds(undisturbed, tmp_path, trials) -> None:
     expected, _ = undisturbed
-    for number in trials("workflow: two at once", 1, 3):
+    for number in trials("workflow: two at once", 0, 3):
         place = Workplace(expected.folder, tmp_path / str(number))
         both = [place.start("all"), place.start("all")]
         said = [workflow.communicate()[1] for workflow in both]
