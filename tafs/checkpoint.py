@@ -254,13 +254,18 @@ def _generations(folder: Path) -> list[Path]:
 
 
 def _damage(generation: Path) -> str:
-    """What is wrong with a generation's files, in a few words; empty if they are as written."""
+    """What is wrong with a generation's files, in a few words; empty if they are as written.
+
+    Raises:
+        OSError: they cannot be read.
+    """
     try:
         hashes = json.loads((generation / MANIFEST).read_bytes())["sha256"]
         for name in (TENSORS, VALUES):
             if digest(generation / name) != hashes[name]:
                 return f"{name} is damaged"
-    except OSError as error:
+    # Another error does not say that the files are damaged: whoever begins anew would remove them.
+    except (FileNotFoundError, NotADirectoryError) as error:
         return f"{Path(error.filename or generation).name}: {error.strerror}"
     except (ValueError, KeyError, TypeError):
         return f"{MANIFEST} is damaged"

@@ -164,7 +164,8 @@ def evaluate(run: rundir.RunDir) -> None:
         failures.ToBeContinued: the job's time is over; what has been judged is kept.
     """
     description, evaluation = run.description, run.evaluation
-    run.forget_training()
+    if run.trained:
+        run.forget_training()
     prompts, measured = run.test_prompts(), run.world.metrics(description["prompts"])
     metrics = run.world.rewards(measured, strict_geneval=True)
     if run.world.canary is not None:
@@ -174,6 +175,7 @@ def evaluate(run: rundir.RunDir) -> None:
     reporter = Reporter(run.folder, "evaluate", sum(s.nfe for s in settings))
     fingerprint = run.judging_fingerprint()
     found: list[Judged] = []
+    worked = False  # a job without time would be continued for ever
     with Budget.from_environment() as budget:
         for iteration, group in itertools.groupby(settings, lambda setting: setting.iteration):
             after = description["iterations"] if iteration is None else iteration
@@ -181,6 +183,11 @@ def evaluate(run: rundir.RunDir) -> None:
             for setting in group:
                 judged = Judged(run, setting, after, fingerprint)
                 if judged.done < len(prompts) * setting.images_per_prompt:
+                    if worked and budget.spent:
+                        raise failures.ToBeContinued(
+                            f"saved before {judged.folder.name}, to be continued: {budget.spent}"
+                        )
+                    worked = True
                     model = model or load_model(run, iteration)
                     judge(run, model, metrics, prompts, setting, judged, budget)
                 found.append(judged)

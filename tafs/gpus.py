@@ -18,6 +18,7 @@ from tafs import locks
 from tafs.failures import RunFailed
 
 CLAIMED = "TAFS_CLAIMED"  # set for the processes that a job starts
+SHARED = "TAFS_SHARED"  # set by a workflow whose jobs share this machine, or a Slurm job of its own
 _held = ExitStack()  # the GPUs of this process, until it ends
 
 
@@ -30,7 +31,8 @@ def claim(count: int) -> None:
     Raises:
         RunFailed: this machine has fewer, or cannot say how many.
     """
-    if os.environ.get("SLURM_JOB_ID") or os.environ.get(CLAIMED):
+    given = os.environ.get("SLURM_JOB_ID") and not os.environ.get(SHARED)
+    if given or os.environ.get(CLAIMED):
         return
     known = _visible()
     if len(known) < count:

@@ -6,10 +6,12 @@ stopped at the end. Reads images.zip and writes judgements.parquet, in the layou
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +24,7 @@ from tafs.progress import Reporter
 from tafs.rewards import RESOURCES, SERVED, canary, unifiedreward
 
 START_TIMEOUT_S = 1800  # a 7B model is read from disk and compiled
+PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
 AT_ONCE = 64  # images in flight
 
 
@@ -44,7 +47,11 @@ def serving(command: Sequence[str], folder: Path, log: Path) -> Iterator[str]:
     with log.open("w+b") as output:
         try:
             server = subprocess.Popen(
-                filled, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                filled,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
         except OSError as error:
             raise failures.RunFailed(f"{filled[0]}: cannot be started ({error.strerror})") from None
@@ -63,6 +70,12 @@ def serving(command: Sequence[str], folder: Path, log: Path) -> Iterator[str]:
             except subprocess.TimeoutExpired:
                 _end(server, signal.SIGKILL)
                 server.wait()
+
+
+def _end_with_parent() -> None:
+    """Have the kernel end this process where the one that started it is killed (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _end(server: subprocess.Popen[bytes], how: signal.Signals) -> None:

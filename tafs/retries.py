@@ -58,12 +58,16 @@ class Retries:
         members = list(job.jobs) if job.is_group() else [job]
         found = [taken(self.runs, member) for member in members]
         known = [f for f in found if f.code is not None]
+        killed = [
+            f for f, one in zip(found, members, strict=True) if f.code is None and unmade(one)
+        ]
         forgiven = id(job) in self._forgiven
         self._forgiven.discard(id(job))
-        continued = forgiven or (known and all(f.code == failures.CONTINUE for f in known))
-        refused = any(f.code == failures.BAD_INPUT for f in known)
+        all_continued = not killed and all(f.code == failures.CONTINUE for f in known)
+        continued = forgiven or (bool(known) and all_continued)
+        refused = bool(known) and not killed and all(f.code == failures.BAD_INPUT for f in known)
         retried = not refused and (continued or job.restart_times > job.attempt - 1)
-        for one in known or ([] if forgiven else found[:1]):
+        for one in known + ([] if forgiven else killed):
             if continued:
                 self.jobs.say(f"{one.stage} {one.run}: {one.message}")
                 continue
@@ -89,6 +93,11 @@ def taken(runs: Path, job: Any) -> Failure:
         return Failure(stage, run, silent.logs, int(said["exit"]), str(said["message"]))
     except (OSError, ValueError, KeyError, TypeError):
         return silent
+
+
+def unmade(job: Any) -> bool:
+    """Whether it lacks one of its files."""
+    return not all(Path(str(file)).exists() for file in job.output)
 
 
 @contextmanager

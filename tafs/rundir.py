@@ -110,7 +110,12 @@ class RunDir:
         return file
 
     def forget_training(self) -> None:
-        """Remove the resume state of a run that has been trained, unless it is being trained."""
+        """Remove the resume state of a run that has been trained, unless it is being trained.
+
+        Raises:
+            FileNotFoundError, ValueError: its adapter is not there, or not what training wrote.
+        """
+        self.verified(None)
         with suppress(locks.Busy), locks.held(self.lock("train")):
             self.clear_state()
 

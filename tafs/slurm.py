@@ -12,6 +12,7 @@ import json
 import logging
 import subprocess
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ ALIVE = frozenset(
     ]
 )
 GRACE = 150.0  # s that a job may be in none of them before it counts as lost: Slurm requeues in 120
+FORGIVEN = 2  # losses of a job that use up no retry
 QUERY_TIMEOUT = 60  # s
 CANCEL_TIMEOUT = 300.0  # s for cancelled jobs to end
 
@@ -52,6 +54,7 @@ class Watch:
         self._check = executor.check_active_jobs
         self._reported: set[int] = set()
         self._lost_since: dict[str, float] = {}
+        self._forgiven: Counter[int] = Counter()
         self._succeeded, self._failed = executor.report_job_success, executor.report_job_error
         executor.check_active_jobs = self.check
         executor.report_job_success, executor.report_job_error = self._success, self._error
@@ -71,6 +74,11 @@ class Watch:
         for job in awaited:
             lost = states is not None and self._lost(job.external_jobid, states)
             if lost:
+                # It may have ended well, and Slurm have forgotten it before it was asked: what such
+                # a job has done is still there for the next one.
+                if self._forgiven[id(job.job)] < FORGIVEN:
+                    self._forgiven[id(job.job)] += 1
+                    self.retries.forgive(job.job)
                 self.executor.report_job_error(job, msg=f"Slurm has lost job {job.external_jobid}")
                 self._reported.clear()
             else:
@@ -127,15 +135,15 @@ def end_orphans(file: Path) -> int:
         name = json.loads(file.read_bytes())["name"]
     except (OSError, ValueError, KeyError, TypeError):
         return 0
-    before = _alive(name)
-    if not before:
-        return 0
-    subprocess.run(["scancel", f"--name={name}"], capture_output=True, check=False)
+    before = _alive(name, file)
+    if before:
+        subprocess.run(["scancel", f"--name={name}"], capture_output=True, check=False)
     deadline = time.monotonic() + CANCEL_TIMEOUT
-    while _alive(name):
+    while before and _alive(name, file):
         if time.monotonic() > deadline:
             raise RunFailed(f"Slurm jobs of an earlier call do not end: scancel --name={name}")
         time.sleep(1.0)
+    file.unlink()
     return before
 
 
@@ -146,7 +154,7 @@ def remember(file: Path, executor: Any) -> None:
     checkpoint.atomic_text(file, json.dumps({"name": executor.run_uuid}))
 
 
-def _alive(name: str) -> int:
+def _alive(name: str, file: Path) -> int:
     command = ["squeue", "--noheader", "--format=%i", f"--name={name}"]
     try:
         done = subprocess.run(
@@ -155,7 +163,7 @@ def _alive(name: str) -> int:
     except FileNotFoundError:
         raise RunFailed(
             f"jobs of an earlier call may still be in a Slurm that is not here: where it is, "
-            f"scancel --name={name}"
+            f"scancel --name={name}; then delete {file}"
         ) from None
     except (OSError, subprocess.SubprocessError) as error:
         raise RunFailed(f"Slurm does not answer ({error}); try again") from None

@@ -504,19 +504,14 @@ class Keeper:
         self.trainer.save(self.run.checkpoints, self.fingerprint, done, facts)
         self.saved = done
 
-    def pause(self, done: int, reason: str) -> None:
-        """Save the state after `done` iterations, for another job to go on.
-
-        Raises:
-            failures.ToBeContinued: always.
-        """
+    def pause(self, done: int, reason: str) -> str:
+        """Save the state after `done` iterations, for another job to go on; the line to say so."""
         if self.saved != done:
             self.save(done)
         self.journal.append("pause", iteration=done, reason=reason)
         self.reporter.finish()
-        raise failures.ToBeContinued(
-            f"saved after {done} of {self.trainer.iterations} iterations, to be continued: {reason}"
-        )
+        total = self.trainer.iterations
+        return f"saved after {done} of {total} iterations, to be continued: {reason}"
 
     def finish(self) -> None:
         """Put the finished run's files in their places."""
@@ -569,9 +564,13 @@ def train(run: rundir.RunDir, processes: Processes = distributed.ALONE) -> None:
             budget.lap()
             done = iteration + 1
             if processes.any(bool(budget.spent)) and done < trainer.iterations:
+                reason = budget.spent or "another process was asked to stop"
+                line = "" if keeper is None else keeper.pause(done, reason)
+                # torchrun ends the others soon after the first: not before the state is saved.
+                processes.any(False)
                 if keeper is None:
                     sys.exit(failures.CONTINUE)
-                keeper.pause(done, budget.spent or "another process was asked to stop")
+                raise failures.ToBeContinued(line)
         if keeper is not None:
             keeper.finish()
 

@@ -13,7 +13,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from tafs import config, failures, locks, resources, slurm, worlds
+from tafs import config, failures, gpus, locks, resources, slurm, worlds
 from tafs import method as methods
 from tafs.config import Config, ConfigError, Run
 from tafs.progress import Watcher
@@ -225,6 +225,7 @@ class Plan:
             sys.exit(1)
         self._leave_no_orphans()
         if workflow.local_exec:
+            os.environ[gpus.SHARED] = "1"
             # Its limit of submissions a second wakes Snakemake once a second for every job that has
             # ended, until that is a tenth of all the work; jobs of this machine need no such limit.
             workflow.scheduler.job_rate_limiter = None
@@ -275,6 +276,7 @@ class Plan:
             return
         watcher = self._watcher
         watcher.stop()
+        self._submitted.unlink(missing_ok=True)  # Snakemake has awaited or cancelled all
         tables, figures = Path(self.root) / "tables", Path(self.root) / "figures"
         if not succeeded:
             failed = watcher.jobs.failed

@@ -87,7 +87,9 @@ def stage(name: str, work: Callable[[rundir.RunDir], None], run: rundir.RunDir) 
     rundir.run_stage(name, work)
 
 
-def training(run: rundir.RunDir, processes: int = 1) -> list[Process]:
+def training(
+    run: rundir.RunDir, processes: int = 1, environment: dict[str, str] | None = None
+) -> list[Process]:
     """The processes that train a run, as torchrun would have started them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -98,6 +100,7 @@ def training(run: rundir.RunDir, processes: int = 1) -> list[Process]:
         stage("train", train.train_together, run)
 
     server = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    server |= environment or {}
     return [
         Process(work, {**server, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(processes)

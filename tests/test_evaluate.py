@@ -77,9 +77,7 @@ def test_jobs_with_time_for_one_batch_each_end_as_one_job(ready, undisturbed, tm
         if codes[-1] == failures.CONTINUE:
             assert "to be continued: the time limit" in process.said
             assert not run.scores.exists()
-    # A setting's last batch asks for no continuation: the next setting's first does.
-    per_setting = batches(run) // len(run.evaluation["settings"])
-    assert codes == [failures.CONTINUE] * (batches(run) // per_setting * (per_setting - 1)) + [0]
+    assert codes == [failures.CONTINUE] * (batches(run) - 1) + [0]
     assert outcome(run) == outcome(undisturbed)
 
 

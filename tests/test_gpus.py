@@ -70,6 +70,13 @@ def test_what_slurm_or_the_jobs_launcher_has_given_stays(start):
     assert said(start(3)) == said(start(3, TAFS_CLAIMED="1")) == "0,3,GPU-7f"
 
 
+def test_jobs_of_a_workflow_inside_a_slurm_job_share_what_it_has(start):
+    inside = {"SLURM_JOB_ID": "17", "TAFS_SHARED": "1"}
+    assert sorted([said(start(1, **inside)), *said(start(2, **inside)).split(",")]) == [
+        *("0", "3", "GPU-7f")
+    ]
+
+
 def test_a_machine_with_fewer_gpus_is_one_line(start):
     process = start(4)
     assert process.wait() == 1

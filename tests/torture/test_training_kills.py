@@ -8,7 +8,7 @@ import time
 import pytest
 from disturbed import assert_same_training, iterations, prepare, trained, training, wait_for
 
-from tafs import rundir
+from tafs import failures, rundir
 
 ITERATIONS = 20
 SHORT = 6
@@ -56,3 +56,14 @@ def test_a_training_killed_at_every_step_ends_bit_for_bit_the_same(
         trained(run, processes)
         expected = trained(prepare(tmp_path / "expected", ITERATIONS, **SHARED), processes)
         assert_same_training(run, expected)
+
+
+def test_two_processes_near_their_time_limit_stop_together_and_are_continued(tmp_path) -> None:
+    run = prepare(tmp_path / "run", 2, **SHARED)
+    spent = {"TAFS_MINUTES": "1", "TAFS_STARTED": str(int(time.time()) - 60)}
+    started = training(run, 2, spent)
+    assert [process.wait() for process in started] == [failures.CONTINUE] * 2
+    assert "saved after 1 of 2 iterations, to be continued: the time limit" in started[0].said
+    assert "continued" not in started[1].said  # one of them says it
+    expected = trained(prepare(tmp_path / "expected", 2, **SHARED), 2)
+    assert_same_training(trained(run, 2), expected)

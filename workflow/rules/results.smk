@@ -40,12 +40,10 @@ rule compare:
         ),
     log:
         f"{ROOT}/logs/compare.log",
-    group:
-        "results"
     conda:
         "../../environment.yml"
     resources:
-        mem_mb=2000,
+        mem_mb=lambda wildcards, attempt: 1000 * (1 + attempt),
     shell:
         'python -m tafs.report "$(dirname {input.contents:q})" > {log:q} 2>&1'
 
@@ -61,12 +59,10 @@ rule track:
         touch(f"{ROOT}/tracked"),
     log:
         f"{ROOT}/logs/track.log",
-    group:
-        "results"
     conda:
         "../../environment.yml"
     resources:
-        mem_mb=2000,
+        mem_mb=lambda wildcards, attempt: 1000 * (1 + attempt),
     params:
         store=f"{PLAN.results}/mlflow",
         runs=PLAN.files("", trained=True),
