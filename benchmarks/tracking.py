@@ -1,9 +1,10 @@
 """What tracking costs a training whose server is dead: `python benchmarks/tracking.py`.
 
 A real training, alone and beside `python -m tafs.tracking sync --every` to a server that refuses
-connections and to one that takes them and never answers, in turn. Printed are the medians over the
-repeats of the ratios to the training alone just before: of the trainer's CPU time, which other work
-on the machine changes little, and of its wall time.
+connections and to one that takes them and never answers, in turn and every time in another order.
+Printed are the medians over the repeats of the ratios to the training alone: of the trainer's CPU
+time, which other work on the machine changes little, and of its wall time, with their ranges. What
+"alone again" differs by is the noise.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from tafs import config
 
 ROOT = Path(__file__).resolve().parent.parent
 HOST = "127.0.0.1"
-ALONE, REFUSES, SILENT = "alone", "the server is gone", "the server never answers"
-PLACES = (ALONE, REFUSES, SILENT)
+ALONE, AGAIN = "alone", "alone again"
+REFUSES, SILENT = "the server is gone", "the server never answers"
+PLACES = (ALONE, REFUSES, AGAIN, SILENT)
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
@@ -45,7 +47,7 @@ def describe(folder: Path, iterations: int) -> Path:
 @contextmanager
 def tracked(place: str, folder: Path, every: float) -> Iterator[None]:
     """A sync loop that has met the server before the block begins."""
-    if place == ALONE:
+    if place in (ALONE, AGAIN):
         yield
         return
     with socket.socket() as server:
@@ -99,22 +101,22 @@ def main() -> None:
     cpu: dict[str, list[float]] = {place: [] for place in PLACES}
     wall: dict[str, list[float]] = {place: [] for place in PLACES}
     adapters = set()
-    for _ in range(arguments.repeats):
-        for place in PLACES:
+    for repeat in range(arguments.repeats):
+        first = repeat % len(PLACES)
+        for place in PLACES[first:] + PLACES[:first]:
             used, took, adapter = train(place, arguments.iterations, arguments.every)
             cpu[place].append(used)
             wall[place].append(took)
             adapters.add(adapter)
-    print(f"{'':26} CPU s  ratio  wall s  ratio")
+    print(f"{'':24} {'CPU s':>7} {'ratio':>22} {'wall s':>8} {'ratio':>22}")
     for place in PLACES:
-        ratios = [
-            statistics.median(a / b for a, b in zip(kind[place], kind[ALONE], strict=True))
-            for kind in (cpu, wall)
-        ]
-        print(
-            f"{place:26} {statistics.median(cpu[place]):5.1f} {ratios[0]:6.3f} "
-            f"{statistics.median(wall[place]):7.1f} {ratios[1]:6.3f}"
-        )
+        cells = []
+        for kind in (cpu, wall):
+            ratios = [a / b for a, b in zip(kind[place], kind[ALONE], strict=True)]
+            spread = f"[{min(ratios):.3f}, {max(ratios):.3f}]"
+            cells.append(f"{statistics.median(kind[place]):8.1f}")
+            cells.append(f"{statistics.median(ratios):6.3f} {spread:>15}")
+        print(f"{place:24}", *cells)
     same = "the same" if len(adapters) == 1 else "NOT the same"
     print(f"the {len(PLACES) * arguments.repeats} adapters are {same}, bit for bit")
 
