@@ -29,6 +29,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from tafs.digest import sha256
 from tafs.failures import one_line
 
 KEPT = 2
@@ -237,16 +238,6 @@ def atomic_text(path: Path, text: str) -> None:
     atomic_write(path, lambda temporary: temporary.write_bytes(text.encode()))
 
 
-def digest(file: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
 def _generations(folder: Path) -> list[Path]:
     """The generations in a folder, newest first."""
     found = [path for path in folder.glob("*") if path.name.isdecimal()]
@@ -262,7 +253,7 @@ def _damage(generation: Path) -> str:
     try:
         hashes = json.loads((generation / MANIFEST).read_bytes())["sha256"]
         for name in (TENSORS, VALUES):
-            if digest(generation / name) != hashes[name]:
+            if sha256(generation / name) != hashes[name]:
                 return f"{name} is damaged"
     # Another error does not say that the files are damaged: whoever begins anew would remove them.
     except (FileNotFoundError, NotADirectoryError) as error:

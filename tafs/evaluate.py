@@ -28,6 +28,7 @@ from torch import Tensor
 
 from tafs import checkpoint, failures, images, rundir, sampling, seeding
 from tafs.budget import Budget
+from tafs.digest import sha256
 from tafs.progress import Reporter
 from tafs.prompts import Prompt, first_of_each
 from tafs.rewards import canary
@@ -140,7 +141,7 @@ class Judged:
     def save(self, archive: Path | None) -> None:
         """Keep it, and the archive of the images since the last time."""
         if archive is not None:
-            self.archives[archive.name] = checkpoint.digest(archive)
+            self.archives[archive.name] = sha256(archive)
         tensors = {f"scores/{name}": torch.cat(parts) for name, parts in self.scores.items()}
         tensors |= {f"first/{prompt}": pixels for prompt, pixels in self.first.items()}
         values = {"archives": self.archives, "seconds": self.seconds}
@@ -149,7 +150,7 @@ class Judged:
     def _lacks(self, state: checkpoint.State) -> str:
         for name, digest in state.values["archives"].items():
             file = self.folder / name
-            if not file.is_file() or checkpoint.digest(file) != digest:
+            if not file.is_file() or sha256(file) != digest:
                 return f"{name} is damaged"
         return ""
 

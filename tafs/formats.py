@@ -8,7 +8,6 @@ each cell came from. Equal input gives equal bytes.
 from __future__ import annotations
 
 import csv
-import hashlib
 import html
 import io
 import json
@@ -21,6 +20,7 @@ from typing import Any
 import pandas as pd
 
 from tafs import stats
+from tafs.digest import sha256
 from tafs.results import Result, System, select
 from tafs.tables import Cell, Column, Line, Number, Score, Table, fill
 
@@ -271,7 +271,7 @@ def _provenance(table: Table, lines: Sequence[Line], beside: Sequence[System]) -
             "seed": result.info["seed"],
             "scale": result.info["scale"],
             "sha256": {
-                file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+                file.name: sha256(file)
                 for file in (result.run.adapter, result.run.scores, result.run.step_scores)
                 if file.is_file()
             },

@@ -85,6 +85,7 @@ def read(file: Path, batch: int) -> Iterator[tuple[list[Key], Tensor]]:
 
     Raises:
         FileNotFoundError, ValueError: it is missing or no archive of images; names the file.
+        OSError: it cannot be read.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file}: not found; `python -m tafs.evaluate` writes it")
@@ -97,6 +98,8 @@ def read(file: Path, batch: int) -> Iterator[tuple[list[Key], Tensor]]:
                 tensor = torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 255
                 yield [Key.of(member) for member in part], tensor
     except (zipfile.BadZipFile, OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno:  # the disk's; Pillow's errors have none
+            raise
         raise ValueError(f"{file}: not an archive of images ({error})") from None
 
 

@@ -40,6 +40,7 @@ from pydantic import (
 )
 
 from tafs import config, failures
+from tafs.digest import sha256
 
 RESOURCES = Path("resources.yaml")
 LOCK = Path("resources.lock.yaml")
@@ -279,11 +280,6 @@ def _appearing_whole(file: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
 # -- locking ---------------------------------------------------------------------------------------
 
 
@@ -332,8 +328,8 @@ def _resolve_hub(resource: Resource) -> tuple[str, dict[str, LockedFile]]:
         content = file.read_bytes()
         if git_hash(content) != sibling.blob_id:
             raise ValueError(f"{file} is not the hub's; delete {file.resolve()} and lock again")
-        sha256 = hashlib.sha256(content).hexdigest()
-        files[name] = LockedFile(size=len(content), sha256=sha256)
+        digest = hashlib.sha256(content).hexdigest()
+        files[name] = LockedFile(size=len(content), sha256=digest)
     return str(info.sha), files
 
 
@@ -367,7 +363,7 @@ def _resolve_github(resource: Resource) -> tuple[str, dict[str, LockedFile]]:
         for name in resource.files:
             file = Path(folder, name)
             _download_github(str(resource.github), revision, name, file)
-            files[name] = LockedFile(size=file.stat().st_size, sha256=_sha256(file))
+            files[name] = LockedFile(size=file.stat().st_size, sha256=sha256(file))
     return revision, files
 
 
@@ -441,10 +437,10 @@ def _verify(file: Path, expected: LockedFile, command: str) -> None:
     if size != expected.size:
         found = f"has {size} bytes instead of {expected.size}"
     else:
-        sha256 = _sha256(file)
-        if sha256 == expected.sha256:
+        digest = sha256(file)
+        if digest == expected.sha256:
             return
-        found = f"has SHA-256 {sha256} instead of {expected.sha256}"
+        found = f"has SHA-256 {digest} instead of {expected.sha256}"
     # Hugging Face's snapshots are links: the damaged file itself is elsewhere.
     raise ValueError(f"{file} is altered: {found}; delete {file.resolve()} and run {command}")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tafs import config, failures, gpus, locks, prompts, worlds
+from tafs.digest import sha256
 
 SAMPLES_PER_TAG = 8  # prompts of each tag whose images samples.safetensors keeps
 
@@ -94,7 +95,7 @@ class RunDir:
             FileNotFoundError: it is not there; names it.
             ValueError: it has changed since; names it.
         """
-        from tafs import checkpoint, journal
+        from tafs import journal
 
         file = self.adapter if iteration is None else self.snapshot(iteration)
         if not file.is_file():
@@ -102,7 +103,7 @@ class RunDir:
         written: dict[str, str] = {}
         for record in journal.read(self.journal):
             written |= record.get("sha256", {})
-        if checkpoint.digest(file) != written.get(file.name):
+        if sha256(file) != written.get(file.name):
             raise ValueError(
                 f"{file}: is not what training wrote, by {self.journal.name}; remove it, and the "
                 "workflow trains the run again"

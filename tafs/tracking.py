@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 from urllib.parse import urlsplit
 
 from tafs import journal
+from tafs.digest import sha256
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -504,8 +505,7 @@ class Server:
                 "--serve-artifacts and --artifacts-destination, and no --default-artifact-root"
             )
         # Before the file is sent: one that changes meanwhile is sent again by the next sync.
-        with source.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = sha256(source)
         tag = _entity(f"{UPLOADED}{name}")
         if run.data.tags.get(tag) == digest:
             return

@@ -47,6 +47,7 @@ from tafs import (
 from tafs import method as methods
 from tafs.backbones.base import Backbone, fast_dtype
 from tafs.budget import Budget
+from tafs.digest import sha256
 from tafs.distributed import Processes
 from tafs.journal import Journal
 from tafs.method import Feedback, Trajectory
@@ -494,7 +495,7 @@ class Keeper:
         if done in run.description["snapshots"]:
             kept = run.kept_snapshot(done)
             trainer.export(kept)
-            self.snapshots[kept.name] = checkpoint.digest(kept)
+            self.snapshots[kept.name] = sha256(kept)
         every = run.description["settings"]["checkpoint_every"]
         if done % every == 0 or done == trainer.iterations:
             self.save(done)
@@ -521,7 +522,7 @@ class Keeper:
             copy = partial(shutil.copyfile, run.kept_snapshot(iteration))
             checkpoint.atomic_write(run.snapshot(iteration), copy)
         self.trainer.export(run.adapter)
-        digests = {**self.snapshots, run.adapter.name: checkpoint.digest(run.adapter)}
+        digests = {**self.snapshots, run.adapter.name: sha256(run.adapter)}
         facts = {"iterations": self.trainer.iterations, "seconds": self.seconds}
         self.journal.append("end", **facts, sha256=digests)
         checkpoint.atomic_text(run.journal, self.journal.path.read_text(encoding="utf-8"))
@@ -579,7 +580,7 @@ def _missing_snapshot(run: rundir.RunDir, state: checkpoint.State) -> str:
     """Which snapshot that was taken before a state is not as it was written; "" if all are."""
     for name, digest in state.values["snapshots"].items():
         kept = run.state / "snapshots" / name
-        if not kept.is_file() or checkpoint.digest(kept) != digest:
+        if not kept.is_file() or sha256(kept) != digest:
             return f"snapshot {name} is damaged"
     return ""
 

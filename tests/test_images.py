@@ -1,5 +1,8 @@
 """Generated images on disk: what comes back is what was written, byte for byte the same twice."""
 
+import errno
+import zipfile
+
 import pytest
 import torch
 
@@ -44,4 +47,18 @@ def test_what_is_no_archive_is_named(tmp_path):
         next(images.read(tmp_path / "images.zip", 2))
     (tmp_path / "images.zip").write_bytes(b"x")
     with pytest.raises(ValueError, match="images.zip: not an archive of images"):
+        next(images.read(tmp_path / "images.zip", 2))
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.writestr(KEYS[0].member, b"no PNG")
+    with pytest.raises(ValueError, match="images.zip: not an archive of images"):
+        next(images.read(tmp_path / "images.zip", 2))
+
+
+def test_a_disk_that_cannot_be_read_says_nothing_of_the_archive(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    write(tmp_path / "images.zip")
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", fail)
+    with pytest.raises(OSError, match="Input/output error"):
         next(images.read(tmp_path / "images.zip", 2))

@@ -380,8 +380,8 @@ def test_an_altered_file_is_noticed_by_jobs_and_refused_by_name(fetched):
 def test_a_file_is_hashed_again_only_where_it_has_changed(fetched, monkeypatch):
     file = resources.path("pipe") / WEIGHTS
     hashed = []
-    sha256 = resources._sha256
-    monkeypatch.setattr(resources, "_sha256", lambda f: hashed.append(f) or sha256(f))
+    sha256 = resources.sha256
+    monkeypatch.setattr(resources, "sha256", lambda f: hashed.append(f) or sha256(f))
     resources.path("pipe")
     assert hashed == []
     file.touch()

@@ -13,19 +13,13 @@ from typing import Any
 
 import torch
 
+from tafs.digest import sha256
+
 ROOT = Path(__file__).parent / "weights"
 VAE = "shapes-sd3/vae"  # the autoencoder that all base models share
 MANIFEST = "manifest.json"
 FACTS = "facts.json"
 NOT_LOADED = (MANIFEST, FACTS, "README.md")
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def save_module(module: Any, folder: Path) -> None:
