@@ -1,9 +1,9 @@
 """Every patch of a third-party package, so that all of them run in one environment.
 
 `patch_torchvision()` comes before the first import of torchvision, which open_clip, timm and
-transformers' image models import. `import_hpsv2()` and `import_imagereward()` replace
-`import hpsv2` and `import ImageReward`. Nothing is written into site-packages: the patches live in
-this process only.
+transformers' image models import: tafs/__init__.py sees to it. `import_hpsv2()` and
+`import_imagereward()` replace `import hpsv2` and `import ImageReward`. Nothing is written into
+site-packages: the patches live in this process only.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from __future__ import annotations
 import functools
 import gzip
 import importlib
-import importlib.util
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -50,7 +50,8 @@ def patch_torchvision() -> None:
 
 def _load_torchvision_extension() -> bool:
     """Load torchvision's compiled operators without importing torchvision."""
-    spec = importlib.util.find_spec("torchvision")
+    # importlib.util would ask tafs' own finder too, which patches.
+    spec = PathFinder.find_spec("torchvision")
     if spec is None or spec.origin is None:
         return False
     for extension in Path(spec.origin).parent.glob("_C.*"):
@@ -68,9 +69,9 @@ def import_hpsv2() -> ModuleType:
 
     hpsv2's wheel lacks the vocabulary that its bundled open_clip opens on import, at a path that
     it computes from its own file, so only the opening can be redirected. open_clip_torch ships the
-    same bytes.
+    same bytes. And it imports a name that it does not use from turtle, which needs tkinter, which
+    many systems leave out of Python.
     """
-    patch_torchvision()
     import open_clip
 
     shipped = Path(open_clip.__file__).with_name(BPE_VOCABULARY)
@@ -81,7 +82,9 @@ def import_hpsv2() -> ModuleType:
         missing = path.endswith(BPE_VOCABULARY) and not Path(path).exists()
         return gzip_open(shipped if missing else filename, *args, **kwargs)
 
-    with _quietly(), mock.patch.object(gzip, "open", redirected):
+    turtle: Any = ModuleType("turtle")
+    turtle.forward = _unsupported
+    with _quietly(), _offered([turtle]), mock.patch.object(gzip, "open", redirected):
         # `import hpsv2` alone would put off what opens the vocabulary until gzip is itself again.
         importlib.import_module("hpsv2.img_score")
     return sys.modules["hpsv2"]
@@ -93,7 +96,6 @@ def import_imagereward() -> ModuleType:
 
     As published, except: pruning of attention heads and gradient checkpointing raise.
     """
-    patch_torchvision()
     with _quietly(), _imagereward_imports():
         package = importlib.import_module("ImageReward")
         from ImageReward.models.BLIP import blip, blip_pretrain, med
@@ -150,29 +152,33 @@ def _imagereward_imports() -> Iterator[None]:
     from transformers import modeling_utils, pytorch_utils
 
     # fairscale's source build would need its own torch, and only gradient checkpointing uses it.
-    fairscale = {
-        name: ModuleType(name)
-        for name in (
-            "fairscale",
-            "fairscale.nn",
-            "fairscale.nn.checkpoint",
-            "fairscale.nn.checkpoint.checkpoint_activations",
-        )
-    }
-    checkpointing: Any = fairscale["fairscale.nn.checkpoint.checkpoint_activations"]
+    parents = ("fairscale", "fairscale.nn", "fairscale.nn.checkpoint")
+    checkpointing: Any = ModuleType("fairscale.nn.checkpoint.checkpoint_activations")
     checkpointing.checkpoint_wrapper = _unsupported
     moved: dict[str, Any] = {
         "apply_chunking_to_forward": pytorch_utils.apply_chunking_to_forward,
         "prune_linear_layer": pytorch_utils.prune_linear_layer,
         "find_pruneable_heads_and_indices": _unsupported,
     }
-    sys.modules.update(fairscale)
+    with (
+        _offered([*map(ModuleType, parents), checkpointing]),
+        mock.patch.multiple(modeling_utils, create=True, **moved),
+    ):
+        yield
+
+
+@contextmanager
+def _offered(modules: Sequence[ModuleType]) -> Iterator[None]:
+    """Whatever is imported in the block finds these under their names, and nothing afterwards."""
+    before = {module.__name__: sys.modules.get(module.__name__) for module in modules}
+    sys.modules.update({module.__name__: module for module in modules})
     try:
-        with mock.patch.multiple(modeling_utils, create=True, **moved):
-            yield
+        yield
     finally:
-        for name in fairscale:
+        for name, module in before.items():
             del sys.modules[name]
+            if module is not None:
+                sys.modules[name] = module
 
 
 @contextmanager
@@ -191,7 +197,7 @@ def _quietly() -> Iterator[None]:
 
 
 def _unsupported(*_: object, **__: object) -> NoReturn:
-    raise NotImplementedError("image-reward is used without head pruning and checkpointing")
+    raise NotImplementedError("scoring needs no head pruning, no checkpointing and no turtle")
 
 
 def _no_head_mask(_: object, head_mask: None, num_hidden_layers: int) -> list[None]:

@@ -111,6 +111,11 @@ def test_patching_torchvision_again_changes_nothing() -> None:
     assert torchvision.transforms.functional.resize(torch.zeros(3, 8, 8), [4]).shape == (3, 4, 4)
 
 
+def test_torchvision_may_be_patched_before_anything_looks_for_it() -> None:
+    code = "from tafs import compat; compat.patch_torchvision(); import torchvision"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_torchvision_is_left_alone_where_torch_has_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.library, "Library", lambda *_: pytest.fail("declared a schema"))
@@ -121,6 +126,16 @@ def test_hpsv2_lacks_its_vocabulary_and_keeps_lacking_it(hpsv2: Any) -> None:
     folder = Path(hpsv2.__file__).parent / "src" / "open_clip"
     assert (folder / "tokenizer.py").exists()
     assert not (folder / compat.BPE_VOCABULARY).exists()
+
+
+def test_hpsv2_needs_no_tkinter_and_leaves_pythons_own_turtle_alone() -> None:
+    code = (
+        "import sys; sys.modules['tkinter'] = None; from tafs import compat; "
+        "compat.import_hpsv2(); assert 'turtle' not in sys.modules; import turtle"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ModuleNotFoundError: import of tkinter halted" in done.stderr
+    assert "hpsv2" not in done.stderr
 
 
 def test_hpsv2_and_open_clip_give_the_same_tokens(hpsv2: Any) -> None:

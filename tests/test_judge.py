@@ -47,7 +47,8 @@ def _state(pid: str) -> str:
 
 
 def test_a_server_that_ends_at_once_is_quoted(tmp_path):
-    command = [sys.executable, "-c", "print('loading'); raise SystemExit('out of memory')"]
+    code = "print('loading', flush=True); raise SystemExit('out of memory')"
+    command = [sys.executable, "-c", code]
     with (
         pytest.raises(
             failures.RunFailed, match="ended before it was ready; it said: out of memory"

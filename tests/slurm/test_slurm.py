@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import cluster
 import pytest
@@ -59,9 +60,10 @@ def kinds(place: Workplace) -> list[str]:
     return [r["kind"] for r in journal.read(place.smoke / "runs" / RUN / "journal.jsonl")]
 
 
-def job(place: Workplace) -> str:
-    """Slurm's id of the training in progress."""
-    return str(json.loads((place.smoke / "runs" / RUN / ".locks" / "train").read_bytes())["job"])
+def holder(place: Workplace) -> dict[str, Any]:
+    """The training in progress: its `pid` and Slurm's id of its `job`."""
+    held = (place.smoke / "runs" / RUN / ".locks" / "train").read_bytes()
+    return dict(json.loads(held))
 
 
 def control(*command: str) -> str:
@@ -75,7 +77,7 @@ def disturbed(place: Workplace, act: Callable[[str], None], *arguments: str) -> 
     try:
         wait(lambda: iterations(place) >= 5 or workflow.poll() is not None, "a training", 240.0)
         assert workflow.poll() is None, workflow.communicate()[1]
-        act(job(place))
+        act(holder(place)["job"])
         said = workflow.communicate(timeout=FOLLOWED + 300.0)[1]
     finally:
         if workflow.poll() is None:
@@ -104,11 +106,16 @@ def test_a_cancelled_job_is_submitted_again_and_continues(
 def test_a_job_near_its_time_limit_is_continued_by_another(
     slurm, place, undisturbed, trials
 ) -> None:
-    """And uses up no retry: there are none."""
+    """And uses up no retry: there are none. Another iteration as slow would not fit in a minute."""
+
+    def stall(id: str) -> None:
+        process = holder(place)["pid"]
+        os.kill(process, signal.SIGSTOP)
+        time.sleep(30.0)
+        os.kill(process, signal.SIGCONT)
+
     for _ in trials("Slurm: time limit, state saved before it", 1, 1):
-        said = disturbed(
-            place, lambda id: None, "--retries", "0", "--set-resources", "train:runtime=1"
-        )
+        said = disturbed(place, stall, "--retries", "0", "--set-resources", "train:runtime=1")
         assert f"of {ITERATIONS} iterations, to be continued: the time limit" in said
         assert kinds(place).count("pause") >= 1
         assert_same(place, undisturbed)
@@ -129,7 +136,7 @@ def test_a_workflow_that_is_killed_is_continued_by_the_same_command(
     for _ in trials("Slurm: kill -9 of snakemake", 1, 1):
         workflow = place.start("all", *PROFILE)
         wait(lambda: iterations(place) >= 5, "a training", 240.0)
-        orphan = job(place)
+        orphan = holder(place)["job"]
         os.killpg(workflow.pid, signal.SIGKILL)
         workflow.wait()
         done = place.snakemake("all", *PROFILE)
