@@ -156,7 +156,7 @@ def figure4(
                         value, color=look.colour, linestyle=dots, linewidth=1.2, label=at_full
                     )
         _legend(figure, panels[0])
-        return _save(figure, out_dir, name)
+        return _save(figure, out_dir, name, systems)
 
 
 def compute(
@@ -195,7 +195,7 @@ def compute(
             axes.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks], minor=False)
             axes.minorticks_off()
         _legend(figure, panels[0])
-        return _save(figure, out_dir, name)
+        return _save(figure, out_dir, name, systems)
 
 
 def pareto(
@@ -252,7 +252,7 @@ def pareto(
         axes.set_xlabel("Inference steps (NFE)")
         axes.set_ylabel("Gain on the base model,\nin standard deviations")
         _legend(figure, axes, columns=3)
-        return _save(figure, out_dir, name)
+        return _save(figure, out_dir, name, systems)
 
 
 def learning_curves(
@@ -268,9 +268,9 @@ def learning_curves(
         ValueError: no run is trained, or an input is missing or broken; names it.
     """
     results = read_results(run_dirs)
-    everyone = systems_of(results)
-    looks = dict(zip((s.label for s in everyone), _looks(everyone), strict=True))
-    trained = [system for system in everyone if system.trained]
+    systems = systems_of(results)
+    looks = dict(zip((s.label for s in systems), _looks(systems), strict=True))
+    trained = [system for system in systems if system.trained]
     if not trained:
         raise ValueError("no trained run among the given ones")
     names = _training_rewards(trained)
@@ -309,7 +309,7 @@ def learning_curves(
         for axes in panels[:, 0]:
             axes.set_ylabel(f"Reward, mean of {window} iterations" if window > 1 else "Reward")
         _legend(figure, *panels[0])
-        return _save(figure, out_dir, name)
+        return _save(figure, out_dir, name, systems)
 
 
 def image_grid(
@@ -350,7 +350,8 @@ def image_grid(
         raise ValueError(f"prompt {max(shown)} has no caption: {len(captions)} were given")
     images = [_samples(result, key, shown) for _, result, key in columns]
     with _style():
-        return _save(_grid(columns, images, shown, captions, tags), out_dir, name)
+        figure = _grid(columns, images, shown, captions, tags)
+        return _save(figure, out_dir, name, systems)
 
 
 def hacking(
@@ -391,7 +392,7 @@ def hacking(
             titles = ", ".join(METRICS[metric].title for metric in metrics)
             set_label(textwrap.fill(f"Gain on {titles}", 44))
         _legend(figure, axes, columns=2)
-        return _save(figure, out_dir, name)
+        return _save(figure, out_dir, name, systems)
 
 
 def profiles(
@@ -429,7 +430,7 @@ def profiles(
         axes.set_ylabel("Share of seeds and metrics above it")
         axes.set_ylim(-0.02, 1.02)
         _legend(figure, axes, columns=2)
-        return _save(figure, out_dir, name)
+        return _save(figure, out_dir, name, systems)
 
 
 def _with_trained(run_dirs: Iterable[Path | str]) -> list[System]:
@@ -687,8 +688,21 @@ def _style() -> Iterator[None]:
         yield
 
 
-def _save(figure: Figure, out_dir: Path | str, name: str) -> list[Path]:
+def _save(figure: Figure, out_dir: Path | str, name: str, systems: Sequence[System]) -> list[Path]:
     """Without dates and versions, so that equal figures are equal files."""
+    if any(result.random_weights for system in systems for result in system.results):
+        width, height = figure.get_size_inches()
+        figure.text(
+            0.5,
+            0.5,
+            "RANDOM WEIGHTS",
+            ha="center",
+            va="center",
+            rotation=np.degrees(np.arctan2(height, width)),
+            fontsize=7 * min(width, 2 * height),
+            color="#cc3311",
+            alpha=0.3,
+        )
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{name}.png", folder / f"{name}.pdf"]

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,17 @@ from tafs.results import METRICS, read_results, systems_of
 SMALL = {"prompts": 18, "images": 2, "iterations": 6, "nfe": (1, 4)}
 FEW: dict[str, Any] = {"nfe": (1, 4)}
 AT_FOUR = {"nfe": 4}
+EVERY: dict[str, Callable[..., list[Path]]] = {
+    "figure4": partial(figures.figure4, **FEW),
+    "learning_curves": figures.learning_curves,
+    "compute": partial(figures.compute, **AT_FOUR),
+    "pareto": partial(figures.pareto, few=4, **FEW),
+    "image_grid": partial(
+        figures.image_grid, captions=synthetic.captions(18), indices=[0], **AT_FOUR
+    ),
+    "hacking": partial(figures.hacking, **AT_FOUR),
+    "profiles": partial(figures.profiles, **AT_FOUR),
+}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +54,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures, in place of their files."""
     found: list[Figure] = []
 
-    def keep(figure: Figure, out_dir: Path | str, name: str) -> list[Path]:
+    def keep(figure: Figure, *_: object) -> list[Path]:
         found.append(figure)
         return []
 
@@ -207,15 +219,8 @@ def test_image_grid_shows_the_given_prompts(runs: list[Path], drawn: list[Figure
 
 
 def test_equal_input_gives_equal_bytes(runs: list[Path], tmp_path: Path) -> None:
-    options = {"captions": synthetic.captions(18), "indices": [0], **AT_FOUR}
     runs = [runs[0], *runs[-2:]]
-    for name, draw in (
-        ("figure4", lambda order, out: figures.figure4(order, out, **FEW)),
-        ("learning_curves", figures.learning_curves),
-        ("compute", lambda order, out: figures.compute(order, out, nfe=4)),
-        ("pareto", lambda order, out: figures.pareto(order, out, nfe=(1, 4), few=4)),
-        ("image_grid", lambda order, out: figures.image_grid(order, out, **options)),
-    ):
+    for name, draw in EVERY.items():
         first, second = draw(runs, tmp_path / "a"), draw(runs[::-1], tmp_path / "b")
         assert [file.name for file in first] == [f"{name}.png", f"{name}.pdf"]
         for a, b in zip(first, second, strict=True):
@@ -223,6 +228,22 @@ def test_equal_input_gives_equal_bytes(runs: list[Path], tmp_path: Path) -> None
         pdf = first[1].read_bytes()
         assert b"/FontFile2" in pdf  # TrueType, embedded
         assert b"/Type3" not in pdf and b"Date" not in pdf
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_figure_of_random_weights_says_so_and_no_other_does(
+    name: str, own_runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: saved.append(self))
+    EVERY[name](own_runs, tmp_path)
+    described = own_runs[0] / "run.json"
+    described.write_text(
+        json.dumps({**json.loads(described.read_bytes()), "random_weights": ["flux-dev"]})
+    )
+    EVERY[name](own_runs, tmp_path)
+    marked = ["RANDOM WEIGHTS" in [text.get_text() for text in f.texts] for f in saved]
+    assert marked == [False, False, True, True]  # PNG and PDF of each
 
 
 def test_drawing_leaves_matplotlibs_settings_alone(runs: list[Path], tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ rule tune_method:
     conda:
         "../../environment.yml"
     resources:
-        mem_mb=3000,
+        **PLAN.needs("evaluate"),  # one process, which trains and scores
     params:
         scale=PLAN.settings.scale,
         results=subpath(output[0], ancestor=3),
