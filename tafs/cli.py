@@ -8,6 +8,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from tafs import failures
@@ -58,8 +59,12 @@ def _parser() -> argparse.ArgumentParser:
     status = command("status", "where every run stands; exit code 1 where one has failed")
     again = "look again so often until all is done"
     status.add_argument("--every", metavar="SECONDS", type=_positive, help=again)
-    mirror = "show the runs in MLflow; further options are those of `python -m tafs.tracking sync`"
-    command("sync", mirror)
+    sync = command("sync", "show the runs in MLflow")
+    sync.add_argument("run_dirs", nargs="*", metavar="RUN_DIR", help="by default the scale's all")
+    sync.add_argument("--server", metavar="URL", help="a running MLflow server")
+    sync.add_argument("--store", metavar="DIR", help="of a copy elsewhere than `make ui` has it")
+    again = "again and again, until interrupted"
+    sync.add_argument("--every", metavar="SECONDS", type=_positive, help=again)
     return parser
 
 
@@ -90,23 +95,24 @@ def _status(given: argparse.Namespace) -> int:
     return status.show(workflow.read(_overrides(given)), given.every)
 
 
-def _sync(given: argparse.Namespace, options: Sequence[str]) -> int:
+def _sync(given: argparse.Namespace) -> int:
     from tafs import tracking, workflow
 
     graph = workflow.read(_overrides(given))
-    folders = graph.existing()
-    if not folders:
+    runs = Path(graph.root) / "runs"
+    if not given.run_dirs and not given.every and not any(runs.glob("*/run.json")):
         raise ValueError(f"{graph.root}: no run is there yet; start it first")
-    store = ["--store", f"{graph.results}/mlflow"]
-    return tracking.main(["sync", *store, *options, *map(str, folders)])
+    options = ["--store", given.store or f"{graph.results}/mlflow"]
+    options += ["--server", given.server] if given.server is not None else []
+    options += ["--every", str(given.every)] if given.every else []
+    chosen = given.run_dirs or ["--runs", str(runs)]
+    return tracking.main(["sync", *options, *chosen])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Ends the process: 0, 1 where something failed, 2 where it was asked for wrongly."""
     parser = _parser()
-    given, options = parser.parse_known_args(arguments)
-    if options and given.command != "sync":
-        parser.error(f"unrecognized arguments: {' '.join(options)}")
+    given = parser.parse_args(arguments)
     code = 0
 
     def work() -> None:
@@ -116,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif given.command == "status":
             code = _status(given)
         else:
-            code = _sync(given, options)
+            code = _sync(given)
 
     failures.fail_in_one_line(f"tafs {given.command}", work)
     sys.exit(code)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import stat
 import subprocess
 import tempfile
 import time
@@ -29,7 +30,8 @@ def claim(count: int) -> None:
     this process's until it ends, also where it becomes another program by exec.
 
     Raises:
-        RunFailed: this machine has fewer, or cannot say how many.
+        RunFailed: this machine has fewer, or cannot say how many, or the folder of the locks is
+            another user's.
     """
     given = os.environ.get("SLURM_JOB_ID") and not os.environ.get(SHARED)
     if given or os.environ.get(CLAIMED):
@@ -39,6 +41,10 @@ def claim(count: int) -> None:
         raise RunFailed(f"the job needs {count} GPUs, and this machine shows {len(known)}")
     folder = Path(tempfile.gettempdir()) / f"tafs-gpus-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
+    # Everybody may write beside it: a link in another user's folder would have us write elsewhere.
+    there = folder.lstat()
+    if not stat.S_ISDIR(there.st_mode) or there.st_uid != os.getuid() or there.st_mode & 0o022:
+        raise RunFailed(f"{folder}: is not this user's own folder; delete it, or set TMPDIR")
     while True:
         taken = _free(folder, known, count)
         if taken:

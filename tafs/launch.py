@@ -14,7 +14,8 @@ from pathlib import Path
 
 from tafs import failures, gpus, rundir
 
-PORT = 29500  # where torchrun's processes meet, on the job's first machine
+PORT = 29500  # the first of those where torchrun's processes meet, on the job's first machine
+PORTS = 1000  # jobs with the same first machine have different ones
 
 
 def number(name: str) -> int:
@@ -38,8 +39,9 @@ def command(run_dir: str, processes: int, nodes: int, first: str = "") -> list[s
     torchrun.append(f"--nproc-per-node={processes // nodes}")
     if nodes == 1:
         return [*torchrun, "--standalone", "-m", "tafs.train", run_dir]
-    meeting = [f"--rdzv-id={os.environ.get('SLURM_JOB_ID', '0')}", "--rdzv-backend=c10d"]
-    meeting.append(f"--rdzv-endpoint={first}:{PORT}")
+    job = os.environ.get("SLURM_JOB_ID", "0")
+    meeting = [f"--rdzv-id={job}", "--rdzv-backend=c10d"]
+    meeting.append(f"--rdzv-endpoint={first}:{PORT + int(job) % PORTS}")
     srun = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
     return [*srun, *torchrun, *meeting, "-m", "tafs.train", run_dir]
 

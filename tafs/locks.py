@@ -43,7 +43,7 @@ def held(
         OSError: the file cannot be written.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     os.set_inheritable(fd, inherited)
     try:
         if not _taken(fd, file):

@@ -27,6 +27,7 @@ from tafs.planning import (
     downloads,
     measured,
 )
+from tafs.progress import duration
 from tafs.scheduling import Task, makespan
 
 STAGES = ("fetch", "canary", "train", "evaluate", "correlate", "judge")
@@ -290,13 +291,3 @@ def size(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:,.3g} TB"
-
-
-def duration(seconds: float) -> str:
-    """In the two largest units: 13 d 4 h, 2 h 5 min, 20 min 55 s."""
-    whole = round(seconds)
-    if whole >= 86400:
-        return f"{whole // 86400} d {whole % 86400 // 3600} h"
-    if whole >= 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60} min"
-    return f"{whole // 60} min {whole % 60} s"

@@ -106,6 +106,15 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
+def duration(seconds: float) -> str:
+    """Two units: 42 s, 3 min 5 s, 2 h 10 min, 3 d 4 h."""
+    whole = max(0, round(seconds))
+    for unit, name, part, small in ((86400, "d", 3600, "h"), (3600, "h", 60, "min")):
+        if whole >= unit:
+            return f"{whole // unit} {name} {whole % unit // part} {small}"
+    return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{whole} s"
+
+
 def _clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 

@@ -59,7 +59,9 @@ class Retries:
         found = [taken(self.runs, member) for member in members]
         known = [f for f in found if f.code is not None]
         killed = [
-            f for f, one in zip(found, members, strict=True) if f.code is None and unmade(one)
+            f
+            for f, one in zip(found, members, strict=True)
+            if f.code is None and (not job.is_group() or unmade(one))
         ]
         forgiven = id(job) in self._forgiven
         self._forgiven.discard(id(job))
@@ -96,7 +98,7 @@ def taken(runs: Path, job: Any) -> Failure:
 
 
 def unmade(job: Any) -> bool:
-    """Whether it lacks one of its files."""
+    """Whether it lacks one of its files, as others of its group may not."""
     return not all(Path(str(file)).exists() for file in job.output)
 
 

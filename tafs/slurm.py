@@ -52,7 +52,7 @@ class Watch:
         self.executor = executor
         self.retries = retries
         self._check = executor.check_active_jobs
-        self._reported: set[int] = set()
+        self._reported: dict[int, Any] = {}  # by id, and kept alive: ids of the dead come again
         self._lost_since: dict[str, float] = {}
         self._forgiven: Counter[int] = Counter()
         self._succeeded, self._failed = executor.report_job_success, executor.report_job_error
@@ -67,7 +67,7 @@ class Watch:
                 awaited.append(job)
         except Exception as error:  # it would end the thread that asks, and the workflow hang
             logger.warning(f"Slurm could not be asked for its jobs: {error}")
-        known = {id(job) for job in awaited} | self._reported
+        known = {id(job) for job in awaited} | self._reported.keys()
         awaited += [job for job in active if id(job) not in known]
         self._reported.clear()
         states = await self._states() if awaited else {}
@@ -85,11 +85,11 @@ class Watch:
                 yield job
 
     def _success(self, job: Any) -> None:
-        self._reported.add(id(job))
+        self._reported[id(job)] = job
         self._succeeded(job)
 
     def _error(self, job: Any, msg: str | None = None, **facts: Any) -> None:
-        self._reported.add(id(job))
+        self._reported[id(job)] = job
         if msg:  # Snakemake would not show that of a group
             self.retries.jobs.say(" ".join(msg.split()))
             if any(sign in msg for sign in UNREACHABLE):

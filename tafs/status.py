@@ -19,11 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tafs import journal, progress, rundir, workflow
+from tafs import failures, journal, progress, rundir, workflow
 from tafs.config import Run
 
-LOCKS, FAILURES = ".locks", ".failed"
-CONTINUED = 75  # the exit code of a stage that has saved its state and waits to be continued
 RECENT = 5  # iterations that tell a run's pace
 STARTING = 120.0  # s in which a process that has a lock waiting for it takes it
 SILENT, PACES = 900.0, 10  # a heartbeat is overdue after so many seconds and so many paces
@@ -180,7 +178,7 @@ def of_run(run: Run, folder: Path, stages: Sequence[str], now: float) -> State:
         ValueError: its journal is damaged; names it.
     """
     files = rundir.RunDir(folder)
-    locks = {stage: read_lock(folder / LOCKS / stage) for stage in stages}
+    locks = {stage: read_lock(files.lock(stage)) for stage in stages}
     held = next((stage for stage, lock in locks.items() if lock and lock.held), None)
     # What is worked on is not done, whatever an earlier attempt has left.
     ended = [stage for stage in stages if stage != held and _ended(files, stage)]
@@ -194,7 +192,7 @@ def of_run(run: Run, folder: Path, stages: Sequence[str], now: float) -> State:
     pace = statistics.median(recent) if recent else None
     report = _report(folder / progress.FOLDER / f"{current}.json") if current else None
     lock = locks[current] if current else None
-    failure = read_failure(folder / FAILURES / f"{current}.json") if current else None
+    failure = read_failure(files.failure(current)) if current else None
     beats = [records[-1]["time"]] if records else []
     beats += [report["updated"]] if report else []
     started = [*beats, *([lock.since] if lock else [])]
@@ -239,11 +237,11 @@ def _state(
             return "lost", LOST
         overdue = max(SILENT, PACES * (pace or 0.0))
         if heartbeat is not None and now - heartbeat > overdue:
-            return "stalled", f"{current}: silent for {clock(now - heartbeat)}"
+            return "stalled", f"{current}: silent for {progress.duration(now - heartbeat)}"
         return WORKING[current], ""
     if failure:
-        said = f"{failure.stage}: {failure.message} ({clock(now - failure.time)} ago)"
-        return ("to be continued" if failure.exit == CONTINUED else "failed"), said
+        said = f"{failure.stage}: {failure.message} ({progress.duration(now - failure.time)} ago)"
+        return ("to be continued" if failure.exit == failures.CONTINUE else "failed"), said
     if lock and lock.job and gone(lock.job):
         return "lost", LOST
     # A training's launcher gives the lock back for its processes, which take it once they run.
@@ -314,7 +312,7 @@ def summary(graph: workflow.Plan, states: Sequence[State]) -> str:
     left = training_left(states, [graph.runs[state.run].variant for state in states])
     if left is not None:
         running = counts["training"]
-        line += f"; trainings: {clock(left)} left at {running} at a time"
+        line += f"; trainings: {progress.duration(left)} left at {running} at a time"
     return line
 
 
@@ -326,11 +324,11 @@ def lines(graph: workflow.Plan, states: Sequence[State], now: float) -> list[str
             *(state.run, state.state),
             "" if state.iterations is None else "{}/{}".format(*state.iterations),
             "" if state.pace is None else f"{state.pace:.3g}",
-            "" if state.left is None or state.state == "done" else clock(state.left),
+            "" if state.left is None or state.state == "done" else progress.duration(state.left),
             *(
                 [""]
                 if state.heartbeat is None or state.state == "done"
-                else [f"{clock(now - state.heartbeat)} ago"]
+                else [f"{progress.duration(now - state.heartbeat)} ago"]
             ),
             *(state.where, state.reward, state.note),
         ]
@@ -339,15 +337,6 @@ def lines(graph: workflow.Plan, states: Sequence[State], now: float) -> list[str
     kept = [place for place in range(len(head)) if any(row[place] for row in rows)]
     shown = [[row[place] for place in kept] for row in [head, *rows]]
     return [summary(graph, states), "", *progress.aligned(shown)]
-
-
-def clock(seconds: float) -> str:
-    """Two units: 42 s, 3 min 5 s, 2 h 10 min, 3 d 4 h."""
-    whole = max(0, round(seconds))
-    for unit, name, part, small in ((86400, "d", 3600, "h"), (3600, "h", 60, "min")):
-        if whole >= unit:
-            return f"{whole // unit} {name} {whole % unit // part} {small}"
-    return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{whole} s"
 
 
 def show(

@@ -383,12 +383,22 @@ def _signature(folder: Path, store: Path, server: str | None) -> Signature:
     database = None if server else _status(store / DATABASE)
     names = ["run.json", "journal.jsonl", ".state/journal.jsonl", "adapter.safetensors"]
     names += ["scores.parquet", "judgements.parquet", "samples.safetensors"]
-    files = [folder / name for name in names] + sorted(folder.rglob("*.png"))
+    files = [folder / name for name in names] + pictures(folder)
     found = [(str(file), _status(file)) for file in files]
     described = [
         (name, status.st_size, status.st_mtime_ns) for name, status in found if status is not None
     ]
     return (server or (database and database.st_ino), *described)
+
+
+def pictures(folder: Path) -> list[Path]:
+    """The PNG files in a run's folder, but for its hidden ones, which are works in progress and may
+    be gone before they have been looked through."""
+    found: list[Path] = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(parent) / name for name in files if name.endswith(".png")]
+    return sorted(found)
 
 
 def _status(file: Path) -> os.stat_result | None:
@@ -641,7 +651,7 @@ def _copy_artifacts(copy: Copy, run: Run, mirror: Mirror) -> None:
     copies = {source.name: source for source in sources if source.exists()}
     if mirror.journal:
         copies["journal.jsonl"] = mirror.journal
-    for image in mirror.folder.rglob("*.png"):
+    for image in pictures(mirror.folder):
         copies[str(image.relative_to(mirror.folder))] = image
     for name, source in copies.items():
         copy.place(run, name, source, partial(shutil.copyfile, source))

@@ -13,13 +13,12 @@ import csv
 import dataclasses
 import io
 import itertools
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tafs import checkpoint, config, prompts, rundir, worlds
+from tafs import checkpoint, config, failures, gpus, prompts, rundir, worlds
 
 VALIDATION_PROMPTS = 96
 COLUMNS = ("method", "hyperparameters", "nfe", "score", "base_score", "iteration_s", "seed")
@@ -115,27 +114,20 @@ def run_trial(
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Search the methods' hyperparameters.")
-    parser.add_argument("--scale", default="shapes")
-    parser.add_argument("--results", help="default: config.yaml's")
-    parser.add_argument("--only", metavar="METHOD", help="one method")
-    arguments = parser.parse_args()
-    rundir.limit_threads()
-    try:
-        given = {"results": arguments.results} if arguments.results else {}
-        settings = config.read(Path("config.yaml"), {"scale": arguments.scale, **given})
-        known = trials(settings)
-        chosen = [t for t in known if arguments.only in (None, t.variant)]
-        if not chosen:
-            searched = ", ".join(dict.fromkeys(t.variant for t in known))
-            raise config.ConfigError(
-                f"--only: no search of {arguments.only!r} (available: {searched})"
-            )
-    except config.ConfigError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    folder = Path(settings.results) / arguments.scale / "tuning"
+def search(settings: config.Config, only: str | None) -> None:
+    """Run every trial, or one method's, and write the tables after each.
+
+    Raises:
+        ConfigError: nothing is searched under that name.
+    """
+    known = trials(settings)
+    chosen = [t for t in known if only in (None, t.variant)]
+    if not chosen:
+        searched = ", ".join(dict.fromkeys(t.variant for t in known))
+        raise config.ConfigError(f"--only: no search of {only!r} (available: {searched})")
+    if settings.active.device == "cuda":
+        gpus.claim(1)
+    folder = Path(settings.results) / settings.scale / "tuning"
     evaluation = settings.active.evaluation
     rows: dict[str, list[dict[str, Any]]] = {}
     base_score = 0.0
@@ -150,6 +142,22 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(found)
         checkpoint.atomic_text(folder / f"{trial.variant}.csv", text.getvalue())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Search the methods' hyperparameters.")
+    parser.add_argument("--scale", default="shapes")
+    parser.add_argument("--results", help="default: config.yaml's")
+    parser.add_argument("--only", metavar="METHOD", help="one method")
+    arguments = parser.parse_args()
+    rundir.limit_threads()
+    given = {"results": arguments.results} if arguments.results else {}
+
+    def work() -> None:
+        settings = config.read(Path("config.yaml"), {"scale": arguments.scale, **given})
+        search(settings, arguments.only)
+
+    failures.fail_in_one_line("tune", work)
 
 
 if __name__ == "__main__":

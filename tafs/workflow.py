@@ -67,10 +67,6 @@ class Plan:
         ]
         return [f"{self.root}/runs/{n}/{name}".rstrip("/") for n in names]
 
-    def existing(self) -> list[Path]:
-        """The runs' folders that are there."""
-        return [folder for folder in map(Path, self.files("")) if (folder / "run.json").is_file()]
-
     @cache  # noqa: B019 - one plan a process
     def description(self, name: str) -> str:
         """run.json's text."""
@@ -205,7 +201,7 @@ class Plan:
 
         Raises:
             SystemExit: the scale's models are not pinned (exit code 2), or its results are being
-                made by another process (1); one line.
+                made by another process or cannot be written (1); one line.
         """
         scale = self.settings.active
         if not worlds.of(scale.model_dump(mode="json")).pinned:
@@ -222,6 +218,9 @@ class Plan:
             self._held.enter_context(lock)
         except failures.RunFailed as error:
             print(f"{self.root}: is being made by {error}; wait for it, or end it", file=sys.stderr)
+            sys.exit(1)
+        except OSError as error:
+            print(f"{self.root}: {error}; make it writable for you", file=sys.stderr)
             sys.exit(1)
         self._leave_no_orphans()
         if workflow.local_exec:
@@ -276,7 +275,14 @@ class Plan:
             return
         watcher = self._watcher
         watcher.stop()
-        self._submitted.unlink(missing_ok=True)  # Snakemake has awaited or cancelled all
+        try:
+            # Snakemake has awaited or cancelled what it knows, not what it was just submitting.
+            left = slurm.end_orphans(self._submitted)
+        except failures.RunFailed as error:  # the next call tries it again
+            watcher.say(str(error))
+        else:
+            if left and not succeeded:
+                watcher.say(f"cancelled {left} jobs that were left in Slurm")
         tables, figures = Path(self.root) / "tables", Path(self.root) / "figures"
         if not succeeded:
             failed = watcher.jobs.failed

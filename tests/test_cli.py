@@ -80,21 +80,30 @@ def test_status_is_shown_of_the_scale_that_is_asked_for(tmp_path):
     assert done.stdout.startswith("scale smoke: 7 waiting; 0 of 14 jobs done\n")
 
 
-def test_sync_mirrors_the_runs_that_are_there_with_trackings_own_options(
-    tmp_path, monkeypatch, capsys
-):
+@pytest.fixture
+def two_runs(tmp_path, monkeypatch) -> list[Path]:
     monkeypatch.chdir(ROOT)
     plan = workflow.read({"scale": "smoke", "results": str(tmp_path)})
-    folder = Path(plan.root) / "runs" / TAFS
-    folder.mkdir(parents=True)
-    (folder / "run.json").write_text(plan.description(TAFS))
-    Journal(folder / "journal.jsonl").append("start", fingerprint="x")
+    folders = [Path(plan.root) / "runs" / name for name in list(plan.runs)[-2:]]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text(plan.description(folder.name))
+        Journal(folder / "journal.jsonl").append("start", fingerprint="x")
+    return folders
+
+
+def test_sync_mirrors_the_scales_runs_or_those_that_are_named(two_runs, tmp_path, capsys):
     own = ["sync", "--scale", "smoke", "--results", str(tmp_path)]
-    for options, store in (([], "mlflow"), (["--store", str(tmp_path / "other")], "other")):
+    elsewhere = ["--store", str(tmp_path / "other")]
+    for arguments, count, store in (
+        (own, 2, "mlflow"),
+        ([*own, *elsewhere, str(two_runs[0])], 1, "other"),
+        (["sync", str(two_runs[1]), "--results", str(tmp_path), *elsewhere], 1, "other"),
+    ):
         with pytest.raises(SystemExit) as ended:
-            cli.main([*own, *options])
+            cli.main(arguments)
         assert ended.value.code == 0
-        assert f"1 runs in {tmp_path / store} " in capsys.readouterr().out
+        assert f"{count} runs in {tmp_path / store} " in capsys.readouterr().out
         client = MlflowClient(f"sqlite:///{tmp_path / store / 'mlflow.db'}")
         assert client.get_experiment_by_name("preference") is not None
 

@@ -89,3 +89,22 @@ def test_a_machine_that_cannot_count_its_gpus_is_one_line(start, tmp_path, envir
     assert process.wait() == 1
     [line] = process.stderr.read().splitlines()
     assert line.startswith("claim: this machine's GPUs cannot be counted: ")
+
+
+@pytest.mark.parametrize("kind", ["link", "writable"])
+def test_a_folder_that_others_may_have_made_is_refused(start, tmp_path, kind):
+    """Whoever puts links in it would have this user's jobs write over this user's files."""
+    locks = tmp_path / f"tafs-gpus-{os.getuid()}"
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    if kind == "link":
+        locks.symlink_to(theirs)
+    else:
+        locks.mkdir()
+        locks.chmod(0o777)
+    process = start(1)
+    assert process.wait() == 1
+    assert process.stderr.read() == (
+        f"claim: {locks}: is not this user's own folder; delete it, or set TMPDIR\n"
+    )
+    assert list(theirs.iterdir()) == []

@@ -23,7 +23,7 @@ def test_several_machines_get_one_torchrun_each_and_meet_on_the_first(monkeypatc
     found = launch.command("runs/x", 16, 2, "node-3")
     assert found[:4] == ["srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1"]
     assert "--nproc-per-node=8" in found
-    assert {"--rdzv-id=17", "--rdzv-backend=c10d", "--rdzv-endpoint=node-3:29500"} < set(found)
+    assert {"--rdzv-id=17", "--rdzv-backend=c10d", "--rdzv-endpoint=node-3:29517"} < set(found)
 
 
 def test_several_machines_without_slurm_are_refused(monkeypatch):

@@ -86,3 +86,13 @@ def test_a_holder_that_has_not_said_who_it_is_is_another_process(file, content):
     file.parent.mkdir()
     file.write_text(content)
     assert locks.holder(file) == "another process"
+
+
+def test_a_link_in_a_locks_place_is_not_followed(file, tmp_path):
+    other = tmp_path / "other"
+    other.write_text("kept")
+    file.parent.mkdir()
+    file.symlink_to(other)
+    with pytest.raises(OSError, match=str(file)), locks.held(file):
+        pass
+    assert other.read_text() == "kept"

@@ -15,8 +15,9 @@ import torch
 from tafs import config, dryrun, failures, flops, models, planning, workflow
 from tafs.dryrun import Pending
 from tafs.journal import Journal
-from tafs.plan_report import amount, duration, report, size
+from tafs.plan_report import amount, report, size
 from tafs.planning import Job, Networks, Speed, Work
+from tafs.progress import duration
 from tafs.scheduling import Task, makespan
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,7 +13,13 @@ from tafs import failures
 ROOT = Path(__file__).resolve().parent.parent
 RETRIES = 2
 
-SNAKEFILE = """
+RUNS = ("limited", "refused", "killed", "stuck", "broken", "half")
+
+SNAKEFILE = (
+    f"""
+RUNS = {RUNS}
+"""
+    + """
 import sys
 from pathlib import Path
 from tafs import progress, retries
@@ -29,7 +35,7 @@ onerror:
 
 rule all:
     input:
-        expand("runs/{run}/adapter", run=["limited", "refused", "killed", "stuck", "broken"]),
+        expand("runs/{run}/adapter", run=RUNS),
 
 rule train:
     output:
@@ -41,6 +47,7 @@ rule train:
     shell:
         "python job.py {wildcards.run} {resources.mem_mb} > {log} 2>&1"
 """
+)
 
 # Each try appends its memory to a file; `limited` succeeds at its fifth.
 JOB = """
@@ -67,6 +74,8 @@ def work():
     elif name == "stuck" and number == 1:
         raise failures.ToBeContinued("saved once, and never again")
     else:
+        if name == "half":
+            (run.folder / "adapter").touch()
         print("the last line", flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -80,7 +89,7 @@ def done(tmp_path_factory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("retries")
     (folder / "Snakefile").write_text(SNAKEFILE)
     (folder / "job.py").write_text(JOB)
-    for name in ("limited", "refused", "killed", "stuck", "broken"):
+    for name in RUNS:
         (folder / "runs" / name).mkdir(parents=True)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
@@ -121,6 +130,11 @@ def test_a_killed_job_is_tried_again_with_more_memory_as_often_as_is_allowed(don
     assert done[1].count("FAILED train killed (logs/killed.log)\n    the last line\n") == 1
 
 
+def test_a_job_that_dies_with_its_files_there_is_told_of_as_well(done):
+    assert tries(done, "half") == [100, 200, 300]
+    assert done[1].count("FAILED train half (logs/half.log)\n    the last line\n") == 1
+
+
 def test_a_failure_that_may_pass_is_tried_again(done):
     assert tries(done, "broken") == [100, 200, 300]
     assert "FAILED train broken (logs/broken.log)\n    the server is gone\n" in done[1]
@@ -134,4 +148,4 @@ def test_what_a_job_said_of_an_earlier_end_does_not_hold_for_a_later_one(done):
 
 
 def test_what_was_given_up_is_counted(done):
-    assert "given up: 4\n" in done[1]
+    assert "given up: 5\n" in done[1]

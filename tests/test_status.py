@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tafs import config, status, workflow
+from tafs import config, failures, status, workflow
 from tafs.journal import Journal
+from tafs.rundir import RunDir
 from tafs.status import State
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,7 +58,7 @@ def iterated(file: Path, *seconds: float, end: float = NOW - 10) -> None:
 
 
 def lock(folder: Path, stage: str, **facts) -> Path:
-    file = folder / status.LOCKS / stage
+    file = RunDir(folder).lock(stage)
     file.parent.mkdir(exist_ok=True)
     known = {"pid": 123, "host": "node3", "job": "", "since": NOW - 60}
     file.write_text(json.dumps({**known, **facts}))
@@ -73,7 +74,7 @@ def working(folder: Path, stage: str, **facts) -> Iterator[None]:
 
 
 def failed(folder: Path, stage: str, **facts) -> None:
-    file = folder / status.FAILURES / f"{stage}.json"
+    file = RunDir(folder).failure(stage)
     file.parent.mkdir(exist_ok=True)
     known = {"stage": stage, "exit": 1, "message": "the loss is nan", "time": NOW - 5}
     file.write_text(json.dumps({**known, "seen": False, **facts}))
@@ -195,7 +196,7 @@ def test_a_failure_in_whole_seconds_is_not_taken_for_an_older_one(graph):
 
 
 def test_a_stage_that_saved_its_state_is_to_be_continued(graph):
-    failed(folder_of(graph, TAFS), "train", exit=status.CONTINUED, message="time limit")
+    failed(folder_of(graph, TAFS), "train", exit=failures.CONTINUE, message="time limit")
     found = look(graph)
     assert (found.state, found.note) == ("to be continued", "train: time limit (5 s ago)")
 

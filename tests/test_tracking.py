@@ -236,6 +236,24 @@ def test_the_store_holds_its_artifacts_and_no_absolute_path(store: Path, finishe
     assert not any(str(store) in line for line in contents(store))
 
 
+def test_pictures_are_looked_for_where_others_come_and_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("plots/a.png", "plots/sub/b.png", ".state/checkpoints/c.png", "gone/d.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    scandir = os.scandir
+
+    def racing(path: str) -> Any:
+        if isinstance(path, str) and Path(path).name == "gone":
+            shutil.rmtree(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", racing)
+    found = tracking.pictures(tmp_path)
+    assert [str(file.relative_to(tmp_path)) for file in found] == ["plots/a.png", "plots/sub/b.png"]
+
+
 def test_a_second_sync_changes_nothing(store: Path, finished: Path) -> None:
     before = contents(store)
     files = {p: p.stat().st_mtime_ns for p in store.rglob("*") if p.suffix != ".db"}

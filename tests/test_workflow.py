@@ -208,6 +208,19 @@ def test_a_misspelt_key_is_one_line_that_names_it_and_starts_no_job(workplace):
     assert states(workplace.results) == before
 
 
+def test_a_lock_that_cannot_be_written_is_one_line_and_starts_no_job(workplace, tmp_path):
+    place = Workplace(workplace.folder, tmp_path)
+    lock = place.smoke / ".locks" / "all"
+    lock.parent.mkdir(parents=True)
+    lock.symlink_to(tmp_path / "elsewhere")
+    done = place.snakemake("all")
+    assert done.returncode == 1
+    [line] = [line for line in done.stderr.splitlines() if line.startswith(f"{place.smoke}: ")]
+    assert line.endswith(f"'{lock}'; make it writable for you")
+    assert "Traceback" not in done.stderr
+    assert list(place.smoke.iterdir()) == [lock.parent]
+
+
 def test_an_unknown_key_on_the_command_line_is_one_line_that_names_it(workplace):
     done = workplace.snakemake("all", "--config", "scael=shapes")
     assert done.returncode == 2

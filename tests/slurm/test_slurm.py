@@ -27,6 +27,7 @@ pytestmark = pytest.mark.skipif(
 
 ITERATIONS = 60  # enough to be disturbed among them
 PROFILE = ("--profile", "slurm", "--slurm-init-seconds-before-status-checks", "3")
+OUTAGE = 45.0  # s; Snakemake asks for its jobs in it
 FOLLOWED = 300.0  # s, as for a requeued job, which Slurm holds back for two minutes
 
 
@@ -98,7 +99,6 @@ def test_a_cancelled_job_is_submitted_again_and_continues(
     for _ in trials("Slurm: scancel", 1, 1):
         said = disturbed(place, lambda id: control("scancel", id) and None)
         assert f"train {RUN}" in said
-        assert kinds(place).count("start") == 1
         assert "resume" in kinds(place)
         assert_same(place, undisturbed)
 
@@ -124,8 +124,14 @@ def test_a_job_near_its_time_limit_is_continued_by_another(
 def test_a_job_that_is_ended_by_its_time_limit_is_submitted_again(
     slurm, place, undisturbed, trials
 ) -> None:
+    """It hangs, until Slurm kills it."""
+
+    def hang(id: str) -> None:
+        control("scontrol", "update", f"JobId={id}", "TimeLimit=1")
+        os.kill(holder(place)["pid"], signal.SIGSTOP)
+
     for _ in trials("Slurm: time limit, unforeseen", 0, 1):
-        disturbed(place, lambda id: control("scontrol", "update", f"JobId={id}", "TimeLimit=1"))
+        disturbed(place, hang)
         assert "resume" in kinds(place)
         assert_same(place, undisturbed)
 
@@ -143,17 +149,17 @@ def test_a_workflow_that_is_killed_is_continued_by_the_same_command(
         assert done.returncode == 0, done.stderr
         assert f"{place.smoke}: cancelled 1 jobs of an earlier call" in done.stderr
         assert slurm.jobs()[orphan] == "CANCELLED"
-        assert kinds(place).count("start") == 1
+        assert "resume" in kinds(place)
         assert_same(place, undisturbed)
 
 
 def test_an_outage_of_slurms_controller_is_waited_for(slurm, place, undisturbed, trials) -> None:
     def outage(id: str) -> None:
         slurm.end("slurmctld", signal.SIGKILL)
-        time.sleep(20.0)
+        time.sleep(OUTAGE)
         slurm.start_controller()
 
-    for _ in trials("Slurm: slurmctld killed for 20 s", 0, 1):
+    for _ in trials("Slurm: slurmctld killed for 45 s", 0, 1):
         disturbed(place, outage)
         assert_same(place, undisturbed)
 
@@ -161,7 +167,7 @@ def test_an_outage_of_slurms_controller_is_waited_for(slurm, place, undisturbed,
 def test_a_requeued_job_continues(slurm, place, undisturbed, trials) -> None:
     for _ in trials("Slurm: scontrol requeue", 0, 1):
         disturbed(place, lambda id: control("scontrol", "requeue", id))
-        assert kinds(place).count("start") == 1
+        assert "resume" in kinds(place)
         assert_same(place, undisturbed)
 
 
