@@ -174,7 +174,9 @@ def test_a_requeued_job_continues(slurm, place, undisturbed, trials) -> None:
 def urgent(slurm: Cluster) -> None:
     """Take all nodes for a job of another user's, so to say."""
     nodes = f"--nodes={len(slurm.names)}"
-    control("sbatch", "--partition=urgent", "--exclusive", nodes, "--wrap=sleep 5")
+    control(
+        "sbatch", "--partition=urgent", "--exclusive", nodes, "--output=/dev/null", "--wrap=sleep 5"
+    )
 
 
 def test_a_preempted_job_that_slurm_requeues_continues(slurm, place, undisturbed, trials) -> None:
