@@ -321,7 +321,7 @@ def test_figures_draw_any_text_literally(runs, tmp_path, trials):
         result = figures.read_results(own)[0]
         with figures._style():
             figure = figures._grid([(text, result, "x")], images, [0, 1], [text, text], {0: text})
-            drawn += figures._save(figure, out, f"grid{number}")
+            drawn += figures._save(figure, out, f"grid{number}", figures.systems_of([result]))
         assert all(f.parent == out and f.stat().st_size > 1000 for f in drawn)
     assert no_command_ran(tmp_path)
 
