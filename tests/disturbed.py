@@ -20,6 +20,7 @@ from typing import Any
 from tafs import checkpoint, config, distributed, journal, rundir, train
 
 ROOT = Path(__file__).resolve().parent.parent
+WRITE = os.write  # the work may have spoilt it: it must not keep a fork from ending
 TOLD = ("time", "seconds", "images_per_s")  # of a record: how long it took, and not what was done
 
 
@@ -61,8 +62,10 @@ class Process:
             except BaseException as error:  # what would be a traceback
                 said.write(f"Traceback: {type(error).__name__}: {error}\n")
             finally:
-                os.write(write, said.getvalue().encode()[-60_000:])
-                os._exit(code)
+                try:
+                    WRITE(write, said.getvalue().encode()[-60_000:])
+                finally:
+                    os._exit(code)
         os.close(write)
         self._read = read
         self.code: int | None = None
