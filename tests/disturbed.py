@@ -120,8 +120,10 @@ def trained(run: rundir.RunDir, processes: int = 1) -> rundir.RunDir:
 
 def iterations(run: rundir.RunDir) -> int:
     """How many the training has recorded."""
-    file = run.state / "journal.jsonl"
-    return len(journal.iterations(file)) if file.exists() else 0
+    try:
+        return len(journal.iterations(run.state / "journal.jsonl"))
+    except FileNotFoundError:  # also where it is just begun anew
+        return 0
 
 
 def wait_for(run: rundir.RunDir, count: int, process: Process) -> None:

@@ -53,8 +53,10 @@ def undisturbed(project, tmp_path_factory) -> Workplace:
 
 def iterations(place: Workplace) -> int:
     """Of the training in progress."""
-    file = place.smoke / "runs" / RUN / ".state" / "journal.jsonl"
-    return len(journal.iterations(file)) if file.exists() else 0
+    try:
+        return len(journal.iterations(place.smoke / "runs" / RUN / ".state" / "journal.jsonl"))
+    except FileNotFoundError:  # not begun, or just ended
+        return 0
 
 
 def kinds(place: Workplace) -> list[str]:
