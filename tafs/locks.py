@@ -19,6 +19,7 @@ from pathlib import Path
 
 from tafs.failures import RunFailed
 
+NAMING = 20  # times that a holder is looked for who has just taken the lock
 POLL = 1.0  # s between two tries: not every network file system wakes those who wait
 
 
@@ -63,13 +64,15 @@ def held(
 
 def holder(file: Path) -> str:
     """Who a lock's file says holds it, in words."""
-    try:
-        place = json.loads(file.read_bytes())
-        job = f" (Slurm job {place['job']})" if place["job"] else ""
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(place["since"]))
-        return f"process {place['pid']} on {place['host']}{job}, since {since}"
-    except (OSError, ValueError, KeyError, TypeError):  # it is just being written
-        return "another process"
+    for _ in range(NAMING):
+        try:
+            place = json.loads(file.read_bytes())
+            job = f" (Slurm job {place['job']})" if place["job"] else ""
+            since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(place["since"]))
+            return f"process {place['pid']} on {place['host']}{job}, since {since}"
+        except (OSError, ValueError, KeyError, TypeError):  # it is just being written
+            time.sleep(0.05)
+    return "another process"
 
 
 def _taken(fd: int, file: Path) -> bool:
