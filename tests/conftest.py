@@ -31,8 +31,8 @@ def trials(request: pytest.FixtureRequest) -> Iterator[Trials]:
     """Numbers the trials of a fault, and counts those whose body ended well.
 
     `for number in trials("kill -9 of training", few, many): ...` runs `few` times, and `many` with
-    --torture. What is asserted in the body is what "survived" means. The test is skipped where
-    `few` is 0.
+    --torture. What is asserted in the body is what "survived" means. Where `few` is 0 the
+    test is skipped without --torture.
     """
     counts: list[list[str | int]] = []
 

@@ -18,9 +18,11 @@ import cluster
 import pandas as pd
 import pytest
 from cluster import Cluster, wait
+from disturbed import iterations as recorded
 from workplace import RUN, Workplace, assert_same, copied, outcome, reduced
 
 from tafs import journal
+from tafs.rundir import RunDir
 
 pytestmark = pytest.mark.skipif(
     bool(cluster.missing()), reason=f"no Slurm can be started: {cluster.missing()}"
@@ -54,10 +56,7 @@ def undisturbed(project, tmp_path_factory) -> Workplace:
 
 def iterations(place: Workplace) -> int:
     """Of the training in progress."""
-    try:
-        return len(journal.iterations(place.smoke / "runs" / RUN / ".state" / "journal.jsonl"))
-    except FileNotFoundError:  # not begun, or just ended
-        return 0
+    return recorded(RunDir(place.smoke / "runs" / RUN))
 
 
 def kinds(place: Workplace) -> list[str]:
