@@ -119,8 +119,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.path != "/v1/chat/completions":
             self.answer(404, {"error": {"message": "Not Found"}})
             return
-        with self.server.counted():
-            self.complete(json.loads(body))
+        self.complete(json.loads(body))
 
     def complete(self, request: dict[str, Any]) -> None:
         if request["model"] != self.server.model:
@@ -128,6 +127,10 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(404, {"error": {"message": message}})
             return
         fault = self.server.next_fault(request)
+        with self.server.counted():  # not while answering: a client goes on before that returns
+            if fault == "slow":
+                time.sleep(self.server.delay)
+            value = brightness_grade(decode(request))
         if fault in ("status_400", "status_429", "status_500"):
             self.answer(int(fault[-3:]), {"error": {"message": "on purpose"}})
         elif fault == "redirect":
@@ -143,9 +146,6 @@ class Handler(BaseHTTPRequestHandler):
         elif fault == "out_of_range":
             self.reply("Final Score: 7.5")
         else:
-            if fault == "slow":
-                time.sleep(self.server.delay)
-            value = brightness_grade(decode(request))
             words = "dog (object): 1\ncolor (attribute): 0\n" if self.server.chatty else ""
             self.reply(f"{words}Final Score: {value}")
 
