@@ -155,6 +155,23 @@ def test_a_workflow_that_is_killed_is_continued_by_the_same_command(
         assert_same(place, undisturbed)
 
 
+def test_a_workflow_that_is_interrupted_leaves_no_job_and_is_continued(
+    slurm, place, undisturbed, trials
+) -> None:
+    for _ in trials("Slurm: Ctrl-C of snakemake", 0, 1):
+        workflow = place.start("all", *PROFILE)
+        wait(lambda: iterations(place) >= 5, "a training", 240.0)
+        os.killpg(workflow.pid, signal.SIGINT)
+        said = workflow.communicate(timeout=120.0)[1]
+        assert workflow.returncode not in (0, -signal.SIGKILL), said
+        assert control("squeue", "--noheader", "--states=PENDING,RUNNING") == ""
+        done = place.snakemake("all", *PROFILE)
+        assert done.returncode == 0, done.stderr
+        assert "cancelled" not in done.stderr
+        assert "resume" in kinds(place)
+        assert_same(place, undisturbed)
+
+
 def test_an_outage_of_slurms_controller_is_waited_for(slurm, place, undisturbed, trials) -> None:
     def outage(id: str) -> None:
         slurm.end("slurmctld", signal.SIGKILL)
