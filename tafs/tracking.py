@@ -774,7 +774,10 @@ def _complain(error: object) -> None:
 
 @contextmanager
 def _until_interrupted() -> Iterator[threading.Event]:
-    """Ctrl-C and SIGTERM set the event and leave the block, in the middle of whatever it does."""
+    """Ctrl-C and SIGTERM set the event and leave the block, in the middle of whatever it does.
+
+    Where Python lets nothing be raised, as in a weak reference's callback, the event has to do.
+    """
     stop = threading.Event()
 
     def interrupt(*_: object) -> None:
@@ -782,12 +785,18 @@ def _until_interrupted() -> Iterator[threading.Event]:
             stop.set()
             raise KeyboardInterrupt
 
+    def unraisable(lost: sys.UnraisableHookArgs) -> None:
+        if lost.exc_type is not KeyboardInterrupt:
+            said(lost)
+
+    said, sys.unraisablehook = sys.unraisablehook, unraisable
     previous = {each: signal.signal(each, interrupt) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     except KeyboardInterrupt:
         pass
     finally:
+        sys.unraisablehook = said
         for each, handler in previous.items():
             signal.signal(each, handler)
 

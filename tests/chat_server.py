@@ -192,8 +192,9 @@ def main() -> None:
         print("usage: python tests/chat_server.py PORT [FAULT=SHARE ...]", file=sys.stderr)
         sys.exit(2)
     pairs = [argument.partition("=")[::2] for argument in sys.argv[2:]]
-    with ChatServer(int(sys.argv[1]), faults={k: float(v) for k, v in pairs}) as server:
-        print(server.url, flush=True)
+    server = ChatServer(int(sys.argv[1]), faults={k: float(v) for k, v in pairs})
+    print(server.url, flush=True)
+    with server:
         try:
             threading.Event().wait()
         except KeyboardInterrupt:

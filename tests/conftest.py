@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 import tafs  # noqa: F401 - it patches torchvision before any test imports diffusers
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("tests", deadline=None)  # none depends on the machine's pace
+hypothesis.settings.load_profile("tests")
 
 TRIALS = "trials"
 Trials = Callable[[str, int, int], Iterator[int]]

@@ -162,7 +162,7 @@ def test_damage_is_noticed_and_the_previous_state_used(
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_a_damaged_manifest_never_yields_a_wrong_state(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
@@ -341,7 +341,7 @@ def step(optimizer: torch.optim.Optimizer, seed: int) -> None:
     amsgrad=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 def test_a_resumed_optimizer_continues_bit_for_bit(
     tmp_path_factory: pytest.TempPathFactory,
     shapes: list[tuple[int, ...]],

@@ -178,7 +178,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data(), value=json_values)
 def test_any_value_anywhere_is_read_or_refused_in_one_line(data, value):
     raw = config.load_yaml(SHIPPED, dict)

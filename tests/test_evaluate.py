@@ -45,9 +45,23 @@ def copied(run: rundir.RunDir, folder: Path) -> rundir.RunDir:
     return rundir.RunDir(Path(shutil.copytree(run.folder, folder / "run")))
 
 
-def evaluating(run: rundir.RunDir, keep_s: float = evaluate.KEEP_S, **environment) -> Process:
+def evaluating(run: rundir.RunDir, killed_after: int = 0, **environment) -> Process:
+    """Args:
+    killed_after: it keeps all that it has at once, and kills itself when it has so many times.
+    """
+    save, saved = evaluate.Judged.save, 0
+
+    def counted(self, archive: Path | None) -> None:
+        nonlocal saved
+        save(self, archive)
+        saved += 1
+        if saved == killed_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
     def work() -> None:
-        evaluate.KEEP_S = keep_s
+        if killed_after:
+            evaluate.KEEP_S = 0.0
+            evaluate.Judged.save = counted
         stage("evaluate", evaluate.evaluate, run)
 
     return Process(work, environment)
@@ -83,17 +97,11 @@ def test_jobs_with_time_for_one_batch_each_end_as_one_job(ready, undisturbed, tm
 
 def test_a_killed_evaluation_goes_on_from_what_it_has_kept(ready, undisturbed, tmp_path):
     run = copied(ready, tmp_path)
-    process = evaluating(run, keep_s=0.0)
-    deadline = time.monotonic() + 120
-    while len(saved := list(run.judged.glob("*/0*/" + checkpoint.MANIFEST))) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    first = saved[0].parent.parent / "0.zip"  # the images that the setting's first record counts
-    before = os.stat(first).st_mtime_ns
+    assert evaluating(run, killed_after=2).wait() == -signal.SIGKILL
+    before = {file: os.stat(file).st_mtime_ns for file in run.judged.glob("*/*.zip")}
+    assert len(before) == 2
     assert (again := evaluating(run)).wait() == 0, again.said
-    assert os.stat(first).st_mtime_ns == before
+    assert {file: os.stat(file).st_mtime_ns for file in before} == before
     assert outcome(run) == outcome(undisturbed)
 
 

@@ -186,7 +186,7 @@ def test_single_objects_are_all_in_the_evaluation():
         training_rows(1, seed=0, shares={"single_object": 1})
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(seed=st.integers(0, 2**32 - 1), count=st.integers(0, 60))
 def test_a_smaller_count_gives_the_first_of_the_same_rows(seed, count):
     assert training_rows(count, seed) == training_rows(60, seed)[:count]

@@ -30,7 +30,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "run" / "journal.jsonl"
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(fields=st.dictionaries(st.text(max_size=5).filter(lambda k: k != "kind"), finite_json))
 def test_what_is_appended_is_read_exactly(
     tmp_path_factory: pytest.TempPathFactory, fields: dict[str, Any]

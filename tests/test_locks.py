@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -64,8 +63,12 @@ def test_a_killed_process_leaves_no_lock(file, other):
 
 def test_a_holder_is_waited_for(file, other):
     told = []
-    threading.Timer(0.3, other.kill).start()
-    with locks.held(file, told.append):
+
+    def waiting(text: str) -> None:
+        told.append(text)
+        other.kill()
+
+    with locks.held(file, waiting):
         assert other.wait() == -signal.SIGKILL
     assert [str(other.pid) in text for text in told] == [True]
 

@@ -163,7 +163,7 @@ def test_holm_matches_the_published_procedure() -> None:
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=6))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_holm_never_lowers_and_keeps_the_order(p: list[float]) -> None:
     adjusted = stats.holm(p)
     assert all(x >= y for x, y in zip(adjusted, p, strict=True))
@@ -316,7 +316,7 @@ def test_metrics_of_one_seed_are_drawn_together() -> None:
 
 
 @given(st.lists(st.integers(-5, 5), min_size=12, max_size=12), st.integers(-4, 4))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_shift_by_k_spreads_moves_the_interquartile_effect_by_k(x: list[int], k: int) -> None:
     base = values([[0, 1], [3, 2], [5, 9]])
     trained = np.array(x, dtype=float).reshape(2, 3, 2)
@@ -374,7 +374,7 @@ def test_the_probability_of_improvement_counts_prompts_and_halves_ties() -> None
 @given(
     st.lists(st.lists(st.integers(0, 3), min_size=4, max_size=4), min_size=2, max_size=6),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_probabilities_of_both_directions_add_up_to_one(rows: list[list[int]]) -> None:
     table = np.array(rows, dtype=float)
     a, b = table[:, :2, None].transpose(1, 0, 2), table[:, 2:, None].transpose(1, 0, 2)

@@ -150,6 +150,8 @@ def store(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with ThreadPoolExecutor(1) as pool:
         arguments = command("sync", "--store", store, finished)
         other = pool.submit(subprocess.run, arguments, capture_output=True, text=True)
+        while not (store / ".lock").exists() and not other.done():  # until it is at it
+            time.sleep(0.005)
         tracking.sync([finished], store)
     assert (other.result().returncode, other.result().stderr) == (0, "")
     return store

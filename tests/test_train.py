@@ -219,16 +219,21 @@ def test_a_second_job_waits_for_the_first_and_then_has_nothing_to_do(undisturbed
     """As when a killed workflow left the first one behind, and is called again."""
     run = prepare(tmp_path)
     command = [sys.executable, "-m", "tafs.launch", str(run.folder)]
-    jobs = [
-        subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)
-    ]
-    said = [job.communicate(timeout=240)[1] for job in jobs]
-    assert [job.returncode for job in jobs] == [0, 0]
-    [first, second] = [[job.pid, text] for job, text in zip(jobs, said, strict=True)]
-    if "waits for" in first[1]:
-        first, second = second, first
-    assert f"train {run.folder}: waits for process {first[0]} on " in second[1]
-    assert "waits for" not in first[1]
+
+    def job() -> subprocess.Popen[str]:
+        return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+    with job() as first:
+        while not (run.state / "journal.jsonl").exists():
+            assert first.poll() is None
+            time.sleep(0.02)
+        first.send_signal(signal.SIGSTOP)
+        with job() as second:
+            said = next(line for line in second.stderr if "waits for" in line)
+            first.send_signal(signal.SIGCONT)
+            assert (first.wait(), second.wait()) == (0, 0)
+        assert "waits for" not in first.stderr.read()
+    assert said.startswith(f"train {run.folder}: waits for process {first.pid} on ")
     kinds = [record["kind"] for record in journal.read(run.journal)]
     assert kinds == ["start", *["iteration"] * ITERATIONS, "end", "resume", "end"]
     assert same_adapter(run, undisturbed)
@@ -280,16 +285,14 @@ def test_a_killed_process_continues_to_the_same_adapter(undisturbed, tmp_path):
     command = [sys.executable, "-m", "tafs.train", str(run.folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment)
-    journal_file = run.state / "journal.jsonl"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if journal_file.exists() and '"iteration": 1' in journal_file.read_text():
-            break
-        time.sleep(0.02)
+    while not any(path.name.isdecimal() for path in run.checkpoints.glob("*")):
+        assert process.poll() is None
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert process.wait() == -signal.SIGKILL
     assert not run.adapter.exists()
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    assert [r["kind"] for r in journal.read(run.journal)].count("resume") == 1
     assert same_adapter(run, undisturbed)
     assert snapshots(run) == snapshots(undisturbed)
 

@@ -42,7 +42,7 @@ SlurmdParameters=config_overrides
 MpiDefault=none
 SwitchType=switch/none
 ReturnToService=2
-MinJobAge=600
+MinJobAge=3600
 KillWait=5
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -142,10 +142,12 @@ class Cluster:
         subprocess.run(
             ["install", "-d", "-o", "munge", "-g", "munge", "-m", "0755", "/run/munge"], check=True
         )
+        place = Path("/run/munge/munge.socket.2")
+        place.unlink(missing_ok=True)  # of one that was killed
         munged = ["runuser", "-u", "munge", "--", find("munged"), "--foreground"]
         with (self.folder / "log" / "munged.log").open("ab") as log:
             self._munged = subprocess.Popen([str(p) for p in munged], stdout=log, stderr=log)
-        wait(lambda: Path("/run/munge/munge.socket.2").exists(), "munged")
+        wait(lambda: place.exists(), "munged")
         self.start_controller()
         for name in self.names:
             self.start_node(name)

@@ -81,7 +81,7 @@ def disturbed(place: Workplace, act: Callable[[str], None], *arguments: str) -> 
         wait(lambda: iterations(place) >= 5 or workflow.poll() is not None, "a training", 240.0)
         assert workflow.poll() is None, workflow.communicate()[1]
         act(holder(place)["job"])
-        said = workflow.communicate(timeout=FOLLOWED + 300.0)[1]
+        said = workflow.communicate(timeout=FOLLOWED + 900.0)[1]
     finally:
         if workflow.poll() is None:
             os.killpg(workflow.pid, signal.SIGKILL)
@@ -108,16 +108,16 @@ def test_a_cancelled_job_is_submitted_again_and_continues(
 def test_a_job_near_its_time_limit_is_continued_by_another(
     slurm, place, undisturbed, trials
 ) -> None:
-    """And uses up no retry: there are none. Another iteration as slow would not fit in a minute."""
+    """And uses up no retry: there are none. Another iteration as slow would not fit in the job."""
 
     def stall(id: str) -> None:
         process = holder(place)["pid"]
         os.kill(process, signal.SIGSTOP)
-        time.sleep(30.0)
+        time.sleep(33.0)
         os.kill(process, signal.SIGCONT)
 
     for _ in trials("Slurm: time limit, state saved before it", 1, 1):
-        said = disturbed(place, stall, "--retries", "0", "--set-resources", "train:runtime=1")
+        said = disturbed(place, stall, "--retries", "0", "--set-resources", "train:runtime=2")
         assert f"of {ITERATIONS} iterations, to be continued: the time limit" in said
         assert kinds(place).count("pause") >= 1
         assert_same(place, undisturbed)

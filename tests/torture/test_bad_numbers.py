@@ -307,7 +307,7 @@ def judged(run: rundir.RunDir, server: ChatServer, **options: Any) -> UnifiedRew
 
     @contextmanager
     def served(_: rundir.RunDir, count: int) -> Iterator[UnifiedReward]:
-        scorers.append(UnifiedReward(server.url, images=count, side=SIDE, timeout=2.0, **options))
+        scorers.append(UnifiedReward(server.url, images=count, side=SIDE, timeout=5.0, **options))
         yield scorers[0]
 
     with pytest.MonkeyPatch.context() as patch:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 import random
 import signal
 import subprocess
@@ -31,21 +31,27 @@ def test_a_workflow_that_is_killed_is_continued_by_the_same_command(
 ) -> None:
     """Its jobs are left behind and go on; those of the next call wait for them."""
     expected, seconds = undisturbed
-    place = Workplace(expected.folder, tmp_path / "results")
+    places = (Workplace(expected.folder, tmp_path / str(n)) for n in itertools.count())
+    place, kills = next(places), 0
     draw = random.Random(11)
-    killed = 0
     for _ in trials("workflow: kill -9 of snakemake at a random point", 1, 20):
-        if killed % 4 == 0:  # or the later ones would find everything done
-            place = Workplace(expected.folder, tmp_path / str(killed))
-        workflow = place.start("all", stderr=subprocess.DEVNULL)
-        time.sleep(draw.uniform(1.0, seconds / 2))
-        os.kill(workflow.pid, signal.SIGKILL)
-        workflow.wait()
-        killed += 1
-        if killed % 4 == 0:
+        while not killed(place, draw.uniform(1.0, seconds / 2)):
+            finish(place, expected)  # there was little left to do
+            place, kills = next(places), 0
+        kills += 1
+        if kills == 4:  # or the later ones would find everything done
             finish(place, expected)
-    if killed % 4:
+            place, kills = next(places), 0
+    if kills:
         finish(place, expected)
+
+
+def killed(place: Workplace, after: float) -> bool:
+    """Start the workflow, and kill it after so many seconds if it has not ended before."""
+    workflow = place.start("all", stderr=subprocess.DEVNULL)
+    time.sleep(after)
+    workflow.kill()
+    return workflow.wait() == -signal.SIGKILL
 
 
 def finish(place: Workplace, expected: Workplace) -> None:
@@ -82,8 +88,8 @@ def test_a_workflow_takes_up_what_another_ones_job_is_doing(undisturbed, tmp_pat
     while not (state / "journal.jsonl").exists():
         assert workflow.poll() is None
         time.sleep(0.05)
-    os.kill(workflow.pid, signal.SIGKILL)
-    workflow.wait()
+    workflow.kill()
+    assert workflow.wait() == -signal.SIGKILL
     finish(place, expected)
     kinds = [record["kind"] for record in journal.read(state.parent / "journal.jsonl")]
     assert kinds.count("iteration") == ITERATIONS
