@@ -6,11 +6,13 @@ seconds). SIGTERM and SIGUSR1 ask for the same end at once: after the piece of w
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 import time
+from functools import partial
 from types import FrameType, TracebackType
+
+from tafs.environment import whole_number
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # Kept for the start before the first piece and the writing after the last one.
@@ -41,7 +43,8 @@ class Budget:
         Raises:
             ValueError: TAFS_MINUTES or TAFS_STARTED is no whole number; names it.
         """
-        minutes, started = _number("TAFS_MINUTES", "0"), _number("TAFS_STARTED", "0")
+        number = partial(whole_number, default="0", remedy="the workflow sets it")
+        minutes, started = number("TAFS_MINUTES"), number("TAFS_STARTED")
         return cls(60.0 * minutes if minutes else None, float(started) if started else None)
 
     def lap(self) -> None:
@@ -80,10 +83,3 @@ class Budget:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
-
-
-def _number(name: str, default: str) -> int:
-    given = os.environ.get(name, default)
-    if not given.isdecimal():
-        raise ValueError(f"{name}: {given!r} is no whole number; the workflow sets it")
-    return int(given)

@@ -6,18 +6,19 @@ never set up, so that code which uses them needs no second path.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tafs.environment import whole_number
 from tafs.failures import RunFailed, ToBeContinued
 
 TIMEOUT = 1800  # s that a process waits for the others; TAFS_DISTRIBUTED_TIMEOUT replaces it
@@ -96,10 +97,11 @@ def from_environment(kind: str = "cpu") -> Processes:
         ValueError: one of them is missing or no number, or there is no GPU for this process; names
             it.
     """
-    size = _number("WORLD_SIZE", "1")
+    number = partial(whole_number, remedy="torchrun sets it")
+    size = number("WORLD_SIZE", "1")
     if size == 1:
         return ALONE
-    here = Processes(_number("RANK"), size, _number("LOCAL_RANK"), kind)
+    here = Processes(number("RANK"), size, number("LOCAL_RANK"), kind)
     gpus = torch.cuda.device_count() if kind == "cuda" else 0
     if kind == "cuda" and here.local_rank >= gpus:
         raise ValueError(
@@ -173,14 +175,5 @@ def _fails_first(store: dist.Store) -> bool:
 
 
 def _timeout() -> timedelta:
-    seconds = _number("TAFS_DISTRIBUTED_TIMEOUT", str(TIMEOUT), "give seconds")
-    if seconds == 0:
-        raise ValueError("TAFS_DISTRIBUTED_TIMEOUT: 0 seconds are too few; give at least 1")
+    seconds = whole_number("TAFS_DISTRIBUTED_TIMEOUT", str(TIMEOUT), 1, "give seconds")
     return timedelta(seconds=seconds)
-
-
-def _number(name: str, default: str = "", remedy: str = "torchrun sets it") -> int:
-    given = os.environ.get(name, default)
-    if not given.isdecimal():
-        raise ValueError(f"{name}: {given!r} is no whole number; {remedy}")
-    return int(given)

@@ -13,21 +13,10 @@ import sys
 from pathlib import Path
 
 from tafs import failures, gpus, rundir
+from tafs.environment import whole_number
 
 PORT = 29500  # the first of those where torchrun's processes meet, on the job's first machine
 PORTS = 1000  # jobs with the same first machine have different ones
-
-
-def number(name: str) -> int:
-    """Of an environment variable, 1 where it is not set.
-
-    Raises:
-        ValueError: it is no positive whole number; names it.
-    """
-    given = os.environ.get(name, "1")
-    if not given.isdecimal() or int(given) < 1:
-        raise ValueError(f"{name}: {given!r} is no number of processes; give one from 1")
-    return int(given)
 
 
 def command(run_dir: str, processes: int, nodes: int, first: str = "") -> list[str]:
@@ -74,7 +63,8 @@ def main() -> None:
     run = rundir.RunDir(Path(sys.argv[1]))
 
     def work() -> None:
-        processes, nodes = number("TAFS_PROCESSES"), number("TAFS_NODES")
+        names = ("TAFS_PROCESSES", "TAFS_NODES")
+        processes, nodes = (whole_number(name, "1", 1, "the workflow sets it") for name in names)
         started = command(sys.argv[1], processes, nodes, first_machine() if nodes > 1 else "")
         # The first process takes the lock for itself; here, so that the others, which would give
         # up waiting for it, start when it is free.

@@ -14,6 +14,7 @@ from typing import Any
 
 from tafs import config, failures, gpus, locks, prompts, worlds
 from tafs.digest import sha256
+from tafs.environment import whole_number
 
 SAMPLES_PER_TAG = 8  # prompts of each tag whose images samples.safetensors keeps
 
@@ -184,10 +185,14 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def limit_threads() -> None:
     """One thread a process unless TAFS_THREADS says more: two jobs with one thread each do more
-    work than one job with two, and the sums do not depend on the machine's size."""
+    work than one job with two, and the sums do not depend on the machine's size.
+
+    Raises:
+        ValueError: TAFS_THREADS is no whole number from 1; names it.
+    """
     import torch
 
-    torch.set_num_threads(int(os.environ.get("TAFS_THREADS", "1")))
+    torch.set_num_threads(whole_number("TAFS_THREADS", "1", 1, "give how many"))
 
 
 def run_stage(stage: str, work: Callable[[RunDir], None]) -> None:
@@ -195,7 +200,6 @@ def run_stage(stage: str, work: Callable[[RunDir], None]) -> None:
     if len(sys.argv) != 2:
         print(f"usage: python -m tafs.{stage} RUN_DIR", file=sys.stderr)
         sys.exit(2)
-    limit_threads()
     run = RunDir(Path(sys.argv[1]))
     what = f"{stage} {run.folder}"
     rank = os.environ.get("RANK", "0")
@@ -217,6 +221,7 @@ def run_stage(stage: str, work: Callable[[RunDir], None]) -> None:
             ) from None
 
     def alone() -> None:
+        limit_threads()
         if rank != "0":  # the first process writes for all
             within_memory()
             return

@@ -150,10 +150,10 @@ def main() -> None:
     parser.add_argument("--results", help="default: config.yaml's")
     parser.add_argument("--only", metavar="METHOD", help="one method")
     arguments = parser.parse_args()
-    rundir.limit_threads()
     given = {"results": arguments.results} if arguments.results else {}
 
     def work() -> None:
+        rundir.limit_threads()
         settings = config.read(Path("config.yaml"), {"scale": arguments.scale, **given})
         search(settings, arguments.only)
 

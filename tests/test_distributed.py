@@ -318,11 +318,11 @@ def test_one_process_keeps_its_tensors_as_they_are():
 @pytest.mark.parametrize(
     ("environment", "problem"),
     [
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: 'two' is no whole number; torchrun sets it"),
-        ({"WORLD_SIZE": "2"}, "RANK: '' is no whole number; torchrun sets it"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: 'two' is no whole number from 0; torchrun sets it"),
+        ({"WORLD_SIZE": "2"}, "RANK: '' is no whole number from 0; torchrun sets it"),
         (
             {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "-1"},
-            "LOCAL_RANK: '-1' is no whole number; torchrun sets it",
+            "LOCAL_RANK: '-1' is no whole number from 0; torchrun sets it",
         ),
         (
             {
@@ -331,11 +331,11 @@ def test_one_process_keeps_its_tensors_as_they_are():
                 "LOCAL_RANK": "1",
                 "TAFS_DISTRIBUTED_TIMEOUT": "for ever",
             },
-            "TAFS_DISTRIBUTED_TIMEOUT: 'for ever' is no whole number; give seconds",
+            "TAFS_DISTRIBUTED_TIMEOUT: 'for ever' is no whole number from 1; give seconds",
         ),
         (
             {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "TAFS_DISTRIBUTED_TIMEOUT": "0"},
-            "TAFS_DISTRIBUTED_TIMEOUT: 0 seconds are too few; give at least 1",
+            "TAFS_DISTRIBUTED_TIMEOUT: '0' is no whole number from 1; give seconds",
         ),
     ],
 )

@@ -33,7 +33,7 @@ def test_several_machines_without_slurm_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("given", ["0", "-1", "two", ""])
-def test_what_is_no_number_of_processes_is_one_line_and_exit_code_2(given):
+def test_what_are_no_processes_is_one_line_and_exit_code_2(given):
     done = subprocess.run(
         [sys.executable, "-m", "tafs.launch", "runs/x"],
         env={"TAFS_PROCESSES": given},
@@ -43,5 +43,5 @@ def test_what_is_no_number_of_processes_is_one_line_and_exit_code_2(given):
     )
     assert done.returncode == 2
     assert done.stderr == (
-        f"train runs/x: TAFS_PROCESSES: {given!r} is no number of processes; give one from 1\n"
+        f"train runs/x: TAFS_PROCESSES: {given!r} is no whole number from 1; the workflow sets it\n"
     )

@@ -189,12 +189,12 @@ def main() -> None:
     if len(sys.argv) != 3:
         print("usage: python -m tafs.rewards.canary RUN_DIR OUT", file=sys.stderr)
         sys.exit(2)
-    rundir.limit_threads()
     run, out = rundir.RunDir(Path(sys.argv[1])), Path(sys.argv[2])
 
     def work() -> None:
         from tafs import judge, worlds
 
+        rundir.limit_threads()
         if run.description["settings"]["device"] == "cuda":
             gpus.claim(1)
         world = run.world
