@@ -31,7 +31,8 @@ DONE = ["mlflow.server.fastapi_app", "mlflow.db", "mlflow.store.tracking.rest_st
 DONE += ["mlflow.store.artifact.mlflow_artifacts_repo", "mlflow.store.tracking.sqlalchemy_store"]
 DONE += ["pandas", "pyarrow.dataset", "pyarrow.parquet", "safetensors.numpy", "PIL.PngImagePlugin"]
 
-
+# A server that is killed leaves these of what it was sent, and never shows them.
+UPLOADING = ".artifact.uploading."
 Contents = dict[tuple[str, str], Any]  # by experiment and run
 
 
@@ -139,6 +140,7 @@ def contents(database: Path, artifacts: Path) -> Contents:
         assert (experiment, name) not in found, f"{name} twice"
         folder = artifacts / address.removeprefix("mlflow-artifacts:/")
         files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+        files = [file for file in files if not file.name.startswith(UPLOADING)]
         found[experiment, name] = {
             "facts": facts,
             "metrics": [row[1:] for row in metrics if row[0] == uuid],
