@@ -43,7 +43,7 @@ class Budget:
         Raises:
             ValueError: TAFS_MINUTES or TAFS_STARTED is no whole number; names it.
         """
-        number = partial(whole_number, default="0", remedy="the workflow sets it")
+        number = partial(whole_number, remedy="the workflow sets it", default="0")
         minutes, started = number("TAFS_MINUTES"), number("TAFS_STARTED")
         return cls(60.0 * minutes if minutes else None, float(started) if started else None)
 

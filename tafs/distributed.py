@@ -98,7 +98,7 @@ def from_environment(kind: str = "cpu") -> Processes:
             it.
     """
     number = partial(whole_number, remedy="torchrun sets it")
-    size = number("WORLD_SIZE", "1")
+    size = number("WORLD_SIZE", default="1", least=1)
     if size == 1:
         return ALONE
     here = Processes(number("RANK"), size, number("LOCAL_RANK"), kind)
@@ -175,5 +175,5 @@ def _fails_first(store: dist.Store) -> bool:
 
 
 def _timeout() -> timedelta:
-    seconds = whole_number("TAFS_DISTRIBUTED_TIMEOUT", str(TIMEOUT), 1, "give seconds")
+    seconds = whole_number("TAFS_DISTRIBUTED_TIMEOUT", "give seconds", str(TIMEOUT), 1)
     return timedelta(seconds=seconds)

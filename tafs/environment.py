@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 
-def whole_number(name: str, default: str = "", least: int = 0, remedy: str = "") -> int:
+def whole_number(name: str, remedy: str, default: str = "", least: int = 0) -> int:
     """The value of an environment variable.
 
     Raises:

@@ -64,7 +64,7 @@ def main() -> None:
 
     def work() -> None:
         names = ("TAFS_PROCESSES", "TAFS_NODES")
-        processes, nodes = (whole_number(name, "1", 1, "the workflow sets it") for name in names)
+        processes, nodes = (whole_number(name, "the workflow sets it", "1", 1) for name in names)
         started = command(sys.argv[1], processes, nodes, first_machine() if nodes > 1 else "")
         # The first process takes the lock for itself; here, so that the others, which would give
         # up waiting for it, start when it is free.

@@ -192,7 +192,7 @@ def limit_threads() -> None:
     """
     import torch
 
-    torch.set_num_threads(whole_number("TAFS_THREADS", "1", 1, "give how many"))
+    torch.set_num_threads(whole_number("TAFS_THREADS", "give how many", "1", 1))
 
 
 def run_stage(stage: str, work: Callable[[RunDir], None]) -> None:

@@ -318,7 +318,8 @@ def test_one_process_keeps_its_tensors_as_they_are():
 @pytest.mark.parametrize(
     ("environment", "problem"),
     [
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: 'two' is no whole number from 0; torchrun sets it"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: 'two' is no whole number from 1; torchrun sets it"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE: '0' is no whole number from 1; torchrun sets it"),
         ({"WORLD_SIZE": "2"}, "RANK: '' is no whole number from 0; torchrun sets it"),
         (
             {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "-1"},

@@ -11,16 +11,16 @@ from tafs.environment import whole_number
 
 def test_a_value_is_read_and_its_absence_is_the_default(monkeypatch):
     monkeypatch.setenv("TAFS_THREADS", "12")
-    assert whole_number("TAFS_THREADS", "1") == 12
+    assert whole_number("TAFS_THREADS", "give how many", "1") == 12
     monkeypatch.delenv("TAFS_THREADS")
-    assert whole_number("TAFS_THREADS", "1") == 1
+    assert whole_number("TAFS_THREADS", "give how many", "1") == 1
 
 
 @pytest.mark.parametrize("given", ["", "-1", "1.5", "two", "0", " 3", "1e3"])
 def test_what_is_no_whole_number_from_the_least_on_is_named(given, monkeypatch):
     monkeypatch.setenv("TAFS_THREADS", given)
     with pytest.raises(ValueError) as raised:
-        whole_number("TAFS_THREADS", "1", 1, "give how many")
+        whole_number("TAFS_THREADS", "give how many", "1", 1)
     problem = f"TAFS_THREADS: {given!r} is no whole number from 1; give how many"
     assert str(raised.value) == problem
 

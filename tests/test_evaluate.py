@@ -46,9 +46,7 @@ def copied(run: rundir.RunDir, folder: Path) -> rundir.RunDir:
 
 
 def evaluating(run: rundir.RunDir, killed_after: int = 0, **environment) -> Process:
-    """Args:
-    killed_after: it keeps all that it has at once, and kills itself when it has so many times.
-    """
+    """With `killed_after` it keeps each batch at once, and kills itself after so many."""
     save, saved = evaluate.Judged.save, 0
 
     def counted(self, archive: Path | None) -> None:

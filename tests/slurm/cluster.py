@@ -147,7 +147,7 @@ class Cluster:
         munged = ["runuser", "-u", "munge", "--", find("munged"), "--foreground"]
         with (self.folder / "log" / "munged.log").open("ab") as log:
             self._munged = subprocess.Popen([str(p) for p in munged], stdout=log, stderr=log)
-        wait(lambda: place.exists(), "munged")
+        wait(place.exists, "munged")
         self.start_controller()
         for name in self.names:
             self.start_node(name)

@@ -90,6 +90,15 @@ def disturbed(place: Workplace, act: Callable[[str], None], *arguments: str) -> 
     return said
 
 
+def called_again(place: Workplace, undisturbed: Workplace) -> str:
+    """What the same command says, which takes up the training and ends as if undisturbed."""
+    done = place.snakemake("all", *PROFILE)
+    assert done.returncode == 0, done.stderr
+    assert "resume" in kinds(place)
+    assert_same(place, undisturbed)
+    return done.stderr
+
+
 @pytest.fixture
 def place(project, tmp_path) -> Workplace:
     return Workplace(project, tmp_path / "results")
@@ -147,12 +156,9 @@ def test_a_workflow_that_is_killed_is_continued_by_the_same_command(
         orphan = holder(place)["job"]
         os.killpg(workflow.pid, signal.SIGKILL)
         workflow.wait()
-        done = place.snakemake("all", *PROFILE)
-        assert done.returncode == 0, done.stderr
-        assert f"{place.smoke}: cancelled 1 jobs of an earlier call" in done.stderr
+        said = called_again(place, undisturbed)
+        assert f"{place.smoke}: cancelled 1 jobs of an earlier call" in said
         assert slurm.jobs()[orphan] == "CANCELLED"
-        assert "resume" in kinds(place)
-        assert_same(place, undisturbed)
 
 
 def test_a_workflow_that_is_interrupted_leaves_no_job_and_is_continued(
@@ -165,11 +171,7 @@ def test_a_workflow_that_is_interrupted_leaves_no_job_and_is_continued(
         said = workflow.communicate(timeout=120.0)[1]
         assert workflow.returncode not in (0, -signal.SIGKILL), said
         assert control("squeue", "--noheader", "--states=PENDING,RUNNING") == ""
-        done = place.snakemake("all", *PROFILE)
-        assert done.returncode == 0, done.stderr
-        assert "cancelled" not in done.stderr
-        assert "resume" in kinds(place)
-        assert_same(place, undisturbed)
+        assert "cancelled" not in called_again(place, undisturbed)
 
 
 def test_an_outage_of_slurms_controller_is_waited_for(slurm, place, undisturbed, trials) -> None:
