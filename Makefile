@@ -56,10 +56,10 @@ torture: $(STAMP)  ## Try every fault often (minutes); ARGS='--reliability FILE'
 	$(RUN) OMP_NUM_THREADS=1 python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --torture tests/slurm tests/torture $(ARGS)
 
 ui: $(STAMP)  ## Browse the tracked runs with MLflow on 127.0.0.1
-	$(RUN) python -m tafs.tracking ui $(ARGS)
+	$(RUN) python -m tafs.tracking.cli ui $(ARGS)
 
 new-method: $(STAMP)  ## Write a method that runs as it stands: make new-method NAME=my_method
-	$(RUN) python -m tafs.new_method "$$NAME"
+	$(RUN) python -m tafs.methods.template "$$NAME"
 
 shapes-weights: $(STAMP)  ## Pretrain the shipped models of the embedded world again
 	$(RUN) python -m tafs.shapes.pretrain all $(ARGS)
@@ -72,7 +72,7 @@ lint: $(STAMP)  ## Check style, types and the workflow
 	$(RUN) snakemake --lint
 
 lock: $(STAMP)  ## Pin the paper scale's models in resources.lock.yaml (network; HF_TOKEN)
-	$(RUN) HF_HUB_OFFLINE=0 python -m tafs.resources lock $(ARGS)
+	$(RUN) HF_HUB_OFFLINE=0 python -m tafs.assets.download lock $(ARGS)
 
 judge: .venv-judge/.installed  ## Install UnifiedReward's server into .venv-judge (CUDA)
 

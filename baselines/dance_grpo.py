@@ -9,18 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from tafs import sampling
-from tafs.method import PolicyGradient
+import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from tafs.backbones.base import Backbone
-else:
-    from tafs.lazy import torch
+from tafs.methods.policy_gradient import PolicyGradient
+from tafs.models import sampling
+from tafs.models.base import Backbone
 
 
 @dataclass(frozen=True, kw_only=True)

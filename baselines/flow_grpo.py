@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tafs.method import PolicyGradient
+from tafs.methods.policy_gradient import PolicyGradient
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,18 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from tafs import sampling
-from tafs.method import Feedback, LossPart, Method, Trajectory
+import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from tafs.backbones.base import Backbone, Conditioning
-else:
-    from tafs.lazy import torch
+from tafs.methods.base import Feedback, LossPart, Method, Trajectory
+from tafs.models import sampling
+from tafs.models.base import Backbone, Conditioning
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import json
 import re
 from pathlib import Path
 
-from tafs import journal
+from tafs.runtime import journal
 
 
 def main() -> None:

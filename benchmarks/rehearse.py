@@ -40,18 +40,23 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from tafs import config, failures, flops, models, rundir
-from tafs import method as methods
-from tafs.backbones.base import Conditioning, fast_dtype
-from tafs.backbones.flux import FluxBackbone
-from tafs.backbones.sd3 import SD3Backbone
-from tafs.flops import Architecture, Network, describe
-from tafs.method import Method, PolicyGradient, Trajectory
-from tafs.prompts import Prompt
+from tafs.common import errors
+from tafs.data.prompts import Prompt
+from tafs.experiment import runs as runs_
+from tafs.experiment import schema, validate
+from tafs.methods import registry as methods
+from tafs.methods.base import Method, Trajectory
+from tafs.methods.policy_gradient import PolicyGradient
+from tafs.models import catalog, flops
+from tafs.models.base import Conditioning, fast_dtype
+from tafs.models.flops import Architecture, Network, describe
+from tafs.models.flux import FluxBackbone
+from tafs.models.sd3 import SD3Backbone
 from tafs.rewards import registry
 from tafs.rewards.clip import CLIPScore, PickScore
 from tafs.rewards.registry import RewardSet
-from tafs.train import AHEAD, Trainer
+from tafs.runtime import main as main_
+from tafs.training.trainer import AHEAD, Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 SCALE, TASK, TABLE = "paper", "preference", "table2"
@@ -202,13 +207,13 @@ CLASSES: dict[str, type[Rehearsed]] = {"flux": RandomFlux, "sd3": RandomSD3}
 
 
 def build(
-    name: str, size: Size, scale: config.Scale, device: torch.device, *, checkpointing: bool = False
+    name: str, size: Size, scale: schema.Scale, device: torch.device, *, checkpointing: bool = False
 ) -> Rehearsed:
     """A backbone as `Backbone.load` gives it, with an adapter, but for what its weights are."""
     backbone = flops.build(
         CLASSES[name],
         size.backbones[name],
-        models.read()[scale.backbones[name]],
+        catalog.read()[scale.backbones[name]],
         resolution=size.resolution,
         dtype=getattr(torch, scale.dtype),
         device=device,
@@ -374,7 +379,7 @@ class Row:
         return self.sample + self.reward + self.update
 
 
-def settings_of(run: config.Run, micro_batch: int, images: int) -> dict[str, Any]:
+def settings_of(run: runs_.Run, micro_batch: int, images: int) -> dict[str, Any]:
     """What of run.json a trainer reads: one iteration whose groups are micro-batches."""
     return {
         "method": run.method,
@@ -393,7 +398,7 @@ def settings_of(run: config.Run, micro_batch: int, images: int) -> dict[str, Any
 
 
 def rehearse(
-    run: config.Run,
+    run: runs_.Run,
     backbone: Rehearsed,
     rewards: RewardSet,
     prompts: Sequence[Prompt],
@@ -661,7 +666,7 @@ def device_of(name: str | None) -> torch.device:
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
-def runs_of(settings: config.Config, wanted: Sequence[str] | None) -> list[config.Run]:
+def runs_of(settings: schema.Config, wanted: Sequence[str] | None) -> list[runs_.Run]:
     """The methods' runs on the task, in the order asked for.
 
     Raises:
@@ -670,7 +675,7 @@ def runs_of(settings: config.Config, wanted: Sequence[str] | None) -> list[confi
     model = settings.active.backbones[TIMED]
     known = {
         run.variant: run
-        for run in config.runs(settings).values()
+        for run in runs_.runs(settings).values()
         if run.trained and run.task == TASK and run.backbone == model
     }
     names = list(dict.fromkeys(wanted or settings.experiments[TABLE].methods))
@@ -680,7 +685,7 @@ def runs_of(settings: config.Config, wanted: Sequence[str] | None) -> list[confi
     return [known[name] for name in names]
 
 
-def share_of(scale: config.Scale) -> int:
+def share_of(scale: schema.Scale) -> int:
     """Images of one GPU in the paper's iteration."""
     return scale.prompts_per_iteration * scale.group_size // scale.processes
 
@@ -738,7 +743,7 @@ def within_memory(options: argparse.Namespace, device: torch.device, what: str) 
 
 
 def ready(
-    options: argparse.Namespace, settings: config.Config, size: Size, device: torch.device
+    options: argparse.Namespace, settings: schema.Config, size: Size, device: torch.device
 ) -> tuple[Rehearsed, RewardSet]:
     """The models on the device, with the options' settings."""
     scale = settings.active
@@ -755,12 +760,12 @@ def ready(
 def setting_of(
     options: argparse.Namespace,
     command: str,
-    settings: config.Config,
+    settings: schema.Config,
     size: Size,
     device: torch.device,
     network: Network,
 ) -> Setting:
-    scale, model = settings.active, models.read()[settings.active.backbones[options.backbone]]
+    scale, model = settings.active, catalog.read()[settings.active.backbones[options.backbone]]
     architecture = size.backbones[options.backbone]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     peak = peak_of(name, options.peak_tflops)
@@ -794,9 +799,9 @@ def setting_of(
 
 def work(options: argparse.Namespace, command: str) -> None:
     start = time.perf_counter()
-    rundir.limit_threads()
+    main_.limit_threads()
     torch.manual_seed(0)
-    settings = config.read(ROOT / "config.yaml", {"scale": SCALE})
+    settings = validate.read(ROOT / "config.yaml", {"scale": SCALE})
     scale, size = settings.active, SIZES[options.size]
     options.micro_batch = options.micro_batch or scale.micro_batch
     device = device_of(options.device)
@@ -840,7 +845,7 @@ def main(given: Sequence[str] | None = None) -> None:
     options = arguments(given)
     used = sys.argv[1:] if given is None else given
     command = shlex.join(["python", "benchmarks/rehearse.py", *used])
-    failures.fail_in_one_line("rehearse", lambda: work(options, command))
+    errors.fail_in_one_line("rehearse", lambda: work(options, command))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What tracking costs a training whose server is dead: `python benchmarks/tracking.py`.
 
-A real training, alone and beside `python -m tafs.tracking sync --every` to a server that refuses
+A real training, alone and beside `python -m tafs.tracking.cli sync --every` to a server that refuses
 connections and to one that takes them and never answers, in turn and every time in another order.
 Printed are the medians over the repeats of the ratios to the training alone: of the trainer's CPU
 time, which other work on the machine changes little, and of its wall time, with their ranges. What
@@ -23,7 +23,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tafs import config
+from tafs.experiment import runs as runs_
+from tafs.experiment import validate
 
 ROOT = Path(__file__).resolve().parent.parent
 HOST = "127.0.0.1"
@@ -34,7 +35,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def describe(folder: Path, iterations: int) -> Path:
-    runs = config.runs(config.read(ROOT / "config.yaml", {"scale": "smoke"}))
+    runs = runs_.runs(validate.read(ROOT / "config.yaml", {"scale": "smoke"}))
     description = next(r for r in runs.values() if r.variant == "tafs_grpo").describe()
     description["settings"] = {**description["settings"], "iterations": iterations}
     description["snapshots"] = []
@@ -55,7 +56,7 @@ def tracked(place: str, folder: Path, every: float) -> Iterator[None]:
         if place == SILENT:
             server.listen()
         url = f"http://{HOST}:{server.getsockname()[1]}"
-        command = [sys.executable, "-m", "tafs.tracking", "sync", "--every", str(every)]
+        command = [sys.executable, "-m", "tafs.tracking.cli", "sync", "--every", str(every)]
         command += ["--server", url, "--store", str(folder), "--runs", str(folder / "runs")]
         loop = subprocess.Popen(
             command, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, stderr=subprocess.PIPE, text=True
@@ -79,7 +80,7 @@ def train(place: str, iterations: int, every: float) -> tuple[float, float, byte
         with tracked(place, folder, every):
             start = time.perf_counter()
             trainer = subprocess.Popen(
-                [sys.executable, "-m", "tafs.train", str(run)],
+                [sys.executable, "-m", "tafs.training.train", str(run)],
                 cwd=ROOT,
                 env={**os.environ, **ENVIRONMENT},
                 stdout=subprocess.DEVNULL,

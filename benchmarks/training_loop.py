@@ -16,11 +16,13 @@ from pathlib import Path
 
 import torch
 
-from tafs import config, rundir
-from tafs.backbones.base import Backbone
-from tafs.method import PolicyGradient
+from tafs.experiment import runs, validate
+from tafs.methods.policy_gradient import PolicyGradient
+from tafs.models.base import Backbone
 from tafs.rewards import registry
-from tafs.train import Trainer
+from tafs.runtime import main as main_
+from tafs.runtime import run_dir
+from tafs.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = "tafs_grpo"
@@ -35,10 +37,10 @@ PAPER = {
 }
 
 
-def trainer(run: config.Run) -> Trainer:
+def trainer(run: runs.Run) -> Trainer:
     description = run.describe()
     rewards = registry.load(list(run.rewards), description["settings"]["world"])
-    return Trainer(description, rundir.load_backbone(description), rewards)
+    return Trainer(description, run_dir.load_backbone(description), rewards)
 
 
 def bare(run: Trainer) -> float:
@@ -71,9 +73,9 @@ def main() -> None:
     parser.add_argument("--scale", default="shapes")
     parser.add_argument("--backbone", default="shapes-flux")
     arguments = parser.parse_args()
-    rundir.limit_threads()
-    settings = config.read(ROOT / "config.yaml", {"scale": arguments.scale})
-    known = [r for r in config.runs(settings).values() if r.backbone == arguments.backbone]
+    main_.limit_threads()
+    settings = validate.read(ROOT / "config.yaml", {"scale": arguments.scale})
+    known = [r for r in runs.runs(settings).values() if r.backbone == arguments.backbone]
     trainers = {
         name: trainer(next(r for r in known if r.variant == name and r.task == "preference"))
         for name in PAPER

@@ -17,9 +17,9 @@ class _PatchTorchvision(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname == "torchvision":
             sys.meta_path.remove(self)
-            from tafs import compat
+            from tafs.common import torchvision_patch
 
-            compat.patch_torchvision()
+            torchvision_patch.patch_torchvision()
         return None
 
 

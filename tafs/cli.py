@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tafs import failures
+from tafs.common import errors
 
 
 class _Parser(argparse.ArgumentParser):
@@ -76,7 +76,7 @@ def _overrides(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def _plan(given: argparse.Namespace) -> int:
-    from tafs import plan_report
+    from tafs.orchestration.plan import report as plan_report
 
     report = plan_report.report(
         _overrides(given),
@@ -90,13 +90,15 @@ def _plan(given: argparse.Namespace) -> int:
 
 
 def _status(given: argparse.Namespace) -> int:
-    from tafs import status, workflow
+    from tafs.orchestration import graph as workflow
+    from tafs.orchestration import status
 
     return status.show(workflow.read(_overrides(given)), given.every)
 
 
 def _sync(given: argparse.Namespace) -> int:
-    from tafs import tracking, workflow
+    from tafs.orchestration import graph as workflow
+    from tafs.tracking import cli
 
     graph = workflow.read(_overrides(given))
     runs = Path(graph.root) / "runs"
@@ -106,7 +108,7 @@ def _sync(given: argparse.Namespace) -> int:
     options += ["--server", given.server] if given.server is not None else []
     options += ["--every", str(given.every)] if given.every else []
     chosen = given.run_dirs or ["--runs", str(runs)]
-    return tracking.main(["sync", *options, *chosen])
+    return cli.main(["sync", *options, *chosen])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -124,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             code = _sync(given)
 
-    failures.fail_in_one_line(f"tafs {given.command}", work)
+    errors.fail_in_one_line(f"tafs {given.command}", work)
     sys.exit(code)
 
 

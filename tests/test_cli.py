@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from tafs import cli, workflow
-from tafs.journal import Journal
+from tafs import cli
+from tafs.orchestration import graph
+from tafs.runtime.journal import Journal
 
 ROOT = Path(__file__).resolve().parent.parent
 TAFS = "tafs_grpo.preference.shapes-flux.0"
@@ -83,7 +84,7 @@ def test_status_is_shown_of_the_scale_that_is_asked_for(tmp_path):
 @pytest.fixture
 def two_runs(tmp_path, monkeypatch) -> list[Path]:
     monkeypatch.chdir(ROOT)
-    plan = workflow.read({"scale": "smoke", "results": str(tmp_path)})
+    plan = graph.read({"scale": "smoke", "results": str(tmp_path)})
     folders = [Path(plan.root) / "runs" / name for name in list(plan.runs)[-2:]]
     for folder in folders:
         folder.mkdir(parents=True)

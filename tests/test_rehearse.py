@@ -16,8 +16,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tafs import config, method
-from tafs.prompts import Prompt
+from tafs.data.prompts import Prompt
+from tafs.experiment import validate
+from tafs.methods import registry
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "benchmarks" / "rehearse.py"
@@ -33,7 +34,7 @@ def load() -> ModuleType:
 
 
 rehearse = load()
-PAPER = config.read(ROOT / "config.yaml", {"scale": rehearse.SCALE})
+PAPER = validate.read(ROOT / "config.yaml", {"scale": rehearse.SCALE})
 
 
 # -- what is built ---------------------------------------------------------------------------------
@@ -169,7 +170,7 @@ def test_a_time_limit_under_one_micro_batch_each_is_refused():
 )
 def test_seconds_follow_from_single_calls(name, seconds):
     calls = rehearse.Calls(forward=1.0, trained=6.0, reward=0.5)
-    assert rehearse.predict(method.create(name, {}), calls) == seconds
+    assert rehearse.predict(registry.create(name, {}), calls) == seconds
 
 
 def test_an_iteration_has_the_planned_images_in_whole_micro_batches():
@@ -338,7 +339,7 @@ def test_a_tiny_run_reports_what_its_numbers_say(backbone, evaluations, tmp_path
     assert f"`python benchmarks/rehearse.py {' '.join(options)}`" in done.stdout
     assert "Not run" not in done.stdout
     rows = table_of(done.stdout)
-    titles = {v: method.method_class(v).TITLE for v in evaluations}
+    titles = {v: registry.method_class(v).TITLE for v in evaluations}
     assert [r["method"] for r in rows] == list(titles.values())
     [flops] = re.findall(r"; (\S+) TFLOP an evaluation", done.stdout)
     by_title = {r["method"]: r for r in rows}

@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tafs.prompts import Prompt
+from tafs.data.geneval_rows import CLASSES, COLORS
+from tafs.data.prompts import Prompt
 from tafs.rewards import learned
 from tafs.rewards.clip import CLIPScore
-from tafs.rewards.geneval import CLASSES, COLORS, Detection, judge
+from tafs.rewards.geneval import Detection, judge
 from tafs.rewards.registry import Reward, check_images
 
 # Labels of COCO checkpoints on the hub, some in the spelling of Pascal VOC, and GenEval's.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from tafs.rewards import RESOURCES, SERVED
+from tafs.rewards.metrics import RESOURCES, SERVED
 from tafs.rewards.registry import Reward
 
 

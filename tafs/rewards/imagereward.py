@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.functional import center_crop
 
-from tafs import compat
-from tafs.rewards import learned
+from tafs.rewards import compat, learned
 
 VISION = "blip.visual_encoder"
 TOKENS = 35  # of a caption, the longer ones being cut

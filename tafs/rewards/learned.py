@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tafs.prompts import Prompt
+from tafs.data.prompts import Prompt
 from tafs.rewards.registry import Reward, check_images
 
 KEPT_CAPTIONS = 32_768  # token ids of this many captions are kept: all of Pick-a-Pic's prompts

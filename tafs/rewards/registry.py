@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tafs.prompts import Prompt
-from tafs.rewards import METRICS
+from tafs.data.prompts import Prompt
+from tafs.rewards.metrics import METRICS
 
 # Of the images of an iteration or an evaluation that may have no score before the work stops.
 MISSING_SHARE = 0.1

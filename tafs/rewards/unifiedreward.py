@@ -22,8 +22,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tafs.failures import RunFailed
-from tafs.prompts import Prompt
+from tafs.common.errors import RunFailed
+from tafs.data.prompts import Prompt
 from tafs.rewards.registry import MISSING_SHARE, Reward, check_images
 
 GRADES = 5

@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional
 
-from tafs import prompts
+from tafs.data import prompts
 from tafs.rewards.geneval import Detection, judge
 from tafs.shapes.render import render
 from tafs.shapes.scenes import COLORS, IMAGE_SIZE, RELATIONS, SHAPES, Scene, sample_scene

@@ -10,19 +10,21 @@ by wording.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from tafs import prompts
-from tafs.rewards.geneval import TASKS
+from tafs.data import prompts
+from tafs.data.geneval_rows import TASKS, Row, _key
 from tafs.shapes.scenes import COLORS, RELATIONS, SHAPES
 
 DATA = Path(__file__).parent / "data"
+
+
 NUMBERS = {2: "two", 3: "three", 4: "four"}
+
+
 # Test prompts per task; 105 in all, judged on four images each as GenEval does.
 TEST_PROMPTS = {
     "single_object": 8,
@@ -32,10 +34,12 @@ TEST_PROMPTS = {
     "position": 21,
     "color_attr": 28,
 }
-TEST_SHARE = 0.2  # share of a task's contents that only the test split may use
-SPLIT_SEED = 20260201
 
-Row = dict[str, Any]
+
+TEST_SHARE = 0.2  # share of a task's contents that only the test split may use
+
+
+SPLIT_SEED = 20260201
 
 
 def rows() -> Iterator[Row]:
@@ -99,24 +103,6 @@ def split() -> tuple[list[Row], list[Row]]:
 
 def plural(noun: str) -> str:
     return noun + ("es" if noun.endswith("s") else "s")
-
-
-def content(row: Row) -> str:
-    """What a row asks for, whatever its wording and whatever the order of its objects."""
-    include = row["include"]
-    if any("position" in item for item in include):
-        target, subject = include
-        relation = subject["position"][0]
-        mirror = {"left of": "right of", "above": "below"}
-        if relation in mirror:
-            return f"{subject['class']} {relation} {target['class']}"
-        back = {v: k for k, v in mirror.items()}[relation]
-        return f"{target['class']} {back} {subject['class']}"
-    return json.dumps(sorted(json.dumps(item, sort_keys=True) for item in include))
-
-
-def _key(row: Row) -> str:
-    return row["prompt"] if row["tag"] == "single_object" else content(row)
 
 
 def _item(shape: str, count: int = 1, color: str | None = None) -> Row:

@@ -7,7 +7,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from tafs.rewards.geneval import TASKS
+from tafs.data.geneval_rows import TASKS
 from tafs.shapes import annotators, weights
 
 SCORERS = {

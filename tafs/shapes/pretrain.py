@@ -26,11 +26,14 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from tafs import backbones, prompts, seeding
-from tafs.backbones.base import Backbone
-from tafs.backbones.flux import FluxBackbone
-from tafs.backbones.sd3 import SD3Backbone
-from tafs.rewards.geneval import TASKS, judge
+from tafs.common import seeding
+from tafs.data import prompts
+from tafs.data.geneval_rows import TASKS
+from tafs.models import loading
+from tafs.models.base import Backbone
+from tafs.models.flux import FluxBackbone
+from tafs.models.sd3 import SD3Backbone
+from tafs.rewards.geneval import judge
 from tafs.shapes import cards, pretrain_rewards, text, vae, weights
 from tafs.shapes.captions import DATA
 from tafs.shapes.detector import detect
@@ -308,7 +311,7 @@ def pretrain_base(name: str, cycle: int, given: dict[str, Any]) -> None:
         if len(done) < cycle:
             raise ValueError(f"{folder}: no weights of cycle {cycle - 1}; train that one first")
         done = done[:cycle]
-        backbone = backbones.load(folder, **SETTINGS)
+        backbone = loading.load(folder, **SETTINGS)
     else:
         done = []
         torch.manual_seed(recipe.seed)
@@ -326,7 +329,7 @@ def score_base(name: str) -> None:
     """Add to the card's facts what the shipped (rounded) weights reach with the present shift."""
     folder = weights.ROOT / name
     scheduler(name).save_pretrained(folder / "scheduler")
-    shipped = backbones.load(folder, **SETTINGS)
+    shipped = loading.load(folder, **SETTINGS)
     scores = {str(steps): strict_geneval(shipped, steps) for steps in (28, 8, 4, 2, 1)}
     more = {
         str(steps): strict_geneval(shipped, steps, images_per_prompt=10, seed=12345)["overall"]
@@ -341,7 +344,7 @@ def try_shifts(name: str) -> None:
     """Print strict GenEval of four Euler steps on training captions for every whole shift."""
     rng = np.random.default_rng(77)
     drawn = prompts.draw(prompts.read(DATA / "train.jsonl"), 600, rng)
-    backbone = backbones.load(weights.ROOT / name, **SETTINGS)
+    backbone = loading.load(weights.ROOT / name, **SETTINGS)
     for shift in range(1, 11):
         SHIFTS[name] = float(shift)
         backbone.pipeline.scheduler = scheduler(name)

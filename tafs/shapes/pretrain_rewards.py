@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tafs import prompts
+from tafs.data import prompts
 from tafs.shapes import annotators, scorers, text, weights
 from tafs.shapes.captions import DATA
 from tafs.shapes.render import render

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional
 
-from tafs import prompts
+from tafs.data import prompts
 from tafs.shapes.captions import DATA
 from tafs.shapes.detector import detect
 from tafs.shapes.render import render

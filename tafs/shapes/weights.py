@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tafs.digest import sha256
+from tafs.common.files import sha256
 
 ROOT = Path(__file__).parent / "weights"
 VAE = "shapes-sd3/vae"  # the autoencoder that all base models share

@@ -14,18 +14,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import cluster
 import pandas as pd
 import pytest
-from cluster import Cluster, wait
-from disturbed import iterations as recorded
-from workplace import RUN, Workplace, assert_same, copied, outcome, reduced
+from support import slurm_cluster
+from support.killable_training import iterations as recorded
+from support.project_copy import RUN, Workplace, assert_same, copied, outcome, reduced
+from support.slurm_cluster import Cluster, wait
 
-from tafs import journal
-from tafs.rundir import RunDir
+from tafs.runtime import journal
+from tafs.runtime.run_dir import RunDir
 
 pytestmark = pytest.mark.skipif(
-    bool(cluster.missing()), reason=f"no Slurm can be started: {cluster.missing()}"
+    bool(slurm_cluster.missing()), reason=f"no Slurm can be started: {slurm_cluster.missing()}"
 )
 
 ITERATIONS = 60  # enough to be disturbed among them

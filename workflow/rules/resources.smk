@@ -12,7 +12,7 @@ rule fetch:
         digest=lambda wildcards: PLAN.locked(wildcards.resource),
     shell:
         # The one job that may use the network.
-        "HF_HUB_OFFLINE=0 python -m tafs.resources fetch --lock {params.lock:q} "
+        "HF_HUB_OFFLINE=0 python -m tafs.assets.download fetch --lock {params.lock:q} "
         "{wildcards.resource:q} > {log:q} 2>&1 && printf '%s\\n' {params.digest:q} > {output:q}"
 
 
@@ -31,4 +31,4 @@ rule canary:
     resources:
         **PLAN.needs("canary"),
     shell:
-        'python -m tafs.rewards.canary "$(dirname {input.run:q})" {output:q} > {log:q} 2>&1'
+        'python -m tafs.evaluation.check_rewards "$(dirname {input.run:q})" {output:q} > {log:q} 2>&1'

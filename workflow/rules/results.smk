@@ -45,7 +45,7 @@ rule compare:
     resources:
         mem_mb=lambda wildcards, attempt: 1000 * (1 + attempt),
     shell:
-        'python -m tafs.report "$(dirname {input.contents:q})" > {log:q} 2>&1'
+        'python -m tafs.report.build "$(dirname {input.contents:q})" > {log:q} 2>&1'
 
 
 rule track:
@@ -67,4 +67,4 @@ rule track:
         store=f"{PLAN.results}/mlflow",
         runs=PLAN.files("", trained=True),
     shell:
-        "python -m tafs.tracking sync --store {params.store:q} {params.runs:q} > {log:q} 2>&1"
+        "python -m tafs.tracking.cli sync --store {params.store:q} {params.runs:q} > {log:q} 2>&1"

@@ -52,7 +52,7 @@ rule train:
     shell:
         # Before its time is over it saves its state and asks to be continued.
         "TAFS_MINUTES={resources.runtime} TAFS_STARTED=$(date +%s) "
-        'python -m tafs.launch "$(dirname {input.run:q})" > {log:q} 2>&1'
+        'python -m tafs.runtime.launch "$(dirname {input.run:q})" > {log:q} 2>&1'
 
 
 rule evaluate:
@@ -77,7 +77,7 @@ rule evaluate:
         runtime=0,  # minutes; no limit, unless a profile sets one
     shell:
         "TAFS_MINUTES={resources.runtime} TAFS_STARTED=$(date +%s) "
-        'python -m tafs.evaluate "$(dirname {input.run:q})" > {log:q} 2>&1'
+        'python -m tafs.evaluation.evaluate "$(dirname {input.run:q})" > {log:q} 2>&1'
 
 
 rule correlate:
@@ -96,7 +96,7 @@ rule correlate:
     resources:
         **PLAN.needs("evaluate"),
     shell:
-        'python -m tafs.correlate "$(dirname {input.run:q})" > {log:q} 2>&1'
+        'python -m tafs.evaluation.correlate "$(dirname {input.run:q})" > {log:q} 2>&1'
 
 
 # A metric behind a server judges the images afterwards, so that the server has the GPUs.
@@ -116,4 +116,4 @@ rule judge:
     resources:
         **PLAN.needs("judge"),
     shell:
-        'python -m tafs.judge "$(dirname {input.run:q})" > {log:q} 2>&1'
+        'python -m tafs.evaluation.served "$(dirname {input.run:q})" > {log:q} 2>&1'

@@ -12,7 +12,7 @@ rule tune_method:
         scale=PLAN.settings.scale,
         results=subpath(output[0], ancestor=3),
     shell:
-        "python -m tafs.tune --scale {params.scale:q} --results {params.results:q} "
+        "python -m tafs.tuning --scale {params.scale:q} --results {params.results:q} "
         "--only {wildcards.method:q} > {log:q} 2>&1"
 
 

@@ -1,0 +1,366 @@
+"""What the paper's scale downloads: pinned to revisions, verified by SHA-256, then used offline.
+
+resources.yaml names the repositories. Two commands need the network, jobs do not:
+
+    python -m tafs.assets.download lock [NAME...]     revisions and SHA-256 -> resources.lock.yaml
+    python -m tafs.assets.download fetch [NAME...]    the locked files -> Hugging Face's cache, verified
+
+Files of the hub lie in Hugging Face's own cache, those of GitHub in $HF_HOME/tafs/files; what was
+verified is noted in $HF_HOME/tafs/verified. HF_TOKEN, HF_HOME, HF_HUB_CACHE and HF_ENDPOINT mean
+what they mean to huggingface_hub. TAFS_GITHUB replaces github.com by a GitHub Enterprise Server,
+which has its API at /api/v3 and its files at /raw.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import glob
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from pydantic import (
+    ValidationError,
+)
+
+from tafs.assets.cache import _folder, _note, _state, _verified, _verify_changed
+from tafs.assets.lockfile import (
+    LOCK,
+    RESOURCES,
+    Locked,
+    LockedFile,
+    Resource,
+    Source,
+    _command,
+    _entry,
+    _write_lock,
+    read,
+    read_lock,
+)
+from tafs.common import errors as failures
+from tafs.common.files import _appearing_whole, sha256
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def resolve(resource: Resource, random_weights: bool = False) -> Locked:
+    """The present commit of a resource's repository, with its files' sizes and SHA-256 (online).
+
+    Raises:
+        ValueError: a cached file is altered.
+        RunFailed: the repository cannot be read, or a pattern matches none of its files.
+    """
+    with _in_one_line(resource):
+        revision, files = (_resolve_hub if resource.hub else _resolve_github)(resource)
+        return Locked(
+            hub=resource.hub,
+            github=resource.github,
+            type=resource.type,
+            revision=revision,
+            files=files,
+            weights="random" if random_weights else None,
+        )
+
+
+def _resolve_hub(resource: Resource) -> tuple[str, dict[str, LockedFile]]:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.utils.sha import git_hash
+
+    repository = str(resource.hub)
+    info: Any = HfApi().repo_info(repository, repo_type=resource.type, files_metadata=True)
+    siblings = {sibling.rfilename: sibling for sibling in info.siblings or []}
+    chosen = {name: siblings[name] for name in _select(resource.files, sorted(siblings))}
+    # The hub knows the SHA-256 of large files; of small ones only git's hash.
+    small = [name for name, sibling in chosen.items() if sibling.lfs is None]
+    if small:
+        folder = snapshot_download(
+            repository,
+            repo_type=resource.type,
+            revision=info.sha,
+            allow_patterns=[glob.escape(name) for name in small],
+        )
+    files = {}
+    for name, sibling in chosen.items():
+        if sibling.lfs is not None:
+            files[name] = LockedFile(size=sibling.lfs.size, sha256=sibling.lfs.sha256)
+            continue
+        file = Path(folder, name)
+        content = file.read_bytes()
+        if git_hash(content) != sibling.blob_id:
+            raise ValueError(f"{file} is not the hub's; delete {file.resolve()} and lock again")
+        digest = hashlib.sha256(content).hexdigest()
+        files[name] = LockedFile(size=len(content), sha256=digest)
+    return str(info.sha), files
+
+
+def _select(patterns: Iterable[str], names: Sequence[str]) -> list[str]:
+    """The names that a pattern matches, in their order."""
+    chosen = set()
+    for pattern in patterns:
+        matches = [name for name in names if fnmatchcase(name, pattern)]
+        if not matches:
+            raise failures.RunFailed(
+                f"no file matches {pattern!r}; correct `files` in {RESOURCES} (there are: "
+                f"{', '.join(names[:20])}{', ...' if len(names) > 20 else ''})"
+            )
+        chosen.update(matches)
+    return [name for name in names if name in chosen]
+
+
+def _resolve_github(resource: Resource) -> tuple[str, dict[str, LockedFile]]:
+    from huggingface_hub import get_session
+    from huggingface_hub.utils import hf_raise_for_status
+
+    api, _ = _github()
+    answer = get_session().get(
+        f"{api}/repos/{resource.github}/commits/HEAD",
+        headers={"Accept": "application/vnd.github.sha"},
+    )
+    hf_raise_for_status(answer)
+    revision = answer.text.strip()
+    files = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in resource.files:
+            file = Path(folder, name)
+            _download_github(str(resource.github), revision, name, file)
+            files[name] = LockedFile(size=file.stat().st_size, sha256=sha256(file))
+    return revision, files
+
+
+def _github() -> tuple[str, str]:
+    """The addresses of the API and of files."""
+    server = os.environ.get("TAFS_GITHUB", "").rstrip("/")
+    if server:
+        return f"{server}/api/v3", f"{server}/raw"
+    return "https://api.github.com", "https://raw.githubusercontent.com"
+
+
+def fetch(name: str, lock: Path = LOCK) -> Path:
+    """Download and verify what is missing of a locked resource (online); the folder of its files.
+
+    What an interrupted download completed is kept: within a file the client resumes, and a later
+    call gets the files that are still missing.
+
+    Raises:
+        ValueError: it is not locked, or a file is altered; names it and the remedy.
+        RunFailed: it cannot be downloaded, or does not fit on the disk.
+    """
+    locked = _entry(name, lock)
+    folder, verified = _folder(locked), _verified(name, locked)
+    missing = [file for file in locked.files if not (folder / file).exists()]
+    if missing:
+        _check_space(folder, sum(locked.files[file].size for file in missing))
+        with _in_one_line(locked):
+            _download(locked, missing, folder)
+    for file, expected in locked.files.items():
+        if _state(folder / file, expected) is None:
+            remedy = _command("lock", name, lock)
+            raise ValueError(f"{folder / file} is not in the repository; run {remedy}")
+    states = _verify_changed(locked, verified, _command("fetch", name, lock))
+    if locked.hub is not None:
+        # Programs that open a repository by its name alone, offline, read the commit from here.
+        main = folder.parents[1] / "refs" / "main"
+        if not main.is_file() or main.read_text() != locked.revision:
+            with _appearing_whole(main) as temporary:
+                temporary.write(locked.revision.encode())
+    _note(name, locked, verified, states)
+    return folder
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    disk = os.statvfs(existing)
+    free = disk.f_bavail * disk.f_frsize
+    if free < needed:
+        raise failures.RunFailed(
+            f"needs {_gigabytes(needed)}, but {existing} has only {_gigabytes(free)} free; "
+            "make room or set HF_HOME to a folder on a larger disk"
+        )
+
+
+def _download(locked: Locked, files: Sequence[str], folder: Path) -> None:
+    from huggingface_hub import snapshot_download
+
+    if locked.hub is None:
+        for file in files:
+            size = locked.files[file].size
+            _download_github(str(locked.github), locked.revision, file, folder / file, size)
+        return
+    snapshot_download(
+        locked.hub,
+        repo_type=locked.type,
+        revision=locked.revision,
+        allow_patterns=[glob.escape(file) for file in files],
+    )
+
+
+def _download_github(
+    repository: str, revision: str, name: str, target: Path, size: int | None = None
+) -> None:
+    from huggingface_hub.file_download import http_get
+
+    _, files = _github()
+    # A compressed answer could not be resumed.
+    headers = {"Accept-Encoding": "identity"}
+    with _appearing_whole(target) as temporary:
+        url = f"{files}/{repository}/{revision}/{name}"
+        http_get(url, temporary, headers=headers, expected_size=size)
+
+
+@contextmanager
+def _in_one_line(source: Source) -> Iterator[None]:
+    """Turn what huggingface_hub raises into a RunFailed that says what to do."""
+    from huggingface_hub import errors
+
+    # Its transport's errors and Xet's are no OSErrors.
+    caught = (errors.HTTPError, errors.XetDownloadError, OSError, RuntimeError)
+    try:
+        yield
+    except failures.RunFailed:
+        raise
+    except (ValidationError, json.JSONDecodeError) as error:
+        text = f"{_page(source)}: the answer is not a hub's ({_one_line(error)})"
+        raise failures.RunFailed(f"{text}; check the connection and its proxies") from None
+    except caught as error:
+        raise failures.RunFailed(_reason(error, _page(source))) from None
+
+
+def _page(source: Source) -> str:
+    from huggingface_hub import constants
+
+    if source.hub is None:
+        return f"{_github()[1]}/{source.github}"
+    kind = "datasets/" if source.type == "dataset" else ""
+    return f"{constants.ENDPOINT}/{kind}{source.hub}"
+
+
+def _reason(error: BaseException, page: str) -> str:
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return f"{page}: HF_HUB_OFFLINE is set; unset it for this command"
+    if isinstance(error, errors.GatedRepoError):
+        return f"{page} is gated: set HF_TOKEN after accepting the licence there"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"{page}: not found, or private; correct it in {RESOURCES} or set HF_TOKEN"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{page}: no longer has the locked revision; lock it again"
+    if isinstance(error, errors.HfHubHTTPError):
+        # What follows the path may be a signature.
+        url = str(error.response.url).partition("?")[0]
+        status = error.response.status_code
+        remedies = {
+            401: "make a new HF_TOKEN at https://huggingface.co/settings/tokens",
+            403: "the HF_TOKEN may not read it, or too many requests were made",
+            404: f"correct it in {RESOURCES} or lock it again",
+        }
+        return f"{url}: HTTP status {status}; {remedies.get(status, 'try again later')}"
+    if isinstance(error, OSError) and error.errno in NO_SPACE:
+        return (
+            f"{error.filename or constants.HF_HUB_CACHE}: {error.strerror}; make room or set "
+            "HF_HOME to a folder on a larger disk, the same command continues"
+        )
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    text = f"{type(error).__name__}: {_one_line(error)}"
+    return f"{page}: {text}; check the connection and try again"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"
+
+
+def _each(names: Iterable[str], work: Callable[[str], str]) -> None:
+    """Do the work for each name and print a line of it; exit with 1 if it fails for any."""
+    failed = False
+    for name in names:
+        try:
+            print(f"{name}: {work(name)}", flush=True)
+        except (ValueError, OSError, failures.RunFailed) as error:
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
+            failed = True
+    if failed:
+        sys.exit(1)
+
+
+def _lock(names: Sequence[str], lock: Path, random_weights: bool, update: bool) -> None:
+    resources = read()
+    for name in names:
+        if name not in resources:
+            raise ValueError(f"{RESOURCES}: has no {name!r} (available: {', '.join(resources)})")
+    earlier = read_lock(lock) if lock.is_file() else {}
+    # What cannot be resolved today stays pinned as it was.
+    kept = {name: entry for name, entry in earlier.items() if name in resources}
+
+    def work(name: str) -> str:
+        kept[name] = entry = resolve(resources[name], random_weights)
+        _write_lock(lock, kept)
+        return f"{entry.revision}, {len(entry.files)} files, {_gigabytes(entry.size)}"
+
+    def pinned(name: str) -> bool:
+        entry, wanted = earlier.get(name), resources[name]
+        return (
+            entry is not None
+            and (entry.hub, entry.github, entry.type) == (wanted.hub, wanted.github, wanted.type)
+            and (entry.weights == "random") == random_weights
+            and all(any(fnmatchcase(f, pattern) for f in entry.files) for pattern in wanted.files)
+        )
+
+    chosen = names or [name for name in sorted(resources) if update or not pinned(name)]
+    _each(chosen, work)
+    if not chosen:
+        print(f"{lock}: pins everything; --update pins what is there today")
+
+
+def _fetch(names: Sequence[str], lock: Path) -> None:
+    _each(names or sorted(read_lock(lock)), lambda name: f"verified in {fetch(name, lock)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tafs.assets.download",
+        description="Pin and download the paper scale's models.",
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    lock = verbs.add_parser("lock", help=f"pin what {RESOURCES} names")
+    fetch = verbs.add_parser("fetch", help="download and verify what is pinned")
+    for verb in (lock, fetch):
+        verb.add_argument("names", nargs="*", metavar="NAME", help="default: all there is to do")
+        verb.add_argument("--lock", type=Path, default=LOCK, help=f"default: {LOCK}")
+    lock.add_argument(
+        "--random-weights",
+        action="store_true",
+        help="mark the entries as randomly initialised, and so all results made with them",
+    )
+    lock.add_argument("--update", action="store_true", help="pin again what is pinned already")
+    given = parser.parse_args()
+
+    def work() -> None:
+        if given.verb == "lock":
+            _lock(given.names, given.lock, given.random_weights, given.update)
+        else:
+            _fetch(given.names, given.lock)
+
+    try:
+        failures.fail_in_one_line(f"resources {given.verb}", work)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,308 @@
+"""What a network computes, counted without its weights.
+
+A network is built on the device `meta` from its configuration alone: that of a pipeline folder, or
+the published one of a model that has not been fetched. Embeddings of prompts are drawn at random,
+in the shapes that the text encoders would give them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from tafs.common import seeding
+from tafs.experiment import schema
+from tafs.models import catalog
+from tafs.models.base import Backbone, Conditioning
+from tafs.models.flux import FluxBackbone
+from tafs.models.sd3 import SD3Backbone
+
+META = torch.device("meta")
+CLIP_TOKENS = 77  # of a prompt, in Stable Diffusion 3's published text encoders
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a model's repository says in its configuration files."""
+
+    title: str
+    transformer: Mapping[str, Any]
+    vae: Mapping[str, Any]
+    scheduler: Mapping[str, Any]
+    tokens: int  # of a prompt's embeddings
+
+
+def vae(
+    channels: Sequence[int], layers: int, groups: int, latents: Mapping[str, float]
+) -> dict[str, Any]:
+    """An autoencoder's configuration; `latents` are their scaling_factor and shift_factor."""
+    return {
+        "block_out_channels": tuple(channels),
+        "down_block_types": ("DownEncoderBlock2D",) * len(channels),
+        "up_block_types": ("UpDecoderBlock2D",) * len(channels),
+        "layers_per_block": layers,
+        "latent_channels": 16,
+        "norm_num_groups": groups,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        **latents,
+    }
+
+
+FLUX_LATENTS = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
+SD3_LATENTS = {"scaling_factor": 1.5305, "shift_factor": 0.0609}
+FLUX_SCHEDULER = {
+    "shift": 3.0,
+    "use_dynamic_shifting": True,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+}
+SD3_SCHEDULER = {"shift": 3.0}
+PUBLISHED_VAE: dict[str, Any] = {"channels": (128, 256, 512, 512), "layers": 2, "groups": 32}
+
+FLUX_DEV = Architecture(
+    title="FLUX.1-dev",
+    transformer={
+        "patch_size": 1,
+        "in_channels": 64,
+        "num_layers": 19,
+        "num_single_layers": 38,
+        "attention_head_dim": 128,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 4096,
+        "pooled_projection_dim": 768,
+        "guidance_embeds": True,
+        "axes_dims_rope": (16, 56, 56),
+    },
+    vae=vae(**PUBLISHED_VAE, latents=FLUX_LATENTS),
+    scheduler=FLUX_SCHEDULER,
+    tokens=512,
+)
+SD35_MEDIUM = Architecture(
+    title="SD3.5-Medium",
+    transformer={
+        "sample_size": 128,
+        "patch_size": 2,
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_layers": 24,
+        "attention_head_dim": 64,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 4096,
+        "caption_projection_dim": 1536,
+        "pooled_projection_dim": 2048,
+        "pos_embed_max_size": 384,
+        "dual_attention_layers": tuple(range(13)),
+        "qk_norm": "rms_norm",
+    },
+    vae=vae(**PUBLISHED_VAE, latents=SD3_LATENTS),
+    scheduler=SD3_SCHEDULER,
+    tokens=CLIP_TOKENS + 256,  # of the CLIPs and of the T5
+)
+SD35_LARGE = replace(
+    SD35_MEDIUM,
+    title="SD3.5-Large",
+    transformer={
+        **SD35_MEDIUM.transformer,
+        "num_layers": 38,
+        "num_attention_heads": 38,
+        "caption_projection_dim": 2432,
+        "pos_embed_max_size": 192,
+        "dual_attention_layers": (),
+    },
+)
+# By the resource that a model of models.yaml is made of.
+PUBLISHED = {
+    "flux-dev": FLUX_DEV,
+    "flux-schnell": replace(
+        FLUX_DEV,
+        title="FLUX.1-schnell",
+        transformer={**FLUX_DEV.transformer, "guidance_embeds": False},
+        tokens=256,
+    ),
+    "sd35-medium": SD35_MEDIUM,
+    "sd35-large": SD35_LARGE,
+    "sd35-large-turbo": replace(SD35_LARGE, title="SD3.5-Large-Turbo"),
+}
+
+
+def of_folder(folder: Path, model: catalog.Model) -> Architecture:
+    """The architecture that a pipeline folder's configuration files describe.
+
+    Raises:
+        FileNotFoundError: the folder lacks one of them.
+    """
+
+    def read(part: str) -> dict[str, Any]:
+        content = json.loads((folder / part).read_text(encoding="utf-8"))
+        return {key: value for key, value in content.items() if not key.startswith("_")}
+
+    tokens = model.max_sequence_length
+    if model.pipeline == "StableDiffusion3Pipeline":
+        tokens += read("tokenizer/tokenizer_config.json")["model_max_length"]
+    return Architecture(
+        title=model.title,
+        transformer=read("transformer/config.json"),
+        vae=read("vae/config.json"),
+        scheduler=read("scheduler/scheduler_config.json"),
+        tokens=tokens,
+    )
+
+
+# -- backbones without text encoders ---------------------------------------------------------------
+
+
+class Textless(Backbone):
+    """Random embeddings of prompts."""
+
+    def __init__(self, pipeline: Any, *, tokens: int, **settings: Any) -> None:
+        super().__init__(pipeline, **settings)
+        self.tokens = tokens
+
+    def embed(self, prompts: Sequence[str]) -> Conditioning:
+        settings, batch = self.transformer.config, len(prompts)
+        where: dict[str, Any] = {"device": self.device, "dtype": self.transformer.dtype}
+        return Conditioning(
+            torch.randn(batch, self.tokens, settings.joint_attention_dim, **where),
+            torch.randn(batch, settings.pooled_projection_dim, **where),
+        )
+
+
+class TextlessFlux(Textless, FluxBackbone):
+    """FLUX.1."""
+
+
+class TextlessSD3(Textless, SD3Backbone):
+    """Stable Diffusion 3.5."""
+
+
+Kind = TypeVar("Kind", bound=Textless)
+CLASSES: dict[str, type[Textless]] = {
+    "FluxPipeline": TextlessFlux,
+    "StableDiffusion3Pipeline": TextlessSD3,
+}
+# Of each pipeline its network's class, its own, and the components that are left out.
+PARTS: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
+    "FluxPipeline": (
+        FluxTransformer2DModel,
+        FluxPipeline,
+        ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
+    ),
+    "StableDiffusion3Pipeline": (
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+        (
+            *("text_encoder", "text_encoder_2", "text_encoder_3"),
+            *("tokenizer", "tokenizer_2", "tokenizer_3"),
+        ),
+    ),
+}
+
+
+@contextmanager
+def made_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, modules get their weights on the device and in this precision from the start."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def build(
+    kind: type[Kind],
+    architecture: Architecture,
+    model: catalog.Model,
+    *,
+    resolution: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    lora: schema.Lora | None,
+) -> Kind:
+    """A backbone as `Backbone.load` gives it, but for what its weights are.
+
+    Args:
+        kind: of `CLASSES`, or derived from it.
+        resolution: of the images, in pixels.
+        dtype: of the network's weights.
+        lora: the adapter that it gets; None: none.
+    """
+    transformer, pipeline, left_out = PARTS[model.pipeline]
+    with made_on(device, dtype):
+        network = transformer(**architecture.transformer)
+    for buffer in network.buffers():  # float32 whatever the default is
+        buffer.data = buffer.to(dtype)
+    with made_on(device, torch.float32):
+        decoder = AutoencoderKL(**architecture.vae)
+    components = {
+        "transformer": network,
+        "vae": decoder.to(memory_format=torch.channels_last),
+        "scheduler": FlowMatchEulerDiscreteScheduler(**architecture.scheduler),
+    }
+    backbone = kind(
+        pipeline(**components, **dict.fromkeys(left_out)),
+        tokens=architecture.tokens,
+        resolution=resolution,
+        guidance=model.guidance,
+        max_sequence_length=model.max_sequence_length,
+    )
+    if lora is not None:
+        backbone.add_lora(lora.rank, lora.alpha, seeding.generator(0, "lora"))
+        network.to(device)  # the adapter's weights, where the network's have no storage
+    return backbone
+
+
+# -- counts ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Network:
+    """One evaluation of one image by the network with its adapter, guidance included."""
+
+    parameters: int  # without the adapter's
+    adapter: int
+    forward: float  # FLOPs
+    trained: float  # of forward and backward, where only the adapter has gradients
+
+
+def describe(backbone: Textless) -> Network:
+    """Counted on tensors without storage, so that neither the attention's kernel nor what gradient
+    checkpointing computes again plays a part; `backbone` lies on the device `meta`."""
+    adapter = sum(p.numel() for p in backbone.lora_parameters().values())
+    everything = sum(p.numel() for p in backbone.transformer.parameters())
+    return Network(
+        everything - adapter, adapter, forward(backbone), forward(backbone, backward=True)
+    )
+
+
+def forward(backbone: Textless, *, backward: bool = False) -> float:
+    """FLOPs of one evaluation of one image, with its backward pass where that is asked for."""
+    one = backbone.embed([""])
+    cond: Conditioning = one if backbone.negative_prompt is None else replace(one, negative=one)
+    x: Tensor = torch.empty(1, *backbone.latent_shape, device=META)
+    t = torch.empty(1, device=META)
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
+        velocity = backbone.velocity(x, t, cond)
+        if backward:
+            velocity.sum().backward()
+    return float(counter.get_total_flops())

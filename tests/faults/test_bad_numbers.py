@@ -1,0 +1,367 @@
+"""NaN and infinities at random places of training, and a server that fails to grade."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from support.chat_server import ChatServer, brightness_grade
+from support.toy import call_of, spoil, toy_run, toy_trainer
+
+from tafs.common.errors import RunFailed
+from tafs.evaluation import image_archive
+from tafs.evaluation import served as judge
+from tafs.experiment import runs as runs_
+from tafs.experiment import validate
+from tafs.methods import registry
+from tafs.methods.policy_gradient import PolicyGradient
+from tafs.rewards import unifiedreward
+from tafs.rewards.unifiedreward import UnifiedReward
+from tafs.runtime import checkpoint, run_dir
+from tafs.training.trainer import NonFinite, Trainer, tolerated
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = list(registry.sources())
+POLICIES = [n for n in NAMES if issubclass(registry.method_class(n), PolicyGradient)]
+BAD = (math.nan, math.inf, -math.inf)
+REWARDS = {"clip": 1.0, "pickscore": 0.5}
+ITERATIONS = 3
+IMAGES = 64
+UPDATES = 2
+
+
+def trainer(name: str, group_size: int = 16, **hyperparameters: object) -> Trainer:
+    """Of 64 images in groups."""
+    description = toy_run(name, **hyperparameters)
+    sizes = {"group_size": group_size, "prompts_per_iteration": IMAGES // group_size}
+    settings = {**description["settings"], **sizes}
+    return toy_trainer({**description, "settings": settings, "rewards": REWARDS})
+
+
+def weights(run: Trainer) -> dict[str, torch.Tensor]:
+    """All that an optimiser step changes, copied."""
+    tensors, _ = checkpoint.pack_optimizer(run.optimizer)
+    tensors |= {f"lora/{name}": p.detach() for name, p in run.parameters.items()}
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def state(run: Trainer) -> dict[str, torch.Tensor]:
+    """All that an update changes, copied."""
+    averages = {f"ema/{name}": average.clone() for name, average in run.averages.items()}
+    return {**weights(run), **averages}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+# -- masked ----------------------------------------------------------------------------------------
+
+
+def told(run: Trainer, invalid: np.ndarray) -> None:
+    """Let a run without a bad number credit its images as if the invalid ones had never been.
+
+    The others' advantages are numpy's, found group by group; invalid: [groups, G].
+    """
+    algorithm: Any = run.method
+
+    def advantages(rewards: np.ndarray) -> np.ndarray:
+        found = np.zeros_like(rewards)
+        for k, groups in enumerate(rewards):
+            for group, valid in enumerate(~invalid):
+                if valid.sum() < 2:
+                    continue
+                own = groups[group, valid]
+                std = groups[~invalid].std() if algorithm.global_std else own.std()
+                found[k, group, valid] = (own - own.mean()) / (std + 1e-4)
+        limit = algorithm.advantage_limit or math.inf
+        return found.clip(-limit, limit)
+
+    def credit(rewards: dict[str, torch.Tensor], weights: dict[str, float]) -> torch.Tensor:
+        values = {name: tensor.double().numpy() for name, tensor in rewards.items()}
+        if algorithm.normalize_rewards:
+            total = sum(weights[name] * advantages(values[name]) for name in weights)
+        else:
+            total = advantages(sum(weights[name] * values[name] for name in weights))
+        return algorithm.assign(torch.from_numpy(total).float(), algorithm.nfe_theta)
+
+    object.__setattr__(run.method, "credit", credit)
+
+
+def test_bad_rewards_are_masked_or_stop_the_run(trials):
+    """At most as many images as are tolerated, or more; any reward, step and kind."""
+    for number in trials("numbers: NaN or inf in a training reward", 3, 60):
+        rng = np.random.default_rng([1, number])
+        name = str(rng.choice(POLICIES))
+        size, apart = int(rng.choice([4, 16])), bool(rng.random() < 0.5)
+        run, expected = (trainer(name, size, normalize_rewards=apart) for _ in range(2))
+        too_many = number % 3 == 2
+        count = int(rng.integers(7, IMAGES + 1) if too_many else rng.integers(1, 7))
+        # Half of the time those in a row, which may leave a small group with one or none.
+        low = int(rng.integers(IMAGES - count + 1))
+        pool = np.arange(low, low + count) if rng.random() < 0.5 else np.arange(IMAGES)
+        lacking = sorted(int(image) for image in rng.choice(pool, count, replace=False))
+        steps = len(run.method.scored_steps())
+        spots: dict[str, dict[tuple[int, int], float]] = {reward: {} for reward in REWARDS}
+        for image in lacking:
+            for _ in range(int(rng.integers(1, 3))):
+                place = call_of(run, image, int(rng.integers(steps)))
+                spots[str(rng.choice(list(REWARDS)))][place] = BAD[rng.integers(3)]
+        for reward, values in spots.items():
+            spoil(run, values, reward)
+        before = state(run)
+        if too_many:
+            with pytest.raises(NonFinite) as raised:
+                run.iterate(0)
+            assert re.fullmatch(
+                rf"iteration 0: reward '(clip|pickscore)' is (nan|-?inf) for image {lacking[0]}, "
+                rf"scored step \d of {steps}; {count} of {IMAGES} images \(.*%\) lack a finite "
+                rf"reward, at most {tolerated(IMAGES)} may \(10%, or one\)",
+                str(raised.value),
+            )
+            assert same(state(run), before)
+            continue
+        invalid = np.zeros(IMAGES, bool)
+        invalid[lacking] = True
+        told(expected, invalid.reshape(-1, size))
+        record, clean = run.iterate(0), expected.iterate(0)
+        assert (record["invalid"], clean["invalid"]) == (count, 0)
+        for key in ("ratio_deviation", "clip_fraction", "grad_norm", "kl"):
+            assert record[key] == pytest.approx(clean[key], rel=1e-3, abs=1e-6), key
+        # With the optimiser's means of the gradients: its first steps are little but their signs.
+        torch.testing.assert_close(state(run), state(expected), rtol=1e-3, atol=1e-6)
+        assert all(parameter.any() for parameter in run.parameters.values())
+
+
+# -- stopped ---------------------------------------------------------------------------------------
+
+Break = Callable[[Trainer, int, np.random.Generator], None]
+
+
+def break_loss(run: Trainer, update: int, rng: np.random.Generator) -> None:
+    """One of the parts of an update's loss is bad."""
+    losses, bad, seen = run.method.losses, BAD[rng.integers(3)], [0]
+    chunks = len(run.micro_batches()) // run.method.updates
+    chosen = update * chunks + int(rng.integers(chunks))
+    last = bool(rng.random() < 0.5)
+
+    def broken(*given: Any) -> Iterator[Any]:
+        chunk, seen[0] = seen[0], seen[0] + 1
+        parts = list(losses(*given)) if chunk == chosen else losses(*given)
+        for n, part in enumerate(parts):
+            hit = chunk == chosen and n == (len(parts) - 1 if last else 0)
+            yield dataclasses.replace(part, loss=part.loss + bad) if hit else part
+
+    object.__setattr__(run.method, "losses", broken)
+
+
+def break_gradient(run: Trainer, update: int, rng: np.random.Generator) -> None:
+    """One element of one parameter's gradient is bad from an update on."""
+    parameter = run.parameters[str(rng.choice(list(run.parameters)))]
+    bad, element = BAD[rng.integers(3)], int(rng.integers(parameter.numel()))
+
+    def broken(gradient: torch.Tensor) -> torch.Tensor:
+        spoilt = gradient.clone()
+        spoilt.view(-1)[element] = bad
+        return spoilt
+
+    step = run.optimizer.step
+    if update == 0:
+        parameter.register_hook(broken)
+        return
+
+    def then(*given: Any) -> Any:
+        parameter.register_hook(broken)
+        return step(*given)
+
+    run.optimizer.step = then  # type: ignore[method-assign]
+
+
+def break_image(run: Trainer, update: int, rng: np.random.Generator) -> None:
+    """One value of one image is bad when it is to be scored."""
+    decode, calls = run.backbone.decode, [0]
+    bad, row, element = BAD[rng.integers(3)], int(rng.integers(16)), int(rng.integers(2))
+    chosen = int(rng.integers(len(run.micro_batches())))
+
+    def broken(x_0: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        pixels = decode(x_0, dtype).clone()
+        if calls[0] == chosen:
+            pixels[row, element] = bad
+        calls[0] += 1
+        return pixels
+
+    run.backbone.decode = broken  # type: ignore[method-assign]
+
+
+def break_differentiated(run: Trainer, update: int, rng: np.random.Generator) -> None:
+    """One value of a reward that is differentiated is bad: where it is watched, or in the loss."""
+    call = int(rng.integers(2 * len(run.micro_batches())))
+    reward = str(rng.choice(list(REWARDS)))
+    spoil(run, {(call, int(rng.integers(16))): BAD[rng.integers(3)]}, reward)
+
+
+def stop_and_continue(
+    name: str, fault: Break, line: str, rng: np.random.Generator, folder: Path
+) -> None:
+    """Train, let the fault end an iteration, and continue from the state before it."""
+    undisturbed = trainer(name, updates=UPDATES)
+    for iteration in range(ITERATIONS):
+        undisturbed.iterate(iteration)
+    run = trainer(name, updates=UPDATES)
+    failing, update = int(rng.integers(ITERATIONS)), int(rng.integers(UPDATES))
+    for iteration in range(failing):
+        run.iterate(iteration)
+    run.save(folder, "of this run", failing, {})
+    saved = contents(folder)
+    made = [weights(run)]
+    run.optimizer.register_step_post_hook(lambda *_: made.append(weights(run)))
+    fault(run, update, rng)
+    with pytest.raises(NonFinite) as raised:
+        run.iterate(failing)
+    assert re.fullmatch(
+        rf"iteration {failing}, {line}|iteration {failing}: {line}", str(raised.value)
+    )
+    found = re.search(r"update (\d)", str(raised.value))
+    # Updates before the bad one have been made; it and those after it have not.
+    assert len(made) - 1 == (int(found[1]) if found else 0)
+    assert same(weights(run), made[-1])
+    assert all(tensor.isfinite().all() for tensor in state(run).values())
+    assert contents(folder) == saved
+    kept = checkpoint.load(folder, "of this run")
+    assert kept is not None and kept.iteration == failing
+    continued = trainer(name, updates=UPDATES)
+    continued.restore(kept)
+    for iteration in range(failing, ITERATIONS):
+        continued.iterate(iteration)
+    assert same(state(continued), state(undisturbed))
+
+
+NUMBER = r"(nan|-?inf)"
+BAD_IMAGE = r"image \d+ holds NaN or infinity"
+BAD_REWARD = rf"reward '\w+' is {NUMBER} for image \d+"
+
+
+@pytest.mark.parametrize(
+    ("fault", "what", "names", "line"),
+    [
+        (break_loss, "a loss", NAMES, rf"update \d: the loss is {NUMBER}"),
+        (break_gradient, "a gradient", NAMES, rf"update \d: the gradient's norm is {NUMBER}"),
+        (break_image, "an image", NAMES, rf"scored step \d of \d+: {BAD_IMAGE}"),
+        (
+            break_differentiated,
+            "a differentiated reward",
+            ["reward_instruct", "rg_lcd"],
+            rf"(update \d: {BAD_REWARD}|{BAD_REWARD}, scored step 1 of 1; 1 of 64 images .*)",
+        ),
+    ],
+    ids=["loss", "gradient", "image", "differentiated"],
+)
+def test_other_bad_numbers_stop_the_run_before_they_update_anything(
+    fault, what, names, line, trials, tmp_path
+):
+    for number in trials(f"numbers: NaN or inf in {what}", 2, 30):
+        rng = np.random.default_rng([2, number])
+        folder = tmp_path / str(number)
+        stop_and_continue(str(rng.choice(names)), fault, line, rng, folder)
+
+
+# -- a server that fails to grade ------------------------------------------------------------------
+
+SIDE = 16
+FAULTS = {"status_500": 0.10, "slow": 0.05, "nonsense": 0.05}
+REASONS = {"status_500": "status_500", "slow": "timeout", "nonsense": "no_score"}
+
+
+def judged_run(folder: Path, rng: np.random.Generator) -> tuple[run_dir.RunDir, np.ndarray]:
+    """A base model's evaluation with random images, and their true grades in the same order."""
+    read = validate.read(ROOT / "config.yaml", {"scale": "smoke"})
+    runs = runs_.runs(read)
+    name = next(name for name, run in runs.items() if run.method == run_dir.BASE)
+    setting = {"sampler": "ode", "nfe": 4, "iteration": None, "images_per_prompt": 1}
+    run = run_dir.RunDir(folder / name)
+    run.folder.mkdir(parents=True)
+    (run.folder / "run.json").write_text(json.dumps(runs[name].describe()))
+    (run.folder / "evaluation.json").write_text(json.dumps({"prompts": 7, "settings": [setting]}))
+    grades = []
+    with image_archive.writing(run.images) as archive:
+        for prompt in range(len(run.test_prompts())):
+            pixels = rng.integers(0, rng.integers(2, 256), (SIDE, SIDE, 3), dtype=np.uint8)
+            grades.append(brightness_grade(pixels))
+            archive.add(image_archive.Key(0, "ode", 4, prompt, 0), torch.from_numpy(pixels))
+    return run, np.array(grades)
+
+
+def judged(run: run_dir.RunDir, server: ChatServer, **options: Any) -> UnifiedReward:
+    """What has written the run's judgements, by a server that is there already."""
+    scorers = []
+
+    @contextmanager
+    def served(_: run_dir.RunDir, count: int) -> Iterator[UnifiedReward]:
+        scorers.append(UnifiedReward(server.url, images=count, side=SIDE, timeout=5.0, **options))
+        yield scorers[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judge, "served", served)
+        patch.setattr(unifiedreward, "FIRST_PAUSE", 0.01)
+        judge.judge(run)
+    return scorers[0]
+
+
+def assert_none_is_invented(
+    run: run_dir.RunDir, grades: np.ndarray, scorer: UnifiedReward, missing: dict[str, int]
+) -> None:
+    """Every score is the image's grade; the others are missing, and counted by their reason."""
+    values = pd.read_parquet(run.judgements)["value"].to_numpy()
+    known = ~np.isnan(values)
+    np.testing.assert_allclose(values[known], grades[known], rtol=1e-6)
+    assert scorer.missing == missing
+    assert (~known).sum() == sum(missing.values()) > 0
+    assert scorer.record() == {
+        "name": "unifiedreward",
+        "scale": "1-5",
+        "version": scorer.model,
+        "asked": str(len(grades)),
+        "missing": str(sum(missing.values())),
+        **{f"missing.{reason}": str(count) for reason, count in missing.items()},
+    }
+
+
+def test_no_score_is_invented_for_a_server_that_fails(trials, tmp_path):
+    """Errors and timeouts pass when they are asked again, nonsense stays: fewer than a tenth of the
+    grades are missing. Asked only once, a fifth is, which is more than may be."""
+    for number in trials("reward server: 10 % errors, 5 % timeouts, 5 % nonsense", 1, 10):
+        run, grades = judged_run(tmp_path / str(number), np.random.default_rng([3, number]))
+        with ChatServer(faults=FAULTS, delay=10.0) as server:
+            scorer = judged(run, server, attempts=8)
+        assert min(server.met[fault] for fault in FAULTS) > 0
+        assert_none_is_invented(run, grades, scorer, {"no_score": server.met["nonsense"]})
+        run.judgements.unlink()
+        with ChatServer(faults=FAULTS, delay=10.0) as server:
+            scorer = judged(run, server, attempts=1, missing_share=0.2)
+        missing = {REASONS[fault]: server.met[fault] for fault in FAULTS}
+        assert_none_is_invented(run, grades, scorer, missing)
+        run.judgements.unlink()
+        with ChatServer(faults=FAULTS, delay=10.0) as server, pytest.raises(RunFailed) as raised:
+            judged(run, server, attempts=1)
+        assert re.fullmatch(
+            rf"unifiedreward: gave up on {server.url} after {len(grades) // 10 + 1} of "
+            rf"{len(grades)} images without a score \((\d+ \w+(, )?)+\); {len(grades) // 10} may "
+            "be missing",
+            str(raised.value),
+        )
+        assert not run.judgements.exists()

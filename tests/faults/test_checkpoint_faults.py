@@ -1,0 +1,117 @@
+"""Damage to the resume state is noticed, and costs one interval at most."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.killable_training import Process
+
+from tafs.runtime import checkpoint
+
+PRINT = "5f1c"
+
+
+def content(iteration: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """What a training keeps, in small: adapter, average, two moments a parameter, settings."""
+    generator = torch.Generator().manual_seed(iteration)
+    names = [f"{kind}/{n}" for kind in ("lora", "ema", "optimizer") for n in range(4)]
+    tensors = {name: torch.randn(16, 8, generator=generator) for name in names}
+    return tensors, {"seconds": 1.5 * iteration, "optimizer": {"param_groups": [{"lr": 3e-4}]}}
+
+
+def save(folder: Path, iteration: int) -> None:
+    checkpoint.save(folder, PRINT, iteration, *content(iteration))
+
+
+def loaded(folder: Path) -> int:
+    """The iteration of the state that is used, which must be as it was saved."""
+    state = checkpoint.load(folder, PRINT)
+    assert state is not None
+    tensors, values = content(state.iteration)
+    assert state.values == values
+    assert state.tensors.keys() == tensors.keys()
+    assert all(torch.equal(state.tensors[name], tensors[name]) for name in tensors)
+    return state.iteration
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("state")
+    for iteration in (10, 20):
+        save(folder, iteration)
+    return folder
+
+
+def newest(folder: Path) -> list[Path]:
+    return sorted(max(p for p in folder.iterdir() if p.name.isdecimal()).iterdir())
+
+
+def test_a_flipped_bit_is_noticed_and_the_previous_state_used(saved, tmp_path, trials) -> None:
+    draw = random.Random(7)
+    for number in trials("checkpoint: one bit flipped", 20, 200):
+        folder = Path(shutil.copytree(saved, tmp_path / str(number)))
+        file = draw.choice(newest(folder))
+        data = bytearray(file.read_bytes())
+        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        file.write_bytes(data)
+        # White space in the manifest may be another one, and the state the same.
+        assert loaded(folder) in ((10, 20) if file.name == checkpoint.MANIFEST else (10,))
+
+
+def test_a_truncation_is_noticed_and_the_previous_state_used(saved, tmp_path, trials) -> None:
+    draw = random.Random(8)
+    for number in trials("checkpoint: truncated", 10, 50):
+        folder = Path(shutil.copytree(saved, tmp_path / str(number)))
+        file = draw.choice(newest(folder))
+        os.truncate(file, draw.randrange(file.stat().st_size))
+        assert loaded(folder) == 10
+
+
+def saving(folder: Path, step: int, after: bool) -> Callable[[], None]:
+    """Saves, and kills itself before or after its fsync or rename of that number."""
+    taken = 0
+
+    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            nonlocal taken
+            taken += 1
+            if taken == step and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = real(*arguments, **keywords)
+            if taken == step and after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return call
+
+    def work() -> None:
+        os.fsync, os.replace = counted(os.fsync), counted(os.replace)
+        save(folder, 30)
+
+    return work
+
+
+def test_a_kill_around_every_fsync_and_rename_costs_one_interval_at_most(
+    saved, tmp_path, trials
+) -> None:
+    """Three files, their folder, the rename, and the folder of all: six points, each side."""
+    points = [(step, after) for step in range(1, 7) for after in (False, True)]
+    ends = []
+    for number in trials("checkpoint: kill -9 before or after an fsync or rename", 12, 12):
+        step, after = points[number]
+        folder = Path(shutil.copytree(saved, tmp_path / str(number)))
+        assert Process(saving(folder, step, after)).wait() == -signal.SIGKILL
+        ends.append(loaded(folder))
+        save(folder, 40)
+        assert loaded(folder) == 40
+        assert len(list(folder.iterdir())) == checkpoint.KEPT
+    # Until the rename, which is the fifth, the state before; from then on the new one.
+    assert ends == [20] * 9 + [30] * 3

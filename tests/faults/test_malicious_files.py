@@ -1,0 +1,451 @@
+"""Files that run code where they are unpickled, in every place from which something is loaded.
+
+Each is written where a trusted file stands: loading it fails in a line, or it is not looked at.
+The code, a pickle that makes a folder, is written out below, so that nothing here has to pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import torch
+from safetensors.torch import save_file
+from support import synthetic, tiny_detector, tiny_pipelines, tiny_rewards
+
+from tafs.assets import lockfile, sources
+from tafs.data import prompts
+from tafs.evaluation import image_archive
+from tafs.experiment import validate
+from tafs.models import catalog, loading
+from tafs.models.pipelines import Zoo
+from tafs.report import build, claims, results
+from tafs.report.figures import image_grid
+from tafs.rewards import golden
+from tafs.rewards.clip import CLIPScore, PickScore
+from tafs.rewards.detector import Mask2FormerDetector
+from tafs.rewards.hpsv2 import HPSv2
+from tafs.rewards.imagereward import ImageReward
+from tafs.runtime import checkpoint, journal, progress, run_dir
+from tafs.shapes import scorers, weights
+from tafs.tracking import mlflow_mirror, run_view
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL: dict[str, Any] = {"prompts": 12, "images": 1, "iterations": 2, "nfe": (4,)}
+LOADING: dict[str, Any] = {"resolution": 64, "guidance": 3.5, "max_sequence_length": 16}
+# Of a file that cannot be what it should be; a crash of any other kind is a failure.
+REFUSED = (ValueError, OSError, mlflow_mirror.SyncError)
+
+
+def raw(marker: Path) -> bytes:
+    """os.mkdir(marker), pickled."""
+    return f"cos\nmkdir\n(S'{marker}'\ntR.".encode()
+
+
+def zipped(marker: Path) -> bytes:
+    """The same as torch.save would write it."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", raw(marker))
+        archive.writestr("archive/version", "3\n")
+    return file.getvalue()
+
+
+def array(marker: Path) -> bytes:
+    """The same in a .npy of objects."""
+    header = "{'descr': '|O', 'fortran_order': False, 'shape': (1,), }"
+    header = header.ljust(117) + "\n"
+    length = len(header).to_bytes(2, "little")
+    return b"\x93NUMPY\x01\x00" + length + header.encode() + raw(marker)
+
+
+PAYLOADS: tuple[Callable[[Path], bytes], ...] = (raw, zipped, array)
+LOADERS = (
+    "import pickle, sys; pickle.load(open(sys.argv[1], 'rb'))",
+    "import torch, sys; torch.load(sys.argv[1], weights_only=False)",
+    "import numpy, sys; numpy.load(sys.argv[1], allow_pickle=True)",
+)
+
+
+@pytest.mark.parametrize("kind", [0, 1, 2])
+def test_the_files_are_as_dangerous_as_they_should_be(tmp_path, kind, request):
+    """Whoever unpickles them runs their code; else the tests below would show nothing."""
+    if "torch" in LOADERS[kind] and not request.config.getoption("--torture"):
+        pytest.skip("another process that imports torch")
+    marker, file = tmp_path / "marker", tmp_path / "file"
+    file.write_bytes(PAYLOADS[kind](marker))
+    subprocess.run([sys.executable, "-c", LOADERS[kind], str(file)], check=False, timeout=120)
+    assert marker.is_dir()
+
+
+def attack(file: Path, payload: Callable[[Path], bytes], load: Callable[[], object]) -> None:
+    """Load with the payload in the file's place; the code must not run."""
+    marker = file.parent / "marker"
+    before = file.read_bytes() if file.exists() else None
+    file.write_bytes(payload(marker))
+    try:
+        with suppress(*REFUSED):
+            load()
+        assert not marker.exists(), f"{file} was unpickled"
+    finally:
+        if before is None:
+            file.unlink()
+        else:
+            file.write_bytes(before)
+
+
+# -- a run's own files -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path) -> run_dir.RunDir:
+    return run_dir.RunDir(synthetic.write_run(tmp_path, "tafs_grpo", **SMALL))
+
+
+@pytest.fixture
+def base(tmp_path) -> run_dir.RunDir:
+    return run_dir.RunDir(synthetic.write_run(tmp_path, "base", **SMALL))
+
+
+def state(run: run_dir.RunDir) -> Path:
+    checkpoint.save(run.checkpoints, "f", 1, {"a": torch.zeros(2)}, {"seconds": 1.0})
+    [generation] = run.checkpoints.iterdir()
+    return generation
+
+
+def rehashed(generation: Path) -> object:
+    """Load a state whose manifest fits whatever its files hold now."""
+    hashes = {
+        name: hashlib.sha256((generation / name).read_bytes()).hexdigest()
+        for name in (checkpoint.TENSORS, checkpoint.VALUES)
+    }
+    (generation / checkpoint.MANIFEST).write_text(json.dumps({"sha256": hashes}))
+    return checkpoint.load(generation.parent, "f")
+
+
+def loads_of_a_run(run: run_dir.RunDir, base: run_dir.RunDir) -> Iterator[tuple[Path, Any]]:
+    """(file, what reads it)."""
+    generation = state(run)
+    for name in (checkpoint.TENSORS, checkpoint.VALUES, checkpoint.MANIFEST):
+        yield generation / name, lambda: checkpoint.load(run.checkpoints, "f")
+    for name in (checkpoint.TENSORS, checkpoint.VALUES):
+        yield generation / name, lambda: rehashed(generation)
+    yield run.scores, lambda: results.read_scores(run.scores)
+    judged = run.judgements
+    yield judged, lambda: results.read_scores(run.scores, judged)
+    steps = base.step_scores
+    yield steps, lambda: results.read_step_scores(steps)
+    [result] = results.read_results([run.folder])
+    yield run.samples, lambda: image_grid._samples(result, "anneal-4", [0])
+    for name in ("run.json", "scores.parquet", "journal.jsonl", "judgements.parquet"):
+        yield run.folder / name, lambda: run_view.read_run(run.folder)
+    yield run.folder / "run.json", lambda: run_dir.RunDir(run.folder).description
+    yield run.folder / "evaluation.json", lambda: run_dir.RunDir(run.folder).evaluation
+    yield run.journal, lambda: journal.read(run.journal)
+    yield run.images, lambda: list(image_archive.read(run.images, 4))
+    tables = run.folder / "tables.json"
+    yield tables, lambda: build.contents(run.folder)
+    shown = run.folder / progress.FOLDER / "train.json"
+    shown.parent.mkdir()
+    yield shown, lambda: progress.active(run.folder.parent, 0.0)
+    stored = run.folder / "canary.json"
+    yield stored, lambda: golden._read(stored)
+
+
+def test_no_file_of_a_run_is_unpickled(run, base, trials):
+    cases = [(file, load, p) for file, load in loads_of_a_run(run, base) for p in PAYLOADS]
+    for number in trials("pickles: in a run's files", len(cases), len(cases)):
+        file, load, payload = cases[number]
+        attack(file, payload, load)
+
+
+def test_no_image_of_an_archive_is_unpickled_and_none_is_unpacked(run):
+    marker = run.folder / "marker"
+    for member in ("0/ode/4/0/0.png", "../../0/ode/4/0/0.png"):
+        with zipfile.ZipFile(run.images, "w") as archive:
+            archive.writestr(member, raw(marker))
+        with pytest.raises(ValueError, match="not an archive of images"):
+            list(image_archive.read(run.images, 4))
+    assert not marker.exists()
+
+
+def test_no_type_of_a_parquet_file_is_unpickled(run):
+    """pyarrow once unpickled the types that a file's metadata names."""
+    marker = run.folder / "marker"
+    table = pa.table(pd.read_parquet(run.scores).astype({"metric": "str", "value": float}))
+    for name in ("arrow.py_extension_type", "pandas.object"):
+        metadata = {
+            b"ARROW:extension:name": name.encode(),
+            b"ARROW:extension:metadata": raw(marker),
+        }
+        schema = pa.schema([field.with_metadata(metadata) for field in table.schema])
+        described = json.dumps({"pandas": {"pickle": raw(marker).decode()}})
+        schema = schema.with_metadata({b"pandas": described.encode()})
+        pyarrow.parquet.write_table(table.cast(schema), run.scores)
+        with suppress(*REFUSED, KeyError):
+            results.read_scores(run.scores)
+        assert not marker.exists()
+
+
+# -- what a person writes --------------------------------------------------------------------------
+
+
+def test_no_configuration_is_unpickled_or_runs_what_its_tags_name(tmp_path, trials):
+    marker = tmp_path / "marker"
+    tags = (
+        f"!!python/object/apply:os.mkdir ['{marker}']",
+        f"!!python/object/new:os.mkdir ['{marker}']",
+        f"!!python/object/apply:builtins.exec ['import os; os.mkdir(\"{marker}\")']",
+        "!!python/name:os.mkdir",
+        "!!python/module:os",
+    )
+    texts = [payload(marker) for payload in PAYLOADS]
+    for tag in tags:
+        texts += [tag.encode(), b"a: " + tag.encode(), b"- " + tag.encode(), tag.encode() + b": 1"]
+    readers: tuple[Callable[[Path], object], ...] = (
+        validate.read,
+        claims.read,
+        lockfile.read,
+        lockfile.read_lock,
+        catalog.read,
+        prompts.read,
+    )
+    cases = [(text, reader) for text in texts for reader in readers]
+    for number in trials("pickles: in what a person writes", len(cases), len(cases)):
+        text, reader = cases[number]
+        file = tmp_path / "file.yaml"
+        file.write_bytes(text)
+        with pytest.raises(ValueError) as caught:
+            reader(file)
+        assert "\n" not in str(caught.value)
+        assert not marker.exists()
+
+
+# -- the embedded models ---------------------------------------------------------------------------
+
+
+def test_no_embedded_model_is_unpickled(tmp_path, trials):
+    """Not even where the manifest was corrected as well, or a pickle stands beside the weights."""
+    root = tmp_path / "weights"
+    shutil.copytree(weights.ROOT, root)
+    marker = tmp_path / "marker"
+    loads: dict[str, Callable[[Path], object]] = {
+        "clip": scorers.DualEncoder.load,
+        "pickscore": scorers.DualEncoder.load,
+        "hpsv2": scorers.DualEncoder.load,
+        "imagereward": scorers.FusionScorer.load,
+    }
+    cases = [(n, p, kept) for n in loads for p in PAYLOADS for kept in (True, False)]
+    for number in trials("pickles: in place of embedded models", 2, len(cases)):
+        name, payload, kept = cases[number * 7 % len(cases)]
+        folder = root / name
+        whole = (folder / "model.safetensors").read_bytes()
+        (folder / "pytorch_model.bin").write_bytes(payload(marker))
+        if not kept:
+            (folder / "model.safetensors").write_bytes(payload(marker))
+            with pytest.raises(ValueError, match="altered"):
+                weights.verify(name, root)
+        with suppress() if kept else pytest.raises(Exception):  # noqa: B022
+            loads[name](folder)
+        assert not marker.exists()
+        (folder / "model.safetensors").write_bytes(whole)
+
+
+def test_no_adapter_is_unpickled(tmp_path, trials):
+    settings = validate.read(ROOT / "config.yaml", {"scale": "smoke"}).active.model_dump(
+        mode="json"
+    )
+    model = sources.of(settings).model("shapes-flux", 24)
+    file = tmp_path / "adapter.safetensors"
+    for number in trials("pickles: in place of an adapter", 3, 3):
+        marker = tmp_path / "marker"
+        file.write_bytes(PAYLOADS[number](marker))
+        (tmp_path / "pytorch_lora_weights.bin").write_bytes(PAYLOADS[number](marker))
+        with pytest.raises(ValueError, match="adapter.safetensors: no safetensors file") as caught:
+            model.load_adapter(file)
+        assert "\n" not in str(caught.value)
+        assert not marker.exists()
+
+
+# -- the published models, as tiny checkpoints -----------------------------------------------------
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Files of weights and of tokenizers; what stands in for one must not be unpickled."""
+    suffixes = (".safetensors", ".pt", ".model", ".index.json")
+    # Half-precision variants lie beside what is read.
+    found = [f for f in sorted(folder.rglob("*")) if f.name.endswith(suffixes)]
+    return [file for file in found if ".fp16" not in file.name]
+
+
+def unsafe_names(file: Path) -> list[Path]:
+    """What a library might read in a file's place."""
+    names = ["pytorch_model.bin", "diffusion_pytorch_model.bin", "tf_model.h5", "model.ckpt"]
+    names += [f"{file.stem}{suffix}" for suffix in (".bin", ".pt", ".ckpt", ".pth", ".pkl")]
+    return [file.with_name(name) for name in dict.fromkeys(names)]
+
+
+def attack_a_folder(
+    folder: Path, load: Callable[[], object], trial: int, *, beside: bool = False
+) -> None:
+    """One weight file is a pickle, or is gone and pickles stand beside it."""
+    marker = folder / "marker"
+    files = weight_files(folder)
+    file, payload = files[trial % len(files)], PAYLOADS[trial % len(PAYLOADS)]
+    others = [other for other in unsafe_names(file) if not other.exists()]
+    whole = file.read_bytes()
+    for other in others if beside else ():
+        other.write_bytes(payload(marker))
+    if beside:
+        file.unlink()
+    else:
+        file.write_bytes(payload(marker))
+    refused = False
+    try:
+        load()
+    except Exception:  # of many classes; what matters is that the code does not run
+        refused = True
+    finally:
+        file.write_bytes(whole)
+        for other in others if beside else ():
+            other.unlink()
+    assert not marker.exists(), f"{file} was unpickled"
+    assert refused or file.suffix != ".safetensors"
+
+
+PIPELINES = ("flux", "sd3", "sana", "hidream")
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory) -> Callable[[str], tuple[Path, Callable[[], object]]]:
+    """A tiny pipeline by its name, and what loads it; each is made when it is first asked for."""
+    root = tmp_path_factory.mktemp("pipelines")
+    known = catalog.read()
+
+    def ask(name: str) -> tuple[Path, Callable[[], object]]:
+        folder = root / name
+        if not folder.exists():
+            getattr(tiny_pipelines, name)(folder)
+        if name in ("flux", "sd3"):
+            return folder, lambda: loading.load(folder, **LOADING)
+        model = known[{"sana": "sana-1-5", "hidream": "hidream-full"}[name]]
+        folders = {model.resource: folder}
+        if model.text_encoder:
+            folders[model.text_encoder] = root / "llama"
+            if not (root / "llama").exists():
+                tiny_pipelines.llama(root / "llama")
+        return folder, lambda: Zoo.load(model, folders, resolution=64)
+
+    return ask
+
+
+def test_no_pipeline_is_unpickled(pipelines, trials):
+    for number in trials("pickles: in place of a pipeline's weights", 1, 40):
+        folder, load = pipelines(PIPELINES[number % len(PIPELINES)])
+        attack_a_folder(folder, load, number // len(PIPELINES), beside=number % 8 >= 4)
+
+
+def test_no_python_file_of_a_pipeline_is_run(pipelines, trials, tmp_path):
+    """Pipelines and tokenizers may name classes of files beside them; none of these is imported."""
+    for number in trials("code: a pipeline's own classes", 0, 4):
+        source, _ = pipelines(("flux", "sd3")[number % 2])
+        folder = Path(shutil.copytree(source, tmp_path / str(number)))
+        marker = tmp_path / "marker"
+        code = f"import os\nos.mkdir({str(marker)!r})\nclass Evil:\n    pass\n"
+        for place in (folder, folder / "transformer", folder / "tokenizer"):
+            (place / "evil.py").write_text(code)
+        index = json.loads((folder / "model_index.json").read_text())
+        if number < 2:
+            index["transformer"] = ["evil", "Evil"]
+        else:
+            tokenizer = folder / "tokenizer" / "tokenizer_config.json"
+            described = json.loads(tokenizer.read_text())
+            described["auto_map"] = {"AutoTokenizer": ["evil.Evil", None]}
+            tokenizer.write_text(json.dumps(described))
+        (folder / "model_index.json").write_text(json.dumps(index))
+        with suppress(Exception):  # refused, or the class of the known name is used
+            loading.load(folder, **LOADING)
+        assert not marker.exists()
+
+
+@pytest.fixture(scope="module")
+def rewards(tmp_path_factory) -> Callable[[str], tuple[Path, Callable[[], object]]]:
+    root = tmp_path_factory.mktemp("rewards")
+    tiny_rewards.clip(root / "clip")
+
+    def ask(name: str) -> tuple[Path, Callable[[], object]]:
+        folder = root / name
+        new = not folder.exists()
+        if name == "clip":
+            return folder, lambda: CLIPScore(folder)
+        if name == "pickscore":
+            if new:
+                tiny_rewards.pickscore(folder)
+            return folder, lambda: PickScore(folder, root / "clip")
+        if name == "hpsv2":
+            file = folder / "HPS_v2.1_compressed.pt"
+            if new:
+                tiny_rewards.hpsv2(file)
+            return folder, lambda: HPSv2(file)
+        if name == "mask2former":
+            if new:
+                tiny_detector.mask2former(folder)
+            return folder, lambda: Mask2FormerDetector(folder, root / "clip")
+        if new:
+            tiny_rewards.bert_tokenizer(root / "bert")
+            tiny_rewards.imagereward(folder, root / "bert")
+        return folder, lambda: ImageReward(
+            folder / "ImageReward.pt", folder / "med_config.json", root / "bert"
+        )
+
+    return ask
+
+
+REWARDS = ("clip", "hpsv2", "pickscore", "imagereward", "mask2former")
+
+
+def test_no_reward_is_unpickled(rewards, trials):
+    for number in trials("pickles: in place of a reward's weights", 2, 30):
+        folder, load = rewards(REWARDS[number % len(REWARDS)])
+        attack_a_folder(folder, load, number // len(REWARDS), beside=number >= 15)
+
+
+def test_tensors_in_a_checkpoint_do_not_hide_code_beside_them(tmp_path):
+    """A whole state with one more entry that is no tensor."""
+    file, marker = tmp_path / "HPS_v2.1_compressed.pt", tmp_path / "marker"
+    tiny_rewards.hpsv2(file)
+    with zipfile.ZipFile(file) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    [pickled] = [name for name in members if name.endswith("data.pkl")]
+    # The state is made, dropped, and the code run in its place.
+    members[pickled] = members[pickled].removesuffix(b".") + b"0" + raw(marker)
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    with pytest.raises(ValueError, match="reward hpsv2: .* is damaged") as caught:
+        HPSv2(file)
+    assert "\n" not in str(caught.value)
+    assert not marker.exists()
+
+
+def test_the_arrays_of_numpy_are_read_without_objects(tmp_path):
+    file, marker = tmp_path / "file.npy", tmp_path / "marker"
+    file.write_bytes(array(marker))
+    with pytest.raises(ValueError, match="allow_pickle=False"):
+        np.load(file)
+    save_file({"a": torch.zeros(1)}, file)
+    assert not marker.exists()

@@ -1,0 +1,182 @@
+"""Advantages, credit and the objective against values computed by hand."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tafs.methods import grpo
+from tafs.models import sampling
+
+rewards = st.lists(
+    st.lists(st.floats(-10, 10, width=32), min_size=4, max_size=4), min_size=1, max_size=6
+).map(lambda rows: torch.tensor(rows)[:, None])  # [steps, 1, 4]
+
+
+def test_group_advantages_are_the_hand_computed_z_scores():
+    advantages = grpo.group_advantages(torch.tensor([[1.0, 2.0, 3.0, 6.0]]))
+    # mean 3, population std sqrt((4 + 1 + 0 + 9) / 4) = 1.870829
+    expected = torch.tensor([[-2.0, -1.0, 0.0, 3.0]]) / 1.870829
+    torch.testing.assert_close(advantages, expected, atol=2e-4, rtol=0)
+
+
+@given(rewards=rewards)
+def test_advantages_have_zero_mean_in_each_group_and_step(rewards):
+    advantages = grpo.group_advantages(rewards)
+    assert advantages.isfinite().all()
+    assert advantages.mean(-1).abs().max() < 1e-4
+
+
+def test_a_group_of_equal_rewards_teaches_nothing():
+    assert not grpo.group_advantages(torch.full((3, 2, 5), 0.7)).any()
+
+
+def test_groups_and_steps_are_normalised_apart():
+    rewards = torch.tensor([[[0.0, 1.0], [0.0, 100.0]], [[5.0, 4.0], [1.0, 1.0]]])
+    advantages = grpo.group_advantages(rewards)
+    expected = torch.tensor([[[-1.0, 1.0], [-1.0, 1.0]], [[1.0, -1.0], [0.0, 0.0]]])
+    torch.testing.assert_close(advantages, expected, atol=1e-3, rtol=0)
+
+
+def test_global_std_divides_by_the_batch_wide_std():
+    rewards = torch.tensor([[0.0, 2.0], [10.0, 12.0]])
+    # group means 1 and 11; batch mean 6, std sqrt((36 + 16 + 16 + 36) / 4) = 5.0990
+    expected = torch.tensor([[-1.0, 1.0], [-1.0, 1.0]]) / 5.0990
+    torch.testing.assert_close(grpo.global_std_advantages(rewards), expected, atol=1e-4, rtol=0)
+
+
+NAN = float("nan")
+
+
+def test_a_missing_reward_is_left_out_of_its_groups_mean_and_std():
+    advantages = grpo.group_advantages(torch.tensor([[1.0, NAN, 2.0, 3.0, 6.0], [0, 0, 0, NAN, 2]]))
+    # The known ones: mean 3, std 1.870829; mean 0.5, std sqrt((3 * 0.25 + 2.25) / 4) = 0.866025
+    first = torch.tensor([-2.0, 0.0, -1.0, 0.0, 3.0]) / 1.870829
+    second = torch.tensor([-0.5, -0.5, -0.5, 0.0, 1.5]) / 0.866025
+    torch.testing.assert_close(advantages, torch.stack([first, second]), atol=4e-4, rtol=0)
+    assert advantages[0, 1] == 0 and advantages[1, 3] == 0
+
+
+@pytest.mark.parametrize("normalise", [grpo.group_advantages, grpo.global_std_advantages])
+def test_a_group_with_fewer_than_two_rewards_teaches_nothing(normalise):
+    advantages = normalise(torch.tensor([[NAN, 5.0, NAN], [NAN, NAN, NAN], [1.0, 2.0, 3.0]]))
+    assert not advantages[:2].any()
+    assert advantages[2, 2] == -advantages[2, 0] > 0
+
+
+def test_global_std_is_that_of_the_known_rewards():
+    rewards = torch.tensor([[0.0, 2.0, NAN], [NAN, 7.0, NAN]])
+    # Batch mean 3, std sqrt((9 + 1 + 16) / 3) = 2.943920: the second group's only one counts.
+    expected = torch.tensor([[-1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]) / 2.943920
+    torch.testing.assert_close(grpo.global_std_advantages(rewards), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("normalise", [grpo.group_advantages, grpo.global_std_advantages])
+@given(rewards=rewards, lacking=st.sets(st.integers(0, 3), max_size=4))
+def test_known_rewards_are_normalised_as_if_the_others_had_never_been(normalise, rewards, lacking):
+    known = [image for image in range(4) if image not in lacking]
+    rewards = rewards.double()  # a group of nearly equal rewards is nothing but their rounding
+    with_gaps = rewards.clone()
+    with_gaps[..., list(lacking)] = NAN
+    advantages = normalise(with_gaps)
+    assert not advantages[..., list(lacking)].any()
+    if known:
+        torch.testing.assert_close(advantages[..., known], normalise(rewards[..., known]))
+
+
+def test_a_mean_of_what_is_known_is_the_mean_where_all_is_known():
+    values = torch.rand(7, 3, 1000, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(grpo.mean_of_known(values, (1, 2)), values.mean((1, 2)))
+    values[2, 1, 5] = values[2, 2, 0] = values[4] = NAN
+    means = grpo.mean_of_known(values, (1, 2))
+    assert means[2].item() == pytest.approx(values[2][~values[2].isnan()].mean().item())
+    assert means.isnan().tolist() == [False] * 4 + [True] + [False] * 2
+
+
+IMAGES = torch.tensor([1.0, 10.0, 100.0]).view(3, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("credit", "counted", "expected"),
+    [
+        ("step", 3, [1, 10, 100]),
+        ("step", 2, [10, 10, 100]),
+        ("step", 1, [100, 100, 100]),
+        ("final", 1, [100, 100, 100]),
+        ("sum", 3, [111, 111, 111]),
+        ("sum", 2, [110, 110, 110]),
+        ("to_go", 3, [111, 110, 100]),
+        ("to_go", 2, [110, 110, 100]),
+        ("to_go", 1, [100, 100, 100]),
+    ],
+)
+def test_credit_readings_give_the_hand_computed_sums(credit, counted, expected):
+    credited = grpo.assign_credit(IMAGES[-counted:], credit, steps=3)
+    assert credited.flatten().tolist() == expected
+
+
+def test_an_unknown_credit_reading_is_refused_by_name():
+    with pytest.raises(ValueError, match="'steps'.*step, sum, to_go, final"):
+        grpo.assign_credit(IMAGES, "steps", 3)
+
+
+def test_the_objective_is_minus_the_mean_advantage_before_the_first_update():
+    log_prob, advantages = torch.tensor([-1.0, -2.0]), torch.tensor([0.5, 1.5])
+    objective = grpo.clipped_objective(log_prob, log_prob, advantages, 1e-4)
+    assert objective.loss.item() == -1.0
+    assert objective.ratio.tolist() == [1.0, 1.0]
+    assert not objective.clipped.any()
+
+
+def test_an_image_of_advantage_0_adds_nothing_to_the_sum_and_counts_in_the_mean():
+    """An invalid image, whatever its ratio: (1.1 * 1 + 0 + 0.9 * -1) / 3, by hand."""
+    log_prob = torch.tensor([1.3, 5.0, 0.7]).log().requires_grad_()
+    advantages = torch.tensor([1.0, 0.0, -1.0])
+    objective = grpo.clipped_objective(log_prob, torch.zeros(3), advantages, 0.1)
+    assert objective.loss.item() == pytest.approx(-0.2 / 3, abs=1e-6)
+    assert objective.clipped.tolist() == [True, False, True]
+    objective = grpo.clipped_objective(log_prob, torch.zeros(3), advantages, 0.5)
+    (gradient,) = torch.autograd.grad(objective.loss, log_prob)
+    # d(r A) / d log r = r A of the others, each over 3
+    torch.testing.assert_close(gradient, torch.tensor([-1.3, 0.0, 0.7]) / 3)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "value", "clipped"),
+    [
+        (1.3, 1.0, 1.1, True),
+        (0.7, 1.0, 0.7, False),
+        (1.3, -1.0, -1.3, False),
+        (0.7, -1.0, -0.9, True),
+    ],
+)
+def test_clipping_limits_only_what_would_gain(ratio, advantage, value, clipped):
+    log_prob = torch.tensor([ratio]).log()
+    objective = grpo.clipped_objective(log_prob, torch.zeros(1), torch.tensor([advantage]), 0.1)
+    assert objective.loss.item() == pytest.approx(-value, abs=1e-6)
+    assert objective.clipped.item() is clipped
+
+
+def test_kl_of_equal_variance_gaussians_is_the_halved_squared_distance():
+    mean, reference = torch.tensor([[1.0, 3.0]]), torch.tensor([[0.0, 1.0]])
+    kl = grpo.gaussian_kl(mean, reference, torch.tensor(2.0))
+    assert kl.item() == pytest.approx(((1 / 8) + (4 / 8)) / 2)
+
+
+def test_the_printed_ratio_of_a_deterministic_estimate_has_no_gradient_on_policy():
+    """Eq. 10 prints p(x_0^n | x_t) of an image that is a function of its noisy state: whatever
+    variance it is given, the on-policy gradient is exactly zero, while the re-noising's is not."""
+    v = torch.randn(4, 3, requires_grad=True)
+    x_t, advantages = torch.randn(4, 3), torch.tensor([1.0, -1.0, 2.0, -2.0])
+    estimate = sampling.x0_estimate(x_t, v, 0.5)
+    as_printed = sampling.Transition(estimate, torch.tensor(0.3))
+    log_prob = as_printed.log_prob(estimate.detach())
+    loss = grpo.clipped_objective(log_prob, log_prob.detach(), advantages, 0.1).loss
+    (gradient,) = torch.autograd.grad(loss, v, retain_graph=True)
+    assert not gradient.any()
+    renoised = sampling.anneal(x_t, v, 0.5, 0.25)
+    x_s = renoised.sample(torch.Generator().manual_seed(0)).detach()
+    log_prob = renoised.log_prob(x_s)
+    loss = grpo.clipped_objective(log_prob, log_prob.detach(), advantages, 0.1).loss
+    (gradient,) = torch.autograd.grad(loss, v)
+    assert gradient.any()

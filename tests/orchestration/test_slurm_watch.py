@@ -1,0 +1,195 @@
+"""What becomes of jobs that Slurm does not answer for, has lost, or did not take."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tafs.common import errors
+from tafs.orchestration import slurm
+
+
+@dataclass
+class Executor:
+    """Snakemake's, as far as it is watched: what it finds of its jobs is what it is told to."""
+
+    run_uuid: str = "3a8b"
+    finds: Callable[[Any], str] = lambda job: "running"
+    ended: list[tuple[str, str]] = field(default_factory=list)
+
+    async def check_active_jobs(self, active: Sequence[Any]) -> AsyncIterator[Any]:
+        for job in active:
+            found = self.finds(job)
+            if found == "running":
+                yield job
+            elif found == "done":
+                self.report_job_success(job)
+            elif found == "failed":
+                self.report_job_error(job, msg="it failed")
+
+    def report_job_success(self, job: Any) -> None:
+        self.ended.append((job.external_jobid, "done"))
+
+    def report_job_error(self, job: Any, msg: str | None = None, **_: Any) -> None:
+        self.ended.append((job.external_jobid, msg or ""))
+
+
+@dataclass
+class Retries:
+    """Remembers what it was told."""
+
+    forgiven: list[Any] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
+
+    @property
+    def jobs(self) -> Any:
+        return SimpleNamespace(say=self.said.append)
+
+    def forgive(self, job: Any) -> None:
+        self.forgiven.append(job)
+
+
+def submitted(id: str) -> Any:
+    return SimpleNamespace(external_jobid=id, job=SimpleNamespace(name=f"job of {id}"))
+
+
+@pytest.fixture
+def squeue(tmp_path, monkeypatch) -> Callable[[str], Path]:
+    """A squeue, and an scancel, that do as they are told; the file that has their calls."""
+    calls = tmp_path / "calls"
+    calls.touch()
+
+    def says(script: str) -> Path:
+        folder = tmp_path / "bin"
+        folder.mkdir(exist_ok=True)
+        for name, text in (("squeue", script), ("scancel", f"touch {tmp_path}/cancelled")):
+            program = folder / name
+            program.write_text(f'#!/bin/sh\necho {name} "$@" >> {calls}\n{text}\n')
+            program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+        return calls
+
+    return says
+
+
+@pytest.fixture
+def watched() -> tuple[Executor, Retries, slurm.Watch]:
+    executor, retries = Executor(), Retries()
+    return executor, retries, slurm.Watch(executor, retries)
+
+
+def check(executor: Executor, active: Sequence[Any]) -> list[Any]:
+    """The jobs that are to be asked for again."""
+
+    async def kept() -> list[Any]:
+        return [job async for job in executor.check_active_jobs(active)]
+
+    return asyncio.run(kept())
+
+
+def test_a_job_that_the_executor_forgets_is_asked_for_again(watched, squeue):
+    executor, retries, _ = watched
+    squeue("echo '1 RUNNING'")
+    executor.finds = lambda job: "forgotten"
+    job = submitted("1")
+    assert check(executor, [job]) == [job]
+    executor.finds = lambda job: "done"
+    assert check(executor, [job]) == []
+    assert (executor.ended, retries.said) == ([("1", "done")], [])
+
+
+def test_an_executor_that_fails_to_ask_keeps_all_of_its_jobs(watched, squeue):
+    executor, _, _ = watched
+    squeue("exit 1")
+
+    def unanswered(job: Any) -> str:
+        raise ConnectionError("Unable to contact slurm controller")
+
+    executor.finds = unanswered
+    jobs = [submitted("1"), submitted("2")]
+    assert check(executor, jobs) == jobs
+    assert executor.ended == []
+
+
+def test_ended_jobs_are_reported_once_and_others_go_on(watched, squeue):
+    executor, retries, _ = watched
+    squeue("printf '1 COMPLETED\\n2 FAILED\\n3 RUNNING\\n'")
+    executor.finds = lambda job: {"1": "done", "2": "failed"}.get(job.external_jobid, "running")
+    jobs = [submitted(id) for id in "123"]
+    assert check(executor, jobs) == jobs[2:]
+    assert executor.ended == [("1", "done"), ("2", "it failed")]
+    assert (retries.said, retries.forgiven) == (["it failed"], [])
+
+
+def test_a_job_that_slurm_has_lost_is_tried_again_and_twice_at_no_cost(
+    watched, squeue, monkeypatch
+):
+    executor, retries, _ = watched
+    squeue("echo '1 PREEMPTED'")
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(slurm.time, "monotonic", lambda: clock.now)
+    job = submitted("1")
+    for loss in range(slurm.FORGIVEN + 1):
+        job.external_jobid = "1" if loss == 0 else f"{loss}0"
+        assert check(executor, [job]) == [job]
+        clock.now += slurm.GRACE
+        assert check(executor, [job]) == [job]  # Slurm may yet requeue it
+        clock.now += 1.0
+        assert check(executor, [job]) == []
+    assert [text for _, text in executor.ended] == [
+        f"Slurm has lost job {id}" for id in ("1", "10", "20")
+    ]
+    assert retries.forgiven == [job.job] * slurm.FORGIVEN
+
+
+@pytest.mark.parametrize("answer", ["echo '1 PENDING'", "exit 1"])
+def test_a_job_that_waits_or_of_which_slurm_says_nothing_is_not_lost(
+    watched, squeue, monkeypatch, answer
+):
+    executor, _, _ = watched
+    squeue(answer)
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(slurm.time, "monotonic", lambda: clock.now)
+    job = submitted("1")
+    for _ in range(3):
+        clock.now += 10 * slurm.GRACE
+        assert check(executor, [job]) == [job]
+    assert executor.ended == []
+
+
+@pytest.mark.parametrize("sign", slurm.UNREACHABLE)
+def test_a_submission_that_slurm_could_not_take_uses_up_no_retry(watched, sign):
+    executor, retries, _ = watched
+    refused, broken = submitted(""), submitted("")
+    executor.report_job_error(refused, msg=f"SLURM job submission failed:\n  sbatch: {sign}")
+    executor.report_job_error(broken, msg="sbatch: error: invalid partition specified: gpuu")
+    assert retries.forgiven == [refused.job]
+    assert retries.said[0] == f"SLURM job submission failed: sbatch: {sign}"
+
+
+def test_jobs_of_an_earlier_call_are_cancelled_and_awaited(tmp_path, squeue):
+    calls = squeue(f"[ -e {tmp_path}/cancelled ] || printf '1\\n2\\n'")
+    file = tmp_path / ".locks" / "slurm.json"
+    assert slurm.end_orphans(file) == 0
+    slurm.remember(file, Executor())
+    assert json.loads(file.read_bytes()) == {"name": "3a8b"}
+    assert slurm.end_orphans(file) == 2
+    assert "scancel --name=3a8b\n" in calls.read_text()
+    assert not file.exists()
+
+
+def test_where_slurm_does_not_answer_the_name_of_its_jobs_is_kept(tmp_path, squeue):
+    squeue("exit 1")
+    file = tmp_path / "slurm.json"
+    slurm.remember(file, Executor())
+    with pytest.raises(errors.RunFailed, match="Slurm does not answer"):
+        slurm.end_orphans(file)
+    assert file.exists()

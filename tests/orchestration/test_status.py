@@ -1,0 +1,320 @@
+"""Where runs stand, told from their files: every state from a folder, with locks that are held."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tafs.common import errors
+from tafs.experiment import validate
+from tafs.orchestration import graph as workflow
+from tafs.orchestration import status
+from tafs.orchestration.status import State
+from tafs.runtime.journal import Journal
+from tafs.runtime.run_dir import RunDir
+
+ROOT = Path(__file__).resolve().parents[2]
+TAFS, FLOW = "tafs_grpo.preference.shapes-flux.0", "flow_grpo.preference.shapes-flux.0"
+BASE = "base.shapes.shapes-flux"
+NOW = 10_000.0
+TRAINED = ("adapter.safetensors", "journal.jsonl")
+JUDGED = ("scores.parquet", "samples.safetensors")
+
+
+SMOKE = validate.read(ROOT / "config.yaml", {"scale": "smoke"})
+
+
+@pytest.fixture
+def graph(tmp_path) -> workflow.Plan:
+    return workflow.Plan(SMOKE.model_copy(update={"results": str(tmp_path)}))
+
+
+def folder_of(graph: workflow.Plan, name: str) -> Path:
+    folder = Path(graph.root) / "runs" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def look(graph: workflow.Plan, name: str = TAFS, now: float = NOW) -> State:
+    return next(state for state in status.look(graph, now) if state.run == name)
+
+
+def touched(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).touch()
+
+
+def iterated(file: Path, *seconds: float, end: float = NOW - 10) -> None:
+    """A journal whose last iteration ended at `end`."""
+    for number, total in enumerate(seconds):
+        time = end - sum(seconds[number + 1 :])
+        rewards = {"clip": [50.0, 60.0 + number], "pickscore": [14.0, None]}
+        fields = {"seconds": {"total": total}, "rewards": rewards, "time": time}
+        Journal(file).append("iteration", iteration=number, **fields)
+
+
+def lock(folder: Path, stage: str, **facts) -> Path:
+    file = RunDir(folder).lock(stage)
+    file.parent.mkdir(exist_ok=True)
+    known = {"pid": 123, "host": "node3", "job": "", "since": NOW - 60}
+    file.write_text(json.dumps({**known, **facts}))
+    return file
+
+
+@contextmanager
+def working(folder: Path, stage: str, **facts) -> Iterator[None]:
+    """The stage's lock is held inside."""
+    with lock(folder, stage, **facts).open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def failed(folder: Path, stage: str, **facts) -> None:
+    file = RunDir(folder).failure(stage)
+    file.parent.mkdir(exist_ok=True)
+    known = {"stage": stage, "exit": 1, "message": "the loss is nan", "time": NOW - 5}
+    file.write_text(json.dumps({**known, "seen": False, **facts}))
+
+
+def reported(folder: Path, stage: str, **facts) -> None:
+    file = folder / ".progress" / f"{stage}.json"
+    file.parent.mkdir(exist_ok=True)
+    known = {"total": 40, "done": 10, "first": 0, "started": NOW - 120, "updated": NOW - 20}
+    file.write_text(json.dumps({"stage": stage, "run": folder.name, "note": "", **known, **facts}))
+
+
+# -- states ----------------------------------------------------------------------------------------
+
+
+def test_a_run_of_which_nothing_is_there_waits(graph):
+    found = look(graph)
+    assert (found.state, found.iterations, found.stages) == ("waiting", (0, 2), (0, 2))
+    assert (found.pace, found.left, found.heartbeat, found.where, found.note) == (
+        *(None, None, None),
+        *("", ""),
+    )
+    assert look(graph, BASE).iterations is None
+
+
+def test_a_run_whose_training_is_locked_trains_and_says_how_it_goes(graph):
+    folder = folder_of(graph, TAFS)
+    iterated(folder / ".state" / "journal.jsonl", 8.0)
+    with working(folder, "train"):
+        found = look(graph)
+    assert (found.state, found.iterations, found.pace, found.left) == ("training", (1, 2), 8.0, 8.0)
+    assert (found.reward, found.heartbeat) == ("clip 60  pickscore -", NOW - 10)
+    assert found.where == "node3:123"
+
+
+def test_the_pace_is_that_of_the_last_few_iterations(graph):
+    folder = folder_of(graph, TAFS)
+    iterated(folder / ".state" / "journal.jsonl", 500.0, 9.0, 1.0, 2.0, 3.0, 4.0)
+    with working(folder, "train"):
+        assert look(graph).pace == 3.0
+
+
+def test_a_lock_that_nobody_holds_is_no_sign_of_life(graph):
+    folder = folder_of(graph, TAFS)
+    iterated(folder / ".state" / "journal.jsonl", 8.0)
+    lock(folder, "train")
+    assert look(graph).note == ""  # a launcher has given it back for its processes to take
+    lock(folder, "train", since=NOW - 600)
+    found = look(graph)
+    assert (found.state, found.where) == ("waiting", "")
+    assert found.note == "train: its process has gone; it continues when it is started again"
+
+
+def test_looking_leaves_a_lock_free(graph):
+    file = lock(folder_of(graph, TAFS), "train")
+    look(graph)
+    with file.open("r+") as opened:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_trained_run_is_evaluated_and_then_done(graph):
+    folder = folder_of(graph, TAFS)
+    touched(folder, TRAINED[0])
+    iterated(folder / "journal.jsonl", 8.0, 8.0)
+    assert (look(graph).state, look(graph).stages) == ("waiting", (1, 2))
+    reported(folder, "evaluate")
+    with working(folder, "evaluate"):
+        found = look(graph)
+    # 10 of 40 steps took 100 s; the other 30 take 300 s, 20 s of which have passed.
+    assert (found.state, found.left) == ("evaluating", 280.0)
+    touched(folder, *JUDGED)
+    assert (look(graph).state, look(graph).stages) == ("done", (2, 2))
+
+
+def test_a_stage_that_is_worked_on_is_not_done_whatever_is_there(graph):
+    folder = folder_of(graph, TAFS)
+    touched(folder, *TRAINED, *JUDGED)
+    with working(folder, "train"):
+        assert (look(graph).state, look(graph).stages) == ("training", (1, 2))
+
+
+def test_a_base_model_is_evaluated_and_correlated(graph):
+    folder = folder_of(graph, BASE)
+    touched(folder, *JUDGED)
+    with working(folder, "correlate"):
+        assert (look(graph, BASE).state, look(graph, BASE).stages) == ("correlating", (1, 2))
+
+
+def test_a_run_behind_a_server_is_judged(tmp_path):
+    plan = workflow.read({"scale": "paper", "results": str(tmp_path)}, ROOT / "config.yaml")
+    name = "tafs_grpo.preference.flux-dev.0"
+    folder = folder_of(plan, name)
+    touched(folder, *TRAINED, *JUDGED)
+    with working(folder, "judge"):
+        assert (look(plan, name).state, look(plan, name).stages) == ("judging", (2, 3))
+
+
+# -- trouble ---------------------------------------------------------------------------------------
+
+
+def test_a_failure_is_shown_until_the_stage_goes_on(graph):
+    folder = folder_of(graph, TAFS)
+    iterated(folder / ".state" / "journal.jsonl", 8.0)
+    lock(folder, "train")
+    failed(folder, "train")
+    found = look(graph)
+    assert (found.state, found.note) == ("failed", "train: the loss is nan (5 s ago)")
+    with working(folder, "train", since=NOW - 1):
+        assert look(graph).state == "training"
+    iterated(folder / ".state" / "journal.jsonl", 8.0, end=NOW - 1)
+    assert look(graph).state == "waiting"
+
+
+def test_a_failure_in_whole_seconds_is_not_taken_for_an_older_one(graph):
+    folder = folder_of(graph, TAFS)
+    iterated(folder / ".state" / "journal.jsonl", 8.0, end=NOW - 4.5)
+    failed(folder, "train", time=int(NOW - 5))
+    assert look(graph).state == "failed"
+
+
+def test_a_stage_that_saved_its_state_is_to_be_continued(graph):
+    failed(folder_of(graph, TAFS), "train", exit=errors.CONTINUE, message="time limit")
+    found = look(graph)
+    assert (found.state, found.note) == ("to be continued", "train: time limit (5 s ago)")
+
+
+@pytest.mark.parametrize(
+    "pace, silent, state",
+    [(8.0, 899, "training"), (8.0, 901, "stalled"), (200.0, 1999, "training")]
+    + [(200.0, 2001, "stalled")],
+)
+def test_a_run_that_is_silent_for_much_longer_than_its_pace_has_stalled(graph, pace, silent, state):
+    folder = folder_of(graph, TAFS)
+    iterated(folder / ".state" / "journal.jsonl", pace, end=NOW)
+    with working(folder, "train", since=NOW - 1):
+        assert look(graph, now=NOW + silent).state == state
+
+
+def test_a_process_that_has_just_begun_is_not_stalled_by_an_old_journal(graph):
+    folder = folder_of(graph, TAFS)
+    iterated(folder / ".state" / "journal.jsonl", 8.0, end=NOW - 50_000)
+    with working(folder, "train", since=NOW - 5):
+        assert look(graph).state == "training"
+
+
+@pytest.fixture
+def squeue(tmp_path, monkeypatch):
+    """A squeue that says what it is told to."""
+
+    def says(script: str) -> None:
+        folder = tmp_path / "bin"
+        folder.mkdir(exist_ok=True)
+        program = folder / "squeue"
+        program.write_text(f'#!/bin/sh\n[ "$*" = "-h -j 77 -o %T" ] || exit 9\n{script}\n')
+        program.chmod(program.stat().st_mode | stat.S_IXUSR)
+        monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+    return says
+
+
+INVALID = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
+
+
+@pytest.mark.parametrize(
+    "answer, state",
+    [("echo RUNNING", "training"), ("true", "lost"), (INVALID, "lost")]
+    + [("echo 'Unable to contact slurm controller' >&2; exit 1", "training")],
+)
+def test_a_run_whose_slurm_job_is_gone_is_lost(graph, squeue, answer, state):
+    squeue(answer)
+    folder = folder_of(graph, TAFS)
+    with working(folder, "train", job="77"):
+        found = look(graph)
+    assert (found.state, found.where) == (state, "node3:123 Slurm 77")
+    assert found.note == (status.LOST if state == "lost" else "")
+    # A node that dies lets its locks go.
+    assert look(graph).state == ("lost" if state == "lost" else "waiting")
+    failed(folder, "train")
+    assert look(graph).state == "failed"
+
+
+def test_without_squeue_nothing_is_said_to_be_lost(graph, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with working(folder_of(graph, TAFS), "train", job="77"):
+        assert look(graph).state == "training"
+
+
+def test_files_that_are_half_written_are_as_good_as_none(graph):
+    folder = folder_of(graph, TAFS)
+    reported(folder, "train")
+    for file in (lock(folder, "train"), folder / ".progress" / "train.json"):
+        file.write_text("{")
+    assert look(graph).state == "waiting"
+
+
+# -- all together ----------------------------------------------------------------------------------
+
+
+def test_time_left_is_that_of_all_trainings_over_those_that_run():
+    """3 x 2 s, 4 x 6 s, and one that has not begun at its method's 2 s: 5 x 2 s, two at a time."""
+
+    def state(name: str, done: int, total: int, pace: float | None) -> State:
+        return State(name, name, (done, total), "", pace, None, None, "", "", (0, 2))
+
+    states = [
+        state("training", 2, 5, 2.0),
+        state("training", 1, 5, 6.0),
+        state("waiting", 0, 5, None),
+        State("done", "done", None, "", None, None, None, "", "", (2, 2)),
+    ]
+    assert status.training_left(states, ["a", "b", "a", "base"]) == (6 + 24 + 10) / 2
+    assert status.training_left(states[2:], ["a", "base"]) is None
+
+
+def test_the_exit_code_says_whether_a_run_has_failed(graph, capsys):
+    folder = folder_of(graph, TAFS)
+    assert status.show(graph) == 0
+    failed(folder, "train")
+    touched(folder_of(graph, FLOW), *JUDGED, TRAINED[0])
+    iterated(folder_of(graph, FLOW) / "journal.jsonl", 1.0, 1.0)
+    capsys.readouterr()
+    assert status.show(graph) == 1
+    first, blank, head, run, *_ = capsys.readouterr().out.splitlines()
+    assert first == "scale smoke: 1 failed, 5 waiting, 1 done; 2 of 14 jobs done"
+    assert (blank, head.split()[:3]) == ("", ["run", "state", "iteration"])
+    assert run.split()[:3] == [TAFS, "failed", "0/2"]
+    assert "train: the loss is nan" in run
+
+
+def test_it_looks_again_until_all_is_done(graph, capsys):
+    waits = []
+
+    def finish(seconds: float) -> None:
+        waits.append(seconds)
+        for name in graph.runs:
+            touched(folder_of(graph, name), *TRAINED, *JUDGED, "step_scores.parquet")
+
+    assert status.show(graph, 7.0, finish) == 0
+    assert waits == [7.0]
+    assert "7 done; 14 of 14 jobs done" in capsys.readouterr().out

@@ -1,0 +1,301 @@
+"""Each patch of a third-party package is needed, works, and leaves no trace elsewhere."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import logging
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from tafs.common import torchvision_patch
+from tafs.rewards import compat
+
+PROMPTS = ["a red square left of a blue circle", "Zwölf Boxkämpfer, it's 3 o'clock & more"]
+
+
+@pytest.fixture(scope="module")
+def hpsv2() -> Any:
+    return compat.import_hpsv2()
+
+
+@pytest.fixture(scope="module")
+def imagereward() -> Any:
+    return compat.import_imagereward()
+
+
+@pytest.fixture
+def bert_vocabulary(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """As many tokens as bert-base-uncased has, in place of a download."""
+    from transformers import BertTokenizer
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "square", "blue"]
+    words += [f"[unused{i}]" for i in range(compat.BERT_VOCABULARY_SIZE - len(words))]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    monkeypatch.setattr(
+        BertTokenizer, "from_pretrained", lambda name: BertTokenizer(vocab=vocabulary)
+    )
+    return vocabulary
+
+
+@pytest.fixture
+def scorer(
+    imagereward: Any,
+    bert_vocabulary: dict[str, int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Any:
+    """ImageReward's own classes, few and narrow layers; its head fixes the text's width of 768."""
+    from ImageReward.models.BLIP import blip_pretrain, vit
+
+    def narrow_vit(size: str, image_size: int, *_: object) -> tuple[torch.nn.Module, int]:
+        assert (size, image_size) == ("large", 224)
+        encoder = vit.VisionTransformer(
+            img_size=image_size, patch_size=16, embed_dim=32, depth=2, num_heads=2
+        )
+        return encoder, 32
+
+    monkeypatch.setattr(blip_pretrain, "create_vit", narrow_vit)
+    config = {
+        "hidden_size": 768,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "vocab_size": 16,
+        "add_cross_attention": True,
+    }
+    path = tmp_path / "med_config.json"
+    path.write_text(json.dumps(config))
+    torch.manual_seed(0)
+    return imagereward.ImageReward(med_config=str(path)).eval()
+
+
+def extension_is_missing() -> bool:
+    import torchvision
+
+    return torch.version.cuda is None and not torchvision.extension._has_ops()
+
+
+def test_every_named_package_imports_in_one_process(hpsv2: Any, imagereward: Any) -> None:
+    names = "torch torchvision diffusers transformers peft accelerate snakemake mlflow pandas"
+    modules = [importlib.import_module(name) for name in f"{names} open_clip matplotlib".split()]
+    modules += [hpsv2, imagereward]
+    assert all(sys.modules[module.__name__] is module for module in modules)
+    assert {"hpsv2", "ImageReward"} <= set(sys.modules)
+
+
+def test_torchvision_fails_beside_a_cpu_torch_unless_patched() -> None:
+    torchvision_patch.patch_torchvision()
+    if not extension_is_missing():
+        pytest.skip("this torchvision was built for this torch")
+    command = [sys.executable, "-c", "import torchvision"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert "operator torchvision::nms does not exist" in result.stderr
+
+
+def test_patching_torchvision_again_changes_nothing() -> None:
+    torchvision_patch.patch_torchvision()
+    import torchvision
+
+    before = list(torchvision_patch._schemas)
+    torchvision_patch.patch_torchvision()
+    assert torchvision_patch._schemas == before
+    assert bool(before) == extension_is_missing()
+    assert torchvision.transforms.functional.resize(torch.zeros(3, 8, 8), [4]).shape == (3, 4, 4)
+
+
+def test_torchvision_may_be_patched_before_anything_looks_for_it() -> None:
+    code = "from tafs import compat; compat.patch_torchvision(); import torchvision"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_torchvision_is_left_alone_where_torch_has_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.library, "Library", lambda *_: pytest.fail("declared a schema"))
+    torchvision_patch.patch_torchvision()
+
+
+def test_hpsv2_lacks_its_vocabulary_and_keeps_lacking_it(hpsv2: Any) -> None:
+    folder = Path(hpsv2.__file__).parent / "src" / "open_clip"
+    assert (folder / "tokenizer.py").exists()
+    assert not (folder / compat.BPE_VOCABULARY).exists()
+
+
+def test_hpsv2_needs_no_tkinter_and_leaves_pythons_own_turtle_alone() -> None:
+    code = (
+        "import sys; sys.modules['tkinter'] = None; from tafs import compat; "
+        "compat.import_hpsv2(); assert 'turtle' not in sys.modules; import turtle"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ModuleNotFoundError: import of tkinter halted" in done.stderr
+    assert "hpsv2" not in done.stderr
+
+
+def test_hpsv2_and_open_clip_give_the_same_tokens(hpsv2: Any) -> None:
+    import open_clip
+
+    theirs = hpsv2.src.open_clip.get_tokenizer("ViT-H-14")(PROMPTS)
+    assert torch.equal(theirs, open_clip.get_tokenizer("ViT-H-14")(PROMPTS))
+    assert len(set(theirs[0].tolist())) > 8
+
+
+def test_hpsv2_and_open_clip_build_the_same_vit_h_14(hpsv2: Any) -> None:
+    import open_clip
+
+    def shapes(factory: Any) -> dict[str, torch.Size]:
+        # On the meta device the 4 GB of random weights cost nothing.
+        with torch.device("meta"):
+            model = factory.create_model("ViT-H-14", device="meta")
+        return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+    expected = shapes(open_clip)
+    assert len(expected) == 686
+    assert shapes(hpsv2.src.open_clip) == expected
+
+
+def test_hpsv2_scores_an_image_with_random_weights(hpsv2: Any, tmp_path: Path) -> None:
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {
+            "image_size": 32,
+            "layers": 1,
+            "width": 32,
+            "head_width": 16,
+            "patch_size": 16,
+        },
+        "text_cfg": {
+            "context_length": 77,
+            "vocab_size": 49408,
+            "width": 16,
+            "heads": 2,
+            "layers": 1,
+        },
+    }
+    path = tmp_path / "tiny-for-tests.json"
+    path.write_text(json.dumps(config))
+    their_clip = hpsv2.src.open_clip
+    their_clip.add_model_config(path)
+    model, _, preprocess = their_clip.create_model_and_transforms(path.stem, output_dict=True)
+    image = preprocess(Image.new("RGB", (48, 32), "red"))[None]
+    with torch.no_grad():
+        features = model.eval()(image, their_clip.tokenize(PROMPTS))
+    score = features["image_features"] @ features["text_features"].T
+    assert score.shape == (1, 2)
+    assert score.abs().max() <= 1.0 + 1e-5
+
+
+def test_image_reward_needs_each_of_its_patches_and_only_it_gets_them(
+    imagereward: Any, bert_vocabulary: dict[str, int]
+) -> None:
+    from transformers import BertTokenizer, PreTrainedModel, modeling_utils
+
+    assert "fairscale" not in sys.modules
+    assert importlib.util.find_spec("fairscale") is None
+    for name in (
+        "apply_chunking_to_forward",
+        "prune_linear_layer",
+        "find_pruneable_heads_and_indices",
+    ):
+        assert not hasattr(modeling_utils, name)
+    for name in ("all_tied_weights_keys", "get_head_mask", "invert_attention_mask"):
+        assert not hasattr(PreTrainedModel, name)
+    assert not hasattr(BertTokenizer.from_pretrained(""), "additional_special_tokens_ids")
+
+
+def test_image_reward_scores_an_image(scorer: Any) -> None:
+    image = Image.linear_gradient("L").convert("RGB")
+    score = scorer.score("a red square", image)
+    assert score == scorer.score("a red square", image)
+    assert score == pytest.approx(scorer.score("a red square", [image, image])[0], abs=1e-5)
+
+
+def test_image_reward_looks_at_the_image_and_at_the_prompt(scorer: Any) -> None:
+    # A fresh head is nearly constant: compare what it sees.
+    seen: list[torch.Tensor] = []
+    scorer.mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    gradient = Image.linear_gradient("L").convert("RGB")
+    scorer.score("a red square", gradient)
+    scorer.score("a red square", gradient.rotate(90))
+    scorer.score("a blue square", gradient)
+    assert not torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[0], seen[2])
+
+
+def test_image_reward_ignores_padding(scorer: Any) -> None:
+    image = torch.zeros(1, 3, 224, 224)
+    token_ids = torch.tensor([[2, 5, 6, 7, 3, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0, 0]])
+    padded = scorer.score_gard(token_ids, mask, image)
+    torch.testing.assert_close(scorer.score_gard(token_ids[:, :5], mask[:, :5], image), padded)
+
+
+def test_image_reward_has_a_gradient_with_respect_to_the_image(scorer: Any) -> None:
+    image = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    image.requires_grad_()
+    token_ids = torch.tensor([[2, 5, 6, 7, 3]])
+    scorer.score_gard(token_ids, torch.ones_like(token_ids), image).sum().backward()
+    assert image.grad is not None
+    assert image.grad.abs().sum() > 0
+
+
+def test_inverted_attention_mask_is_zero_where_attended() -> None:
+    model = torch.nn.Module()
+    model.dtype = torch.float32  # type: ignore[assignment]
+    lowest = torch.finfo(torch.float32).min
+    inverted = compat._invert_attention_mask(model, torch.tensor([[1, 0]]))
+    assert torch.equal(inverted, torch.tensor([[[[0.0, lowest]]]]))
+    assert compat._invert_attention_mask(model, torch.ones(2, 3, 4)).shape == (2, 1, 3, 4)
+
+
+def test_blip_tokenizer_appends_its_two_tokens(
+    imagereward: Any, bert_vocabulary: dict[str, int]
+) -> None:
+    from ImageReward.models.BLIP.blip import init_tokenizer
+
+    tokenizer = init_tokenizer()
+    assert tokenizer.bos_token_id == len(bert_vocabulary)
+    assert tokenizer.enc_token_id == len(bert_vocabulary) + 1
+    assert tokenizer("a red square").input_ids == [2, 5, 6, 7, 3]
+
+
+def test_an_almost_empty_bert_tokenizer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import BertTokenizer
+
+    tiny = BertTokenizer(vocab={"[PAD]": 0, "[UNK]": 1})
+    monkeypatch.setattr(BertTokenizer, "from_pretrained", lambda name: tiny)
+    with pytest.raises(RuntimeError, match="hf download bert-base-uncased"):
+        compat._blip_tokenizer()
+
+
+def test_pruning_and_checkpointing_are_refused(imagereward: Any) -> None:
+    from ImageReward.models.BLIP import med, vit
+
+    with pytest.raises(NotImplementedError, match="pruning"):
+        med.find_pruneable_heads_and_indices([0], 1, 1, set())
+    with pytest.raises(NotImplementedError, match="checkpointing"):
+        vit.Block(dim=8, num_heads=1, use_grad_checkpointing=True)
+
+
+def test_importing_leaves_warnings_and_loggers_as_they_were() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    def state() -> tuple[object, ...]:
+        filters = list(warnings.filters)
+        return filters, transformers_logging.get_verbosity(), logging.root.level
+
+    before = state()
+    with compat._quietly():
+        # What image-reward does on import.
+        warnings.filterwarnings("ignore")
+        transformers_logging.set_verbosity_error()
+        logging.root.setLevel(logging.INFO)
+        assert state() != before
+    assert state() == before

@@ -1,0 +1,393 @@
+"""GenEval's real detector: known answers for hand-made logits and crops, tiny models end to end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from support import tiny_detector
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
+from tafs.data.prompts import Prompt
+from tafs.rewards import detector
+from tafs.rewards.detector import COLORS, GenEval, Instance, Mask2FormerDetector, instances
+
+ON = 8.0  # a mask's logit inside; outside it is -ON, so that bilinear edges stay where they are
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return tiny_detector.mask2former(root / "mask2former"), tiny_detector.clip(root / "clip")
+
+
+@pytest.fixture(scope="module")
+def tiny(folders):
+    return Mask2FormerDetector(*folders)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.rand(3, 3, 48, 64, generator=torch.Generator().manual_seed(0))
+
+
+def prompt(*needs, tag="mixed", exclude=()):
+    return Prompt("a prompt", {"tag": tag, "include": list(needs), "exclude": list(exclude)})
+
+
+def need(name, count=1, **extra):
+    return {"class": name, "count": count, **extra}
+
+
+def logits(*probabilities: dict[int, float], classes: int) -> torch.Tensor:
+    """[Q, classes + 1] whose softmax are the given probabilities; the rest is "no object"."""
+    rows = torch.full((len(probabilities), classes + 1), 1e-9)
+    for row, given in zip(rows, probabilities, strict=True):
+        for label, value in given.items():
+            row[label] = value
+        row[-1] = 1 - sum(given.values())
+    return rows.log()
+
+
+def rectangles(*boxes: tuple[int, int, int, int], height: int = 16, width: int = 16):
+    """[Q, h, w] mask logits, positive inside (x0, y0, x1, y1)."""
+    masks = torch.full((len(boxes), height, width), -ON)
+    for mask, (x0, y0, x1, y1) in zip(masks, boxes, strict=True):
+        mask[y0:y1, x0:x1] = ON
+    return masks
+
+
+def found(classes, masks, threshold=0.3, side=64) -> list[Instance]:
+    shape = (side, side)
+    return instances(classes, masks, padded=shape, inside=shape, size=shape, threshold=threshold)
+
+
+# -- names and rows --------------------------------------------------------------------------------
+
+
+def test_the_hubs_labels_become_genevals_names():
+    names = detector.class_names(dict(enumerate(tiny_detector.LABELS)), None)
+    assert names == detector.CLASSES
+    assert len(set(names)) == 80
+    assert (names[0], names[3], names[57], names[64], names[65], names[79]) == (
+        *("person", "motorcycle", "couch", "computer mouse", "tv remote", "toothbrush"),
+    )
+
+
+def test_cocos_own_spelling_becomes_genevals_names():
+    own = {"computer mouse": "mouse", "tv remote": "remote", "computer keyboard": "keyboard"}
+    labels = {i: own.get(name, name) for i, name in enumerate(detector.CLASSES)}
+    assert detector.class_names(labels, None) == detector.CLASSES
+
+
+def test_other_classes_than_cocos_are_refused(tmp_path):
+    labels = dict(enumerate(detector.CLASSES)) | {7: "lorry"}
+    with pytest.raises(ValueError, match=f"{tmp_path}: its id2label is not COCO's 80.*'lorry'"):
+        detector.class_names(labels, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (prompt(need("dragon")), "'a prompt': the detector does not know the class 'dragon'"),
+        (prompt(need("dog"), exclude=[need("elf")]), "does not know the class 'elf'"),
+        (prompt(need("dog", color="mauve")), "the colour 'mauve' is not one of red, orange"),
+    ],
+)
+def test_what_the_detector_cannot_find_is_refused(tiny, images, row, message):
+    with pytest.raises(ValueError, match=message):
+        GenEval(tiny, strict=True)(images[:1], [row])
+
+
+def test_only_the_objects_that_a_colour_is_asked_of_get_one():
+    names = ["dog", "cat", "dog", "dog", "car"]
+    row = prompt(need("dog", 2, color="red"), need("cat"), need("car", color="blue")).row
+    assert detector.to_color(names, row) == [0, 2, 4]
+    assert detector.to_color(names, prompt(need("dog", 3)).row) == []
+
+
+# -- the image before the model --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "inside", "padded"),
+    [
+        ((512, 512), (800, 800), (800, 800)),
+        ((1024, 1024), (800, 800), (800, 800)),
+        ((64, 96), (800, 1200), (800, 1216)),
+        ((400, 1000), (533, 1333), (544, 1344)),
+        ((1000, 400), (1333, 533), (1344, 544)),
+    ],
+)
+def test_images_are_resized_to_fit_800_x_1333_and_padded_to_multiples_of_32(size, inside, padded):
+    grey = torch.full((1, 3, *size), 100.0)
+    inputs, within = detector.prepare(grey)
+    assert within == inside
+    assert tuple(inputs.shape) == (1, 3, *padded)
+    assert not inputs[..., inside[0] :, :].any() and not inputs[..., inside[1] :].any()
+    expected = (100 - torch.tensor(detector.MEAN)) / torch.tensor(detector.STD)
+    torch.testing.assert_close(inputs[0, :, 0, 0], expected)
+    torch.testing.assert_close(inputs[0, :, inside[0] - 1, inside[1] - 1], expected)
+
+
+def test_resizing_is_bilinear_on_8_bit_values():
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (1, 3, 40, 40), generator=generator).float()
+    inputs, _ = detector.prepare(pixels)
+    values = inputs * torch.tensor(detector.STD).view(3, 1, 1)
+    values += torch.tensor(detector.MEAN).view(3, 1, 1)
+    image = Image.fromarray(pixels[0].permute(1, 2, 0).numpy().astype(np.uint8))
+    theirs = np.asarray(image.resize((800, 800), Image.Resampling.BILINEAR), dtype=np.float32)
+    # PIL rounds after each of its two passes.
+    assert np.abs(values[0].permute(1, 2, 0).numpy() - theirs).max() <= 1.01
+
+
+# -- hand-made logits ------------------------------------------------------------------------------
+
+
+def test_a_mask_and_its_box_have_the_images_resolution():
+    [one] = found(logits({1: 0.9}, classes=3), rectangles((2, 5, 6, 8)))
+    assert one.label == 1
+    assert one.box == (8, 20, 24, 32)
+    expected = torch.zeros(64, 64, dtype=torch.bool)
+    expected[20:32, 8:24] = True
+    # Between cells logits are bilinear: a corner's share of its own is (5 / 8) ** 2 < 1 / 2.
+    expected[[20, 20, 31, 31], [8, 23, 8, 23]] = False
+    assert torch.equal(one.mask, expected)
+
+
+def test_a_score_is_the_class_probability_times_the_masks_mean_probability():
+    masks = rectangles((2, 5, 6, 8))
+    [one] = found(logits({1: 0.9}, classes=3), masks)
+    # PIL's bilinear enlargement is an independent one.
+    large = np.asarray(Image.fromarray(masks[0].numpy()).resize((64, 64), Image.BILINEAR))
+    inside = 1 / (1 + np.exp(-large[large > 0]))
+    assert one.score == pytest.approx(0.9 * inside.mean(), abs=1e-5)
+
+
+def test_masks_may_overlap_and_both_stay_whole():
+    front, behind = (0, 0, 8, 8), (4, 4, 12, 12)
+    one, two = found(logits({0: 0.95}, {1: 0.9}, classes=2), rectangles(front, behind))
+    assert (one.label, two.label) == (0, 1)
+    assert one.box == (0, 0, 32, 32) and two.box == (16, 16, 48, 48)
+    # Without the corners that do not lie at the image's edge, as above.
+    assert (one.mask.sum(), two.mask.sum()) == (32 * 32 - 1, 32 * 32 - 4)
+    assert (one.mask & two.mask).sum() == 16 * 16 - 2
+
+
+def test_a_query_can_be_two_objects_of_different_classes():
+    both = found(logits({0: 0.55, 2: 0.45}, classes=3), rectangles((0, 0, 8, 8)))
+    assert [o.label for o in both] == [0, 2]
+    assert torch.equal(both[0].mask, both[1].mask)
+
+
+@pytest.mark.parametrize(("threshold", "labels"), [(0.3, [0, 1, 2]), (0.9, [0])])
+def test_objects_lie_above_the_threshold_most_confident_first(threshold, labels):
+    classes = logits({1: 0.8}, {3: 0.25}, {0: 0.99}, {2: 0.5}, classes=4)
+    boxes = [(0, 0, 16, 16)] * 4
+    objects = found(classes, rectangles(*boxes), threshold)
+    assert [o.label for o in objects] == labels
+    assert all(o.score > threshold for o in objects)
+
+
+def test_a_sure_class_with_an_unsure_mask_is_below_the_threshold():
+    assert found(logits({0: 0.55}, classes=1), rectangles((0, 0, 16, 16)) * 1e-4) == []
+    assert len(found(logits({0: 0.65}, classes=1), rectangles((0, 0, 16, 16)) * 1e-4)) == 1
+
+
+def test_an_empty_mask_is_no_object():
+    assert found(logits({0: 0.99}, classes=1), rectangles((0, 0, 0, 0))) == []
+
+
+def test_at_most_16_objects_of_a_class_are_kept_the_most_confident():
+    given = [{0: 0.5 + i / 100} for i in range(20)] + [{1: 0.4}, {1: 0.45}]
+    objects = found(logits(*given, classes=2), rectangles(*[(0, 0, 16, 16)] * 22))
+    assert [o.label for o in objects] == [0] * 16 + [1] * 2
+    expected = [0.5 + i / 100 for i in range(19, 3, -1)] + [0.45, 0.4]
+    assert [o.score for o in objects] == pytest.approx(expected, abs=1e-3)
+
+
+def test_an_image_has_at_most_100_instances():
+    given = [{i: 0.5 + i / 1000} for i in range(120)]
+    objects = found(logits(*given, classes=120), rectangles(*[(0, 0, 16, 16)] * 120), side=16)
+    assert [o.label for o in objects] == list(range(119, 19, -1))
+
+
+def test_the_padding_is_cut_off_before_the_image_is_restored():
+    masks = rectangles((4, 2, 24, 10), height=16, width=24)  # the last 4 columns are padding
+    [one] = instances(
+        logits({0: 0.9}, classes=1),
+        masks,
+        padded=(64, 96),
+        inside=(64, 80),
+        size=(128, 160),
+        threshold=0.3,
+    )
+    assert one.mask.shape == (128, 160)
+    assert one.box == (32, 16, 160, 80)
+
+
+# -- colours ---------------------------------------------------------------------------------------
+
+
+def test_a_crop_is_the_object_alone_on_grey():
+    pixels = torch.tensor([255.0, 0, 0]).view(3, 1, 1).expand(3, 8, 10)
+    mask = torch.zeros(8, 10, dtype=torch.bool)
+    mask[2:4, 3:9] = True
+    mask[4:6, 3:5] = True
+    alone = detector.crop(pixels, Instance(0, 0.9, (3.0, 2.0, 9.0, 6.0), mask))
+    assert alone.shape == (3, 4, 6)
+    red, grey = torch.tensor([1.0, 0, 0]), torch.full((3,), 0x99 / 255)
+    assert torch.equal(alone[:, 0, 5], red) and torch.equal(alone[:, 3, 0], red)
+    assert torch.equal(alone[:, 3, 5], grey)
+
+
+def test_a_colours_weight_is_the_mean_of_its_three_sentences(tiny, folders):
+    model = CLIPModel.from_pretrained(folders[1]).eval()
+    tokenizer = CLIPTokenizer.from_pretrained(folders[1])
+    weights = tiny.colors.weights("teddy bear")
+    assert weights.shape == (10, 32)
+    for color in ("red", "white"):
+        units = []
+        for text in (
+            f"a photo of a {color} teddy bear",
+            f"a photo of a {color}-colored teddy bear",
+            f"a photo of a {color} object",
+        ):
+            with torch.no_grad():
+                vector = model.get_text_features(**tokenizer(text, return_tensors="pt"))
+            units.append(vector.pooler_output[0] / vector.pooler_output[0].norm())
+        mean = sum(units) / 3
+        expected = mean / mean.norm()
+        torch.testing.assert_close(weights[COLORS.index(color)], expected, atol=1e-5, rtol=1e-4)
+
+
+def solid(*rgb: float, height: int = 30, width: int = 40) -> torch.Tensor:
+    return torch.tensor(rgb).view(3, 1, 1).expand(3, height, width)
+
+
+def test_an_object_has_the_colour_whose_sentences_are_closest(folders, monkeypatch):
+    """Sentences are put where CLIP, run by transformers alone, puts the pictures of the colours."""
+    shades = [solid(*rgb) for rgb in torch.rand(10, 3, generator=torch.Generator().manual_seed(2))]
+    processor = CLIPImageProcessorPil.from_pretrained(folders[1])
+    pictures = [Image.fromarray((s.permute(1, 2, 0) * 255).byte().numpy()) for s in shades]
+    model = CLIPModel.from_pretrained(folders[1]).eval()
+    with torch.no_grad():
+        pixels = processor(pictures, return_tensors="pt")["pixel_values"]
+        vectors = model.get_image_features(pixel_values=pixels).pooler_output
+    classifier = detector.ColorClassifier(folders[1])
+    units = vectors / vectors.norm(dim=-1, keepdim=True)
+    monkeypatch.setattr(classifier, "weights", {"dog": units, "cat": units.flip(0)}.get)
+    assert classifier(shades, ["dog"] * 10) == list(COLORS)
+    assert classifier(shades, ["cat"] * 10) == list(COLORS)[::-1]
+    assert classifier([shades[0], shades[0]], ["dog", "cat"]) == ["red", "white"]
+
+
+# -- the tiny models end to end --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def seen(tiny, images):
+    return tiny.detect(images, [prompt()] * len(images))
+
+
+def test_the_tiny_model_finds_objects_in_the_image(seen):
+    assert all(objects for objects in seen)
+    for objects in seen:
+        scores = [d.score for d in objects]
+        assert scores == sorted(scores, reverse=True) and min(scores) > 0.3
+        for label, _, (x0, y0, x1, y1), color in objects:
+            assert label in detector.CLASSES and color is None
+            assert 0 <= x0 < x1 <= 64 and 0 <= y0 < y1 <= 48
+
+
+def test_counting_judges_only_sure_objects(tiny, images, seen):
+    counted = tiny.detect(images, [prompt(tag="counting")] * len(images))
+    sure = [[d for d in objects if d.score > 0.9] for objects in seen]
+    assert [[d[:3] for d in objects] for objects in counted] == [
+        [(d.label, pytest.approx(d.score, abs=1e-5), d.box) for d in objects] for objects in sure
+    ]
+    assert sum(map(len, counted)) < sum(map(len, seen))
+
+
+def test_verdicts_follow_what_was_found(tiny, images, seen):
+    label = seen[0][0].label
+    absent = next(name for name in detector.CLASSES if name not in {d.label for d in seen[0]})
+    [colored] = tiny.detect(images[:1], [prompt(need(label, color="red"))])
+    assert [d.color for d in colored].count(None) == len(colored) - 1
+    color = next(d.color for d in colored if d.color)
+    other = COLORS[COLORS.index(color) - 1]
+    prompts = [
+        prompt(need(label)),
+        prompt(need(label), need(absent)),
+        prompt(need(label, color=color)),
+        prompt(need(label, color=other)),
+        prompt(need(label), exclude=[need(label, 1)]),
+    ]
+    batch = images[:1].expand(len(prompts), -1, -1, -1)
+    assert GenEval(tiny, strict=True)(batch, prompts).tolist() == [1, 0, 1, 0, 0]
+    graded = GenEval(tiny, strict=False)(batch[:4], prompts[:4])
+    assert graded.tolist() == [1, 0.5, 1, 0.5]
+    assert graded.dtype == torch.float32
+
+
+def test_scores_do_not_depend_on_batch_or_order(tiny, images, seen):
+    prompts = [prompt(need(o[0].label), need(o[-1].label, color="red")) for o in seen]
+    score = GenEval(tiny, strict=False)
+    together = score(images, prompts)
+    order = [2, 0, 1]
+    assert torch.equal(score(images[order], [prompts[i] for i in order]), together[order])
+    single = [tiny.detect(images[i : i + 1], [prompts[i]])[0] for i in range(3)]
+    for objects, alone in zip(tiny.detect(images, prompts), single, strict=True):
+        assert [(d.label, d.box, d.color) for d in objects] == [
+            (d.label, d.box, d.color) for d in alone
+        ]
+        assert [d.score for d in objects] == pytest.approx([d.score for d in alone], abs=1e-5)
+
+
+def test_the_record_names_both_models(tiny):
+    record = GenEval(tiny, strict=True).record()
+    assert record["name"] == "geneval" and record["scale"] == "0 or 1"
+    assert "mask2former-swin-small-coco-instance" in record["version"]
+    assert "clip-vit-large-patch14" in record["version"]
+
+
+# -- damaged folders -------------------------------------------------------------------------------
+
+
+def test_a_folder_without_a_model_is_named(folders, tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"reward geneval: {tmp_path}/config.json"):
+        Mask2FormerDetector(tmp_path, folders[1])
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/config.json"):
+        Mask2FormerDetector(folders[0], tmp_path)
+
+
+def test_a_checkpoint_that_lacks_a_weight_is_refused(folders, tmp_path):
+    copy = shutil.copytree(folders[0], tmp_path / "copy")
+    weights = load_file(copy / "model.safetensors")
+    del weights["class_predictor.weight"]
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="copy is damaged .class_predictor.weight is missing"):
+        Mask2FormerDetector(copy, folders[1])
+
+
+def test_a_cut_off_checkpoint_is_refused(folders, tmp_path):
+    copy = shutil.copytree(folders[0], tmp_path / "copy")
+    content = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="reward geneval: .*copy is damaged"):
+        Mask2FormerDetector(copy, folders[1])
+
+
+def test_a_detector_of_other_classes_is_refused(folders, tmp_path):
+    copy = shutil.copytree(folders[0], tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    config["id2label"]["0"] = "human"
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="copy: its id2label is not COCO's 80 classes"):
+        Mask2FormerDetector(copy, folders[1])

@@ -1,0 +1,551 @@
+"""The published reward models' scorers against the packages that the models were published with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from support import tiny_rewards
+from torch import Tensor
+from transformers import AutoModel, CLIPImageProcessor, CLIPProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from tafs.common import errors
+from tafs.data.prompts import Prompt
+from tafs.rewards import compat, golden, hpsv2, learned, registry
+from tafs.rewards.clip import CLIPScore, PickScore
+from tafs.rewards.hpsv2 import HPSv2
+from tafs.rewards.imagereward import ImageReward
+from tafs.rewards.metrics import METRICS
+
+NAMES = ("clip", "pickscore", "hpsv2", "imagereward")
+CAPTIONS = (
+    "a red square left of a blue circle",
+    "Zwölf Boxkämpfer, it's 3 o'clock & more",
+    "a very long caption " * 30,
+    "",
+)
+# PIL rounds a pixel to 8 bits after each of its two passes: half a level at the end, and half a
+# level of the first pass times 1.25, the sum of the bicubic kernel's magnitudes.
+LEVELS = 1.15
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of every model."""
+    root = tmp_path_factory.mktemp("rewards")
+    tiny_rewards.clip(root / "clip")
+    tiny_rewards.pickscore(root / "pickscore")
+    tiny_rewards.clip_processor(root / "clip-h")
+    tiny_rewards.hpsv2(root / "hpsv2" / "HPS_v2.1_compressed.pt")
+    tiny_rewards.bert_tokenizer(root / "bert")
+    tiny_rewards.imagereward(root / "imagereward", root / "bert")
+    return root
+
+
+def load(name: str, root: Path) -> learned.LearnedReward:
+    if name == "clip":
+        return CLIPScore(root / "clip")
+    if name == "pickscore":
+        return PickScore(root / "pickscore", root / "clip-h")
+    if name == "hpsv2":
+        return HPSv2(root / "hpsv2" / "HPS_v2.1_compressed.pt")
+    files = root / "imagereward"
+    return ImageReward(files / "ImageReward.pt", files / "med_config.json", root / "bert")
+
+
+@pytest.fixture(scope="module")
+def scorers(folder: Path) -> dict[str, Any]:
+    return {name: load(name, folder) for name in NAMES}
+
+
+def pictures(count: int, height: int = 224, width: int = 224) -> np.ndarray:
+    """Colour gradients, hard edges and noise, [count, height, width, 3] uint8."""
+    rng = np.random.default_rng(count * height + width)
+    y, x = np.mgrid[:height, :width]
+    drawn = []
+    for _ in range(count):
+        a, b, c = rng.uniform(1, 4, 3)
+        waves = [
+            np.sin(a * y / height * 3 + c),
+            np.cos(b * x / width * 3),
+            np.sin(c * (x + y) / 90),
+        ]
+        image = 128 + 100 * np.stack(waves, axis=-1) + rng.normal(0, 10, (height, width, 3))
+        low = rng.integers(0, [height // 2, width // 2])
+        image[low[0] : low[0] + height // 3, low[1] : low[1] + width // 3] = rng.choice(
+            [0, 255], size=3
+        )
+        drawn.append(image.clip(0, 255).astype(np.uint8))
+    return np.stack(drawn)
+
+
+def tensor(images: np.ndarray) -> Tensor:
+    return torch.from_numpy(images).permute(0, 3, 1, 2) / 255
+
+
+def prompts(count: int) -> list[Prompt]:
+    return [Prompt(CAPTIONS[i % len(CAPTIONS)], {}) for i in range(count)]
+
+
+# -- what the packages themselves compute ----------------------------------------------------------
+
+
+def clip_reference(folder: Path, processor: Path, image: Image.Image, text: str) -> Tensor:
+    """exp(logit_scale) cosine, as PickScore's model card computes it."""
+    read = CLIPProcessor.from_pretrained(processor)
+    model = AutoModel.from_pretrained(folder).eval()
+    settings = {"padding": True, "truncation": True, "max_length": 77, "return_tensors": "pt"}
+    with torch.no_grad():
+        pixels = model.get_image_features(**read(images=image, return_tensors="pt"))
+        caption = model.get_text_features(**read(text=text, **settings))
+    a, b = pixels.pooler_output[0], caption.pooler_output[0]
+    return model.logit_scale.exp().detach() * (a @ b) / (a.norm() * b.norm())
+
+
+@pytest.fixture
+def hpsv2_score(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Image.Image, str], float]:
+    """hpsv2's own `score`, on a model of its own bundled open_clip with the tiny size."""
+    package = compat.import_hpsv2()
+    their_clip = package.src.open_clip
+    config = tmp_path / "tiny-hpsv2.json"
+    config.write_text(json.dumps(tiny_rewards.HPSV2), encoding="utf-8")
+    their_clip.add_model_config(config)
+    model, _, preprocess = their_clip.create_model_and_transforms(
+        config.stem, precision="amp", light_augmentation=True, aug_cfg={}, output_dict=True
+    )
+    own = package.img_score
+    monkeypatch.setitem(own.model_dict, "model", model)
+    monkeypatch.setitem(own.model_dict, "preprocess_val", preprocess)
+    monkeypatch.setattr(own, "root_path", str(tmp_path))
+    monkeypatch.setattr(own, "device", "cpu")
+    file = folder / "hpsv2" / "HPS_v2.1_compressed.pt"
+    return lambda image, text: own.score(image, text, cp=str(file), hps_version="v2.1")[0]
+
+
+@pytest.fixture
+def imagereward_model(folder: Path) -> Any:
+    """image-reward's own model with the checkpoint's weights, every one of them."""
+    files = folder / "imagereward"
+    model = compat.build_imagereward(
+        files / "med_config.json",
+        folder / "bert",
+        width=64,
+        depth=2,
+        patch=tiny_rewards.PATCH,
+        device="cpu",
+    )
+    model.load_state_dict(torch.load(files / "ImageReward.pt", weights_only=True))
+    return model.eval()
+
+
+@pytest.mark.parametrize("processor", [CLIPImageProcessor, CLIPImageProcessorPil])
+@pytest.mark.parametrize("size", [(224, 224), (512, 512), (24, 24), (300, 451)])
+def test_clips_pixels_are_transformers_up_to_rounding(folder, scorers, processor, size):
+    [image] = pictures(1, *size)
+    theirs = processor.from_pretrained(folder / "clip")(images=Image.fromarray(image))
+    expected = torch.as_tensor(np.array(theirs["pixel_values"])) * scorers["clip"].std
+    found = scorers["clip"].resize(tensor(image[None]))
+    levels = (found - expected - scorers["clip"].mean).abs().max() * 255
+    # Where nothing is resized nothing is rounded.
+    assert levels < (1e-3 if size == (224, 224) else LEVELS)
+
+
+@pytest.mark.parametrize("size", [(224, 224), (512, 512), (24, 24), (300, 451)])
+def test_imagerewards_pixels_are_its_packages_up_to_rounding(scorers, size):
+    scorer = scorers["imagereward"]
+    [image] = pictures(1, *size)
+    expected = scorer.model.preprocess(Image.fromarray(image)) * scorer.std + scorer.mean
+    levels = (scorer.resize(tensor(image[None])) - expected).abs().max() * 255
+    assert levels < (1e-3 if size == (224, 224) else LEVELS)
+
+
+@pytest.mark.parametrize("text", CAPTIONS)
+@pytest.mark.parametrize(
+    ("name", "processor", "factor"), [("clip", "clip", np.exp(-3.2)), ("pickscore", "clip-h", 1.0)]
+)
+def test_clip_and_pickscore_are_what_the_model_cards_compute(
+    folder, scorers, name, processor, factor, text
+):
+    [image] = pictures(1)
+    expected = clip_reference(folder / name, folder / processor, Image.fromarray(image), text)
+    found = scorers[name](tensor(image[None]), [Prompt(text, {})])
+    published = {"clip": found, "pickscore": scorers[name].report(found)}[name]
+    torch.testing.assert_close(
+        published[0], expected * factor, atol=1e-5, rtol=1e-5, check_dtype=False
+    )
+
+
+@pytest.mark.parametrize("size", [(224, 224), (512, 512), (24, 24), (300, 451)])
+def test_hpsv2_is_what_its_package_computes(scorers, hpsv2_score, size):
+    """Its package resizes real numbers, so that not even rounding differs."""
+    images = pictures(len(CAPTIONS), *size)
+    found = scorers["hpsv2"](tensor(images), prompts(len(images)))
+    expected = [
+        hpsv2_score(Image.fromarray(image), text)
+        for image, text in zip(images, CAPTIONS, strict=True)
+    ]
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
+
+
+def test_imagereward_is_what_its_package_computes(scorers, imagereward_model):
+    images = pictures(len(CAPTIONS))
+    found = scorers["imagereward"](tensor(images), prompts(len(images)))
+    expected = [
+        imagereward_model.score(text, Image.fromarray(image))
+        for image, text in zip(images, CAPTIONS, strict=True)
+    ]
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
+    assert np.std(expected) > 0.01
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scores_differ_between_images_and_between_captions(scorers, name):
+    images = tensor(pictures(2))
+    same_caption = scorers[name](images, prompts(1) * 2)
+    same_image = scorers[name](images[:1].expand(2, -1, -1, -1), prompts(2))
+    assert same_caption.std() > 1e-3
+    assert same_image.std() > 1e-3
+
+
+# -- architectures ---------------------------------------------------------------------------------
+
+
+def test_hpsv2s_weights_tell_the_architecture_of_vit_h_14():
+    with torch.device("meta"):
+        state = open_clip.create_model("ViT-H-14", device="meta").state_dict()
+    assert hpsv2.architecture(state) == open_clip.get_model_config("ViT-H-14")
+
+
+def test_imagerewards_image_encoder_is_blips_large_one(scorers, monkeypatch):
+    compat.import_imagereward()
+    from ImageReward.models.BLIP import blip
+
+    monkeypatch.setattr(blip, "VisionTransformer", lambda **settings: settings)
+    settings, width = blip.create_vit("large", scorers["imagereward"].side)
+    assert settings["num_heads"] == width // compat.BLIP_HEAD_WIDTH
+
+
+def test_imagereward_reads_35_tokens_and_standardises_as_published(scorers):
+    model = scorers["imagereward"].model
+    assert scorers["imagereward"].token_ids(CAPTIONS[2]).shape == (2, 35)
+    assert (model.mean, model.std) == pytest.approx((0.1672, 1.0333), abs=1e-4)
+
+
+# -- what all share --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scores_do_not_depend_on_batch_or_order(scorers, name):
+    images, captions = tensor(pictures(5, 64, 64)), prompts(5)
+    together = scorers[name](images, captions)
+    order = [3, 0, 4, 1, 2]
+    shuffled = scorers[name](images[order], [captions[i] for i in order])
+    alone = [scorers[name](images[i : i + 1], captions[i : i + 1]) for i in range(5)]
+    assert together.shape == (5,) and together.dtype == torch.float32
+    torch.testing.assert_close(shuffled, together[order], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.cat(alone), together, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", [(64, 64), (256, 256)])
+def test_a_step_along_the_gradient_raises_the_score_by_what_it_promises(scorers, name, size):
+    # Away from 0 and 1, where a resized pixel is clipped.
+    images = (0.25 + 0.5 * tensor(pictures(2, *size))).requires_grad_()
+    before = scorers[name](images, prompts(2))
+    before.sum().backward()
+    direction = images.grad / images.grad.norm()
+    step = 0.2
+    low, high = (
+        scorers[name](images.detach() + sign * step * direction, prompts(2)).sum()
+        for sign in (-1, 1)
+    )
+    slope = (high - low).item() / (2 * step)
+    assert slope == pytest.approx(images.grad.norm().item(), rel=0.05)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_model_is_frozen_and_does_not_drop_out(scorers, name):
+    model = scorers[name].model
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not any(module.training for module in model.modules())
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_a_caption_is_tokenized_once_and_not_kept_for_ever(folder):
+    scorer = load("hpsv2", folder)
+    images = tensor(pictures(4, 64, 64))
+    scorer(images, prompts(1) * 4)
+    scorer(images, prompts(2) * 2)
+    kept = scorer.token_ids.cache_info()
+    assert (kept.misses, kept.hits) == (2, 1)
+    assert kept.maxsize == learned.KEPT_CAPTIONS > 25_432 + 2_048
+
+
+def test_nothing_is_downloaded(folder, monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: pytest.fail("asked for an address"))
+    for name in NAMES:
+        load(name, folder)
+
+
+def test_training_and_reported_scales(scorers):
+    one = torch.ones(1)
+    reported = {name: scorer.report(one).item() for name, scorer in scorers.items()}
+    assert reported == {"clip": 100, "pickscore": 26, "hpsv2": 1, "imagereward": 1}
+
+
+def test_a_reward_set_of_them_scores_in_parts_and_reports(scorers):
+    rewards = registry.RewardSet([scorer.reward() for scorer in scorers.values()])
+    images, captions = tensor(pictures(5, 64, 64)), prompts(5)
+    scores = rewards.score(images, captions, chunk=2)
+    differentiable = rewards.differentiate(images, captions)
+    for name in NAMES:
+        torch.testing.assert_close(scores[name], differentiable[name], atol=1e-5, rtol=1e-5)
+    assert rewards.report(scores)["clip"] == pytest.approx(100 * scores["clip"])
+
+
+def test_a_record_names_model_scale_and_weights(scorers):
+    for name, scorer in scorers.items():
+        record = scorer.record()
+        assert record["name"] == name and name in METRICS
+        assert set(record) == {"name", "scale", "version"} and all(record.values())
+
+
+# -- refusals --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.full((2, 3, 8, 8), float("nan")), "image 0 of 2 holds NaN or infinity"),
+        (torch.full((2, 3, 8, 8), float("inf")), "image 0 of 2 holds NaN or infinity"),
+        (torch.full((2, 3, 8, 8), -0.1), r"in \[0, 1\], these reach from -0.1 to -0.1"),
+        (torch.full((2, 3, 8, 8), 255.0), r"in \[0, 1\], these reach from 255 to 255"),
+        (torch.zeros(3, 8, 8), r"\[B, 3, H, W\], not \[3, 8, 8\]"),
+        (torch.zeros(2, 4, 8, 8), r"\[B, 3, H, W\], not \[2, 4, 8, 8\]"),
+        (torch.zeros(3, 3, 8, 8), "3 images, but 2 prompts"),
+    ],
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_other_images_are_refused_by_the_rewards_name(scorers, name, images, message):
+    with pytest.raises(ValueError, match=f"reward {name}: .*{message}$"):
+        scorers[name](images, prompts(2))
+
+
+def test_rounding_beyond_0_and_1_is_no_error(scorers):
+    images = torch.tensor([-1e-4, 1 + 1e-4]).view(2, 1, 1, 1).expand(2, 3, 8, 8)
+    assert scorers["clip"](images, prompts(2)).isfinite().all()
+
+
+@pytest.mark.parametrize("score", ["score", "differentiate"])
+def test_a_reward_set_refuses_nan_images_and_names_the_image(score):
+    reward = registry.Reward("toy", lambda i, _: i.mean((1, 2, 3)), lambda s: s, True)
+    images = torch.zeros(4, 3, 8, 8)
+    images[2, 0, 3, 3] = float("nan")
+    with pytest.raises(ValueError, match="reward toy: image 2 of 4 holds NaN"):
+        getattr(registry.RewardSet([reward]), score)(images, prompts(4))
+
+
+FILES = {
+    "clip": ("clip/config.json", "clip/model.safetensors", "clip/preprocessor_config.json"),
+    "pickscore": ("pickscore/model.safetensors", "clip-h/tokenizer_config.json"),
+    "hpsv2": ("hpsv2/HPS_v2.1_compressed.pt",),
+    "imagereward": (
+        "imagereward/ImageReward.pt",
+        "imagereward/med_config.json",
+        "bert/vocab.txt",
+    ),
+}
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize(("name", "file"), [(n, f) for n, files in FILES.items() for f in files])
+def test_a_missing_file_is_named(copy, name, file):
+    (copy / file).unlink()
+    with pytest.raises(FileNotFoundError, match=f"reward {name}: .*{file} is missing; fetch"):
+        load(name, copy)
+
+
+WEIGHTS = {
+    "clip": "clip/model.safetensors",
+    "pickscore": "pickscore/model.safetensors",
+    "hpsv2": "hpsv2/HPS_v2.1_compressed.pt",
+    "imagereward": "imagereward/ImageReward.pt",
+}
+
+
+def one_line(error: pytest.ExceptionInfo[Exception]) -> bool:
+    return "\n" not in str(error.value) and str(error.value).endswith("; fetch the model again")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_half_a_file_is_refused(copy, name):
+    file = copy / WEIGHTS[name]
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(ValueError, match=f"reward {name}: .* is damaged") as error:
+        load(name, copy)
+    assert one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("name", "weight"),
+    [
+        ("clip", "visual_projection.weight"),
+        ("pickscore", "text_model.final_layer_norm.bias"),
+        ("hpsv2", "transformer.resblocks.1.ln_2.bias"),
+        ("hpsv2", "visual.conv1.weight"),
+        ("imagereward", "mlp.layers.0.weight"),
+        ("imagereward", "blip.visual_encoder.patch_embed.proj.weight"),
+    ],
+)
+def test_weights_are_never_left_random(copy, name, weight):
+    file = copy / WEIGHTS[name]
+    if file.suffix == ".safetensors":
+        state = load_file(file)
+        del state[weight]
+        save_file(state, file, metadata={"format": "pt"})
+    else:
+        content = torch.load(file, weights_only=True)
+        del content.get("state_dict", content)[weight]
+        torch.save(content, file)
+    with pytest.raises(ValueError, match=f"reward {name}: .*{weight}") as error:
+        load(name, copy)
+    assert one_line(error)
+
+
+def test_another_tokenizer_is_refused(copy):
+    shutil.rmtree(copy / "clip-h")
+    tiny_rewards.bert_tokenizer(copy / "clip-h")
+    shutil.copy(copy / "clip" / "preprocessor_config.json", copy / "clip-h")
+    with pytest.raises(ValueError, match="reward pickscore: .*clip-h is damaged"):
+        load("pickscore", copy)
+
+
+def test_a_cut_bert_vocabulary_is_refused(copy):
+    shutil.rmtree(copy / "bert")
+    (copy / "bert").mkdir()
+    (copy / "bert" / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
+    with pytest.raises(ValueError, match="reward imagereward: .*bert has 5 of 30522 tokens"):
+        load("imagereward", copy)
+
+
+# -- the canary ------------------------------------------------------------------------------------
+
+
+def test_the_canary_images_are_fixed():
+    drawn = golden.images()
+    assert list(drawn) == list(golden.PROMPTS)
+    assert {(image.shape, image.dtype.name) for image in drawn.values()} == {
+        ((224, 224, 3), "uint8")
+    }
+    # Hand-counted: a corner of each, and the middle of the disc.
+    assert [drawn[name][0, 0].tolist() for name in drawn] == [
+        [255, 0, 0],
+        [255, 255, 255],
+        [255, 255, 255],
+        [16, 239, 0],
+    ]
+    assert drawn["disc"][112, 112].tolist() == [220, 30, 30]
+    assert drawn["two discs"][112, 60].tolist() == [20, 160, 50]
+    assert drawn["two discs"][112, 164].tolist() == [30, 60, 230]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_model_tells_the_canary_images_apart(scorers, name):
+    scores = golden.scores(scorers[name].reward())
+    assert scores == pytest.approx(golden.scores(scorers[name].reward()), abs=1e-6)
+    assert len(scores) == 4 and np.std(scores) > 1e-3
+
+
+def constant(name: str, value: float) -> registry.Reward:
+    return registry.Reward(name, lambda i, _: torch.full((len(i),), value), lambda s: s, True)
+
+
+def test_unknown_weights_are_recorded_and_known_ones_checked(tmp_path):
+    file = tmp_path / "canary.json"
+    found = golden.record([constant("clip", 0.25)], {"clip": "aaa"}, file)
+    assert found == {"clip": dict.fromkeys(golden.PROMPTS, 0.25)}
+    golden.record([constant("clip", 0.5)], {"clip": "bbb"}, file)
+    stored = json.loads(file.read_text())
+    assert stored == {
+        "clip": {
+            "aaa": dict.fromkeys(golden.PROMPTS, 0.25),
+            "bbb": dict.fromkeys(golden.PROMPTS, 0.5),
+        }
+    }
+    before = file.stat().st_mtime_ns
+    for pass_ in (golden.record, golden.verify):
+        pass_([constant("clip", 0.25)], {"clip": "aaa"}, file)
+        with pytest.raises(
+            errors.RunFailed,
+            match="reward clip scores the canary image 'gradient' 0.2505, stored is 0.25:",
+        ):
+            pass_([constant("clip", 0.2505)], {"clip": "aaa"}, file)
+    assert file.stat().st_mtime_ns == before
+
+
+def test_nothing_is_judged_by_weights_without_canary_scores(tmp_path):
+    with pytest.raises(errors.RunFailed, match="reward clip: .*canary.json has no canary scores"):
+        golden.verify([constant("clip", 0.25)], {"clip": "aaa"}, tmp_path / "canary.json")
+
+
+def test_a_server_may_differ_by_half_a_grade(tmp_path):
+    file = tmp_path / "canary.json"
+    golden.record([replace(constant("clip", 0.6), served=True)], {"clip": "aaa"}, file)
+    golden.verify([replace(constant("clip", 0.7), served=True)], {"clip": "aaa"}, file)
+    with pytest.raises(errors.RunFailed, match="'gradient' 0.72, stored is 0.6"):
+        golden.verify([replace(constant("clip", 0.72), served=True)], {"clip": "aaa"}, file)
+
+
+@pytest.mark.parametrize(
+    ("expected", "found", "passes"),
+    [
+        (0.25, 0.2502, True),
+        (0.25, 0.2504, False),
+        (-2.0, -2.0015, True),
+        (-2.0, -2.003, False),
+        (0.0, 0.00009, True),
+        (0.0, 0.0002, False),
+        (0.25, float("nan"), False),
+    ],
+)
+def test_a_canary_score_may_differ_by_a_thousandth(expected, found, passes):
+    stored = dict.fromkeys(golden.PROMPTS, expected)
+    scores = [expected, expected, found, expected]
+    if passes:
+        golden.check("clip", scores, stored)
+    else:
+        with pytest.raises(errors.RunFailed, match="'two discs'"):
+            golden.check("clip", scores, stored)
+
+
+def test_a_canary_score_that_is_no_number_is_not_stored(tmp_path):
+    with pytest.raises(errors.RunFailed, match="reward clip .*'gradient' nan"):
+        golden.record([constant("clip", float("nan"))], {"clip": "aaa"}, tmp_path / "canary.json")
+    assert not (tmp_path / "canary.json").exists()
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"clip": 1}', '{"clip": {"aaa": [1]}}'])
+def test_a_broken_canary_file_is_named(tmp_path, text):
+    file = tmp_path / "canary.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match="canary.json: holds no canary scores; delete it"):
+        golden.verify([constant("clip", 0.25)], {"clip": "aaa"}, file)

@@ -1,0 +1,303 @@
+"""UnifiedReward's client against a chat server that grades by brightness, and its misbehaviour."""
+
+from __future__ import annotations
+
+import socket
+import time
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support.chat_server import ChatServer, brightness_grade, caption, decode
+
+from tafs.common.errors import RunFailed
+from tafs.data.prompts import Prompt
+from tafs.rewards import unifiedreward
+from tafs.rewards.unifiedreward import Missing, UnifiedReward, grade, wait_ready
+
+SIDE = 16
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(unifiedreward, "FIRST_PAUSE", 0.01)
+
+
+def scorer(server: ChatServer, **changes) -> UnifiedReward:
+    return UnifiedReward(server.url, **{"side": SIDE, "timeout": 5.0, "workers": 8, **changes})
+
+
+def grey(count: int, side: int = SIDE) -> torch.Tensor:
+    """Uniform images from black to white."""
+    return torch.linspace(0, 1, count).view(-1, 1, 1, 1).expand(-1, 3, side, side)
+
+
+def captions(count: int) -> list[Prompt]:
+    return [Prompt(f"caption {i}", {}) for i in range(count)]
+
+
+def expected(images: torch.Tensor) -> torch.Tensor:
+    pixels = (images * 255).round().to(torch.uint8).numpy()
+    return torch.tensor([brightness_grade(p) for p in pixels]) / 5
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+# -- answers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("Final Score: 4", 4),
+        ("Final Score:3.25", 3.25),
+        ("cat (animal): 1\nblack (color): 0\nFinal Score: 2.5", 2.5),
+        ("Final Score: 5.", 5),
+        ("**Final Score:** 1", 1),
+        ("Final Score: 3\nAs said, Final Score: 3", 3),
+    ],
+)
+def test_the_grade_stands_after_final_score(text, number):
+    assert grade(text) == number
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "no_score"),
+        ("4", "no_score"),
+        ("Final Score:", "no_score"),
+        ("Final Score: four", "no_score"),
+        ("Final Score: 4/5", "no_score"),
+        ("Final Score: 4,5", "no_score"),
+        ("Final Score: nan", "no_score"),
+        ("Final Score: -2", "no_score"),
+        ("Final Score: 2 Final Score: 3", "no_score"),
+        ("Final Score: 0", "out_of_range"),
+        ("Final Score: 0.99", "out_of_range"),
+        ("Final Score: 5.01", "out_of_range"),
+        ("Final Score: 45", "out_of_range"),
+    ],
+)
+def test_anything_else_is_a_missing_score(text, reason):
+    with pytest.raises(Missing, match=f"^{reason}$"):
+        grade(text)
+
+
+@given(st.text())
+def test_an_answer_is_a_grade_from_1_to_5_or_missing(text):
+    try:
+        assert 1 <= grade(f"Final Score: {text}") <= 5
+    except Missing as reason:
+        assert str(reason) in ("no_score", "out_of_range")
+
+
+# -- a server that answers -------------------------------------------------------------------------
+
+
+def test_scores_are_the_servers_grades_in_the_images_order():
+    images = grey(40)
+    with ChatServer() as server:
+        reward = scorer(server)
+        scores = reward(images, captions(40))
+    torch.testing.assert_close(scores, expected(images))
+    assert scores.dtype == torch.float32
+    assert scores.min() == 0.2 and scores.max() == 1.0
+    assert reward.record() == {
+        "name": "unifiedreward",
+        "scale": "1-5",
+        "version": "UnifiedReward-7b-v1.5",
+        "asked": "40",
+        "missing": "0",
+    }
+
+
+def test_scores_do_not_depend_on_batch_or_order():
+    images = torch.rand(12, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
+    with ChatServer() as server:
+        reward = scorer(server)
+        together = reward(images, captions(12))
+        shuffled = reward(images[order], [captions(12)[i] for i in order])
+        alone = torch.cat([reward(images[i : i + 1], captions(12)[i : i + 1]) for i in range(12)])
+    assert torch.equal(shuffled, together[order])
+    assert torch.equal(alone, together)
+
+
+def test_a_request_holds_the_image_bit_for_bit_and_the_question():
+    image = torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(3))
+    with ChatServer() as server:
+        scorer(server)(image, [Prompt("a {red} dog", {})])
+        [request] = server.requests
+    pixels = (image[0] * 255).round().to(torch.uint8).permute(1, 2, 0)
+    assert torch.equal(torch.from_numpy(decode(request).copy()), pixels)
+    assert caption(request) == "[a {red} dog]"
+    assert request["temperature"] == 0
+    assert request["max_tokens"] == 512
+    assert [part["type"] for part in request["messages"][0]["content"]] == ["image_url", "text"]
+
+
+def test_the_model_sees_images_of_one_size():
+    with ChatServer() as server:
+        scorer(server, side=8)(grey(1, side=32), captions(1))
+        assert decode(server.requests[0]).shape == (8, 8, 3)
+
+
+def test_no_more_requests_are_in_flight_than_workers():
+    with ChatServer(faults={"slow": 1.0}, delay=0.5) as server:
+        scorer(server, workers=3)(grey(9), captions(9))
+        assert server.most_in_flight == 3
+
+
+def test_a_proxy_of_the_environment_is_not_used(monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
+    with ChatServer() as server:
+        assert scorer(server)(grey(2), captions(2)).isfinite().all()
+
+
+# -- a server that misbehaves ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", ["status_500", "status_429", "drop"])
+def test_passing_failures_are_retried(fault):
+    images = grey(30)
+    with ChatServer(faults={fault: 0.3}) as server:
+        reward = scorer(server, attempts=12)
+        torch.testing.assert_close(reward(images, captions(30)), expected(images))
+        assert server.met[fault] > 5
+        assert len(server.requests) == 30 + server.met[fault]
+    assert reward.missing.total() == 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("nonsense", "no_score"),
+        ("out_of_range", "out_of_range"),
+        ("not_json", "malformed"),
+        ("huge", "too_long"),
+        ("status_400", "status_400"),
+    ],
+)
+def test_an_answer_without_a_score_is_missing_and_counted_but_never_zero(fault, reason):
+    images = grey(40)
+    with ChatServer(faults={fault: 0.05}) as server:
+        reward = scorer(server)
+        scores = reward(images, captions(40))
+        assert len(server.requests) == 40  # such an answer is final
+    assert scores.isnan().sum() == 2
+    known = ~scores.isnan()
+    torch.testing.assert_close(scores[known], expected(images)[known])
+    assert reward.missing == {reason: 2}
+    assert reward.record()[f"missing.{reason}"] == "2"
+    assert reward.record()["missing"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [("status_500", "status_500"), ("drop", "connection_lost"), ("slow", "timeout")],
+)
+def test_a_failure_that_stays_is_missing_and_counted(fault, reason):
+    timeout = 1.0 if fault == "slow" else 30.0
+    with ChatServer(faults={fault: 1.0}, delay=3.0) as server:
+        reward = scorer(server, attempts=2, timeout=timeout, missing_share=1.0)
+        assert reward(grey(3), captions(3)).isnan().all()
+        assert len(server.requests) == 6
+    assert reward.missing == {reason: 3}
+
+
+def test_too_many_missing_scores_end_the_run_with_their_counts():
+    with ChatServer(faults={"nonsense": 0.2, "out_of_range": 0.2}) as server:
+        reward = scorer(server)
+        with pytest.raises(RunFailed, match=r"after 5 of 40 images without a score \(.*no_score"):
+            reward(grey(40), captions(40))
+        assert len(server.requests) < 40  # the rest is not asked
+    assert reward.missing.total() == 5
+
+
+def test_images_in_several_calls_may_lack_the_share_of_all():
+    """The fifth of forty, wherever it is."""
+    with ChatServer(faults={"nonsense": 0.2}) as server:
+        reward = scorer(server, images=40, workers=1)
+        for _ in range(2):
+            assert reward(grey(10), captions(10)).isnan().sum() == 2
+        with pytest.raises(
+            RunFailed, match=r"after 5 of 40 images .* \(5 no_score\); 4 may be miss"
+        ):
+            reward(grey(10), captions(10))
+    assert reward.missing == {"no_score": 5}
+
+
+def test_the_stated_share_may_be_missing():
+    with ChatServer(faults={"nonsense": 0.5}) as server:
+        scores = scorer(server, missing_share=0.5)(grey(8), captions(8))
+    assert scores.isnan().sum() == 4
+
+
+def test_an_unreachable_server_is_named():
+    url = f"http://127.0.0.1:{free_port()}"
+    reward = UnifiedReward(url, attempts=2)
+    with pytest.raises(RunFailed, match=f"no server at {url} .Connection refused.; start it"):
+        reward(grey(3, 512), captions(3))
+
+
+def test_an_unknown_model_is_named_at_once():
+    with ChatServer(model="other") as server:
+        reward = scorer(server)
+        with pytest.raises(RunFailed, match="answers 404 .*'UnifiedReward-7b-v1.5'.*not exist"):
+            reward(grey(1), captions(1))
+
+
+def test_a_redirect_is_not_followed():
+    with ChatServer(faults={"redirect": 1.0}) as server:
+        with pytest.raises(RunFailed, match="answers 307"):
+            scorer(server)(grey(1), captions(1))
+        assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "127.0.0.1:8000",
+        "https://127.0.0.1:8000",
+        "file:///etc/passwd",
+        "http://127.0.0.1",
+        "http://127.0.0.1:8000/v1",
+        "http://127.0.0.1:80000",
+        "http://me:secret@127.0.0.1:8000",
+        "http://127.0.0.1:8000?x=1",
+    ],
+)
+def test_an_address_of_another_form_is_refused(url):
+    with pytest.raises(ValueError, match="not the address of a chat server, http://HOST:PORT"):
+        UnifiedReward(url)
+
+
+# -- serving ---------------------------------------------------------------------------------------
+
+
+def test_waiting_ends_when_the_server_lists_its_models():
+    with ChatServer() as server:
+        wait_ready(server.url, 5)
+
+
+def test_waiting_in_vain_names_the_server():
+    url = f"http://127.0.0.1:{free_port()}"
+    start = time.monotonic()
+    with pytest.raises(RunFailed, match=f"{url} is not ready after 0.5 s .Connection refused."):
+        wait_ready(url, 0.5)
+    assert time.monotonic() - start < 3
+
+
+def test_waiting_ends_with_the_server():
+    start = time.monotonic()
+    with pytest.raises(RunFailed, match="has ended before it was ready"):
+        wait_ready(f"http://127.0.0.1:{free_port()}", 60, alive=lambda: False)
+    assert time.monotonic() - start < 3

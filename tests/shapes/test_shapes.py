@@ -1,0 +1,133 @@
+"""The embedded world: captions, scenes, renderer and detector agree with each other."""
+
+import numpy as np
+import pytest
+import torch
+
+from tafs.data import geneval_rows, prompts
+from tafs.data.geneval_rows import TASKS
+from tafs.rewards.geneval import judge
+from tafs.shapes import annotators, captions, scenes
+from tafs.shapes.detector import detect
+from tafs.shapes.render import UNIT_AREA, coverage, render
+
+
+@pytest.fixture(scope="module")
+def splits() -> dict[str, list[prompts.Prompt]]:
+    return {split: prompts.read(captions.DATA / f"{split}.jsonl") for split in ("train", "test")}
+
+
+@pytest.fixture(scope="module")
+def rendered(splits):
+    """5,000 scenes of all prompts, each as often as any other."""
+    rng = np.random.default_rng(11)
+    everything = splits["train"] + splits["test"]
+    drawn = [everything[i] for i in rng.integers(len(everything), size=5000)]
+    drawn_scenes = [scenes.sample_scene(p.row, rng) for p in drawn]
+    return drawn, drawn_scenes, render(drawn_scenes)
+
+
+def test_the_shipped_split_is_the_one_that_the_code_makes(splits):
+    train, test = captions.split()
+    assert [p.row for p in splits["train"]] == train
+    assert [p.row for p in splits["test"]] == test
+
+
+def test_there_are_a_thousand_distinct_prompts_of_six_tasks(splits):
+    texts = [p.text for p in splits["train"] + splits["test"]]
+    assert len(texts) == len(set(texts)) >= 1000
+    for split in splits.values():
+        assert {p.tag for p in split} == set(TASKS)
+
+
+def test_no_test_content_is_in_training_under_any_wording(splits):
+    def contents(split):
+        return {geneval_rows.content(p.row) for p in splits[split] if p.tag != "single_object"}
+
+    assert not contents("train") & contents("test")
+    assert not {p.text for p in splits["train"]} & {p.text for p in splits["test"]}
+
+
+def test_mirrored_relations_are_the_same_content():
+    row = {
+        "include": [
+            {"class": "ring", "count": 1},
+            {"class": "cross", "count": 1, "position": ["left of", 0]},
+        ]
+    }
+    mirrored = {
+        "include": [
+            {"class": "cross", "count": 1},
+            {"class": "ring", "count": 1, "position": ["right of", 0]},
+        ]
+    }
+    assert geneval_rows.content(row) == geneval_rows.content(mirrored)
+
+
+@pytest.mark.parametrize("shape", scenes.SHAPES)
+def test_coverage_adds_up_to_the_shapes_area(shape):
+    r = 4.0
+    covered = coverage(
+        torch.tensor([scenes.SHAPES.index(shape)]), *(torch.tensor([v]) for v in (12.3, 11.6, r))
+    )
+    assert covered.sum().item() == pytest.approx(UNIT_AREA[shape] * r**2, rel=0.03)
+
+
+def test_glyphs_lie_inside_and_do_not_touch(rendered):
+    for scene in rendered[1]:
+        for i, a in enumerate(scene):
+            assert a.r <= a.x <= scenes.IMAGE_SIZE - a.r and a.r <= a.y <= scenes.IMAGE_SIZE - a.r
+            for b in scene[i + 1 :]:
+                assert max(abs(a.x - b.x), abs(a.y - b.y)) >= a.r + b.r + scenes.GAP
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.02, 0.04])
+def test_the_detector_is_right_on_all_5000_scenes(rendered, noise):
+    drawn, drawn_scenes, images = rendered
+    grain = torch.randn(images.shape, generator=torch.Generator().manual_seed(3))
+    wrong = [
+        (prompt.text, scene)
+        for prompt, scene, found in zip(
+            drawn, drawn_scenes, detect(images + noise * grain), strict=True
+        )
+        if not judge(found, prompt.row).correct
+        or sorted((d.label, d.color) for d in found) != sorted((g.shape, g.color) for g in scene)
+    ]
+    assert not wrong
+
+
+def test_detection_does_not_depend_on_the_batch(rendered):
+    images = rendered[2][:20]
+    alone = [detect(image[None])[0] for image in images]
+    assert detect(images) == alone
+
+
+def test_an_empty_picture_holds_nothing():
+    assert detect(torch.ones(2, 3, 24, 24)) == [[], []]
+
+
+def test_the_detector_refuses_other_sizes_by_naming_them():
+    with pytest.raises(ValueError, match=r"\[1, 3, 32, 32\]"):
+        detect(torch.ones(1, 3, 32, 32))
+
+
+def test_geneval_does_not_notice_a_faint_checkerboard(rendered):
+    """Reward hacking must be possible: what the detector overlooks, a held-out metric may see."""
+    drawn, _, images = rendered
+    y, x = np.mgrid[:24, :24]
+    board = torch.tensor((x + y) % 2).float() * 0.08
+    found = detect(images[:500] - board)
+    correct = [judge(f, p.row).correct for f, p in zip(found, drawn[:500], strict=True)]
+    assert np.mean(correct) > 0.95
+
+
+@pytest.mark.parametrize("tag", TASKS)
+def test_an_altered_row_asks_for_something_else(splits, tag):
+    rng = np.random.default_rng(0)
+    rows = [p.row for p in splits["train"] if p.tag == tag][:40]
+    for row in rows:
+        altered = annotators.alter(dict(row), rng)
+        assert altered["include"] != row["include"]
+        scene = scenes.sample_scene(altered, rng)
+        if tag != "position":  # a diagonal scene satisfies two relations
+            assert not judge(annotators.boxes(scene), row).correct

@@ -1,0 +1,160 @@
+"""A copy of the project in which the whole workflow runs, and what it leaves there.
+
+The copy lets tests edit sources without touching the tree that everybody else works in.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+NEEDED = (
+    "config.yaml",
+    "claims.yaml",
+    "environment.yml",
+    "pyproject.toml",
+    "workflow",
+    "tafs",
+    "baselines",
+    "slurm",
+)
+RUN = "tafs_grpo.preference.shapes-flux.0"  # the only training of a reduced workplace
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """A copy of the project and a results folder elsewhere."""
+
+    folder: Path
+    results: Path
+
+    @property
+    def smoke(self) -> Path:
+        return self.results / "smoke"
+
+    def runs(self, method: str) -> list[str]:
+        return [folder.name for folder in (self.smoke / "runs").glob(f"{method}.*")]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        programs = Path(sys.executable).parent
+        return {
+            **os.environ,
+            "PATH": f"{programs}:{os.environ['PATH']}",
+            "PYTHONPATH": str(self.folder),  # the copy, not what is installed
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def command(self, *arguments: str) -> list[str]:
+        """`snakemake ARGUMENTS --config scale=smoke results=...`, as a person calls it."""
+        config = () if "--config" in arguments else ("--config",)
+        return ["snakemake", *arguments, *config, "scale=smoke", f"results={self.results}"]
+
+    def snakemake(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.command(*arguments),
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def start(self, *arguments: str, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
+        """The same, without waiting for its end; in a process group of its own.
+
+        Args:
+            stderr: the jobs have it too, and keep a pipe open while they live.
+        """
+        return subprocess.Popen(
+            self.command(*arguments),
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            text=True,
+            start_new_session=True,
+        )
+
+    def planned(self, *arguments: str) -> set[tuple[str, str]]:
+        """(rule, run) of the jobs that a call would run now."""
+        done = self.snakemake("all", "--dry-run", *arguments)
+        assert done.returncode == 0, done.stderr
+        jobs = re.split(r"^ *rule ", done.stdout + done.stderr, flags=re.MULTILINE)[1:]
+        runs = [re.search(r"wildcards: run=(\S+)", job) for job in jobs]
+        return {
+            (job.partition(":")[0], run.group(1) if run else "")
+            for job, run in zip(jobs, runs, strict=True)
+        }
+
+    @contextmanager
+    def edited(self, name: str, old: str, new: str) -> Iterator[None]:
+        """A file of the copy with `old` replaced inside the block, and as before after it."""
+        file = self.folder / name
+        text, status = file.read_text(), file.stat()
+        assert text.count(old) == 1
+        file.write_text(text.replace(old, new))
+        try:
+            yield
+        finally:
+            file.write_text(text)
+            os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def copied(folder: Path, results: Path) -> Workplace:
+    """The project's copy in an empty folder."""
+    for name in NEEDED:
+        if (ROOT / name).is_file():
+            shutil.copy2(ROOT / name, folder / name)
+        else:
+            ignored = shutil.ignore_patterns("__pycache__", "weights")
+            shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    (folder / "tafs/shapes/weights").symlink_to(ROOT / "tafs/shapes/weights")
+    return Workplace(folder, results)
+
+
+def states(folder: Path) -> dict[Path, tuple[int, bytes]]:
+    """Every file's time and content."""
+    files = [f for f in sorted(folder.rglob("*")) if f.is_file()]
+    return {f.relative_to(folder): (f.stat().st_mtime_ns, f.read_bytes()) for f in files}
+
+
+def reduced(folder: Path, iterations: int) -> Workplace:
+    """A copy in an empty folder, with one method and one table at the scale that runs in it."""
+    place = copied(folder, folder / "results")
+    file = folder / "config.yaml"
+    text = file.read_text()
+    six = "[dance_grpo, mix_grpo, flow_grpo, rg_lcd, reward_instruct, tafs_grpo]"
+    changes = {
+        six: "[tafs_grpo]",
+        "experiments: [table2, equal_compute, gains, table7]\n    iterations: 2": (
+            f"experiments: [gains]\n    iterations: {iterations}"
+        ),
+    }
+    for old, new in changes.items():
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    file.write_text(text[: text.index("\n# The search that")])  # it names the other methods
+    return place
+
+
+def outcome(place: Workplace) -> dict[str, bytes]:
+    """Tables and what they are made of: all but what tells times."""
+    files = [*place.smoke.glob("tables/*"), place.smoke / "claims.md"]
+    files += place.smoke.glob("runs/*/*.safetensors")
+    files += place.smoke.glob("runs/*/*.parquet")
+    return {str(f.relative_to(place.smoke)): f.read_bytes() for f in files}
+
+
+def assert_same(place: Workplace, other: Workplace) -> None:
+    found, expected = outcome(place), outcome(other)
+    assert found.keys() == expected.keys()
+    assert [name for name in found if found[name] != expected[name]] == []
