@@ -52,7 +52,9 @@ class DanceGrpo(PolicyGradient):
     def nfe_theta(self) -> int:
         return int(self.fraction * (self.steps - 1))
 
-    def choose(self, records: Sequence[Tensor], generator: torch.Generator) -> Sequence[Tensor]:
+    def select_steps(
+        self, records: Sequence[Tensor], generator: torch.Generator
+    ) -> Sequence[Tensor]:
         steps, batch = records[0].shape[:2]
         order = torch.rand(steps, batch, generator=generator).argsort(0)[: self.nfe_theta]
         images = torch.arange(batch)

@@ -75,9 +75,13 @@ class MixGrpo(PolicyGradient):
         places = torch.linspace(behind, self.steps, self.flash_steps + 1).round().long()
         return torch.cat([grid[:behind], grid[places]])
 
-    def follow(self, past: Sequence[tuple[Tensor, Tensor]], x_t: Tensor, s: Tensor) -> Tensor:
+    def deterministic_step(
+        self, past: Sequence[tuple[Tensor, Tensor]], x_t: Tensor, s: Tensor
+    ) -> Tensor:
         if self.flash_steps is None or len(past) < 2 or past[-2][1][0] >= 1:
-            return super().follow(past, x_t, s)  # the second order needs an estimate before t = 1
+            return super().deterministic_step(
+                past, x_t, s
+            )  # the second order needs an estimate before t = 1
         (x0_before, t_before), (x0_hat, t) = past[-2:]
         return sampling.dpm_solver_to(x_t, x0_hat, t, s, x0_before, t_before)
 

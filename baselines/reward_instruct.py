@@ -21,7 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tafs.methods.base import Feedback, LossPart, Method, Trajectory
+from tafs.methods.base import LossPart, Method, Trajectory, UpdateInputs
 from tafs.models import sampling
 from tafs.models.base import Backbone, Conditioning
 
@@ -49,7 +49,7 @@ class RewardInstruct(Method):
         return True
 
     @property
-    def cost(self) -> float:
+    def forward_equivalents(self) -> float:
         """Each step is sampled and trained; their number is uniform on 1 to `steps`."""
         return (1 + 3) * (self.steps + 1) / 2
 
@@ -87,7 +87,7 @@ class RewardInstruct(Method):
         )
 
     def losses(
-        self, backbone: Backbone, trajectory: Trajectory, feedback: Feedback, micro_batch: int
+        self, backbone: Backbone, trajectory: Trajectory, feedback: UpdateInputs, micro_batch: int
     ) -> Iterator[LossPart]:
         steps, batch = trajectory.t.shape
         for n in range(steps):
@@ -101,7 +101,7 @@ class RewardInstruct(Method):
                 loss = -(direction * x0_hat).flatten(1).sum(1).mean()
                 yield LossPart(loss * share, {})
 
-    def direction(self, x0_hat: Tensor, part: slice, feedback: Feedback) -> Tensor:
+    def direction(self, x0_hat: Tensor, part: slice, feedback: UpdateInputs) -> Tensor:
         """Weighted sum of the rewards' gradients at the latents, each image's of length 1."""
         latents = x0_hat.requires_grad_()
         rewards = feedback.rewards(latents, part)

@@ -21,7 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tafs.methods.base import Feedback, LossPart, Method, Trajectory
+from tafs.methods.base import LossPart, Method, Trajectory, UpdateInputs
 from tafs.models import sampling
 from tafs.models.base import Backbone, Conditioning
 
@@ -56,7 +56,7 @@ class RgLcd(Method):
         return self.reward_weight > 0
 
     @property
-    def cost(self) -> float:
+    def forward_equivalents(self) -> float:
         """The teacher's sample, its step, the scored and the target's estimate, and the trained."""
         return self.teacher_steps + 1 + 1 + 1 + 3
 
@@ -93,7 +93,7 @@ class RgLcd(Method):
         )
 
     def losses(
-        self, backbone: Backbone, trajectory: Trajectory, feedback: Feedback, micro_batch: int
+        self, backbone: Backbone, trajectory: Trajectory, feedback: UpdateInputs, micro_batch: int
     ) -> Iterator[LossPart]:
         batch = trajectory.t.shape[1]
         for low in range(0, batch, micro_batch):

@@ -306,8 +306,12 @@ def predict(method: Method, calls: Calls) -> float:
     unit = max(calls.forward, calls.trained / 3)
     watched = 2  # evaluations behind the journal's divergence from the base model
     # A method that differentiates its rewards may do so at every evaluation.
-    scored = len(method.scored_steps()) if isinstance(method, PolicyGradient) else method.cost
-    return (method.cost + watched) * unit + scored * calls.reward
+    scored = (
+        len(method.scored_steps())
+        if isinstance(method, PolicyGradient)
+        else method.forward_equivalents
+    )
+    return (method.forward_equivalents + watched) * unit + scored * calls.reward
 
 
 def plan(seconds: Mapping[str, float], available: float, most: int) -> dict[str, int]:
@@ -347,9 +351,9 @@ class Rehearsal(Trainer):
 
     def _rollout(self, texts: Sequence[str], iteration: int) -> list[Trajectory]:
         before = self.backbone.evaluations.copy()
-        chunks = super()._rollout(texts, iteration)
+        trajectories = super()._rollout(texts, iteration)
         self.sampling = self.backbone.evaluations - before
-        return chunks
+        return trajectories
 
     def _update(self, *arguments: Any) -> dict[str, Any]:
         before = self.backbone.evaluations.copy()
@@ -421,7 +425,9 @@ def rehearse(
         for count in (trainer.sampling, trainer.updating)
     )
     cost = sampling[False] + updating[False] + 3 * updating[True]
-    mean = trainer.method.cost / cost  # 1 but for methods that draw their number of steps
+    mean = (
+        trainer.method.forward_equivalents / cost
+    )  # 1 but for methods that draw their number of steps
     return Row(
         variant=run.variant,
         title=run.title,
@@ -845,7 +851,7 @@ def main(given: Sequence[str] | None = None) -> None:
     options = arguments(given)
     used = sys.argv[1:] if given is None else given
     command = shlex.join(["python", "benchmarks/rehearse.py", *used])
-    errors.fail_in_one_line("rehearse", lambda: work(options, command))
+    errors.run_cli("rehearse", lambda: work(options, command))
 
 
 if __name__ == "__main__":

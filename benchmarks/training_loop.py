@@ -3,7 +3,7 @@
 In every round each method runs one real iteration, in turn, and the bare network calls that it
 needs (sampling without gradients, forward and backward passes, decoding, reward models, in the same
 micro-batches). Printed are the medians: seconds, how much the iteration takes over its bare calls,
-and its ratio to TAFS-GRPO's beside what the count of evaluations predicts (`Method.cost`) and what
+and its ratio to TAFS-GRPO's beside what the count of evaluations predicts (`Method.forward_equivalents`) and what
 the paper's Tables 2 and 4 print.
 """
 
@@ -99,7 +99,7 @@ def main() -> None:
         print(
             f"{name:18} {statistics.median(iteration[name]):7.2f} "
             f"{statistics.median(overhead[name]):16.3f} {ratio:19.3f} "
-            f"{run.method.cost / trainers[REFERENCE].method.cost:20.3f} "
+            f"{run.method.forward_equivalents / trainers[REFERENCE].method.forward_equivalents:20.3f} "
             f"{PAPER[name] / PAPER[REFERENCE]:6.2f}"
         )
 

@@ -126,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             code = _sync(given)
 
-    errors.fail_in_one_line(f"tafs {given.command}", work)
+    errors.run_cli(f"tafs {given.command}", work)
     sys.exit(code)
 
 

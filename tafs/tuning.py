@@ -163,7 +163,7 @@ def main() -> None:
         settings = validate.read(Path("config.yaml"), {"scale": arguments.scale, **given})
         search(settings, arguments.only)
 
-    errors.fail_in_one_line("tune", work)
+    errors.run_cli("tune", work)
 
 
 if __name__ == "__main__":

@@ -356,7 +356,7 @@ def main() -> None:
             _fetch(given.names, given.lock)
 
     try:
-        failures.fail_in_one_line(f"resources {given.verb}", work)
+        failures.run_cli(f"resources {given.verb}", work)
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         sys.exit(130)

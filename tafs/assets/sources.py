@@ -62,7 +62,7 @@ class World(Protocol):
         ...
 
     def model(self, name: str, resolution: int) -> Any:
-        """A Backbone, or a Zoo where the model cannot be trained; its weights are verified.
+        """A Backbone, or a ReferencePipeline where the model cannot be trained; its weights are verified.
 
         Raises:
             ValueError: no such model, or its weights are altered or missing; names it.
@@ -87,7 +87,7 @@ class World(Protocol):
         ...
 
     @property
-    def canary(self) -> Path | None:
+    def golden_scores(self) -> Path | None:
         """Where the stored scores of `rewards.canary` are; None: the rewards' tests are enough."""
         ...
 
@@ -130,7 +130,7 @@ class _World:
 class Shapes(_World):
     """The embedded world."""
 
-    canary = None
+    golden_scores = None
     pinned = True
 
     def metrics(self, prompt_set: str) -> tuple[str, ...]:
@@ -224,10 +224,10 @@ class Hub(_World):
         settings = _settings(self.settings, name, resolution, self.device)
         folders = {resource: self.folder(resource) for resource in model.resources}
         if not model.trainable:
-            from tafs.models.pipelines import Zoo
+            from tafs.models.pipelines import ReferencePipeline
 
             kept = ("resolution", "device", "dtype")
-            return Zoo.load(model, folders, **{key: settings[key] for key in kept})
+            return ReferencePipeline.load(model, folders, **{key: settings[key] for key in kept})
         from tafs.models import loading
 
         return loading.load(folders[model.resource], **settings)
@@ -252,8 +252,8 @@ class Hub(_World):
         return [name for name in resources_of(names) if cache.is_random(name, self.lock)]
 
     @property
-    def canary(self) -> Path:
-        return self.lock.with_suffix(".canary.json")
+    def golden_scores(self) -> Path:
+        return self.lock.with_suffix(".golden.json")
 
     def reward_digest(self, name: str) -> str:
         content = json.dumps(self.digests([name]), sort_keys=True)

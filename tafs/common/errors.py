@@ -18,7 +18,7 @@ class ToBeContinued(RuntimeError):
     """Work stopped before its end with its state saved, in one line: the same command goes on."""
 
 
-def fail_in_one_line(
+def run_cli(
     what: str, work: Callable[[], None], note: Callable[[int, str], None] | None = None
 ) -> None:
     """Do the work; a failure is one line and exit code 2 for bad input, 75 for what is to be

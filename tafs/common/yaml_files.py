@@ -44,8 +44,10 @@ def load_yaml(path: Path, kind: type) -> Any:
         raw = YAML(typ="safe", pure=True).load(text)
     except DuplicateKeyError as error:
         key = str(error.problem).removeprefix('found duplicate key "').partition('"')[0]
-        raise ConfigError(f"{path}: {_line(error)}{key!r} is given twice; keep one of them") from None
-    except (YAMLError, ValueError) as error:
+        raise ConfigError(
+            f"{path}: {_line(error)}{key!r} is given twice; keep one of them"
+        ) from None
+    except (YAMLError, ValueError, KeyError) as error:
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise ConfigError(
             f"{path}: {_line(error)}is not YAML ({problem}); correct it there"

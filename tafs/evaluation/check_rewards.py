@@ -27,9 +27,9 @@ def main() -> None:
         if run.description["settings"]["device"] == "cuda":
             gpus.claim(1)
         world = run.world
-        file = world.canary
+        file = world.golden_scores
         if file is None:
-            raise ValueError(f"{run.folder}: its world has no canary")
+            raise ValueError(f"{run.folder}: its asset source has no golden scores")
         names = [n for n in METRICS if any(n in world.metrics(p) for p in sources.PROMPTS["hub"])]
         rewards = [*world.rewards(names, strict_geneval=True).rewards]
         found = record(rewards, {n: world.reward_digest(n) for n in names}, file, world.device)
@@ -41,7 +41,7 @@ def main() -> None:
         said = {r.name: {**r.record(), "scores": found[r.name]} for r in rewards}
         files.atomic_text(out, json.dumps(said, indent=1) + "\n")
 
-    errors.fail_in_one_line(f"canary {run.folder}", work)
+    errors.run_cli(f"check_rewards {run.folder}", work)
 
 
 if __name__ == "__main__":

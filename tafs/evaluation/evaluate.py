@@ -25,12 +25,12 @@ from tafs.common import errors
 from tafs.data.prompts import Prompt, first_of_each
 from tafs.evaluation import image_archive
 from tafs.evaluation.generate import Setting, load_model, sample
-from tafs.evaluation.scores import Judged, write
+from tafs.evaluation.scores import PartialScores, write
 from tafs.rewards import golden
 from tafs.rewards.registry import RewardSet
 from tafs.runtime import main as main_
 from tafs.runtime import run_dir
-from tafs.runtime.deadline import Budget
+from tafs.runtime.deadline import Deadline
 from tafs.runtime.progress import Reporter
 
 KEEP_S = 300.0  # of work that a kill may cost
@@ -42,7 +42,7 @@ def evaluate(run: run_dir.RunDir) -> None:
     Raises:
         FileNotFoundError: a trained run has no adapter yet, or not one of its snapshots; names it.
         ValueError: the adapter or a snapshot is not what training has written; names it.
-        failures.RunFailed: a reward does not pass its canary.
+        failures.RunFailed: a reward does not pass its golden scores.
         failures.ToBeContinued: the job's time is over; what has been judged is kept.
     """
     description, evaluation = run.description, run.evaluation
@@ -50,28 +50,28 @@ def evaluate(run: run_dir.RunDir) -> None:
         run.forget_training()
     prompts, measured = run.test_prompts(), run.world.metrics(description["prompts"])
     metrics = run.world.rewards(measured, strict_geneval=True)
-    if run.world.canary is not None:
+    if run.world.golden_scores is not None:
         digests = {name: run.world.reward_digest(name) for name in measured}
-        golden.verify(metrics.rewards, digests, run.world.canary, run.world.device)
+        golden.verify(metrics.rewards, digests, run.world.golden_scores, run.world.device)
     settings = [Setting(**setting) for setting in evaluation["settings"]]
     reporter = Reporter(run.folder, "evaluate", sum(s.nfe for s in settings))
     fingerprint = run.judging_fingerprint()
-    found: list[Judged] = []
+    found: list[PartialScores] = []
     worked = False  # a job without time would be continued for ever
-    with Budget.from_environment() as budget:
+    with Deadline.from_environment() as deadline:
         for iteration, group in itertools.groupby(settings, lambda setting: setting.iteration):
             after = description["iterations"] if iteration is None else iteration
             model = None
             for setting in group:
-                judged = Judged(run, setting, after, fingerprint)
+                judged = PartialScores(run, setting, after, fingerprint)
                 if judged.done < len(prompts) * setting.images_per_prompt:
-                    if worked and budget.spent:
+                    if worked and deadline.expired:
                         raise errors.ToBeContinued(
-                            f"saved before {judged.folder.name}, to be continued: {budget.spent}"
+                            f"saved before {judged.folder.name}, to be continued: {deadline.expired}"
                         )
                     worked = True
                     model = model or load_model(run, iteration)
-                    judge(run, model, metrics, prompts, setting, judged, budget)
+                    score_setting(run, model, metrics, prompts, setting, judged, deadline)
                 found.append(judged)
                 name, parts = next(iter(judged.scores.items()))
                 mean = torch.cat(parts).mean()
@@ -82,14 +82,14 @@ def evaluate(run: run_dir.RunDir) -> None:
     reporter.finish()
 
 
-def judge(
+def score_setting(
     run: run_dir.RunDir,
     model: Any,
     metrics: RewardSet,
     prompts: Sequence[Prompt],
     setting: Setting,
-    judged: Judged,
-    budget: Budget,
+    judged: PartialScores,
+    deadline: Deadline,
 ) -> None:
     """Sample and score the images of a setting that are not judged yet.
 
@@ -120,15 +120,15 @@ def judge(
                             judged.after, setting.sampler, setting.nfe, p, image
                         )
                         archive.add(key, pixels)
-                budget.lap()
+                deadline.tick()
                 due = time.monotonic() - begun >= KEEP_S
-                if due or judged.done == total or budget.spent:
+                if due or judged.done == total or deadline.expired:
                     break
         judged.save(file)
-        if budget.spent and judged.done < total:
+        if deadline.expired and judged.done < total:
             raise errors.ToBeContinued(
                 f"saved after {judged.done} of {total} images of {judged.folder.name}, "
-                f"to be continued: {budget.spent}"
+                f"to be continued: {deadline.expired}"
             )
 
 

@@ -50,7 +50,7 @@ def sample(
     setting draws fewer images of a prompt.
 
     Args:
-        model: a Backbone, or a Zoo where the setting's sampler is the pipeline's own.
+        model: a Backbone, or a ReferencePipeline where the setting's sampler is the pipeline's own.
         first: the image to begin with, a batch's first.
 
     Yields:

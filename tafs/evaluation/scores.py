@@ -18,7 +18,7 @@ from tafs.evaluation.generate import Setting
 from tafs.runtime import checkpoint, run_dir
 
 
-class Judged:
+class PartialScores:
     """What is known of a setting's images so far, on the disk too.
 
     Args:
@@ -66,7 +66,7 @@ def write(
     run: run_dir.RunDir,
     prompts: Sequence[Prompt],
     settings: Sequence[Setting],
-    found: Sequence[Judged],
+    found: Sequence[PartialScores],
     measured: Sequence[str],
 ) -> None:
     """Put what has been judged in its places."""

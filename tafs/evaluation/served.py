@@ -1,7 +1,7 @@
 """Metrics behind a server: `python -m tafs.evaluation.served RUN_DIR` scores the images of an evaluation.
 
 The command of the environment variable TAFS_SERVER is started on a free port of 127.0.0.1 and
-stopped at the end. Reads images.zip and writes judgements.parquet, in the layout of scores.parquet.
+stopped at the end. Reads images.zip and writes served_scores.parquet, in the layout of scores.parquet.
 """
 
 from __future__ import annotations
@@ -113,38 +113,41 @@ def _command() -> list[str]:
     return command
 
 
-def judge(run: run_dir.RunDir) -> None:
-    """Write the run's judgements.
+def score_served(run: run_dir.RunDir) -> None:
+    """Write the run's served_scores.
 
     Raises:
         FileNotFoundError: the run has no images; names the file.
-        failures.RunFailed: the server failed, left too many images without a score, or fails its
-            canary.
+        failures.RunFailed: the server failed, left too many images without a score, or fails its golden scores.
     """
     evaluation, prompts, world = run.evaluation, run.test_prompts(), run.world
     total = sum(s["images_per_prompt"] for s in evaluation["settings"]) * len(prompts)
-    reporter = Reporter(run.folder, "judge", total)
+    reporter = Reporter(run.folder, "score_served", total)
     rows = []
     with served(run, total) as scorer:
         reward = scorer.reward()
-        if world.canary is not None:
-            golden.verify([reward], {reward.name: world.reward_digest(reward.name)}, world.canary)
+        if world.golden_scores is not None:
+            golden.verify(
+                [reward], {reward.name: world.reward_digest(reward.name)}, world.golden_scores
+            )
         for keys, batch in image_archive.read(run.images, AT_ONCE):
-            owners = [prompts[key.prompt] for key in keys]
-            scores = reward.report(reward.score(batch, owners))
+            image_prompts = [prompts[key.prompt] for key in keys]
+            scores = reward.report(reward.score(batch, image_prompts))
             rows += [
                 {**key._asdict(), "tag": owner.tag, "metric": reward.name, "value": value}
-                for key, owner, value in zip(keys, owners, scores.double().tolist(), strict=True)
+                for key, owner, value in zip(
+                    keys, image_prompts, scores.double().tolist(), strict=True
+                )
             ]
             reporter.advance(steps=len(keys))
         print(json.dumps(scorer.record()))
-    scores_.write_table(run, run.judgements, pd.DataFrame(rows))
+    scores_.write_table(run, run.served_scores, pd.DataFrame(rows))
     checkpoint.clear(run.judged)
     reporter.finish()
 
 
 def main() -> None:
-    main_.run_stage("judge", judge)
+    main_.run_stage("score_served", score_served)
 
 
 if __name__ == "__main__":

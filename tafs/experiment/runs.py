@@ -69,7 +69,7 @@ class Run:
             "sampler": self.sampler,
             "nfe_old": None,
             "nfe_theta": None,
-            "cost": 0,
+            "forward_equivalents": 0,
             "iterations": 0,
             "snapshots": list(self.snapshots),
             **weights_of(self.settings, used, [self.prompts]),
@@ -80,7 +80,7 @@ class Run:
                 "sampler": algorithm.evaluation_sampler,
                 "nfe_old": algorithm.nfe_old,
                 "nfe_theta": algorithm.nfe_theta,
-                "cost": algorithm.cost,
+                "forward_equivalents": algorithm.forward_equivalents,
                 "iterations": self.settings["iterations"],
             }
         return out
@@ -244,7 +244,7 @@ def _trained(scale: Scale, experiment: Experiment) -> list[tuple[str, str]]:
 
 
 def _costs(config: Config) -> dict[str, float]:
-    """Of every method an iteration's evaluations per image; see `Method.cost`."""
+    """Of every method an iteration's evaluations per image; see `Method.forward_equivalents`."""
     from tafs.methods import registry
 
     return {

@@ -110,14 +110,14 @@ def _inconsistency(config: Config) -> str | None:
             own = f"scales.{key}." if variant in scale.methods else ""
             try:
                 algorithm = registry.create(*_method_of(config, variant, scale))
-                cost = algorithm.cost
+                cost = algorithm.forward_equivalents
             except NotImplementedError as error:
                 return f"{own}methods.{variant}: {str(error) or 'is a stub'}"
             except Exception as error:  # whatever a method makes of its hyperparameters
                 kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
                 return f"{own}methods.{variant}: {kind}{error}"
             if not cost > 0:
-                return f"{own}methods.{variant}: its `cost` is {cost}; it must be above 0"
+                return f"{own}methods.{variant}: its `forward_equivalents` is {cost}; it must be above 0"
             # A method that one scale cannot share out may be tried at another.
             if key == config.scale and variant not in scale.without:
                 problem = sharing_problem(

@@ -48,7 +48,7 @@ class Trajectory:
 
 
 @dataclass(frozen=True)
-class Feedback:
+class UpdateInputs:
     """What an update learns from, for the images of one trajectory."""
 
     advantages: Tensor  # [T, B]; [0, B] of a method that has none
@@ -112,12 +112,14 @@ class Method:
         raise NotImplementedError
 
     def losses(
-        self, backbone: Backbone, trajectory: Trajectory, feedback: Feedback, micro_batch: int
+        self, backbone: Backbone, trajectory: Trajectory, feedback: UpdateInputs, micro_batch: int
     ) -> Iterator[LossPart]:
         """What is differentiated, a micro-batch at a time; the parts add up to the loss."""
         raise NotImplementedError
 
-    def credit(self, rewards: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    def compute_advantages(
+        self, rewards: Mapping[str, Tensor], weights: Mapping[str, float]
+    ) -> Tensor:
         """Training-scale rewards by name, [K, groups, G] each -> advantages [T, groups, G].
 
         An image that lacks a reward is NaN in all of them; the others' advantages are those of
@@ -125,7 +127,7 @@ class Method:
         """
         return next(iter(rewards.values()))[:0]
 
-    def divergence(
+    def kl_to_base(
         self, backbone: Backbone, trajectory: Trajectory, iteration: int
     ) -> float | None:
         """How far the model has moved from its base, estimated on one group of images."""
@@ -160,7 +162,7 @@ class Method:
         return None
 
     @property
-    def cost(self) -> float:
+    def forward_equivalents(self) -> float:
         """Network evaluations per image and iteration, in units of one forward pass.
 
         One with gradients counts three: forward, and twice that backward. A mean where iterations
@@ -169,7 +171,7 @@ class Method:
         """
         if self.nfe_old is None or self.nfe_theta is None:
             raise NotImplementedError(
-                f"{type(self).__name__}: define `cost`, "
+                f"{type(self).__name__}: define `forward_equivalents`, "
                 "the network evaluations per image and iteration"
             )
         return self.nfe_old + 3 * self.nfe_theta

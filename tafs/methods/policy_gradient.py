@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tafs.methods import grpo
-from tafs.methods.base import Feedback, LossPart, Method, Trajectory
+from tafs.methods.base import LossPart, Method, Trajectory, UpdateInputs
 from tafs.models import sampling
 from tafs.models.base import Backbone, Conditioning
 from tafs.models.sampling import Transition
@@ -57,7 +57,9 @@ class PolicyGradient(Method):
         """The policy's step."""
         return sampling.TRANSITIONS[self.sampler](x_t, v, t, s, self.eta)
 
-    def follow(self, past: Sequence[tuple[Tensor, Tensor]], x_t: Tensor, s: Tensor) -> Tensor:
+    def deterministic_step(
+        self, past: Sequence[tuple[Tensor, Tensor]], x_t: Tensor, s: Tensor
+    ) -> Tensor:
         """A deterministic step to s; `past` holds the (x0_hat, t) of this step and those before."""
         x0_hat, t = past[-1]
         return sampling.ode_to(x_t, x0_hat, t, s)
@@ -74,11 +76,13 @@ class PolicyGradient(Method):
         """Steps whose x0_hat is scored; -1 is the last one's, the final image."""
         return (-1,)
 
-    def choose(self, records: Sequence[Tensor], generator: torch.Generator) -> Sequence[Tensor]:
+    def select_steps(
+        self, records: Sequence[Tensor], generator: torch.Generator
+    ) -> Sequence[Tensor]:
         """The part of the recorded steps [T, B, ...] that is trained; by default all of it."""
         return records
 
-    def assign(self, advantages: Tensor, steps: int) -> Tensor:
+    def assign_credit(self, advantages: Tensor, steps: int) -> Tensor:
         """Advantages of the scored images [K, groups, G] -> of the trained steps [T, groups, G]."""
         return advantages[-1:].expand(steps, -1, -1)
 
@@ -97,9 +101,9 @@ class PolicyGradient(Method):
         return len(self.trained_steps(0))
 
     @property
-    def cost(self) -> float:
+    def forward_equivalents(self) -> float:
         """As of every method, and the base model's evaluations where its KL is in the loss."""
-        return super().cost + (self.nfe_theta if self.beta > 0 else 0)
+        return super().forward_equivalents + (self.nfe_theta if self.beta > 0 else 0)
 
     @property
     def evaluation_sampler(self) -> str:
@@ -131,7 +135,7 @@ class PolicyGradient(Method):
             if n == last:
                 break
             if n not in stochastic:
-                x = self.follow(past, x, s)
+                x = self.deterministic_step(past, x, s)
                 continue
             transition = self.transition(x, v, t, s)
             x_s = transition.sample(generator)
@@ -139,16 +143,18 @@ class PolicyGradient(Method):
                 records.append((x, x_s, t, s, transition.log_prob(x_s)))
             x = x_s
         columns = [torch.stack(column) for column in zip(*records, strict=True)]
-        x_t, x_s, t, s, log_prob = self.choose(columns, generator)
+        x_t, x_s, t, s, log_prob = self.select_steps(columns, generator)
         return Trajectory(x_t, x_s, t, s, log_prob, torch.stack(images), cond)
 
-    def credit(self, rewards: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    def compute_advantages(
+        self, rewards: Mapping[str, Tensor], weights: Mapping[str, float]
+    ) -> Tensor:
         """Of the weighted sum of the rewards, or the weighted sum of each reward's own."""
         if self.normalize_rewards:
             advantages = torch.stack([w * self.advantages(rewards[n]) for n, w in weights.items()])
-            return self.assign(advantages.sum(0), self.nfe_theta)
+            return self.assign_credit(advantages.sum(0), self.nfe_theta)
         total = torch.stack([w * rewards[n] for n, w in weights.items()]).sum(0)
-        return self.assign(self.advantages(total), self.nfe_theta)
+        return self.assign_credit(self.advantages(total), self.nfe_theta)
 
     def advantages(self, rewards: Tensor) -> Tensor:
         """Of each scored image among those of its step: [K, groups, G] -> [K, groups, G].
@@ -162,7 +168,7 @@ class PolicyGradient(Method):
         return advantages.clamp(-self.advantage_limit, self.advantage_limit)
 
     def losses(
-        self, backbone: Backbone, trajectory: Trajectory, feedback: Feedback, micro_batch: int
+        self, backbone: Backbone, trajectory: Trajectory, feedback: UpdateInputs, micro_batch: int
     ) -> Iterator[LossPart]:
         """The clipped objective of Eq. 10."""
         steps, batch = feedback.advantages.shape
@@ -188,7 +194,7 @@ class PolicyGradient(Method):
                 }
                 yield LossPart(loss * share, facts)
 
-    def divergence(self, backbone: Backbone, trajectory: Trajectory, iteration: int) -> float:
+    def kl_to_base(self, backbone: Backbone, trajectory: Trajectory, iteration: int) -> float:
         """The KL of one trained step to the base model's."""
         n = iteration % len(trajectory.x_t)
         x_t, t, s = trajectory.x_t[n], trajectory.t[n], trajectory.s[n]

@@ -57,7 +57,7 @@ class TafsGrpo(PolicyGradient):
         counted = 1 if self.credit_reading == "final" else self.n_adv or self.steps - 1
         return range(self.steps - counted, self.steps)
 
-    def assign(self, advantages: Tensor, steps: int) -> Tensor:
+    def assign_credit(self, advantages: Tensor, steps: int) -> Tensor:
         return grpo.assign_credit(advantages, self.credit_reading, steps)
 
 

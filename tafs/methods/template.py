@@ -85,7 +85,7 @@ def main() -> None:
             f"  snakemake all --config scale=smoke"
         )
 
-    errors.fail_in_one_line("new-method", work)
+    errors.run_cli("new-method", work)
 
 
 if __name__ == "__main__":

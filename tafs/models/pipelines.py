@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tafs.models.catalog import Model
 
-# What `Zoo.generate` gives every pipeline itself.
+# What `ReferencePipeline.generate` gives every pipeline itself.
 GIVEN = (
     "prompt",
     "height",
@@ -32,7 +32,7 @@ GIVEN = (
 )
 
 
-class Zoo:
+class ReferencePipeline:
     """One loaded model."""
 
     def __init__(self, model: Model, pipeline: DiffusionPipeline, resolution: int) -> None:

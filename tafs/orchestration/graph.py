@@ -49,7 +49,7 @@ class Plan:
 
     @property
     def contents(self) -> str:
-        """The text of tables.json: what every table and figure shows."""
+        """The text of report_spec.json: what every table and figure shows."""
         return runs_.to_json({"tables": self._tables})
 
     def results_of(self, kind: str, suffixes: Sequence[str]) -> list[str]:
@@ -104,7 +104,7 @@ class Plan:
             if table["kind"] == "correlation"
             for name in row["runs"]
         }
-        return [f"{self.root}/runs/{name}/step_scores.parquet" for name in sorted(names)]
+        return [f"{self.root}/runs/{name}/trajectory_rewards.parquet" for name in sorted(names)]
 
     def method_source(self, name: str) -> str:
         return str(registry.source_file(self._run(name).method))
@@ -113,7 +113,7 @@ class Plan:
     def metrics_files(self) -> tuple[str, ...]:
         """Of the stages that score a judged run's images."""
         served = self.settings.active.evaluation.server
-        return ("scores.parquet", *(("judgements.parquet",) if served else ()))
+        return ("scores.parquet", *(("served_scores.parquet",) if served else ()))
 
     def fetched(self, name: str, judging: bool = False) -> list[str]:
         """The marks of the resources that a run's training, or its judging, needs on the disk."""
@@ -133,12 +133,12 @@ class Plan:
         return [f"{self.root}/runs/{{run}}/images.zip"] if served else []
 
     @property
-    def canary(self) -> list[str]:
+    def reward_check(self) -> list[str]:
         """What has to be right before anything is judged."""
-        return [f"{self.root}/canary.json"] if self.settings.active.world == "hub" else []
+        return [f"{self.root}/reward_check.json"] if self.settings.active.world == "hub" else []
 
     @property
-    def canary_run(self) -> str:
+    def check_run(self) -> str:
         """A run whose settings say where the rewards are."""
         return next(iter(self.runs))
 

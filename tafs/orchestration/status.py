@@ -29,12 +29,12 @@ STARTING = 120.0  # s in which a process that has a lock waiting for it takes it
 SILENT, PACES = 900.0, 10  # a heartbeat is overdue after so many seconds and so many paces
 SQUEUE_LIMIT = 20  # s
 ROUNDING = 1.0  # s; failures may be noted in whole seconds
-STAGES = ("train", "evaluate", "correlate", "judge")
+STAGES = ("train", "evaluate", "trajectory_rewards", "score_served")
 WORKING = {
     "train": "training",
     "evaluate": "evaluating",
-    "correlate": "correlating",
-    "judge": "judging",
+    "trajectory_rewards": "scoring trajectories",
+    "score_served": "scoring (server)",
 }
 TROUBLE = ("failed", "lost", "stalled")
 ORDER = (*TROUBLE, *WORKING.values(), "to be continued", "waiting", "done")
@@ -156,8 +156,8 @@ def stages_of(graph: workflow.Plan) -> dict[str, tuple[str, ...]]:
         has = {
             "train": run.trained,
             "evaluate": folder in judged,
-            "correlate": f"{folder}/step_scores.parquet" in correlated,
-            "judge": served and folder in judged,
+            "trajectory_rewards": f"{folder}/trajectory_rewards.parquet" in correlated,
+            "score_served": served and folder in judged,
         }
         found[name] = tuple(stage for stage in STAGES if has[stage])
     return found
@@ -167,8 +167,8 @@ def _ended(run: run_dir.RunDir, stage: str) -> bool:
     files = {
         "train": (run.adapter, run.journal),
         "evaluate": (run.scores, run.samples),
-        "correlate": (run.step_scores,),
-        "judge": (run.judgements,),
+        "trajectory_rewards": (run.trajectory_rewards,),
+        "score_served": (run.served_scores,),
     }
     return all(file.is_file() for file in files[stage])
 

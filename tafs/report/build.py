@@ -1,4 +1,4 @@
-"""`python -m tafs.report.build ROOT`: every table and figure that ROOT/tables.json lists."""
+"""`python -m tafs.report.build ROOT`: every table and figure that ROOT/report_spec.json lists."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def main() -> None:
         with locks.held(root / ".locks" / "compare", wait):
             build(root)
 
-    errors.fail_in_one_line("compare", alone)
+    errors.run_cli("compare", alone)
 
 
 def build(root: Path) -> None:
@@ -55,7 +55,7 @@ def build(root: Path) -> None:
             for claim in stated
             if claim.experiment == spec["name"] and not claim.methods & set(spec["without"])
         ]
-        verdicts += [claims.judge(claim, spec, results) for claim in own]
+        verdicts += [claims.assess_claim(claim, spec, results) for claim in own]
     judged = {verdict.claim.id for verdict in verdicts}
     untested = [claim for claim in stated if claim.id not in judged]
     verdicts += [claims.Verdict(claim, claims.NOT_TESTED, ()) for claim in untested]
@@ -66,12 +66,12 @@ def build(root: Path) -> None:
 
 
 def contents(root: Path) -> list[dict[str, Any]]:
-    """The tables of tables.json.
+    """The tables of report_spec.json.
 
     Raises:
         ValueError, FileNotFoundError: it is missing or broken; names it.
     """
-    file = root / "tables.json"
+    file = root / "report_spec.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file}: not found; snakemake writes it from config.yaml")
     try:

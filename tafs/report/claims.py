@@ -146,7 +146,7 @@ def read(path: Path) -> list[Claim]:
     return found
 
 
-def judge(claim: Claim, spec: Mapping[str, Any], results: Sequence[Result]) -> Verdict:
+def assess_claim(claim: Claim, spec: Mapping[str, Any], results: Sequence[Result]) -> Verdict:
     """The verdict on a claim from the runs of its experiment.
 
     Args:
@@ -157,9 +157,9 @@ def judge(claim: Claim, spec: Mapping[str, Any], results: Sequence[Result]) -> V
     """
     table = _Rows(claim, spec, results)
     if claim.faster:
-        return _judge_times(claim, claim.faster, table)
+        return _assess_times(claim, claim.faster, table)
     if claim.correlated:
-        return _judge_correlations(claim, claim.correlated, table)
+        return _assess_correlations(claim, claim.correlated, table)
     tested = list(_differences(claim, table))
     adjusted = stats.holm([estimate.p_value for _, estimate, _ in tested])
     comparisons = []
@@ -254,7 +254,7 @@ def _differences(claim: Claim, table: _Rows) -> Iterator[tuple[str, Estimate, in
             yield what, difference, 1 if margin else 2
 
 
-def _judge_correlations(claim: Claim, test: Correlated, table: _Rows) -> Verdict:
+def _assess_correlations(claim: Claim, test: Correlated, table: _Rows) -> Verdict:
     """Reproduced where every interval lies above the bar, not reproduced where one lies below."""
     system, _ = table.system(RowName(method=run_dir.BASE, backbone=test.backbone))
     comparisons = []
@@ -268,7 +268,7 @@ def _judge_correlations(claim: Claim, test: Correlated, table: _Rows) -> Verdict
     return Verdict(claim, _verdict(comparisons), tuple(comparisons))
 
 
-def _judge_times(claim: Claim, test: Faster, table: _Rows) -> Verdict:
+def _assess_times(claim: Claim, test: Faster, table: _Rows) -> Verdict:
     """The ratio of median iteration times; its interval resamples iterations."""
     times = [
         np.array([t for r in table.system(n)[0].results for t in r.seconds()])

@@ -272,7 +272,7 @@ def _provenance(table: Table, lines: Sequence[Line], beside: Sequence[System]) -
             "scale": result.info["scale"],
             "sha256": {
                 file.name: sha256(file)
-                for file in (result.run.adapter, result.run.scores, result.run.step_scores)
+                for file in (result.run.adapter, result.run.scores, result.run.trajectory_rewards)
                 if file.is_file()
             },
             "metrics": result.run.evaluation.get("weights", {}),

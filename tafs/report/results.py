@@ -42,7 +42,7 @@ class Scores:
 
 
 def read_scores(file: Path, *more: Path) -> Scores:
-    """scores.parquet, and the further metrics of judgements.parquet, as dense arrays.
+    """scores.parquet, and the further metrics of served_scores.parquet, as dense arrays.
 
     Raises:
         ValueError: a file is missing or unreadable, or an image is there twice; names the file.
@@ -77,7 +77,7 @@ def read_scores(file: Path, *more: Path) -> Scores:
 
 def _read_long(file: Path) -> pd.DataFrame:
     if not file.is_file():
-        stage = "judge" if file.name.startswith("judgements") else "evaluate"
+        stage = "score_served" if file.name.startswith("served_scores") else "evaluate"
         raise ValueError(f"{file}: not found; `python -m tafs.{stage}` writes it")
     columns = ["prompt", "tag", "image", "iteration", "sampler", "nfe", "metric", "value"]
     try:
@@ -91,14 +91,16 @@ def _read_long(file: Path) -> pd.DataFrame:
     return table.astype({name: "str" for name in ("tag", "sampler", "metric")})
 
 
-def read_step_scores(file: Path) -> pd.DataFrame:
-    """step_scores.parquet: prompt, step, metric, value.
+def read_trajectory_rewards(file: Path) -> pd.DataFrame:
+    """trajectory_rewards.parquet: prompt, step, metric, value.
 
     Raises:
         ValueError: it is missing or unreadable; names the file.
     """
     if not file.is_file():
-        raise ValueError(f"{file}: not found; `python -m tafs.evaluation.correlate` writes it")
+        raise ValueError(
+            f"{file}: not found; `python -m tafs.evaluation.trajectory_rewards` writes it"
+        )
     try:
         table = pd.read_parquet(file, columns=["prompt", "step", "metric", "value"])
     except (ValueError, KeyError, OSError) as error:
@@ -170,12 +172,12 @@ class Result:
         """
         files = [self.run.scores]
         if self.run.evaluation["server"]:
-            files.append(self.run.judgements)
+            files.append(self.run.served_scores)
         return read_scores(*files)
 
     @cached_property
-    def step_scores(self) -> pd.DataFrame:
-        return read_step_scores(self.run.step_scores)
+    def trajectory_rewards(self) -> pd.DataFrame:
+        return read_trajectory_rewards(self.run.trajectory_rewards)
 
     @cached_property
     def iterations(self) -> list[dict[str, Any]]:
@@ -326,10 +328,10 @@ def step_correlation(result: Result, metric: str, step: int) -> stats.Estimate:
     Raises:
         ValueError: the run has no such metric or step; names the file.
     """
-    scores = result.step_scores
+    scores = result.trajectory_rewards
     table = scores[scores["metric"] == metric].pivot(index="prompt", columns="step", values="value")
     if step not in table.columns:
-        raise ValueError(f"{result.run.step_scores}: no {metric} of step {step}")
+        raise ValueError(f"{result.run.trajectory_rewards}: no {metric} of step {step}")
     return stats.correlation(table[step].to_numpy(), table.iloc[:, -1].to_numpy())
 
 

@@ -74,7 +74,7 @@ def _compute_table(spec: Mapping[str, Any], results: Sequence[Result]) -> Table:
     columns: list[Column] = [ITERATIONS, COMPUTE, *map(Score, metrics_of(results))]
     note = (
         "Evaluations: forward passes of the network per image of an iteration, times iterations; "
-        "one with gradients counts three. The number of iterations is the largest that the budget "
+        "one with gradients counts three. The number of iterations is the largest that the deadline "
         "pays for, and at most that of the whole training."
     )
     return Table(
@@ -154,7 +154,7 @@ def _correlation_table(spec: Mapping[str, Any], results: Sequence[Result]) -> Ta
     """Pearson's r of earlier images' rewards with the final image's, a row a step."""
     rows = []
     for row in _rows(spec):
-        scores = select(results, row.where).results[0].step_scores
+        scores = select(results, row.where).results[0].trajectory_rewards
         last = int(scores["step"].max())
         several = len({r["backbone"] for r in spec["rows"]}) > 1
         for step in range(2, last):
@@ -164,13 +164,13 @@ def _correlation_table(spec: Mapping[str, Any], results: Sequence[Result]) -> Ta
     def correlation(metric: str) -> Callable[[System, Row], stats.Estimate]:
         return lambda system, row: step_correlation(system.results[0], metric, row.nfe)
 
-    known = set(results[0].step_scores["metric"])
+    known = set(results[0].trajectory_rewards["metric"])
     columns = [
         Statistic(f"{m}_r", METRICS[m].title, 2, correlation(m), f"{m}_r")
         for m in METRICS
         if m in known
     ]
-    prompts = results[0].step_scores["prompt"].nunique()
+    prompts = results[0].trajectory_rewards["prompt"].nunique()
     note = (
         f"Pearson's r over {prompts:,} training prompts, one annealed trajectory of each; R2 is "
         "the reward of the image at the second evaluation. GenEval is the graded training reward."

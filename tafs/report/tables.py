@@ -111,9 +111,9 @@ def iteration_time(system: System, row: Row) -> float | None:
 
 
 def _compute(system: System, row: Row) -> float | None:
-    """Training compute in network evaluations per image of an iteration; see `Method.cost`."""
+    """Training compute in network evaluations per image of an iteration; see `Method.forward_equivalents`."""
     iterations = _iterations(system, row)
-    return None if iterations is None else float(system.info["cost"] * iterations)
+    return None if iterations is None else float(system.info["forward_equivalents"] * iterations)
 
 
 def _iterations(system: System, row: Row) -> float | None:

@@ -21,7 +21,7 @@ from tafs.data.geneval_rows import CLASSES, COLORS
 from tafs.data.prompts import Prompt
 from tafs.rewards import learned
 from tafs.rewards.clip import CLIPScore
-from tafs.rewards.geneval import Detection, judge
+from tafs.rewards.geneval import Detection, geneval_verdict
 from tafs.rewards.registry import Reward, check_images
 
 # Labels of COCO checkpoints on the hub, some in the spelling of Pascal VOC, and GenEval's.
@@ -79,7 +79,7 @@ class GenEval:
         """
         check_images(self.name, images, prompts)
         found = self.detector.detect(images, prompts)
-        verdicts = [judge(d, p.row) for d, p in zip(found, prompts, strict=True)]
+        verdicts = [geneval_verdict(d, p.row) for d, p in zip(found, prompts, strict=True)]
         scores = [float(v.correct) if self.strict else v.graded for v in verdicts]
         return torch.tensor(scores, dtype=torch.float32, device=images.device)
 

@@ -59,7 +59,7 @@ def relations(a: Detection, b: Detection) -> set[str]:
     return found
 
 
-def judge(detections: Sequence[Detection], row: Mapping[str, Any]) -> Verdict:
+def geneval_verdict(detections: Sequence[Detection], row: Mapping[str, Any]) -> Verdict:
     """GenEval's strict verdict and the graded credit of one image.
 
     Args:

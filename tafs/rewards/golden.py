@@ -102,7 +102,7 @@ def check(
         expected = stored.get(image, math.nan)
         if not math.isclose(found, expected, rel_tol=TOLERANCE, abs_tol=tolerance):
             raise errors.RunFailed(
-                f"reward {name} scores the canary image {image!r} {found:.6g}, stored is "
+                f"reward {name} scores the golden image {image!r} {found:.6g}, stored is "
                 f"{expected:.6g}: its model does not compute what it did"
             )
 
@@ -128,8 +128,8 @@ def verify(
         stored = known.get(reward.name, {}).get(digests[reward.name])
         if stored is None:
             raise errors.RunFailed(
-                f"reward {reward.name}: {file} has no canary scores of its weights; run the "
-                "workflow's rule canary first"
+                f"reward {reward.name}: {file} has no golden scores of its weights; run the "
+                "workflow's rule check_rewards first"
             )
         check(reward.name, scores(reward, device), stored, _tolerance(reward))
 
@@ -161,7 +161,7 @@ def record(
             continue
         for image, score in found[name].items():
             if not math.isfinite(score):
-                raise errors.RunFailed(f"reward {name} scores the canary image {image!r} {score}")
+                raise errors.RunFailed(f"reward {name} scores the golden image {image!r} {score}")
         added = True
         of_reward[digest] = found[name]
     if added:
@@ -187,4 +187,4 @@ def _read(file: Path) -> dict[str, dict[str, dict[str, float]]]:
             for name, digests in known.items()
         }
     except (ValueError, AttributeError, TypeError):
-        raise ValueError(f"{file}: holds no canary scores; delete it to have them anew") from None
+        raise ValueError(f"{file}: holds no golden scores; delete it to have them anew") from None

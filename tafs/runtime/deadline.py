@@ -19,7 +19,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 RESERVE_S, RESERVE_SHARE = 120.0, 0.2
 
 
-class Budget:
+class Deadline:
     """Whether there is time for another piece of work.
 
     Args:
@@ -34,10 +34,10 @@ class Budget:
         self.limit = limit
         self.longest = 0.0  # s of a piece so far
         self.signal: signal.Signals | None = None
-        self._lap = time.monotonic()
+        self._last_tick = time.monotonic()
 
     @classmethod
-    def from_environment(cls) -> Budget:
+    def from_environment(cls) -> Deadline:
         """This job's.
 
         Raises:
@@ -47,14 +47,14 @@ class Budget:
         minutes, started = number("TAFS_MINUTES"), number("TAFS_STARTED")
         return cls(60.0 * minutes if minutes else None, float(started) if started else None)
 
-    def lap(self) -> None:
+    def tick(self) -> None:
         """A piece of work has ended, which had begun with the last one's end."""
         now = time.monotonic()
-        self.longest = max(self.longest, now - self._lap)
-        self._lap = now
+        self.longest = max(self.longest, now - self._last_tick)
+        self._last_tick = now
 
     @property
-    def spent(self) -> str:
+    def expired(self) -> str:
         """Why no other piece should be begun, in a few words; empty where there is time."""
         if self.signal is not None:
             return self.signal.name
@@ -65,8 +65,8 @@ class Budget:
             return ""
         return f"the time limit of {self.limit / 60:g} minutes is near"
 
-    def __enter__(self) -> Budget:
-        self._lap = time.monotonic()
+    def __enter__(self) -> Deadline:
+        self._last_tick = time.monotonic()
         # Only a process's main thread may say what signals do.
         here = threading.current_thread() is threading.main_thread()
         self._before = {s: signal.signal(s, self._note) for s in SIGNALS} if here else {}

@@ -76,7 +76,7 @@ def main() -> None:
             gpus.claim(processes // nodes)
         os.execvp(started[0], started)
 
-    errors.fail_in_one_line(
+    errors.run_cli(
         f"train {run.folder}", work, lambda code, line: run.note_failure("train", code, line)
     )
 

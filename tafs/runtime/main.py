@@ -59,4 +59,4 @@ def run_stage(stage: str, work: Callable[[RunDir], None]) -> None:
             run.failure(stage).unlink(missing_ok=True)
             within_memory()
 
-    errors.fail_in_one_line(what, alone, lambda code, line: run.note_failure(stage, code, line))
+    errors.run_cli(what, alone, lambda code, line: run.note_failure(stage, code, line))

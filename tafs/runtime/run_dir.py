@@ -12,12 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tafs.assets import sources
 from tafs.common import locks
 from tafs.common.files import sha256
-from tafs.data import prompts
-from tafs.experiment import runs
-from tafs.runtime import run_dir
+from tafs.runtime import checkpoint, journal
 
 BASE = "base"  # the untrained model's place among the methods
 
@@ -36,10 +33,10 @@ class RunDir:
         self.scores = folder / "scores.parquet"
         self.samples = folder / "samples.safetensors"
         self.images = folder / "images.zip"
-        self.judgements = folder / "judgements.parquet"
-        self.step_scores = folder / "step_scores.parquet"
+        self.served_scores = folder / "served_scores.parquet"
+        self.trajectory_rewards = folder / "trajectory_rewards.parquet"
         self.snapshots = folder / "snapshots"
-        self.judged = folder / ".judged"
+        self.eval_state = folder / ".eval_state"
         self.state = folder / ".state"
         self.checkpoints = self.state / "checkpoints"
 
@@ -54,7 +51,7 @@ class RunDir:
 
     @cached_property
     def evaluation(self) -> dict[str, Any]:
-        """evaluation.json: how the run is judged; see `config.evaluations`.
+        """evaluation.json: how the run is judged; see `experiment.specs.EvalSpec`.
 
         Raises:
             FileNotFoundError, ValueError: it is missing or no JSON object; names the file.
@@ -69,31 +66,9 @@ class RunDir:
         """Where a snapshot lies until the training has ended."""
         return self.state / "snapshots" / self.snapshot(iteration).name
 
-    @cached_property
-    def world(self) -> sources.World:
-        """Where its models, rewards and prompts come from."""
-        return sources.of(self.description["settings"])
-
-    def test_prompts(self) -> list[prompts.Prompt]:
-        """The held-out prompts that it is judged on."""
-        found = self.world.prompts(self.description["prompts"], "test")
-        return [found[i] for i in prompts.first_of_each(found, self.evaluation["prompts"])]
-
     @property
     def trained(self) -> bool:
-        return bool(self.description["method"] != run_dir.BASE)
-
-    def fingerprint(self) -> str:
-        """Of the description and of the method's source: what a resume state must match."""
-        from tafs.methods import registry
-
-        return runs.fingerprint(self.description, registry.source_file(self.description["method"]))
-
-    def judging_fingerprint(self) -> str:
-        """Of all that decides the run's scores, its trained weights among it."""
-        trained = [self.adapter, *(self.snapshot(n) for n in self.description["snapshots"])]
-        both = {"run": self.description, "evaluation": self.evaluation}
-        return runs.fingerprint(both, *(trained if self.trained else ()))
+        return bool(self.description["method"] != BASE)
 
     def verified(self, iteration: int | None) -> Path:
         """The adapter, or a snapshot, as training has left it.
@@ -102,8 +77,6 @@ class RunDir:
             FileNotFoundError: it is not there; names it.
             ValueError: it has changed since; names it.
         """
-        from tafs.runtime import journal
-
         file = self.adapter if iteration is None else self.snapshot(iteration)
         if not file.is_file():
             raise FileNotFoundError(f"{file}: not found; `python -m tafs.training.train` writes it")
@@ -128,8 +101,6 @@ class RunDir:
             self.clear_state()
 
     def clear_state(self) -> None:
-        from tafs.runtime import checkpoint
-
         checkpoint.clear(self.state)
 
     def lock(self, stage: str) -> Path:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tafs.data import prompts
-from tafs.rewards.geneval import Detection, judge
+from tafs.rewards.geneval import Detection, geneval_verdict
 from tafs.shapes.render import render
 from tafs.shapes.scenes import COLORS, IMAGE_SIZE, RELATIONS, SHAPES, Scene, sample_scene
 
@@ -102,7 +102,7 @@ def pictures(
         elif kind < 0.45:
             row = dict(captions[int(rng.integers(len(captions)))].row)
         scene = sample_scene(row, rng)
-        verdict = judge(boxes(scene), prompt.row)
+        verdict = geneval_verdict(boxes(scene), prompt.row)
         scenes.append(scene)
         alignment.append(0.5 * verdict.graded + 0.5 * verdict.correct)
         centre = np.mean([(g.x, g.y) for g in scene], axis=0) - IMAGE_SIZE / 2

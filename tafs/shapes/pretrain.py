@@ -26,6 +26,7 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
+from tafs.rewards.geneval import geneval_verdict
 from tafs.common import seeding
 from tafs.data import prompts
 from tafs.data.geneval_rows import TASKS
@@ -33,7 +34,6 @@ from tafs.models import loading
 from tafs.models.base import Backbone
 from tafs.models.flux import FluxBackbone
 from tafs.models.sd3 import SD3Backbone
-from tafs.rewards.geneval import judge
 from tafs.shapes import cards, pretrain_rewards, text, vae, weights
 from tafs.shapes.captions import DATA
 from tafs.shapes.detector import detect
@@ -262,7 +262,7 @@ def strict_geneval(
     verdicts: dict[str, list[bool]] = {task: [] for task in TASKS}
     for i, detections in enumerate(detect(backbone.decode(x))):
         prompt = judged[i // images_per_prompt]
-        verdicts[prompt.tag].append(judge(detections, prompt.row).correct)
+        verdicts[prompt.tag].append(geneval_verdict(detections, prompt.row).correct)
     scores = {task: sum(v) / len(v) for task, v in verdicts.items()}
     return {"overall": sum(scores.values()) / len(scores), **scores}
 

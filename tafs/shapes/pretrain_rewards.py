@@ -67,7 +67,7 @@ def draw_prompts(count: int, split: str, rng: np.random.Generator) -> list[promp
 def draw_pairs(
     count: int, split: str, taste: annotators.Taste, autoencoder: AutoencoderKL, seed: int
 ) -> Pairs:
-    """Judged pairs; the annotator's noise makes some verdicts contradict its own utility.
+    """PartialScores pairs; the annotator's noise makes some verdicts contradict its own utility.
 
     Pictures that it finds equally good are a tie, and ties are left out, as in the real data sets.
     """

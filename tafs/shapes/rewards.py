@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tafs.rewards.geneval import geneval_verdict
 from tafs.data.prompts import Prompt
-from tafs.rewards.geneval import judge
 from tafs.rewards.registry import Reward
 from tafs.shapes import scorers, weights
 from tafs.shapes.detector import detect
@@ -37,7 +37,7 @@ class GenEval:
         self.strict = strict
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        verdicts = [judge(d, p.row) for d, p in zip(detect(images), prompts, strict=True)]
+        verdicts = [geneval_verdict(d, p.row) for d, p in zip(detect(images), prompts, strict=True)]
         return torch.tensor([float(v.correct) if self.strict else v.graded for v in verdicts])
 
 

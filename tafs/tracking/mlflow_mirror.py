@@ -179,7 +179,7 @@ def _signature(folder: Path, store: Path, server: str | None) -> Signature:
     """Changes with every file that is mirrored, and with the database that it is mirrored to."""
     database = None if server else _status(store / DATABASE)
     names = ["run.json", "journal.jsonl", ".state/journal.jsonl", "adapter.safetensors"]
-    names += ["scores.parquet", "judgements.parquet", "samples.safetensors"]
+    names += ["scores.parquet", "served_scores.parquet", "samples.safetensors"]
     files = [folder / name for name in names] + pictures(folder)
     found = [(str(file), _status(file)) for file in files]
     described = [

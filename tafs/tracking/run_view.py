@@ -63,7 +63,7 @@ def read_run(folder: Path) -> Mirror | None:
     journals = [folder / ".state" / "journal.jsonl", folder / "journal.jsonl"]
     path = next((p for p in journals if p.exists()), None)
     records = journal.read(path) if path else []
-    files = [folder / "scores.parquet", folder / "judgements.parquet"]
+    files = [folder / "scores.parquet", folder / "served_scores.parquet"]
     score_files = [file for file in files if file.exists()]
     if not records and not score_files:
         return None
@@ -177,7 +177,7 @@ def _score_points(file: Path) -> tuple[list[Point], int]:
             value = 100 * tags.mean(skipna=False).mean(skipna=False)
         else:
             # A server's missing grades are counted in the tables.
-            value = rows["value"].mean(skipna=file.stem == "judgements")
+            value = rows["value"].mean(skipna=file.stem == "served_scores")
         if math.isfinite(value):
             key = _entity(f"score/{metric}/{sampler}/nfe_{nfe}")
             points.append(Point(key, float(value), _modified_ms(file), int(iteration)))

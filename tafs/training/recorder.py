@@ -16,7 +16,7 @@ from tafs.training import provenance
 from tafs.training.trainer import Trainer
 
 
-class Keeper:
+class RunRecorder:
     """The files of a run in training, which one process writes for all."""
 
     def __init__(

@@ -27,9 +27,9 @@ from tafs.common import errors
 from tafs.common.files import sha256
 from tafs.runtime import checkpoint, distributed, run_dir
 from tafs.runtime import main as main_
-from tafs.runtime.deadline import Budget
+from tafs.runtime.deadline import Deadline
 from tafs.runtime.distributed import Processes
-from tafs.training.recorder import Keeper
+from tafs.training.recorder import RunRecorder
 from tafs.training.trainer import trainer_of
 
 
@@ -47,16 +47,16 @@ def train(run: run_dir.RunDir, processes: Processes = distributed.ALONE) -> None
         )
     if state is not None:
         trainer.restore(state)
-    keeper = Keeper(run, trainer, fingerprint, state) if processes.leads else None
-    with Budget.from_environment() as budget:
+    keeper = RunRecorder(run, trainer, fingerprint, state) if processes.leads else None
+    with Deadline.from_environment() as deadline:
         for iteration in range(done, trainer.iterations):
             record = trainer.iterate(iteration)
             if keeper is not None:
                 keeper.keep(record)
-            budget.lap()
+            deadline.tick()
             done = iteration + 1
-            if processes.any(bool(budget.spent)) and done < trainer.iterations:
-                reason = budget.spent or "another process was asked to stop"
+            if processes.any(bool(deadline.expired)) and done < trainer.iterations:
+                reason = deadline.expired or "another process was asked to stop"
                 line = "" if keeper is None else keeper.pause(done, reason)
                 # torchrun ends the others soon after the first: not before the state is saved.
                 processes.any(False)

@@ -19,7 +19,7 @@ from tafs.common import errors, files, seeding
 from tafs.data import prompts
 from tafs.experiment import validate
 from tafs.methods import grpo, registry
-from tafs.methods.base import Feedback, Trajectory
+from tafs.methods.base import Trajectory, UpdateInputs
 from tafs.models.base import Backbone, fast_dtype
 from tafs.rewards.registry import MISSING_SHARE, RewardSet
 from tafs.runtime import checkpoint, distributed
@@ -147,19 +147,19 @@ class Trainer:
             self.encoded = range(iteration, min(iteration + AHEAD, self.iterations))
             ahead = map(self._draw, self.encoded)
             self.backbone.prepare([later[group].text for later in ahead for group in self.own])
-        chunks = self._rollout([drawn[group].text for group in self.own], iteration)
+        trajectories = self._rollout([drawn[group].text for group in self.own], iteration)
         sampled = clock()
-        owners = [drawn[group] for group in self.own for _ in range(self.group_size)]
-        rewards = self._score(chunks, owners, iteration)
-        advantages = self.method.credit(rewards.by_name, rewards.weights)
+        image_prompts = [drawn[group] for group in self.own for _ in range(self.group_size)]
+        rewards = self._score(trajectories, image_prompts, iteration)
+        advantages = self.method.compute_advantages(rewards.by_name, rewards.weights)
         # Whatever a method makes of missing rewards.
         advantages = advantages.masked_fill(rewards.invalid, 0)[:, self.own].flatten(1)
         scored = clock()
-        learned = self._update(chunks, owners, advantages, iteration)
+        learned = self._update(trajectories, image_prompts, advantages, iteration)
         end = clock()
-        group = chunks[0].images(slice(0, self.group_size))
+        group = trajectories[0].images(slice(0, self.group_size))
         with torch.no_grad():
-            divergence = self.method.divergence(self.backbone, group, iteration)
+            divergence = self.method.kl_to_base(self.backbone, group, iteration)
         batch = self.groups * self.group_size
         return {
             "iteration": iteration,
@@ -205,13 +205,13 @@ class Trainer:
             generator=seeding.generator(self.seed, "start", iteration),
         )[self.own]
         noise = noise.expand(-1, self.group_size, *shape).flatten(0, 1).to(self.backbone.device)
-        chunks = []
+        trajectories = []
         for part in self.micro_batches():
             generator = seeding.generator(self.seed, "step", iteration, self._place(part.start))
-            chunks.append(
+            trajectories.append(
                 self.method.rollout(self.backbone, cond[part], noise[part], generator, iteration)
             )
-        return chunks
+        return trajectories
 
     def micro_batches(self) -> list[slice]:
         """This process's images in the parts that go through the network together."""
@@ -233,19 +233,22 @@ class Trainer:
         return self.own[group] * self.group_size + member
 
     def _score(
-        self, chunks: Sequence[Trajectory], owners: Sequence[prompts.Prompt], iteration: int
+        self,
+        trajectories: Sequence[Trajectory],
+        image_prompts: Sequence[prompts.Prompt],
+        iteration: int,
     ) -> Rewards:
         """Decode and score this process's images; the rewards of all processes' images."""
         columns: dict[str, list[Tensor]] = {name: [] for name in self.weights}
         low = 0
-        for chunk in chunks:
+        for chunk in trajectories:
             scored, size = chunk.scored.shape[:2]
             steps = []
             for number, latents in enumerate(chunk.scored, start=1):
                 where = f"iteration {iteration}, scored step {number} of {scored}"
                 with torch.no_grad():
                     images = self._decode(latents, range(low, low + size), where)
-                steps.append(self.rewards.score(images, owners[low : low + size]))
+                steps.append(self.rewards.score(images, image_prompts[low : low + size]))
             for name in self.weights:
                 columns[name].append(torch.stack([step[name] for step in steps]))
             low += size
@@ -302,8 +305,8 @@ class Trainer:
 
     def _update(
         self,
-        chunks: Sequence[Trajectory],
-        owners: Sequence[prompts.Prompt],
+        trajectories: Sequence[Trajectory],
+        image_prompts: Sequence[prompts.Prompt],
         advantages: Tensor,
         iteration: int,
     ) -> dict[str, Any]:
@@ -311,7 +314,7 @@ class Trainer:
         method = self.method
         facts: dict[str, list[Tensor]] = {}
         norms = []
-        pending = iter(chunks)
+        pending = iter(trajectories)
         for number, update in enumerate(self._updates()):
             # Rounding then does not depend on how many processes share the sum: AdamW makes whole
             # steps of what is left of gradients that cancel.
@@ -325,9 +328,11 @@ class Trainer:
                 chunk = next(pending)
                 size = chunk.t.shape[1]
                 of = slice(low, low + size)
-                feedback = Feedback(
+                feedback = UpdateInputs(
                     advantages[:, of],
-                    partial(self._differentiable_rewards, owners, range(low, low + size), where),
+                    partial(
+                        self._differentiable_rewards, image_prompts, range(low, low + size), where
+                    ),
                     self.weights,
                     self.averaged,
                 )
@@ -336,7 +341,7 @@ class Trainer:
                     if not part.loss.isfinite():
                         raise NonFinite(f"{where}: the loss is {part.loss.item()}")
                     (part.loss * share).backward()
-                    for name, values in part.facts.items():
+                    for name, values in part.metrics.items():
                         facts.setdefault(name, []).append(values)
                 for name, parameter in self.parameters.items():
                     if parameter.grad is not None:
@@ -368,16 +373,16 @@ class Trainer:
 
     def _differentiable_rewards(
         self,
-        owners: Sequence[prompts.Prompt],
+        image_prompts: Sequence[prompts.Prompt],
         chunk: range,
         where: str,
         x_0: Tensor,
         part: slice,
     ) -> dict[str, Tensor]:
-        """Training-scale rewards of latents, with gradients; see `method.Feedback`.
+        """Training-scale rewards of latents, with gradients; see `method.UpdateInputs`.
 
         Args:
-            owners: of all of this process's images.
+            image_prompts: of all of this process's images.
             chunk: those of them that `part` selects from.
 
         Raises:
@@ -385,7 +390,7 @@ class Trainer:
         """
         images = chunk[part]
         pixels = self._decode(x_0, images, where)
-        rewards = self.rewards.differentiate(pixels, [owners[image] for image in images])
+        rewards = self.rewards.differentiate(pixels, [image_prompts[image] for image in images])
         for name, values in rewards.items():
             broken = ~values.detach().isfinite()
             if broken.any():

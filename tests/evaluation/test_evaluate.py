@@ -50,7 +50,7 @@ def copied(run: run_dir.RunDir, folder: Path) -> run_dir.RunDir:
 
 def evaluating(run: run_dir.RunDir, killed_after: int = 0, **environment) -> Process:
     """With `killed_after` it keeps each batch at once, and kills itself after so many."""
-    save, saved = scores.Judged.save, 0
+    save, saved = scores.PartialScores.save, 0
 
     def counted(self, archive: Path | None) -> None:
         nonlocal saved
@@ -62,7 +62,7 @@ def evaluating(run: run_dir.RunDir, killed_after: int = 0, **environment) -> Pro
     def work() -> None:
         if killed_after:
             evaluate.KEEP_S = 0.0
-            scores.Judged.save = counted
+            scores.PartialScores.save = counted
         stage("evaluate", evaluate.evaluate, run)
 
     return Process(work, environment)

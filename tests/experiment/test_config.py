@@ -301,7 +301,10 @@ def test_every_kind_of_table_has_a_function_that_builds_it():
 def test_a_method_that_costs_nothing_or_does_not_say_what_is_refused_in_one_line(monkeypatch):
     raw = yaml_files.load_yaml(SHIPPED, dict)
     flow_grpo = registry.method_class("flow_grpo")
-    for cost, problem in ((0, "its `cost` is 0; it must be above 0"), (None, "define `cost`")):
+    for cost, problem in (
+        (0, "its `forward_equivalents` is 0; it must be above 0"),
+        (None, "define `forward_equivalents`"),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(flow_grpo, "cost" if cost == 0 else "nfe_old", cost)
             with pytest.raises(
@@ -378,7 +381,7 @@ def test_models_are_kept_where_shares_of_the_references_compute_end(
     settings = validate.read(SHIPPED, {"scale": "shapes"})
     assert settings.active.iterations == 17
     run = runs_.runs(settings)[f"{variant}.preference.shapes-flux.0"]
-    assert run.describe()["cost"] == cost
+    assert run.describe()["forward_equivalents"] == cost
     assert run.snapshots == snapshots
     assert run.describe()["snapshots"] == list(snapshots)
     table = next(t for t in tables.tables(settings) if t["kind"] == "compute")
@@ -389,9 +392,9 @@ def test_models_are_kept_where_shares_of_the_references_compute_end(
 def test_snapshots_are_the_last_iterations_that_the_reference_pays_for():
     settings = validate.read(SHIPPED, {"scale": "shapes"})
     runs = runs_.runs(settings)
-    whole = runs["tafs_grpo.preference.shapes-flux.0"].describe()["cost"] * 17
+    whole = runs["tafs_grpo.preference.shapes-flux.0"].describe()["forward_equivalents"] * 17
     for run in runs.values():
-        cost = Fraction(run.describe()["cost"])
+        cost = Fraction(run.describe()["forward_equivalents"])
         paid = {
             max(n for n in range(1, 18) if n == 1 or n * cost <= Fraction(share) * Fraction(whole))
             for share in runs_.MARKS
@@ -476,7 +479,9 @@ def test_a_base_model_of_correlations_alone_is_not_judged(tmp_path):
     assert name == "base.shapes.shapes-flux"
     assert json.loads(plan.evaluation(name))["settings"] == []
     assert plan.files("scores.parquet", judged=True) == []
-    assert plan.correlated == ["results/shapes/runs/base.shapes.shapes-flux/step_scores.parquet"]
+    assert plan.correlated == [
+        "results/shapes/runs/base.shapes.shapes-flux/trajectory_rewards.parquet"
+    ]
 
 
 @pytest.mark.parametrize("key", sorted(schema.Evaluation.model_fields))

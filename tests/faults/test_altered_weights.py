@@ -96,10 +96,10 @@ def test_an_altered_byte_of_any_fetched_file_is_refused(fetched, trials):  # noq
 STAGES = (
     ("train", "shapes-flux/transformer/diffusion_pytorch_model.safetensors"),
     ("evaluate", "hpsv2/model.safetensors"),
-    ("correlate", "shapes-flux/vae/diffusion_pytorch_model.safetensors"),
+    ("trajectory_rewards", "shapes-flux/vae/diffusion_pytorch_model.safetensors"),
     ("train", "pickscore/model.safetensors"),
     ("evaluate", "shapes-flux/model_index.json"),
-    ("correlate", "imagereward/tokenizer.json"),
+    ("trajectory_rewards", "imagereward/tokenizer.json"),
 )
 
 

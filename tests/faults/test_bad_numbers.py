@@ -20,7 +20,6 @@ from support.toy import call_of, spoil, toy_run, toy_trainer
 
 from tafs.common.errors import RunFailed
 from tafs.evaluation import image_archive
-from tafs.evaluation import served as judge
 from tafs.experiment import runs as runs_
 from tafs.experiment import validate
 from tafs.methods import registry
@@ -98,7 +97,7 @@ def told(run: Trainer, invalid: np.ndarray) -> None:
             total = sum(weights[name] * advantages(values[name]) for name in weights)
         else:
             total = advantages(sum(weights[name] * values[name] for name in weights))
-        return algorithm.assign(torch.from_numpy(total).float(), algorithm.nfe_theta)
+        return algorithm.assign_credit(torch.from_numpy(total).float(), algorithm.nfe_theta)
 
     object.__setattr__(run.method, "credit", credit)
 
@@ -156,8 +155,8 @@ Break = Callable[[Trainer, int, np.random.Generator], None]
 def break_loss(run: Trainer, update: int, rng: np.random.Generator) -> None:
     """One of the parts of an update's loss is bad."""
     losses, bad, seen = run.method.losses, BAD[rng.integers(3)], [0]
-    chunks = len(run.micro_batches()) // run.method.updates
-    chosen = update * chunks + int(rng.integers(chunks))
+    trajectories = len(run.micro_batches()) // run.method.updates
+    chosen = update * trajectories + int(rng.integers(trajectories))
     last = bool(rng.random() < 0.5)
 
     def broken(*given: Any) -> Iterator[Any]:
@@ -307,7 +306,7 @@ def judged_run(folder: Path, rng: np.random.Generator) -> tuple[run_dir.RunDir, 
 
 
 def judged(run: run_dir.RunDir, server: ChatServer, **options: Any) -> UnifiedReward:
-    """What has written the run's judgements, by a server that is there already."""
+    """What has written the run's served_scores, by a server that is there already."""
     scorers = []
 
     @contextmanager
@@ -316,9 +315,9 @@ def judged(run: run_dir.RunDir, server: ChatServer, **options: Any) -> UnifiedRe
         yield scorers[0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(judge, "served", served)
+        patch.setattr(served, "served", served)
         patch.setattr(unifiedreward, "FIRST_PAUSE", 0.01)
-        judge.judge(run)
+        served.score_served(run)
     return scorers[0]
 
 
@@ -326,7 +325,7 @@ def assert_none_is_invented(
     run: run_dir.RunDir, grades: np.ndarray, scorer: UnifiedReward, missing: dict[str, int]
 ) -> None:
     """Every score is the image's grade; the others are missing, and counted by their reason."""
-    values = pd.read_parquet(run.judgements)["value"].to_numpy()
+    values = pd.read_parquet(run.served_scores)["value"].to_numpy()
     known = ~np.isnan(values)
     np.testing.assert_allclose(values[known], grades[known], rtol=1e-6)
     assert scorer.missing == missing
@@ -350,12 +349,12 @@ def test_no_score_is_invented_for_a_server_that_fails(trials, tmp_path):
             scorer = judged(run, server, attempts=8)
         assert min(server.met[fault] for fault in FAULTS) > 0
         assert_none_is_invented(run, grades, scorer, {"no_score": server.met["nonsense"]})
-        run.judgements.unlink()
+        run.served_scores.unlink()
         with ChatServer(faults=FAULTS, delay=10.0) as server:
             scorer = judged(run, server, attempts=1, missing_share=0.2)
         missing = {REASONS[fault]: server.met[fault] for fault in FAULTS}
         assert_none_is_invented(run, grades, scorer, missing)
-        run.judgements.unlink()
+        run.served_scores.unlink()
         with ChatServer(faults=FAULTS, delay=10.0) as server, pytest.raises(RunFailed) as raised:
             judged(run, server, attempts=1)
         assert re.fullmatch(
@@ -364,4 +363,4 @@ def test_no_score_is_invented_for_a_server_that_fails(trials, tmp_path):
             "be missing",
             str(raised.value),
         )
-        assert not run.judgements.exists()
+        assert not run.served_scores.exists()

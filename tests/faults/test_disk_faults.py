@@ -155,7 +155,7 @@ def stages(tmp_path_factory) -> dict[str, Stage]:
     root = scratch / "compare-ready" / "root"
     runs = synthetic.write_runs(root / "runs", seeds=1)
     table = {**synthetic.table2(runs, name="some"), "figures": {"pareto": "pareto"}}
-    (root / "tables.json").write_text(json.dumps({"tables": [table]}))
+    (root / "report_spec.json").write_text(json.dumps({"tables": [table]}))
 
     def compare(folder: Path) -> None:
         os.chdir(ROOT)  # where claims.yaml is

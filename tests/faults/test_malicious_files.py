@@ -32,7 +32,7 @@ from tafs.data import prompts
 from tafs.evaluation import image_archive
 from tafs.experiment import validate
 from tafs.models import catalog, loading
-from tafs.models.pipelines import Zoo
+from tafs.models.pipelines import ReferencePipeline
 from tafs.report import build, claims, results
 from tafs.report.figures import image_grid
 from tafs.rewards import golden
@@ -145,19 +145,19 @@ def loads_of_a_run(run: run_dir.RunDir, base: run_dir.RunDir) -> Iterator[tuple[
     for name in (checkpoint.TENSORS, checkpoint.VALUES):
         yield generation / name, lambda: rehashed(generation)
     yield run.scores, lambda: results.read_scores(run.scores)
-    judged = run.judgements
+    judged = run.served_scores
     yield judged, lambda: results.read_scores(run.scores, judged)
-    steps = base.step_scores
-    yield steps, lambda: results.read_step_scores(steps)
+    steps = base.trajectory_rewards
+    yield steps, lambda: results.read_trajectory_rewards(steps)
     [result] = results.read_results([run.folder])
     yield run.samples, lambda: image_grid._samples(result, "anneal-4", [0])
-    for name in ("run.json", "scores.parquet", "journal.jsonl", "judgements.parquet"):
+    for name in ("run.json", "scores.parquet", "journal.jsonl", "served_scores.parquet"):
         yield run.folder / name, lambda: run_view.read_run(run.folder)
     yield run.folder / "run.json", lambda: run_dir.RunDir(run.folder).description
     yield run.folder / "evaluation.json", lambda: run_dir.RunDir(run.folder).evaluation
     yield run.journal, lambda: journal.read(run.journal)
     yield run.images, lambda: list(image_archive.read(run.images, 4))
-    tables = run.folder / "tables.json"
+    tables = run.folder / "report_spec.json"
     yield tables, lambda: build.contents(run.folder)
     shown = run.folder / progress.FOLDER / "train.json"
     shown.parent.mkdir()
@@ -348,7 +348,7 @@ def pipelines(tmp_path_factory) -> Callable[[str], tuple[Path, Callable[[], obje
             folders[model.text_encoder] = root / "llama"
             if not (root / "llama").exists():
                 tiny_pipelines.llama(root / "llama")
-        return folder, lambda: Zoo.load(model, folders, resolution=64)
+        return folder, lambda: ReferencePipeline.load(model, folders, resolution=64)
 
     return ask
 

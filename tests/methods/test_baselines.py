@@ -5,7 +5,7 @@ from support.toy import ToyBackbone, toy_run, toy_trainer
 
 from tafs.common import seeding
 from tafs.methods import registry
-from tafs.methods.base import Feedback
+from tafs.methods.base import UpdateInputs
 from tafs.models import sampling
 from tafs.models.base import Backbone
 
@@ -69,9 +69,9 @@ def test_the_flash_solver_is_of_second_order_once_it_has_two_estimates():
     past = [(torch.zeros(1, 2), earlier), (x / 2, later)]
     s = torch.tensor([0.4])
     expected = sampling.dpm_solver_to(x, x / 2, later, s, torch.zeros(1, 2), earlier)
-    torch.testing.assert_close(algorithm.follow(past, x, s), expected)  # type: ignore[attr-defined]
+    torch.testing.assert_close(algorithm.deterministic_step(past, x, s), expected)  # type: ignore[attr-defined]
     euler = sampling.ode_to(x, x / 2, later, s)
-    torch.testing.assert_close(algorithm.follow(past[1:], x, s), euler)  # type: ignore[attr-defined]
+    torch.testing.assert_close(algorithm.deterministic_step(past[1:], x, s), euler)  # type: ignore[attr-defined]
     assert (expected - euler).abs().max() > 0.01
 
 
@@ -111,7 +111,7 @@ def test_without_annealing_tafs_grpo_scores_the_final_image_of_an_sde_alone():
 def test_reward_instruct_weighs_rewards_by_their_directions_not_their_sizes():
     algorithm = registry.create("reward_instruct", {})
     latents = torch.zeros(5, 2)
-    feedback = Feedback(
+    feedback = UpdateInputs(
         torch.zeros(0, 5),
         lambda x, part: {"large": 1000 * x[:, 0], "small": 0.001 * x[:, 1]},
         {"large": 1.0, "small": 2.0},
@@ -164,9 +164,9 @@ def test_consistency_distillation_is_at_rest_where_estimates_agree_along_the_pat
     cond = backbone.encode(["a red ring"] * 16)
     with torch.no_grad():
         trajectory = algorithm.rollout(backbone, cond, torch.randn(16, 2), generator, 0)  # type: ignore[arg-type]
-    feedback = Feedback(torch.zeros(0, 16), lambda x, part: {}, {}, backbone.reference)
+    feedback = UpdateInputs(torch.zeros(0, 16), lambda x, part: {}, {}, backbone.reference)
     for part in algorithm.losses(backbone, trajectory, feedback, 8):  # type: ignore[arg-type]
-        assert part.facts["distillation"].max() < 1e-4
+        assert part.metrics["distillation"].max() < 1e-4
 
 
 def test_the_average_is_in_place_inside_its_block_alone():

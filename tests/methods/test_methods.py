@@ -41,7 +41,7 @@ def count(run: Trainer) -> dict[str, int]:
 
 def costs(run: Trainer, iterations: int) -> list[float]:
     """Of each iteration, per image and in forward passes: what the network was really asked."""
-    object.__setattr__(run.method, "divergence", lambda *_: None)  # only watches: not counted
+    object.__setattr__(run.method, "kl_to_base", lambda *_: None)  # only watches: not counted
     calls = count(run)
     totals = [0]
     for iteration in range(iterations):
@@ -59,11 +59,11 @@ def assert_costs_what_it_says(run: Trainer) -> None:
     """
     found = costs(run, 10)
     if len(set(found)) == 1:
-        assert run.method.cost == pytest.approx(found[0], rel=1e-12)
+        assert run.method.forward_equivalents == pytest.approx(found[0], rel=1e-12)
         return
     found = costs(run, 200)
     error = statistics.stdev(found) / len(found) ** 0.5
-    assert abs(run.method.cost - statistics.fmean(found)) <= 4 * error
+    assert abs(run.method.forward_equivalents - statistics.fmean(found)) <= 4 * error
 
 
 def test_the_methods_of_the_paper_are_found():
@@ -101,7 +101,7 @@ def test_advantages_have_zero_mean_in_each_group_and_step(name, normalize):
     scored = len(algorithm.scored_steps())
     generator = torch.Generator().manual_seed(0)
     rewards = {n: torch.randn(scored, 5, 8, generator=generator) for n in ("clip", "pickscore")}
-    advantages = algorithm.credit(rewards, {"clip": 1.0, "pickscore": 0.5})
+    advantages = algorithm.compute_advantages(rewards, {"clip": 1.0, "pickscore": 0.5})
     assert advantages.shape == (algorithm.nfe_theta, 5, 8)
     assert advantages.mean(-1).abs().max() < 1e-5
 
@@ -116,10 +116,10 @@ def test_an_image_without_a_reward_has_no_advantage_and_changes_no_others(name, 
     rewards = {n: torch.randn(scored, 5, 8, generator=generator) for n in ("clip", "pickscore")}
     weights = {"clip": 1.0, "pickscore": 0.5}
     known = [image for image in range(8) if image != 3]
-    without = algorithm.credit({n: r[..., known] for n, r in rewards.items()}, weights)
+    without = algorithm.compute_advantages({n: r[..., known] for n, r in rewards.items()}, weights)
     for values in rewards.values():
         values[..., 3] = float("nan")
-    advantages = algorithm.credit(rewards, weights)
+    advantages = algorithm.compute_advantages(rewards, weights)
     assert not advantages[..., 3].any()
     torch.testing.assert_close(advantages[..., known], without)
 
@@ -165,7 +165,7 @@ def test_the_cost_follows_the_hyperparameters(name, parameters):
 def test_mix_grpo_flash_costs_the_mean_over_its_windows_places(flash_steps):
     run = trainer("mix_grpo", steps=12, window=3, interval=1, flash_steps=flash_steps, beta=0.1)
     found = costs(run, 12 - 3)  # one iteration at each place
-    assert run.method.cost == pytest.approx(statistics.fmean(found), rel=1e-12)
+    assert run.method.forward_equivalents == pytest.approx(statistics.fmean(found), rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -183,12 +183,14 @@ def test_mix_grpo_flash_costs_the_mean_over_its_windows_places(flash_steps):
     ],
 )
 def test_costs_are_those_of_the_paper_where_it_counts(name, parameters, cost):
-    assert registry.create(name, parameters).cost == cost
+    assert registry.create(name, parameters).forward_equivalents == cost
 
 
 def test_a_method_without_a_cost_is_told_to_define_it():
-    with pytest.raises(NotImplementedError, match="^Method: define `cost`, the network eval"):
-        _ = Method().cost
+    with pytest.raises(
+        NotImplementedError, match="^Method: define `forward_equivalents`, the network eval"
+    ):
+        _ = Method().forward_equivalents
 
 
 def test_an_unknown_method_is_refused_with_those_available():
@@ -245,7 +247,9 @@ def test_hyperparameters_out_of_range_are_refused_by_name(name, parameters, prob
 def test_rewards_normalised_apart_do_not_depend_on_their_scale():
     algorithm = registry.create("tafs_grpo", {"normalize_rewards": True})
     rewards = torch.randn(3, 4, 16, generator=torch.Generator().manual_seed(1))
-    small, large = (algorithm.credit({"clip": k * rewards}, {"clip": 1.0}) for k in (1.0, 1000.0))
+    small, large = (
+        algorithm.compute_advantages({"clip": k * rewards}, {"clip": 1.0}) for k in (1.0, 1000.0)
+    )
     torch.testing.assert_close(small, large, atol=1e-3, rtol=1e-3)
 
 
@@ -306,7 +310,9 @@ def test_an_image_without_a_reward_moves_the_adapter_as_one_of_advantage_0_does(
     def credit(rewards, weights):
         [values] = rewards.values()
         values = values.masked_fill(torch.arange(64).view(4, 16) == 5, torch.nan)
-        advantages = told.method.assign(told.method.advantages(values), told.method.nfe_theta)
+        advantages = told.method.assign_credit(
+            told.method.advantages(values), told.method.nfe_theta
+        )
         assert not advantages.flatten(1)[:, 5].any()
         return advantages
 

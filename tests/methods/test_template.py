@@ -35,7 +35,7 @@ def test_the_stub_trains(stub):
 def test_the_stub_costs_what_it_says(stub):
     run = toy_trainer(toy_run(stub))
     assert_costs_what_it_says(run)
-    assert run.method.cost == 6 + 3 * 5
+    assert run.method.forward_equivalents == 6 + 3 * 5
 
 
 def test_the_stub_is_clean_code(tmp_path):

@@ -45,10 +45,12 @@ def generators(*seeds: int) -> list[torch.Generator]:
     return [seeding.generator(seed, "start") for seed in seeds]
 
 
-def load(name: str, folders, resolution: int = 64) -> pipelines.Zoo:
+def load(name: str, folders, resolution: int = 64) -> pipelines.ReferencePipeline:
     model = MODELS[name]
     shortened = model.model_copy(update={"steps": min(model.steps, STEPS)})
-    return pipelines.Zoo.load(shortened, folders, resolution=resolution, dtype=torch.float32)
+    return pipelines.ReferencePipeline.load(
+        shortened, folders, resolution=resolution, dtype=torch.float32
+    )
 
 
 # -- models.yaml -----------------------------------------------------------------------------------
@@ -176,7 +178,7 @@ def test_an_adapter_is_merged_at_its_scale(name, folders):
 
 
 def test_weights_are_read_in_the_asked_precision(folders):
-    loaded = pipelines.Zoo.load(MODELS["hidream-fast"], folders, resolution=1024)
+    loaded = pipelines.ReferencePipeline.load(MODELS["hidream-fast"], folders, resolution=1024)
     for name in ("transformer", "vae", "text_encoder", "text_encoder_3", "text_encoder_4"):
         assert loaded.pipeline.components[name].dtype == torch.bfloat16
 
@@ -197,13 +199,13 @@ def test_prompts_and_generators_must_be_of_one_number(folders):
 def test_a_missing_resource_is_named(folders):
     with pytest.raises(FileNotFoundError, match="llama-3.1-8b-instruct: HiDream-I1-Full needs"):
         only = {"hidream-full": folders["hidream-full"]}
-        pipelines.Zoo.load(MODELS["hidream-full"], only, resolution=1024)
+        pipelines.ReferencePipeline.load(MODELS["hidream-full"], only, resolution=1024)
 
 
 def test_a_folder_of_another_pipeline_is_named(folders):
     with pytest.raises(ValueError, match="'StableDiffusion3Pipeline'.*'FluxPipeline'"):
         other = {"flux-dev": folders["sd35-medium"]}
-        pipelines.Zoo.load(MODELS["flux-dev"], other, resolution=64)
+        pipelines.ReferencePipeline.load(MODELS["flux-dev"], other, resolution=64)
 
 
 @pytest.mark.parametrize(
@@ -216,14 +218,16 @@ def test_a_folder_of_another_pipeline_is_named(folders):
 )
 def test_an_empty_folder_is_named(folders, tmp_path, name, resource, message):
     with pytest.raises(FileNotFoundError, match=message):
-        pipelines.Zoo.load(MODELS[name], {**folders, resource: tmp_path}, resolution=64)
+        pipelines.ReferencePipeline.load(
+            MODELS[name], {**folders, resource: tmp_path}, resolution=64
+        )
 
 
 @pytest.mark.parametrize("argument", ["intermediate_timesteps", "height"])
 def test_an_argument_that_the_pipeline_does_not_take_is_named(folders, argument):
     model = MODELS["flux-dev"].model_copy(update={"arguments": {argument: None}})
     with pytest.raises(ValueError, match=f"arguments: '{argument}'.*FluxPipeline"):
-        pipelines.Zoo.load(model, folders, resolution=64)
+        pipelines.ReferencePipeline.load(model, folders, resolution=64)
 
 
 # -- the tiny checkpoints' layouts -----------------------------------------------------------------

@@ -79,7 +79,7 @@ def test_an_unknown_architecture_is_not_modelled():
 
 def test_an_iteration_costs_its_images_times_the_methods_evaluations():
     settings = {"prompts_per_iteration": 24, "group_size": 48}
-    description = {"settings": settings, "cost": 13}
+    description = {"settings": settings, "forward_equivalents": 13}
     assert estimate.training_flops(description, 2e9) == 24 * 48 * 13 * 2e9
 
 
@@ -117,7 +117,7 @@ def test_a_measured_method_corrects_itself_and_others_are_scaled_by_the_median()
 
 def test_correlating_is_scaled_by_what_evaluations_took():
     speed = Speed(rate=1e13, start_up=0.0, ratios={("evaluate", "base", FLUX): 5.0})
-    assert speed.ratio(job("base", "correlate")) == (5.0, "scaled")
+    assert speed.ratio(job("base", "trajectory_rewards")) == (5.0, "scaled")
 
 
 def described(plan: workflow.Plan, name: str) -> Path:

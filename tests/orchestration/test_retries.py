@@ -79,7 +79,7 @@ def work():
         print("the last line", flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
 
-failures.fail_in_one_line("train", work, lambda code, line: run.note_failure("train", code, line))
+failures.run_cli("train", work, lambda code, line: run.note_failure("train", code, line))
 """
 
 

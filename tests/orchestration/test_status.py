@@ -162,8 +162,11 @@ def test_a_stage_that_is_worked_on_is_not_done_whatever_is_there(graph):
 def test_a_base_model_is_evaluated_and_correlated(graph):
     folder = folder_of(graph, BASE)
     touched(folder, *JUDGED)
-    with working(folder, "correlate"):
-        assert (look(graph, BASE).state, look(graph, BASE).stages) == ("correlating", (1, 2))
+    with working(folder, "trajectory_rewards"):
+        assert (look(graph, BASE).state, look(graph, BASE).stages) == (
+            "scoring trajectories",
+            (1, 2),
+        )
 
 
 def test_a_run_behind_a_server_is_judged(tmp_path):
@@ -171,8 +174,8 @@ def test_a_run_behind_a_server_is_judged(tmp_path):
     name = "tafs_grpo.preference.flux-dev.0"
     folder = folder_of(plan, name)
     touched(folder, *TRAINED, *JUDGED)
-    with working(folder, "judge"):
-        assert (look(plan, name).state, look(plan, name).stages) == ("judging", (2, 3))
+    with working(folder, "score_served"):
+        assert (look(plan, name).state, look(plan, name).stages) == ("scoring (server)", (2, 3))
 
 
 # -- trouble ---------------------------------------------------------------------------------------
@@ -313,7 +316,7 @@ def test_it_looks_again_until_all_is_done(graph, capsys):
     def finish(seconds: float) -> None:
         waits.append(seconds)
         for name in graph.runs:
-            touched(folder_of(graph, name), *TRAINED, *JUDGED, "step_scores.parquet")
+            touched(folder_of(graph, name), *TRAINED, *JUDGED, "trajectory_rewards.parquet")
 
     assert status.show(graph, 7.0, finish) == 0
     assert waits == [7.0]

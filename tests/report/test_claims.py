@@ -38,7 +38,7 @@ def verdict(runs: list[Path], spec: dict[str, Any] | None = None, **test: Any) -
         {"id": "one", "claim": "c", "source": "s", "experiment": "table2", **test}
     )
     spec = spec or synthetic.table2(runs, few=(4, 8))
-    return claims.judge(claim, spec, read_results(runs))
+    return claims.assess_claim(claim, spec, read_results(runs))
 
 
 def test_the_shipped_claims_are_read_and_name_known_metrics_and_experiments() -> None:
@@ -273,7 +273,7 @@ def test_a_correlation_is_judged_by_its_interval(
     tmp_path: Path, r: float, expected: str, sign: int
 ) -> None:
     base = synthetic.write_run(tmp_path, "base", **SMALL)
-    correlated(r).to_parquet(base / "step_scores.parquet")
+    correlated(r).to_parquet(base / "trajectory_rewards.parquet")
     found = judge_correlation([base], above=0.65)
     assert found.verdict == expected
     (comparison,) = found.comparisons
@@ -285,7 +285,7 @@ def test_a_correlation_is_judged_by_its_interval(
 def test_every_metric_must_correlate(runs: list[Path], tmp_path: Path) -> None:
     base = synthetic.write_run(tmp_path, "base", **SMALL)
     weak = correlated(0.2).assign(metric="pickscore")
-    pd.concat([correlated(0.9), weak]).to_parquet(base / "step_scores.parquet")
+    pd.concat([correlated(0.9), weak]).to_parquet(base / "trajectory_rewards.parquet")
     found = judge_correlation([base], above=0.65, metrics=["clip", "pickscore"])
     assert [c.sign for c in found.comparisons] == [1, -1]
     assert found.verdict == claims.NOT_REPRODUCED
@@ -294,8 +294,8 @@ def test_every_metric_must_correlate(runs: list[Path], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("test", "problem"),
     [
-        ({"step": 5}, "base-0/step_scores.parquet: no clip of step 5"),
-        ({"metrics": ["clipp"]}, "base-0/step_scores.parquet: no clipp of step 2"),
+        ({"step": 5}, "base-0/trajectory_rewards.parquet: no clip of step 5"),
+        ({"metrics": ["clipp"]}, "base-0/trajectory_rewards.parquet: no clipp of step 2"),
         ({"backbone": "flux"}, "claim one: 0 rows of table2 have variant base, part flux"),
     ],
 )
@@ -308,7 +308,7 @@ def test_a_correlation_that_is_not_there_is_refused_by_name(
 
 def test_a_correlation_without_its_file_is_one_line_that_names_it(tmp_path: Path) -> None:
     base = synthetic.write_run(tmp_path, "base", **SMALL)
-    (base / "step_scores.parquet").unlink()
-    with pytest.raises(ValueError, match="base-0/step_scores.parquet: not found") as caught:
+    (base / "trajectory_rewards.parquet").unlink()
+    with pytest.raises(ValueError, match="base-0/trajectory_rewards.parquet: not found") as caught:
         judge_correlation([base], above=0.5)
     assert "\n" not in str(caught.value)

@@ -231,7 +231,7 @@ def test_provenance_has_the_digests_of_every_runs_files(runs: list[Path], tmp_pa
     table2(runs, tmp_path)
     record = provenance(tmp_path)["runs"]
     for run in runs:
-        second = "step_scores.parquet" if run.name == "base-0" else "adapter.safetensors"
+        second = "trajectory_rewards.parquet" if run.name == "base-0" else "adapter.safetensors"
         assert record[run.name]["sha256"] == {
             name: hashlib.sha256((run / name).read_bytes()).hexdigest()
             for name in ("scores.parquet", second)
@@ -568,7 +568,7 @@ def test_correlations_are_those_of_the_file(runs: list[Path], tmp_path: Path) ->
     correlations(runs[:1], tmp_path)
     rows = read(tmp_path, "table7")
     assert [row["row"] for row in rows] == ["R2 with R4", "R3 with R4"]
-    scores = pd.read_parquet(runs[0] / "step_scores.parquet")
+    scores = pd.read_parquet(runs[0] / "trajectory_rewards.parquet")
     for row, step in zip(rows, (2, 3), strict=True):
         for metric in METRICS:
             of = scores[scores["metric"] == metric].set_index(["step", "prompt"])["value"]
@@ -593,16 +593,16 @@ def test_correlations_stand_beside_the_papers(runs: list[Path], tmp_path: Path) 
     [
         (
             None,
-            "base-0/step_scores.parquet: not found; `python -m tafs.evaluation.correlate` writes it",
+            "base-0/trajectory_rewards.parquet: not found; `python -m tafs.evaluation.trajectory_rewards` writes it",
         ),
-        ("x", "base-0/step_scores.parquet: not a table of step scores"),
-        ([], "base-0/step_scores.parquet: holds no scores"),
+        ("x", "base-0/trajectory_rewards.parquet: not a table of step scores"),
+        ([], "base-0/trajectory_rewards.parquet: holds no scores"),
     ],
 )
 def test_broken_step_scores_are_one_line_that_names_them(
     content: str | list[Any] | None, message: str, own_runs: list[Path], tmp_path: Path
 ) -> None:
-    file = own_runs[0] / "step_scores.parquet"
+    file = own_runs[0] / "trajectory_rewards.parquet"
     if content is None:
         file.unlink()
     elif isinstance(content, str):

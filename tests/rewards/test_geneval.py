@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tafs.rewards.geneval import Detection, judge, relations
+from tafs.rewards.geneval import Detection, geneval_verdict, relations
 
 
 def thing(label, x=0.0, y=0.0, color=None, score=0.9, size=10.0):
@@ -32,9 +32,9 @@ def test_relations_are_those_of_the_centre_offsets(dx, dy, expected):
 
 def test_two_objects_need_both():
     row = {"tag": "two_object", "include": [include("ring"), include("cross")]}
-    assert judge([thing("ring"), thing("cross")], row) == (True, 1.0)
-    assert judge([thing("ring"), thing("ring")], row) == (False, 0.5)
-    assert judge([], row) == (False, 0.0)
+    assert geneval_verdict([thing("ring"), thing("cross")], row) == (True, 1.0)
+    assert geneval_verdict([thing("ring"), thing("ring")], row) == (False, 0.5)
+    assert geneval_verdict([], row) == (False, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -47,20 +47,20 @@ def test_counting_gives_partial_credit_and_excludes_a_surplus(found, correct, gr
         "include": [include("ring", 3)],
         "exclude": [{"class": "ring", "count": 4}],
     }
-    verdict = judge([thing("ring", 20 * i) for i in range(found)], row)
+    verdict = geneval_verdict([thing("ring", 20 * i) for i in range(found)], row)
     assert verdict.correct is correct
     assert verdict.graded == pytest.approx(graded)
 
 
 def test_a_surplus_costs_nothing_where_the_row_does_not_exclude_it():
     row = {"tag": "single_object", "include": [include("ring")]}
-    assert judge([thing("ring"), thing("ring", 30)], row) == (True, 1.0)
+    assert geneval_verdict([thing("ring"), thing("ring", 30)], row) == (True, 1.0)
 
 
 def test_a_wrong_colour_keeps_the_credit_for_the_object():
     row = {"tag": "colors", "include": [include("ring", color="red")]}
-    assert judge([thing("ring", color="red")], row) == (True, 1.0)
-    assert judge([thing("ring", color="blue")], row) == (False, 0.5)
+    assert geneval_verdict([thing("ring", color="red")], row) == (True, 1.0)
+    assert geneval_verdict([thing("ring", color="blue")], row) == (False, 0.5)
 
 
 def test_swapped_colours_are_wrong():
@@ -68,8 +68,8 @@ def test_swapped_colours_are_wrong():
         "tag": "color_attr",
         "include": [include("ring", color="red"), include("cross", color="blue")],
     }
-    assert judge([thing("ring", color="red"), thing("cross", color="blue")], row).correct
-    assert judge([thing("ring", color="blue"), thing("cross", color="red")], row) == (False, 0.5)
+    assert geneval_verdict([thing("ring", color="red"), thing("cross", color="blue")], row).correct
+    assert geneval_verdict([thing("ring", color="blue"), thing("cross", color="red")], row) == (False, 0.5)
 
 
 def test_only_the_most_confident_objects_of_a_class_are_judged():
@@ -78,7 +78,7 @@ def test_only_the_most_confident_objects_of_a_class_are_judged():
         thing("ring", color="blue", score=0.9),
         thing("ring", color="red", score=0.5),
     ]
-    assert not judge(confident_first, row).correct
+    assert not geneval_verdict(confident_first, row).correct
 
 
 def test_a_relation_needs_its_target():
@@ -86,10 +86,10 @@ def test_a_relation_needs_its_target():
         "tag": "position",
         "include": [include("ring"), include("cross", position=["left of", 0])],
     }
-    assert judge([thing("ring", 50), thing("cross", 0)], row) == (True, 1.0)
-    right = judge([thing("ring", 0), thing("cross", 50)], row)
+    assert geneval_verdict([thing("ring", 50), thing("cross", 0)], row) == (True, 1.0)
+    right = geneval_verdict([thing("ring", 0), thing("cross", 50)], row)
     assert right.correct is False and right.graded == pytest.approx(2 / 3)
-    assert judge([thing("cross", 0)], row).correct is False
+    assert geneval_verdict([thing("cross", 0)], row).correct is False
 
 
 def test_what_is_left_of_an_offset_below_a_thousandth_of_a_pixel_is_none():
@@ -105,13 +105,13 @@ def test_every_exclusion_of_a_class_counts():
         "include": [include("ring")],
         "exclude": [{"class": "ring", "count": 2}, {"class": "ring", "count": 5}],
     }
-    assert judge([thing("ring")], row).correct
-    assert not judge([thing("ring"), thing("ring", 30)], row).correct
+    assert geneval_verdict([thing("ring")], row).correct
+    assert not geneval_verdict([thing("ring"), thing("ring", 30)], row).correct
 
 
 def test_a_prompt_without_metadata_is_refused_by_its_text():
     with pytest.raises(ValueError, match="GenEval cannot judge 'a fine day': no 'include'"):
-        judge([thing("ring")], {"prompt": "a fine day"})
+        geneval_verdict([thing("ring")], {"prompt": "a fine day"})
 
 
 # -- against another reading of the rules ----------------------------------------------------------
@@ -187,7 +187,7 @@ def draw_detections(rng):
 def test_the_strict_verdict_is_the_originals_on_1000_drawn_cases():
     rng = np.random.default_rng(0)
     cases = [(draw_detections(rng), draw_row(rng)) for _ in range(1000)]
-    verdicts = [judge(found, row).correct for found, row in cases]
+    verdicts = [geneval_verdict(found, row).correct for found, row in cases]
     assert verdicts == [is_correct(found, row) for found, row in cases]
     assert 150 < sum(verdicts) < 850
 
@@ -197,5 +197,5 @@ def test_an_image_that_is_correct_has_full_credit_where_nothing_is_excluded():
     for _ in range(500):
         found, row = draw_detections(rng), draw_row(rng)
         row.pop("exclude", None)
-        verdict = judge(found, row)
+        verdict = geneval_verdict(found, row)
         assert verdict.correct == (verdict.graded == pytest.approx(1))

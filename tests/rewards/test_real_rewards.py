@@ -496,15 +496,15 @@ def test_unknown_weights_are_recorded_and_known_ones_checked(tmp_path):
         pass_([constant("clip", 0.25)], {"clip": "aaa"}, file)
         with pytest.raises(
             errors.RunFailed,
-            match="reward clip scores the canary image 'gradient' 0.2505, stored is 0.25:",
+            match="reward clip scores the golden image 'gradient' 0.2505, stored is 0.25:",
         ):
             pass_([constant("clip", 0.2505)], {"clip": "aaa"}, file)
     assert file.stat().st_mtime_ns == before
 
 
 def test_nothing_is_judged_by_weights_without_canary_scores(tmp_path):
-    with pytest.raises(errors.RunFailed, match="reward clip: .*canary.json has no canary scores"):
-        golden.verify([constant("clip", 0.25)], {"clip": "aaa"}, tmp_path / "canary.json")
+    with pytest.raises(errors.RunFailed, match="reward clip: .*canary.json has no golden scores"):
+        golden.verify([constant("clip", 0.25)], {"clip": "aaa"}, tmp_path / "golden.json")
 
 
 def test_a_server_may_differ_by_half_a_grade(tmp_path):
@@ -539,13 +539,13 @@ def test_a_canary_score_may_differ_by_a_thousandth(expected, found, passes):
 
 def test_a_canary_score_that_is_no_number_is_not_stored(tmp_path):
     with pytest.raises(errors.RunFailed, match="reward clip .*'gradient' nan"):
-        golden.record([constant("clip", float("nan"))], {"clip": "aaa"}, tmp_path / "canary.json")
-    assert not (tmp_path / "canary.json").exists()
+        golden.record([constant("clip", float("nan"))], {"clip": "aaa"}, tmp_path / "golden.json")
+    assert not (tmp_path / "golden.json").exists()
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"clip": 1}', '{"clip": {"aaa": [1]}}'])
 def test_a_broken_canary_file_is_named(tmp_path, text):
     file = tmp_path / "canary.json"
     file.write_text(text)
-    with pytest.raises(ValueError, match="canary.json: holds no canary scores; delete it"):
+    with pytest.raises(ValueError, match="canary.json: holds no golden scores; delete it"):
         golden.verify([constant("clip", 0.25)], {"clip": "aaa"}, file)

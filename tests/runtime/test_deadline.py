@@ -7,15 +7,15 @@ import time
 
 import pytest
 
-from tafs.runtime.deadline import Budget
+from tafs.runtime.deadline import Deadline
 
 
 def test_without_a_limit_there_is_always_time(monkeypatch):
     for name in ("TAFS_MINUTES", "TAFS_STARTED"):
         monkeypatch.delenv(name, raising=False)
-    assert Budget.from_environment().limit is None
+    assert Deadline.from_environment().limit is None
     monkeypatch.setenv("TAFS_MINUTES", "0")
-    assert Budget.from_environment().spent == ""
+    assert Deadline.from_environment().expired == ""
 
 
 @pytest.mark.parametrize(
@@ -31,36 +31,36 @@ def test_without_a_limit_there_is_always_time(monkeypatch):
     ],
 )
 def test_another_piece_is_begun_only_if_it_would_end_in_time(minutes, longest, last, monkeypatch):
-    budget = Budget(60.0 * minutes, started=1000.0)
-    budget.longest = longest
+    deadline = Deadline(60.0 * minutes, started=1000.0)
+    deadline.longest = longest
     monkeypatch.setattr(time, "time", lambda: 1000.0 + last - 0.5)
-    assert budget.spent == ""
+    assert deadline.expired == ""
     monkeypatch.setattr(time, "time", lambda: 1000.0 + last + 0.5)
-    assert budget.spent == f"the time limit of {minutes} minutes is near"
+    assert deadline.expired == f"the time limit of {minutes} minutes is near"
 
 
 def test_the_limit_counts_from_the_jobs_start(monkeypatch):
     monkeypatch.setenv("TAFS_MINUTES", "10")
     monkeypatch.setenv("TAFS_STARTED", str(int(time.time()) - 500))
-    assert Budget.from_environment().spent
+    assert Deadline.from_environment().expired
 
 
 def test_the_longest_piece_counts(monkeypatch):
     clock = iter([0.0, 0.0, 5.0, 8.0, 20.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    with Budget(600.0) as budget:
+    with Deadline(600.0) as deadline:
         for longest in (5.0, 5.0, 12.0):
-            budget.lap()
-            assert budget.longest == longest
+            deadline.tick()
+            assert deadline.longest == longest
 
 
 @pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_is_a_reason_to_stop_inside_the_block(asked):
     before = signal.getsignal(asked)
-    with Budget() as budget:
-        assert budget.spent == ""
+    with Deadline() as deadline:
+        assert deadline.expired == ""
         os.kill(os.getpid(), asked)
-        assert budget.spent == asked.name
+        assert deadline.expired == asked.name
     assert signal.getsignal(asked) == before
 
 
@@ -68,8 +68,8 @@ def test_a_thread_that_may_not_say_what_signals_do_has_a_budget_too():
     found = []
 
     def work():
-        with Budget() as budget:
-            found.append(budget.spent)
+        with Deadline() as deadline:
+            found.append(deadline.expired)
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -82,4 +82,4 @@ def test_a_thread_that_may_not_say_what_signals_do_has_a_budget_too():
 def test_what_is_no_number_is_refused_by_name(name, given, monkeypatch):
     monkeypatch.setenv(name, given)
     with pytest.raises(ValueError, match=f"^{name}: '{given}' is no whole number"):
-        Budget.from_environment()
+        Deadline.from_environment()

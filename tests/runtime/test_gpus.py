@@ -15,7 +15,7 @@ from tafs import failures, gpus
 def work():
     gpus.claim(int(sys.argv[1]))
 
-failures.fail_in_one_line("claim", work)
+failures.run_cli("claim", work)
 say = "import os, time; print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True); time.sleep(600)"
 os.execv(sys.executable, [sys.executable, "-c", say])
 """

@@ -6,7 +6,7 @@ import torch
 
 from tafs.data import geneval_rows, prompts
 from tafs.data.geneval_rows import TASKS
-from tafs.rewards.geneval import judge
+from tafs.rewards.geneval import geneval_verdict
 from tafs.shapes import annotators, captions, scenes
 from tafs.shapes.detector import detect
 from tafs.shapes.render import UNIT_AREA, coverage, render
@@ -117,7 +117,7 @@ def test_geneval_does_not_notice_a_faint_checkerboard(rendered):
     y, x = np.mgrid[:24, :24]
     board = torch.tensor((x + y) % 2).float() * 0.08
     found = detect(images[:500] - board)
-    correct = [judge(f, p.row).correct for f, p in zip(found, drawn[:500], strict=True)]
+    correct = [geneval_verdict(f, p.row).correct for f, p in zip(found, drawn[:500], strict=True)]
     assert np.mean(correct) > 0.95
 
 

@@ -40,7 +40,7 @@ class Kind:
     nfe_theta: int | None = None
 
     @property
-    def cost(self) -> int:
+    def forward_equivalents(self) -> int:
         """Network evaluations per image and iteration."""
         return (self.nfe_old or 0) + 3 * (self.nfe_theta or 0)
 
@@ -72,7 +72,10 @@ def captions(prompts: int = 105) -> list[str]:
 
 def iterations_at(kind: Kind, iterations: int, share: float) -> int:
     """How many iterations a share of the reference's training compute pays for."""
-    return min(iterations, max(1, int(iterations * share * KINDS[REFERENCE].cost / kind.cost)))
+    return min(
+        iterations,
+        max(1, int(iterations * share * KINDS[REFERENCE].forward_equivalents / kind.forward_equivalents)),
+    )
 
 
 def write_run(
@@ -105,7 +108,7 @@ def write_run(
         "sampler": kind.sampler,
         "nfe_old": kind.nfe_old,
         "nfe_theta": kind.nfe_theta,
-        "cost": kind.cost,
+        "forward_equivalents": kind.forward_equivalents,
         "rewards": {"pickscore": 1.0, "clip": 1.0},
         "iterations": iterations if kind.seconds else 0,
         "snapshots": sorted(marks - {iterations}),
@@ -224,7 +227,7 @@ def _write_step_scores(folder: Path, prompts: int, own: np.random.Generator) -> 
         index = {"prompt": np.tile(np.arange(prompts), FEW), "step": np.repeat(steps, prompts)}
         tables.append(pd.DataFrame({**index, "metric": metric, "value": value.ravel()}))
     table = pd.concat(tables, ignore_index=True).astype({"metric": "category"})
-    table.to_parquet(folder / "step_scores.parquet", index=False)
+    table.to_parquet(folder / "trajectory_rewards.parquet", index=False)
 
 
 def _write_journal(folder: Path, kind: Kind, iterations: int, own: np.random.Generator) -> None:

@@ -82,9 +82,9 @@ def spoil(run: Trainer, values: Mapping[tuple[int, int], float], name: str = "cl
     def spoiled(reward: Reward) -> Reward:
         calls = itertools.count()
 
-        def score(images: Tensor, owners: Sequence[prompts.Prompt]) -> Tensor:
+        def score(images: Tensor, image_prompts: Sequence[prompts.Prompt]) -> Tensor:
             call = next(calls)
-            scores = reward.score(images, owners).clone()
+            scores = reward.score(images, image_prompts).clone()
             for (of, row), value in values.items():
                 if of == call:
                     scores[row] = value

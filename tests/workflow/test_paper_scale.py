@@ -74,7 +74,7 @@ def test_two_processes_trained_the_run(done):
 def test_every_metric_scored_every_image(done):
     for name in (BASE, TRAINED):
         folder = run_folder(done, name)
-        files = [folder / "scores.parquet", folder / "judgements.parquet"]
+        files = [folder / "scores.parquet", folder / "served_scores.parquet"]
         table = pd.concat([pd.read_parquet(file) for file in files])
         assert set(table["metric"]) == METRICS
         counts = table.groupby("metric", observed=True)["value"].count()
@@ -82,10 +82,10 @@ def test_every_metric_scored_every_image(done):
 
 
 def test_rewards_have_passed_their_canary(done):
-    found = json.loads((done / "results/paper/canary.json").read_text())
+    found = json.loads((done / "results/paper/golden.json").read_text())
     assert set(found) == METRICS | {"geneval"}
     assert all(record["version"] and record["scale"] for record in found.values())
-    stored = json.loads((done / "resources.lock.canary.json").read_text())
+    stored = json.loads((done / "resources.lock.golden.json").read_text())
     assert set(stored) == set(found)
 
 
@@ -159,7 +159,7 @@ def test_the_whole_scale_can_be_planned_without_models(fresh):
     jobs = dict(re.findall(r"^(\w+) +(\d+)$", planned.stdout + planned.stderr, re.MULTILINE))
     # Table 2's six, Table 1's two, five ablations and two more tasks; eleven models and Table 2's.
     assert int(jobs["train"]) == 6 + 2 + 5 + 2
-    assert int(jobs["evaluate"]) == int(jobs["judge"]) == 15 + 11 + 1
+    assert int(jobs["evaluate"]) == int(jobs["score_served"]) == 15 + 11 + 1
     assert int(jobs["fetch"]) == len(lockfile.read(ROOT / "resources.yaml"))
 
 

@@ -48,11 +48,11 @@ def test_every_promised_file_is_there_and_not_empty(workplace):
     promised += [f"runs/{run}/{name}" for run in TRAINED for name in trained]
     judged = ("run.json", "evaluation.json", "scores.parquet", "samples.safetensors")
     promised += [f"runs/{run}/{name}" for run in (BASE, *TRAINED) for name in judged]
-    promised += [f"runs/{BASE}/step_scores.parquet"]
-    promised += ["tables.json", "claims.md", "claims.json"]
+    promised += [f"runs/{BASE}/trajectory_rewards.parquet"]
+    promised += ["report_spec.json", "claims.md", "claims.json"]
     stages = ("describe", "describe_evaluation", "train", "evaluate")
     promised += [f"logs/{stage}/{FLOW}.log" for stage in stages]
-    promised += [f"logs/correlate/{BASE}.log"]
+    promised += [f"logs/trajectory_rewards/{BASE}.log"]
     missing = [name for name in promised if not (workplace.smoke / name).is_file()]
     assert missing == []
     empty = [n for n in promised if (workplace.smoke / n).stat().st_size == 0 and "log" not in n]
@@ -102,7 +102,7 @@ def test_scores_are_those_that_the_evaluation_asks_for(workplace, run):
 def test_step_scores_hold_every_image_of_a_trajectory_a_training_prompt(workplace):
     folder = workplace.smoke / "runs" / BASE
     asked = json.loads((folder / "evaluation.json").read_text())["correlation"]
-    scores = pd.read_parquet(folder / "step_scores.parquet")
+    scores = pd.read_parquet(folder / "trajectory_rewards.parquet")
     assert set(scores["metric"]) == set(METRICS)
     assert scores["value"].notna().all()
     assert not scores.duplicated(["prompt", "step", "metric"]).any()
@@ -177,7 +177,7 @@ def test_a_changed_evaluation_judges_every_run_again_and_trains_none(workplace):
     with workplace.edited("config.yaml", old, new):
         stages = ("describe_evaluation", "evaluate")
         judged = {(stage, run) for stage in stages for run in (BASE, *TRAINED)}
-        assert workplace.planned() == {*judged, ("correlate", BASE), *COMPARED}
+        assert workplace.planned() == {*judged, ("trajectory_rewards", BASE), *COMPARED}
 
 
 def test_one_more_seed_plans_its_runs_and_keeps_the_first_ones(workplace):

@@ -16,19 +16,19 @@ rule fetch:
         "{wildcards.resource:q} > {log:q} 2>&1 && printf '%s\\n' {params.digest:q} > {output:q}"
 
 
-rule canary:
+rule check_rewards:
     input:
-        run=f"{ROOT}/runs/{PLAN.canary_run}/run.json",
-        evaluation=f"{ROOT}/runs/{PLAN.canary_run}/evaluation.json",
+        run=f"{ROOT}/runs/{PLAN.check_run}/run.json",
+        evaluation=f"{ROOT}/runs/{PLAN.check_run}/evaluation.json",
         fetched=PLAN.scored + PLAN.served,
     output:
-        f"{ROOT}/canary.json",
+        f"{ROOT}/reward_check.json",
     log:
-        f"{ROOT}/logs/canary.log",
+        f"{ROOT}/logs/check_rewards.log",
     priority: 30
     conda:
         "../../environment.yml"
     resources:
-        **PLAN.needs("canary"),
+        **PLAN.needs("check_rewards"),
     shell:
         'python -m tafs.evaluation.check_rewards "$(dirname {input.run:q})" {output:q} > {log:q} 2>&1'

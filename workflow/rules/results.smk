@@ -1,7 +1,7 @@
 # What is made of all runs: tables, figures, and the tracking server's copy.
 rule contents:
     output:
-        f"{ROOT}/tables.json",
+        f"{ROOT}/report_spec.json",
     log:
         f"{ROOT}/logs/contents.log",
     conda:
@@ -19,7 +19,7 @@ rule compare:
         descriptions=PLAN.files("run.json"),
         journals=PLAN.files("journal.jsonl", trained=True),
         scores=[f for name in PLAN.metrics_files for f in PLAN.files(name, judged=True)],
-        step_scores=PLAN.correlated,
+        trajectory_rewards=PLAN.correlated,
         samples=PLAN.files("samples.safetensors", judged=True),
     output:
         report(

@@ -61,7 +61,7 @@ rule evaluate:
         evaluation=f"{ROOT}/runs/{{run}}/evaluation.json",
         adapters=lambda wildcards: PLAN.adapters(wildcards.run),
         fetched=lambda wildcards: PLAN.fetched(wildcards.run, judging=True),
-        canary=ancient(PLAN.canary),
+        check=ancient(PLAN.reward_check),
     output:
         temp(PLAN.images),
         scores=f"{ROOT}/runs/{{run}}/scores.parquet",
@@ -80,40 +80,40 @@ rule evaluate:
         'python -m tafs.evaluation.evaluate "$(dirname {input.run:q})" > {log:q} 2>&1'
 
 
-rule correlate:
+rule trajectory_rewards:
     input:
         run=f"{ROOT}/runs/{{run}}/run.json",
         evaluation=f"{ROOT}/runs/{{run}}/evaluation.json",
         adapters=lambda wildcards: PLAN.adapters(wildcards.run),
         fetched=lambda wildcards: PLAN.fetched(wildcards.run, judging=True),
-        canary=ancient(PLAN.canary),
+        check=ancient(PLAN.reward_check),
     output:
-        f"{ROOT}/runs/{{run}}/step_scores.parquet",
+        f"{ROOT}/runs/{{run}}/trajectory_rewards.parquet",
     log:
-        f"{ROOT}/logs/correlate/{{run}}.log",
+        f"{ROOT}/logs/trajectory_rewards/{{run}}.log",
     conda:
         "../../environment.yml"
     resources:
         **PLAN.needs("evaluate"),
     shell:
-        'python -m tafs.evaluation.correlate "$(dirname {input.run:q})" > {log:q} 2>&1'
+        'python -m tafs.evaluation.trajectory_rewards "$(dirname {input.run:q})" > {log:q} 2>&1'
 
 
 # A metric behind a server judges the images afterwards, so that the server has the GPUs.
-rule judge:
+rule score_served:
     input:
         run=f"{ROOT}/runs/{{run}}/run.json",
         evaluation=f"{ROOT}/runs/{{run}}/evaluation.json",
         images=f"{ROOT}/runs/{{run}}/images.zip",
         fetched=PLAN.served,
-        canary=ancient(PLAN.canary),
+        check=ancient(PLAN.reward_check),
     output:
-        f"{ROOT}/runs/{{run}}/judgements.parquet",
+        f"{ROOT}/runs/{{run}}/served_scores.parquet",
     log:
-        f"{ROOT}/logs/judge/{{run}}.log",
+        f"{ROOT}/logs/score_served/{{run}}.log",
     conda:
         "../../environment.yml"
     resources:
-        **PLAN.needs("judge"),
+        **PLAN.needs("score_served"),
     shell:
         'python -m tafs.evaluation.served "$(dirname {input.run:q})" > {log:q} 2>&1'

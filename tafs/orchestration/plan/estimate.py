@@ -36,8 +36,8 @@ PNG = 0.5  # of an image's bytes that its PNG file takes
 STATES = 2 * 4  # generations of the resume state x adapter, average and AdamW's two moments
 FLOAT = 4  # bytes
 TEST_PROMPTS = {"pickapic": 2048}  # of sets that have to be fetched before they can be counted
-MODELLED = ("train", "evaluate", "correlate")
-SOURCES = {"correlate": "evaluate"}  # whose measurements stand for a stage's
+MODELLED = ("train", "evaluate", "trajectory_rewards")
+SOURCES = {"trajectory_rewards": "evaluate"}  # whose measurements stand for a stage's
 HOUR, GB = 3600.0, 1e9
 
 
@@ -128,10 +128,10 @@ class Networks:
 
 
 def training_flops(description: Mapping[str, Any], forward: float) -> float:
-    """Of one iteration, on all devices: images x `Method.cost` x a forward pass."""
+    """Of one iteration, on all devices: images x `Method.forward_equivalents` x a forward pass."""
     settings = description["settings"]
     images = settings["prompts_per_iteration"] * settings["group_size"]
-    return float(images * description["cost"] * forward)
+    return float(images * description["forward_equivalents"] * forward)
 
 
 def evaluation_flops(evaluation: Mapping[str, Any], prompts: int, forward: float) -> float:
@@ -170,7 +170,7 @@ class Work:
         to_run = {(job.rule, job.about) for job in pending}
         found = []
         for stage, name in ((job.rule, job.about) for job in every):
-            if stage in (*MODELLED, "judge"):
+            if stage in (*MODELLED, "score_served"):
                 found.append(self._job(stage, self.graph.runs[name], (stage, name) in to_run))
         return found
 
@@ -184,7 +184,7 @@ class Work:
         )
 
     def _flops(self, stage: str, run: Run) -> float | None:
-        if stage == "judge":
+        if stage == "score_served":
             return None
         if stage == "train":
             forward = self.networks.forward(run.backbone, run.settings["resolution"])

@@ -33,9 +33,13 @@ from tafs.orchestration.plan.schedule import Task, makespan
 from tafs.runtime import run_dir
 from tafs.runtime.progress import duration
 
-STAGES = ("fetch", "canary", "train", "evaluate", "correlate", "judge")
+STAGES = ("fetch", "check_rewards", "train", "evaluate", "trajectory_rewards", "score_served")
 ORDER = ("describe", "describe_evaluation", *STAGES, "contents", "compare", "track")
-FIRST = {"judge": "evaluate", "evaluate": "train", "correlate": "train"}  # what a stage waits for
+FIRST = {
+    "score_served": "evaluate",
+    "evaluate": "train",
+    "trajectory_rewards": "train",
+}  # what a stage waits for
 
 
 def report(
@@ -106,7 +110,7 @@ class Page:
 
     @property
     def _cost_head(self) -> list[str]:
-        return [] if self.price is None else ["cost"]
+        return [] if self.price is None else ["forward_equivalents"]
 
     def _cost(self, hours: float) -> list[str]:
         return [] if self.price is None else [amount(hours * self.price)]

@@ -106,7 +106,7 @@ def compute(
     """Every metric against training compute, a line a method; all start at their base model.
 
     Compute is the number of forward passes of the network per image of an iteration, times
-    iterations; one with gradients counts three (`Method.cost`). Bands are 95 % intervals; a
+    iterations; one with gradients counts three (`Method.forward_equivalents`). Bands are 95 % intervals; a
     vertical line marks the least that any whole training takes.
 
     Raises:
@@ -119,7 +119,7 @@ def compute(
         raise ValueError("no trained run among the given ones")
     looks = dict(zip((s.label for s in systems), _looks(systems), strict=True))
     metrics = metrics_of(results)
-    whole = min(float(s.info["cost"] * s.info["iterations"]) for s in trained)
+    whole = min(float(s.info["forward_equivalents"] * s.info["iterations"]) for s in trained)
     with _style():
         figure, panels = _panels(metrics, "Evaluations per image")
         for axes, metric in zip(panels, metrics, strict=True):
@@ -127,7 +127,7 @@ def compute(
                 base = _estimate(_base_of(system, systems), nfe, metric)
                 at = [*system.info["snapshots"], system.info["iterations"]]
                 estimates = [base, *(_estimate(system, nfe, metric, i) for i in at)]
-                x = [0.0, *(float(system.info["cost"] * i) for i in at)]
+                x = [0.0, *(float(system.info["forward_equivalents"] * i) for i in at)]
                 _band(axes, x, estimates, looks[system.label], system.label)
             axes.set_xscale("symlog", linthresh=whole / 4)
             axes.set_xlim(left=0)

@@ -1,6 +1,6 @@
-"""Rewards of the images along the way: `python -m tafs.evaluation.correlate RUN_DIR` (the paper's Table 7).
+"""Rewards of the images along the way: `python -m tafs.evaluation.trajectory_rewards RUN_DIR` (the paper's Table 7).
 
-Annealed sampling sees an image at every evaluation. step_scores.parquet holds the rewards R^1..R^N
+Annealed sampling sees an image at every evaluation. trajectory_rewards.parquet holds the rewards R^1..R^N
 of one trajectory of each training prompt, a row per (prompt, step, metric): the table correlates
 the early ones with that of the final image.
 """
@@ -42,8 +42,8 @@ def images_along(
     return torch.stack(images)
 
 
-def correlate(run: run_dir.RunDir) -> None:
-    """Write the run's step_scores.parquet, of distinct training prompts.
+def write(run: run_dir.RunDir) -> None:
+    """Write the run's trajectory_rewards.parquet, of distinct training prompts.
 
     Raises:
         ValueError: there are not so many training prompts.
@@ -58,7 +58,7 @@ def correlate(run: run_dir.RunDir) -> None:
         raise ValueError(f"correlation_prompts: {count}, but there are {len(known)} of training")
     chosen = np.random.default_rng(seed).choice(len(known), count, replace=False)
     drawn = [known[i] for i in sorted(chosen)]
-    reporter = Reporter(run.folder, "correlate", -(-len(drawn) // batch))
+    reporter = Reporter(run.folder, "trajectory_rewards", -(-len(drawn) // batch))
     parts = []
     backbone.prepare([prompt.text for prompt in drawn])
     for low in range(0, len(drawn), batch):
@@ -76,12 +76,12 @@ def correlate(run: run_dir.RunDir) -> None:
         ]
         reporter.advance(f"{low + len(part)} prompts")
     table = pd.concat(parts, ignore_index=True).astype({"metric": "category"})
-    files.atomic_write(run.step_scores, lambda path: table.to_parquet(path, index=False))
+    files.atomic_write(run.trajectory_rewards, lambda path: table.to_parquet(path, index=False))
     reporter.finish()
 
 
 def main() -> None:
-    main_.run_stage("correlate", correlate)
+    main_.run_stage("trajectory_rewards", write)
 
 
 if __name__ == "__main__":
