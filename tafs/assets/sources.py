@@ -11,7 +11,9 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict
 
 from tafs.assets import cache
 from tafs.data import prompts
@@ -29,8 +31,20 @@ PROMPTS: dict[str, dict[str, tuple[str, ...]]] = {
 GENEVAL_TRAINING, GENEVAL_SEED = 50_000, 0
 
 
-class World(Protocol):
-    """One world at one scale's settings."""
+class AssetSettings(BaseModel):
+    """Where models, rewards and prompts come from, and how models are loaded."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    assets: Literal["shapes", "hub"]
+    lock: str  # path of the lock file that pins the hub's files
+    device: Literal["cpu", "cuda"]
+    dtype: Literal["float32", "bfloat16"]
+    gradient_checkpointing: bool
+
+
+class AssetSource(Protocol):
+    """The models, rewards and prompts of one source, at one scale's settings."""
 
     @property
     def device(self) -> str:
@@ -96,26 +110,30 @@ class World(Protocol):
         ...
 
 
-def of(settings: Mapping[str, Any], gpu: int = 0) -> World:
-    """The world of a run's settings; `gpu` is this process's one, where they name GPUs."""
-    worlds: dict[str, type[Shapes] | type[Hub]] = {"shapes": Shapes, "hub": Hub}
-    return worlds[settings["world"]](settings, gpu)
+def of(settings: AssetSettings, gpu: int = 0) -> AssetSource:
+    """The asset source of a run's settings.
+
+    Args:
+        gpu: index of this process's GPU, where the device is `cuda`.
+    """
+    source = {"shapes": ShapesAssets, "hub": HubAssets}[settings.assets]
+    return source(settings, gpu)
 
 
-class _World:
-    def __init__(self, settings: Mapping[str, Any], gpu: int) -> None:
+class _Assets:
+    def __init__(self, settings: AssetSettings, gpu: int) -> None:
         self.settings = settings
         self.gpu = gpu
 
     @cached_property
     def device(self) -> str:
-        """Where models and rewards are put.
+        """Device of the models and rewards.
 
         Raises:
-            ValueError: there is no such GPU.
+            ValueError: this machine does not have the GPU.
         """
-        if self.settings["device"] != "cuda":
-            return str(self.settings["device"])
+        if self.settings.device != "cuda":
+            return self.settings.device
         import torch
 
         if torch.cuda.device_count() <= self.gpu:
@@ -127,8 +145,8 @@ class _World:
         return f"cuda:{self.gpu}"
 
 
-class Shapes(_World):
-    """The embedded world."""
+class ShapesAssets(_Assets):
+    """The embedded models."""
 
     golden_scores = None
     pinned = True
@@ -171,12 +189,12 @@ class Shapes(_World):
         return "".join(self.digests([name]).values())
 
 
-class Hub(_World):
+class HubAssets(_Assets):
     """The paper's models."""
 
     @property
     def lock(self) -> Path:
-        return Path(self.settings["lock"])
+        return Path(self.settings.lock)
 
     def metrics(self, prompt_set: str) -> tuple[str, ...]:
         from tafs.rewards.metrics import METRICS, SERVED
@@ -271,9 +289,7 @@ def resources_of(names: Sequence[str], prompt_sets: Sequence[str] = ()) -> list[
     return sorted(found)
 
 
-def _settings(
-    settings: Mapping[str, Any], name: str, resolution: int, device: str
-) -> dict[str, Any]:
+def _settings(settings: AssetSettings, name: str, resolution: int, device: str) -> dict[str, Any]:
     """How a backbone is loaded."""
     import torch
 
@@ -283,6 +299,6 @@ def _settings(
         "guidance": model.guidance,
         "max_sequence_length": model.max_sequence_length,
         "device": device,
-        "dtype": getattr(torch, settings["dtype"]),
-        "gradient_checkpointing": settings["gradient_checkpointing"],
+        "dtype": getattr(torch, settings.dtype),
+        "gradient_checkpointing": settings.gradient_checkpointing,
     }
