@@ -1,0 +1,157 @@
+"""Find plug-ins by name: modules of a shipped package, and entry points of installed packages.
+
+A plug-in is an object that a module defines. Methods, rewards, prompt sets and models each have a
+`Group`, which finds two kinds of plug-ins:
+
+- shipped: every module of `package` is one, and its name is the file's name;
+- installed: every entry point of the group, by the entry point's name. In a package's
+  pyproject.toml:
+
+      [project.entry-points."tafs.methods"]
+      my_method = "my_package.my_method"
+
+  A value "my_package.module:OBJECT" names the object; without ":OBJECT" it is the group's
+  `attribute`, as in a shipped module.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
+
+from tafs.common.errors import one_line
+from tafs.common.yaml_files import suggestion
+
+
+@cache
+def installed(group: str) -> tuple[EntryPoint, ...]:
+    """Return the entry points of installed packages, read once per process."""
+    return tuple(entry_points(group=group))
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """Where a plug-in comes from."""
+
+    name: str
+    module: str
+    attribute: str
+    origin: str  # "this project", or the name and version of an installed package
+
+    @property
+    def location(self) -> str:
+        """The module and the package, for messages."""
+        return f"{self.module} of {self.origin}"
+
+
+@dataclass(frozen=True)
+class Group:
+    """The plug-ins of one kind.
+
+    Args:
+        kind: in messages, "method"; the entry-point group is then "tafs.methods".
+        attribute: the name of the object that a plug-in's module defines, "METHOD".
+        package: the importable package whose modules are the shipped plug-ins, except modules
+            whose names begin with "_"; None if there is none.
+        modules: further shipped plug-ins, (name, module) each.
+    """
+
+    kind: str
+    attribute: str
+    package: str | None = None
+    modules: tuple[tuple[str, str], ...] = ()
+
+    def names(self) -> list[str]:
+        """Return the names of all plug-ins, sorted; imports none of them.
+
+        Raises:
+            ValueError: two plug-ins have the same name; names both.
+        """
+        return sorted(self._plugins())
+
+    def source(self, name: str) -> Path:
+        """Return the file of the plug-in's module.
+
+        Raises:
+            ValueError: there is no such plug-in, or its module was not found; names it.
+        """
+        plugin = self._plugin(name)
+        try:
+            spec = importlib.util.find_spec(plugin.module)  # imports the packages around it
+        except Exception as error:
+            raise self._broken(plugin, error) from error
+        if spec is None or spec.origin is None:
+            raise ValueError(
+                f"{self.kind} {name!r}: {plugin.location} was not found; reinstall the package"
+            )
+        return Path(spec.origin)
+
+    def load(self, name: str) -> Any:
+        """Import the plug-in's module and return its object.
+
+        Raises:
+            ValueError: there is no such plug-in, its module cannot be imported or does not define
+                the object; names the file or the module and the package.
+        """
+        plugin = self._plugin(name)
+        source = self.source(name)
+        try:
+            found: Any = importlib.import_module(plugin.module)
+        except Exception as error:  # a plug-in's module may raise anything
+            raise self._broken(plugin, error, source) from error
+        for part in plugin.attribute.split("."):
+            if not hasattr(found, part):
+                raise ValueError(
+                    f"{self.kind} {name!r}: {source} ({plugin.origin}) defines no "
+                    f"{plugin.attribute}; define it there"
+                )
+            found = getattr(found, part)
+        return found
+
+    def origin(self, name: str) -> str:
+        """Return "this project", or the name and version of the installed package.
+
+        Raises:
+            ValueError: there is no such plug-in; names it.
+        """
+        return self._plugin(name).origin
+
+    def _plugin(self, name: str) -> Plugin:
+        available = self._plugins()
+        if name not in available:
+            hint = suggestion(name, sorted(available))
+            raise ValueError(one_line(f"unknown {self.kind} {name!r}{hint}", 600))
+        return available[name]
+
+    def _plugins(self) -> dict[str, Plugin]:
+        modules = dict(self.modules)
+        if self.package is not None:
+            path = importlib.import_module(self.package).__path__
+            files = [info.name for info in pkgutil.iter_modules(path)]
+            modules |= {name: f"{self.package}.{name}" for name in files if name[0] != "_"}
+        found = {n: Plugin(n, m, self.attribute, "this project") for n, m in modules.items()}
+        for point in installed(f"tafs.{self.kind}s"):
+            origin = "an installed package"
+            if point.dist is not None:
+                origin = f"package {point.dist.name} {point.dist.version}"
+            plugin = Plugin(point.name, point.module, point.attr or self.attribute, origin)
+            other = found.setdefault(plugin.name, plugin)
+            if (other.module, other.attribute) != (plugin.module, plugin.attribute):
+                raise ValueError(
+                    f"{self.kind} {plugin.name!r} is defined twice, by {other.location} and by "
+                    f"{plugin.location}; rename or uninstall one of them"
+                )
+        return found
+
+    def _broken(self, plugin: Plugin, error: Exception, source: Path | None = None) -> ValueError:
+        where = f"{source} ({plugin.origin})" if source else plugin.location
+        problem = f"{type(error).__name__}: {error}"
+        return ValueError(
+            one_line(f"{self.kind} {plugin.name!r}: {where} cannot be imported ({problem})", 600)
+        )
