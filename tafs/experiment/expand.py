@@ -1,0 +1,311 @@
+"""Expands config.yaml's active scale into specs: runs, then tables, then evaluations."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+
+from tafs.assets import sources
+from tafs.assets.sources import AssetSettings
+from tafs.experiment.schema import Config, Experiment
+from tafs.experiment.specs import (
+    PIPELINE,
+    EvalSetting,
+    EvalSpec,
+    LoraSpec,
+    RowSpec,
+    RunSpec,
+    TableSpec,
+    TrainingSpec,
+    TrajectorySpec,
+)
+from tafs.experiment.variants import Variants
+from tafs.models import catalog
+from tafs.rewards.metrics import METRICS
+from tafs.runtime.run_dir import BASE
+
+# Shares of the compute reference's training compute at which adapters are kept for comparison.
+SNAPSHOT_SHARES = (0.25, 0.5, 0.75, 1.0)
+
+SystemKey = tuple[str, str, str, str]  # variant, task, prompt set, backbone
+
+
+def asset_settings(config: Config) -> AssetSettings:
+    """Where the active scale's models, rewards and prompts come from."""
+    fields = set(AssetSettings.model_fields)
+    return AssetSettings(**config.active.model_dump(include=fields))
+
+
+class Expansion:
+    """The specs of the active scale, each built once."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.scale = config.active
+        self.variants = Variants(config)
+        self.assets = asset_settings(config)
+        self.source = sources.of(self.assets)
+        self.experiments = [(name, config.experiments[name]) for name in self.scale.experiments]
+        self.runs: dict[str, RunSpec] = {}
+        self.systems: dict[SystemKey, list[str]] = {}
+        for _, experiment in self.experiments:
+            self._add_runs(experiment)
+        self.tables = tuple(self._table(*named) for named in self.experiments)
+        self.evaluations = self._evaluations()
+
+    # -- runs ----------------------------------------------------------------------------------
+
+    def _add_runs(self, experiment: Experiment) -> None:
+        prompts = self._prompt_set(experiment)
+        seeds = self.scale.ablation_seeds if experiment.ablation else self.scale.seeds
+        for model in self._untrained(experiment):
+            self._add(self._base_run(model, prompts))
+        for backbone in self._backbones(experiment):
+            for variant, task in self._trained(experiment):
+                for seed in seeds:
+                    self._add(self._training_run(variant, task, backbone, prompts, seed))
+
+    def _add(self, run: RunSpec) -> None:
+        if run.name not in self.runs:
+            self.runs[run.name] = run
+            key = (run.variant, run.task, run.prompts, run.backbone)
+            self.systems.setdefault(key, []).append(run.name)
+
+    def _base_run(self, model: str, prompts: str) -> RunSpec:
+        entry = catalog.read()[model]
+        return RunSpec(
+            name=f"{BASE}.{prompts}.{model}",
+            variant=BASE,
+            method=BASE,
+            title=entry.title,
+            task="",
+            prompts=prompts,
+            backbone=model,
+            model=entry.settings(),
+            seed=0,
+            scale=self.config.scale,
+            assets=self.assets,
+            resolution=self.scale.resolution,
+            sampler="ode" if entry.trainable else PIPELINE,
+            **self._weights([model], [prompts]),
+        )
+
+    def _training_run(
+        self, variant: str, task: str, backbone: str, prompts: str, seed: int
+    ) -> RunSpec:
+        name, hyperparameters = self.variants.resolve(variant)
+        method = self.variants.method(variant)
+        rewards = self.config.tasks[task].rewards
+        scale = self.scale
+        return RunSpec(
+            name=f"{variant}.{task}.{backbone}.{seed}",
+            variant=variant,
+            method=name,
+            title=self.variants.title(variant),
+            task=task,
+            prompts=prompts,
+            backbone=backbone,
+            model=catalog.read()[backbone].settings(),
+            seed=seed,
+            scale=self.config.scale,
+            assets=self.assets,
+            resolution=scale.resolution,
+            training=TrainingSpec(
+                iterations=scale.iterations,
+                prompts_per_iteration=scale.prompts_per_iteration,
+                group_size=scale.group_size,
+                micro_batch=scale.micro_batch,
+                checkpoint_every=scale.checkpoint_every,
+                lora=LoraSpec(rank=scale.lora.rank, alpha=scale.lora.alpha),
+            ),
+            rewards=rewards,
+            hyperparameters=hyperparameters,
+            sampler=method.evaluation_sampler,
+            nfe_old=method.nfe_old,
+            nfe_theta=method.nfe_theta,
+            forward_equivalents=method.forward_equivalents,
+            snapshots=self._snapshots(variant),
+            **self._weights([backbone, *sorted(rewards)], [prompts]),
+        )
+
+    def _snapshots(self, variant: str) -> tuple[int, ...]:
+        found = {self.variants.iterations_at(variant, share) for share in SNAPSHOT_SHARES}
+        return tuple(sorted(found - {self.scale.iterations}))
+
+    def _weights(
+        self, names: Sequence[str], prompt_sets: Sequence[str] = ()
+    ) -> Mapping[str, dict[str, str] | tuple[str, ...]]:
+        """SHA-256 of models, rewards and prompts, and which of them are randomly initialised."""
+        if not self.source.pinned:
+            return {}
+        digests = self.source.digests(names, prompt_sets)
+        return {"weights": digests, "random_weights": tuple(self.source.random(names))}
+
+    def _prompt_set(self, experiment: Experiment) -> str:
+        return self.scale.prompts[self.config.prompt_role(experiment)]
+
+    def _backbones(self, experiment: Experiment) -> list[str]:
+        return [self.scale.model_roles[role] for role in experiment.model_roles]
+
+    def _untrained(self, experiment: Experiment) -> list[str]:
+        """The base models, which the figures need, and the models that are only compared."""
+        compared = self.scale.models if experiment.models else ()
+        return [*self._backbones(experiment), *compared]
+
+    def _trained(self, experiment: Experiment) -> list[tuple[str, str]]:
+        """The (variant, task) pairs that the scale trains."""
+        kept = [v for v in experiment.methods if v not in self.scale.exclude_methods]
+        return list(itertools.product(kept, experiment.tasks))
+
+    # -- tables --------------------------------------------------------------------------------
+
+    def _table(self, name: str, experiment: Experiment) -> TableSpec:
+        evaluation = self.scale.evaluation
+        rows = [*self._untrained_rows(experiment)]
+        rows += self._trained_rows(experiment, below=bool(rows))
+        return TableSpec(
+            name=name,
+            kind=experiment.kind,
+            caption=experiment.caption,
+            header=experiment.header,
+            figures=experiment.figures,
+            compute_reference=self.config.compute_reference,
+            excluded_methods=tuple(
+                v for v in experiment.methods if v in self.scale.exclude_methods
+            ),
+            few_nfe=evaluation.few_nfe,
+            curve_nfe=evaluation.curve_nfe,
+            rows=tuple(rows),
+        )
+
+    def _untrained_rows(self, experiment: Experiment) -> Iterator[RowSpec]:
+        prompts, few = self._prompt_set(experiment), self.scale.evaluation.few_nfe
+        roles = {model: role for role, model in self.scale.model_roles.items()}
+        for model in self._untrained(experiment):
+            compared = model in self.scale.models
+            full = self._full_steps(model)
+            if compared:
+                steps = [full]
+            elif experiment.base or experiment.kind == "correlation":
+                steps = [full, few] if experiment.kind == "scores" else [few]
+            else:
+                steps = []
+            for nfe in dict.fromkeys(steps):
+                yield RowSpec(
+                    label=catalog.read()[model].title,
+                    runs=tuple(self.systems[BASE, "", prompts, model]),
+                    variant=BASE,
+                    task="",
+                    role=roles.get(model, ""),
+                    backbone=model,
+                    nfe=nfe,
+                    full_steps=full,
+                    sampler=PIPELINE if compared else "ode",
+                )
+
+    def _trained_rows(self, experiment: Experiment, below: bool) -> Iterator[RowSpec]:
+        """The rows of trained systems; `below` rows of untrained ones."""
+        prompts = self._prompt_set(experiment)
+        steps = experiment.nfe or (self.scale.evaluation.few_nfe,)
+        for role in experiment.model_roles:
+            backbone = self.scale.model_roles[role]
+            for number, (variant, task) in enumerate(self._trained(experiment)):
+                names = self.systems[variant, task, prompts, backbone]
+                at = experiment.kind == "compute"
+                for nfe in steps:
+                    yield RowSpec(
+                        label=self._label(experiment, variant, task, backbone),
+                        runs=tuple(names),
+                        variant=variant,
+                        task=task,
+                        role=role,
+                        backbone=backbone,
+                        nfe=nfe,
+                        full_steps=self._full_steps(backbone),
+                        iteration=self.variants.iterations_at(variant, 1.0) if at else None,
+                        sampler=self.runs[names[0]].sampler,
+                        rule=below and number == 0 and nfe == steps[0],
+                    )
+                    below = True
+
+    def _label(self, experiment: Experiment, variant: str, task: str, backbone: str) -> str:
+        """What tables and figures call a trained system."""
+        label = experiment.labels.get(variant) or self.variants.title(variant)
+        if len(experiment.tasks) > 1:
+            label = self.config.tasks[task].title or task
+        if len(experiment.model_roles) > 1:
+            entry = catalog.read()[backbone]
+            label = f"{label} + {entry.short or entry.title}"
+        return label
+
+    def _full_steps(self, model: str) -> int:
+        """A model's own number of steps, which a scale may set for base models."""
+        entry = catalog.read()[model]
+        return (entry.trainable and self.scale.evaluation.base_nfe) or entry.steps
+
+    # -- evaluations ---------------------------------------------------------------------------
+
+    def _evaluations(self) -> dict[str, EvalSpec]:
+        evaluation = self.scale.evaluation
+        wanted = self._wanted_settings()
+        served = bool(evaluation.server)
+        metrics_of = {run.prompts: self.metrics(run.prompts) for run in self.runs.values()}
+        weights_of = {prompts: self._weights(names) for prompts, names in metrics_of.items()}
+        return {
+            name: EvalSpec(
+                **{"weights": {}, "random_weights": (), **weights_of[run.prompts]},
+                prompts_per_tag=evaluation.prompts,
+                batch=evaluation.batch,
+                full_steps=self._full_steps(run.backbone),
+                resolution=evaluation.resolution or self.scale.resolution,
+                served=served,
+                trajectories=TrajectorySpec(
+                    nfe=evaluation.few_nfe, prompts=evaluation.correlation_prompts
+                ),
+                settings=tuple(
+                    EvalSetting(
+                        sampler=sampler, nfe=nfe, images_per_prompt=count, iteration=iteration
+                    )
+                    for (sampler, nfe, iteration), count in sorted(
+                        wanted.get(name, {}).items(),
+                        key=lambda item: (item[0][2] or 0, item[0][:2]),
+                    )
+                ),
+            )
+            for name, run in self.runs.items()
+        }
+
+    def metrics(self, prompts: str) -> tuple[str, ...]:
+        """The metrics that a run on a prompt set is judged by, a served one included."""
+        served = self.scale.evaluation.server
+        own = self.source.metrics(prompts)
+        return (*own, *(m.name for m in METRICS.values() if m.served and served))
+
+    def _wanted_settings(self) -> dict[str, dict[tuple[str, int, int | None], int]]:
+        """Images per prompt of every (sampler, nfe, iteration) that a table or figure needs.
+
+        The points of curves are judged on fewer images, since they only draw a line.
+        """
+        evaluation = self.scale.evaluation
+        found: dict[str, dict[tuple[str, int, int | None], int]] = {}
+        for (_, experiment), table in zip(self.experiments, self.tables, strict=True):
+            if table.kind == "correlation":
+                continue
+            images = evaluation.images_per_prompt
+            if not isinstance(images, int):
+                images = images[self.config.prompt_role(experiment)]
+            curve = evaluation.curve_images_per_prompt
+            for row in table.rows:
+                for name in row.runs:
+                    run = self.runs[name]
+                    wanted = found.setdefault(name, {})
+                    if "steps" in table.figures or "pareto" in table.figures:
+                        for nfe in evaluation.curve_nfe:
+                            wanted.setdefault((row.sampler, nfe, None), curve)
+                    if "compute" in table.figures:
+                        for iteration in run.snapshots:
+                            wanted.setdefault((row.sampler, table.few_nfe, iteration), curve)
+                        wanted[row.sampler, table.few_nfe, None] = images
+                    kept = row.iteration if row.iteration in run.snapshots else None
+                    wanted[row.sampler, row.nfe, kept] = images
+        return found

@@ -1,0 +1,80 @@
+"""The plan: everything that config.yaml asks for, expanded once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tafs.common.yaml_files import ConfigError
+from tafs.experiment import validate
+from tafs.experiment.expand import Expansion
+from tafs.experiment.schema import Config
+from tafs.experiment.specs import EvalSpec, ReportSpec, RunSpec, TableSpec
+
+OVERRIDES = ("scale", "results", "method", "seeds")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The runs of the active scale, how they are judged, and what is made of them."""
+
+    config: Config
+    runs: Mapping[str, RunSpec]  # by name
+    evaluations: Mapping[str, EvalSpec]  # by the run's name
+    tables: tuple[TableSpec, ...]
+    added_method: str | None = None  # by `--config method=NAME`
+
+    @property
+    def root(self) -> Path:
+        """The folder of the scale's results."""
+        return Path(self.config.results) / self.config.scale
+
+    @property
+    def report(self) -> ReportSpec:
+        return ReportSpec(scale=self.config.scale, tables=self.tables)
+
+
+def expand(config: Config, added_method: str | None = None) -> Plan:
+    """The plan of a configuration."""
+    found = Expansion(config)
+    return Plan(config, found.runs, found.evaluations, found.tables, added_method)
+
+
+def load(overrides: Mapping[str, Any] | None = None, path: Path = Path("config.yaml")) -> Plan:
+    """The plan of config.yaml.
+
+    Args:
+        overrides: OVERRIDES, as snakemake's `--config KEY=VALUE` gives them.
+
+    Raises:
+        ConfigError: one line that names the file, the key and the remedy.
+    """
+    given = dict(overrides or {})
+    for key in given:
+        if key not in OVERRIDES:
+            raise ConfigError(
+                f"--config {key}: only {', '.join(OVERRIDES)} can be set on the command line; "
+                f"set everything else in {path}"
+            )
+    method, seeds = given.pop("method", None), given.pop("seeds", None)
+    if "results" in given:
+        given["results"] = str(given["results"])  # snakemake reads 2026 as a number
+    config = validate.read(path, given)
+    _check_folder(Path(config.results), path)
+    if seeds is not None:
+        config = validate.with_seeds(config, seeds)
+    if method is None:
+        return expand(config)
+    return expand(validate.with_method(config, str(method)), added_method=str(method))
+
+
+def _check_folder(results: Path, path: Path) -> None:
+    """Refuse a results folder that cannot be created or written, before any job starts."""
+    existing = next(folder for folder in (results, *results.parents) if os.path.lexists(folder))
+    if not existing.is_dir():
+        raise ConfigError(f"{path}: results: {existing} is not a folder; choose another path")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"{path}: results: {existing} is not writable; choose another path")

@@ -1,0 +1,194 @@
+"""The typed specs that cross stage boundaries, as immutable objects and as JSON files.
+
+| spec | file | written by | read by |
+|---|---|---|---|
+| `RunSpec` | `runs/NAME/run.json` | the workflow, from config.yaml | training, evaluation, report |
+| `EvalSpec` | `runs/NAME/evaluation.json` | the workflow, from config.yaml | evaluation, report |
+| `ReportSpec` of `TableSpec` of `RowSpec` | `report_spec.json` | the workflow, from config.yaml | report |
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+
+from tafs.assets.sources import AssetSettings
+from tafs.common.yaml_files import first_problem
+from tafs.runtime.run_dir import BASE
+
+# What a table prints: every metric at its steps, the same at equal training compute, the gains of
+# all metrics in one number, or the correlation of earlier images' rewards with the final image's.
+Kind = Literal["scores", "compute", "gains", "correlation"]
+PIPELINE = "pipeline"  # the sampler of a model that is compared as published
+
+
+class Spec(BaseModel):
+    """A frozen spec with a JSON form."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def to_json(self) -> str:
+        """The one JSON form, which is written to files and compared."""
+        return self.model_dump_json()
+
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        """The spec in a JSON file.
+
+        Raises:
+            FileNotFoundError, ValueError: the file is missing or does not hold such a spec; one
+                line that names it.
+        """
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: not found; snakemake writes it from config.yaml")
+        try:
+            return cls.model_validate_json(file.read_bytes())
+        except ValidationError as error:
+            raise ValueError(
+                f"{file}: {first_problem(error, cls)}; it was not written by this version: delete "
+                "the results folder or choose another with --config results=FOLDER"
+            ) from None
+
+
+class LoraSpec(Spec):
+    rank: int
+    alpha: int
+
+
+class TrainingSpec(Spec):
+    """The training loop's settings."""
+
+    iterations: int
+    prompts_per_iteration: int
+    group_size: int
+    micro_batch: int
+    checkpoint_every: int
+    lora: LoraSpec
+
+
+class RunSpec(Spec):
+    """One training run, or the evaluation of a model that is not trained."""
+
+    name: str
+    variant: str  # key of config.yaml's `methods`, or BASE
+    method: str  # name of the method's file, or BASE
+    title: str
+    task: str  # "" for a model that is not trained
+    prompts: str  # the prompt set: trained on its train split, judged on its test split
+    backbone: str  # key of models.yaml
+    model: dict[str, JsonValue]  # the settings of models.yaml that decide the model's images
+    seed: int
+    scale: str
+    assets: AssetSettings
+    resolution: int  # of the training images, in pixels
+    training: TrainingSpec | None = None
+    rewards: dict[str, float] = {}  # weights on the training scale
+    hyperparameters: dict[str, JsonValue] = {}
+    sampler: str  # that the model is judged with at few steps
+    nfe_old: float | None = None  # network evaluations per image in the rollout
+    nfe_theta: int | None = None  # network evaluations per image with gradients
+    forward_equivalents: float = 0.0  # per image and iteration; see `Method.forward_equivalents`
+    snapshots: tuple[int, ...] = ()  # iterations after which the adapter is kept besides the last
+    weights: dict[str, str] = {}  # SHA-256 of models, rewards and prompts by name
+    random_weights: tuple[str, ...] = ()  # those of them that are randomly initialised
+
+    @property
+    def trained(self) -> bool:
+        return self.method != BASE
+
+    @property
+    def iterations(self) -> int:
+        return self.training.iterations if self.training else 0
+
+
+class EvalSetting(Spec):
+    """One way of sampling a model, and the number of images per prompt that are judged."""
+
+    sampler: str
+    nfe: int
+    images_per_prompt: int
+    iteration: int | None = None  # of a snapshot; None: the final model
+
+    @property
+    def name(self) -> str:
+        return f"{self.sampler}-{self.nfe}"
+
+
+class TrajectorySpec(Spec):
+    """The annealed trajectories of training prompts whose images are scored at every step."""
+
+    nfe: int
+    prompts: int
+
+
+class EvalSpec(Spec):
+    """How a run is judged."""
+
+    weights: dict[str, str]  # SHA-256 of what the metrics are made of
+    random_weights: tuple[str, ...]
+    prompts_per_tag: int | None  # the first so many prompts of each tag; None: all
+    batch: int
+    full_steps: int  # the untrained model's own number of steps
+    resolution: int  # of the images, in pixels
+    served: bool  # whether a server scores the images too
+    trajectories: TrajectorySpec
+    settings: tuple[EvalSetting, ...]
+
+
+class RowSpec(Spec):
+    """A row of a table: the runs of one system (all seeds) at one number of steps."""
+
+    label: str
+    runs: tuple[str, ...]
+    variant: str
+    task: str
+    role: str  # the role that the backbone plays in the experiment; "" for compared models
+    backbone: str
+    nfe: int
+    full_steps: int
+    iteration: int | None = None  # of a snapshot; None: the final model
+    sampler: str
+    rule: bool = False  # a line above the row
+
+    @property
+    def system(self) -> tuple[str, ...]:
+        """Equal for rows of the same runs."""
+        return self.runs
+
+
+class TableSpec(Spec):
+    """A table and the figures drawn from its runs."""
+
+    name: str
+    kind: Kind
+    caption: str
+    header: str  # of the column of labels
+    figures: dict[str, str]  # kind -> file name
+    compute_reference: str  # the variant whose training compute is the budget
+    excluded_methods: tuple[str, ...]  # of the experiment, not trained at this scale
+    few_nfe: int
+    curve_nfe: tuple[int, ...]
+    rows: tuple[RowSpec, ...]
+
+    @property
+    def runs(self) -> tuple[str, ...]:
+        """Names of all runs, each once, in the order of the rows."""
+        return tuple(dict.fromkeys(name for row in self.rows for name in row.runs))
+
+
+class ReportSpec(Spec):
+    """Everything that the report shows."""
+
+    scale: str
+    tables: tuple[TableSpec, ...]
+
+
+def fingerprint(*parts: Spec | Path) -> str:
+    """SHA-256 over specs and the contents of files: what decides an outcome."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.to_json().encode() if isinstance(part, Spec) else part.read_bytes())
+    return digest.hexdigest()
