@@ -9,25 +9,25 @@ from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from tafs.rewards import learned
+from tafs.rewards.metrics import METRICS
 
 WEIGHTS = ("config.json", "model.safetensors")
 PROCESSOR = ("preprocessor_config.json", "tokenizer_config.json")
 
 
 class CLIPScore(learned.DualEncoder):
-    """CLIP's cosine, reported times 100 (Hessel et al., 2021, arXiv 2104.08718).
+    """CLIP's cosine of image and caption (Hessel et al., 2021, arXiv 2104.08718).
 
     Args:
-        folder: of openai/clip-vit-large-patch14: model, image processor and tokenizer.
-        processor: the folder of the last two, where they lie elsewhere.
+        folder: openai/clip-vit-large-patch14: model, image processor and tokenizer.
+        device: device of the model.
+        processor: folder of the image processor and the tokenizer; default: `folder`.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or damaged; names it and the remedy.
     """
 
-    name = "clip"
-    version = "openai/clip-vit-large-patch14"
-    reported = 100.0
+    metric = METRICS["clip"]
 
     def __init__(
         self, folder: Path, device: torch.device | str = "cpu", *, processor: Path | None = None
@@ -66,31 +66,29 @@ class CLIPScore(learned.DualEncoder):
         return self.model.get_image_features(pixel_values=pixels).pooler_output
 
     def embed_captions(self, captions: Tensor) -> Tensor:
-        # Attention is causal and the end token is read: what pads the caption plays no part.
+        # Attention is causal and the end token is read, so padding has no effect.
         return self.model.get_text_features(input_ids=captions).pooler_output
 
 
 class PickScore(CLIPScore):
     """PickScore v1: the cosine times the learned temperature (Kirstain et al., arXiv 2305.01569).
 
-    For training it is divided by 26, as in Flow-GRPO.
+    The training scale is divided by 26, as in Flow-GRPO.
 
     Args:
-        folder: of yuvalkirstain/PickScore_v1.
-        processor: of laion/CLIP-ViT-H-14-laion2B-s32B-b79K: image processor and tokenizer.
+        folder: yuvalkirstain/PickScore_v1.
+        processor: laion/CLIP-ViT-H-14-laion2B-s32B-b79K: image processor and tokenizer.
+        device: device of the model.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or damaged; names it and the remedy.
     """
 
-    name = "pickscore"
-    version = "yuvalkirstain/PickScore_v1"
-    scale = "exp(logit_scale) cosine / 26"
-    reported = 26.0
+    metric = METRICS["pickscore"]
 
     def __init__(self, folder: Path, processor: Path, device: torch.device | str = "cpu") -> None:
         super().__init__(folder, device, processor=processor)
 
     def match(self, pixels: Tensor, captions: Tensor, owner: Tensor) -> Tensor:
         cosine = super().match(pixels, captions, owner)
-        return self.model.logit_scale.exp() * cosine / self.reported
+        return self.model.logit_scale.exp() * cosine / self.metric.scale

@@ -1,4 +1,8 @@
-"""HPSv2.1 (Wu et al., 2023, arXiv 2306.09341): an open_clip ViT-H-14 tuned on preferences."""
+"""HPSv2.1 (Wu et al., 2023, arXiv 2306.09341) computed with open_clip.
+
+The model is open_clip's ViT-H-14 with other weights: same parameters, same tokens. The `hpsv2`
+package is not needed to score; the tests use it as the reference for parity.
+"""
 
 from __future__ import annotations
 
@@ -11,23 +15,24 @@ import torch
 from torch import Tensor
 
 from tafs.rewards import learned
+from tafs.rewards.metrics import METRICS
 
-# What no weight's shape shows: the width of an attention head of open_clip's ViT-H-14.
+# Widths of an attention head in open_clip's ViT-H-14, which the weights' shapes do not determine.
 VISION_HEAD_WIDTH, TEXT_HEAD_WIDTH = 80, 64
 
 
 class HPSv2(learned.DualEncoder):
-    """The cosine of HPSv2.1, with hpsv2's own preprocessing: the longer side to 224, black borders.
+    """The cosine of HPSv2.1, with hpsv2's preprocessing: longer side to 224, black borders.
 
     Args:
         file: HPS_v2.1_compressed.pt of xswu/HPSv2.
+        device: device of the model.
 
     Raises:
         FileNotFoundError, ValueError: the file is missing or damaged; names it and the remedy.
     """
 
-    name = "hpsv2"
-    version = "xswu/HPSv2 HPS_v2.1_compressed.pt"
+    metric = METRICS["hpsv2"]
 
     def __init__(self, file: Path, device: torch.device | str = "cpu") -> None:
         import open_clip
@@ -60,10 +65,10 @@ class HPSv2(learned.DualEncoder):
 
 
 def architecture(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """open_clip's settings of the model whose weights these are, as open_clip_config.json has them.
+    """open_clip's model settings, inferred from the shapes of its weights.
 
     Raises:
-        KeyError: a weight that every such model has is missing.
+        KeyError: a weight of the architecture is missing.
     """
     width, _, _, patch = state["visual.conv1.weight"].shape
     tokens = len(state["visual.positional_embedding"]) - 1  # one is the class token

@@ -9,25 +9,26 @@ from torch import Tensor
 from torchvision.transforms.functional import center_crop
 
 from tafs.rewards import compat, learned
+from tafs.rewards.metrics import METRICS
 
 VISION = "blip.visual_encoder"
-TOKENS = 35  # of a caption, the longer ones being cut
+TOKENS = 35  # per caption; longer ones are truncated
 
 
 class ImageReward(learned.LearnedReward):
-    """The score of image-reward's own model, standardised as there: about 0 with deviation 1.
+    """The standardised score of image-reward's own model: mean 0, standard deviation 1.
 
     Args:
-        file, med_config: ImageReward.pt and med_config.json of THUDM/ImageReward.
-        tokenizer: the folder of bert-base-uncased's tokenizer.
+        file: ImageReward.pt of THUDM/ImageReward.
+        med_config: med_config.json of THUDM/ImageReward.
+        tokenizer: folder of bert-base-uncased's tokenizer.
+        device: device of the model.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or damaged; names it and the remedy.
     """
 
-    name = "imagereward"
-    version = "THUDM/ImageReward ImageReward.pt"
-    scale = "raw"
+    metric = METRICS["imagereward"]
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
-"""What the published reward models share: frozen weights from local files, pixels, captions.
+"""Base classes of the published reward models: frozen weights, differentiable preprocessing.
 
-They score float32 images at any resolution: each model's own preprocessing is done on tensors, so
-that a gradient reaches the image. Nothing is downloaded.
+They score float32 images of any resolution. Each model's preprocessing works on tensors, so that
+gradients reach the images. Weights are read from local files; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -19,24 +19,23 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tafs.data.prompts import Prompt
+from tafs.rewards.metrics import Metric
 from tafs.rewards.registry import Reward, check_images
 
-KEPT_CAPTIONS = 32_768  # token ids of this many captions are kept: all of Pick-a-Pic's prompts
+KEPT_CAPTIONS = 32_768  # captions whose token ids are cached; more than Pick-a-Pic has prompts
 
 
 class LearnedReward(ABC):
     """A frozen, differentiable reward model on one device; a `registry.Scorer`.
 
     Args:
-        model: in float32 from here on.
-        mean, std: of the pixels' normalisation, one a channel.
-        device: where the model lies and where it expects the images.
+        model: the model; it is converted to float32.
+        mean: mean of the pixels' normalisation, one value per channel.
+        std: its standard deviation.
+        device: device of the model and of the images.
     """
 
-    name: ClassVar[str]  # of METRICS
-    version: ClassVar[str]  # the published weights
-    scale: ClassVar[str]  # what the training scale is
-    reported: ClassVar[float] = 1.0  # reported score / training score
+    metric: ClassVar[Metric]
 
     def __init__(
         self,
@@ -52,55 +51,49 @@ class LearnedReward(ABC):
         )
         self.token_ids = lru_cache(KEPT_CAPTIONS)(self.tokenize)
 
+    @property
+    def name(self) -> str:
+        return self.metric.name
+
     @abstractmethod
     def tokenize(self, text: str) -> Tensor:
-        """What the model reads of one caption, of the same shape for every caption."""
+        """The model's input for one caption; every caption has the same shape."""
 
     @abstractmethod
     def resize(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1] at the model's size."""
+        """Resize images [B, 3, H, W] in [0, 1] to the model's input size."""
 
     @abstractmethod
     def match(self, pixels: Tensor, captions: Tensor, owner: Tensor) -> Tensor:
-        """Training-scale scores [B] of normalised pixels; captions[owner[i]] is image i's."""
+        """Training-scale scores [B] of normalised pixels; image i has caption captions[owner[i]]."""
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """images [B, 3, H, W] in [0, 1] on `device` -> [B] float32, with a gradient to the images.
+        """images [B, 3, H, W] in [0, 1] on `device` -> [B] float32, differentiable.
 
         Raises:
-            ValueError: the images or their number are not as said; names the reward.
+            ValueError: wrong shape, range or number of images; names the reward.
         """
         check_images(self.name, images, prompts)
-        # A group of images shares its caption, which is encoded once.
+        # Images of a group share a caption, which is encoded once.
         rows = {text: row for row, text in enumerate(dict.fromkeys(p.text for p in prompts))}
         captions = torch.stack([self.token_ids(text) for text in rows]).to(self.device)
         owner = torch.tensor([rows[p.text] for p in prompts], device=self.device)
         return self.match((self.resize(images) - self.mean) / self.std, captions, owner)
 
-    def report(self, scores: Tensor) -> Tensor:
-        """Training-scale scores on the scale on which the metric is published."""
-        return self.reported * scores
-
     def reward(self) -> Reward:
-        return Reward(self.name, self, self.report, differentiable=True, record=self.record)
-
-    def record(self) -> dict[str, str]:
-        """For a result's provenance."""
-        return {"name": self.name, "scale": self.scale, "version": self.version}
+        return Reward(self.metric, self)
 
 
 class DualEncoder(LearnedReward):
-    """Scores by the cosine of the image's and the caption's embeddings."""
-
-    scale = "cosine"
+    """Scores are the cosine of the image's and the caption's embeddings."""
 
     @abstractmethod
     def embed_images(self, pixels: Tensor) -> Tensor:
-        """Embeddings [B, D], of any length."""
+        """Embeddings [B, D] of pixels, not normalised."""
 
     @abstractmethod
     def embed_captions(self, captions: Tensor) -> Tensor:
-        """Embeddings [N, D] of token ids [N, L], of any length."""
+        """Embeddings [N, D] of token ids [N, L], not normalised."""
 
     def match(self, pixels: Tensor, captions: Tensor, owner: Tensor) -> Tensor:
         image = functional.normalize(self.embed_images(pixels), dim=-1)
@@ -109,10 +102,10 @@ class DualEncoder(LearnedReward):
 
 
 def resize_shorter_side(images: Tensor, side: int) -> Tensor:
-    """Bicubic and antialiased, so that the shorter side has `side` pixels.
+    """Resize images so that the shorter side has `side` pixels; bicubic, antialiased.
 
-    As PIL and torchvision do it in 8 bits, columns before rows and clipped after each of the two
-    passes, but without rounding.
+    Like PIL and torchvision on 8-bit images: columns before rows, clipped after each of the two
+    passes. Unlike them, values are not rounded.
     """
     height, width = images.shape[-2:]
     new_height, new_width = (int(side * n / min(height, width)) for n in (height, width))
@@ -122,9 +115,9 @@ def resize_shorter_side(images: Tensor, side: int) -> Tensor:
 
 
 def resize_longer_side(images: Tensor, side: int) -> Tensor:
-    """Bicubic and antialiased, so that the longer side has `side` pixels; the rest is black.
+    """Resize images so that the longer side has `side` pixels and pad with black; bicubic.
 
-    HPSv2 resizes real numbers, so nothing is clipped.
+    Not clipped, since hpsv2 resizes floats.
     """
     height, width = images.shape[-2:]
     size = [round(side * n / max(height, width)) for n in (height, width)]
@@ -135,7 +128,7 @@ def resize_longer_side(images: Tensor, side: int) -> Tensor:
 
 
 def require(name: str, *files: Path) -> None:
-    """Refuse a checkpoint of which a file is missing.
+    """Check that a checkpoint's files exist.
 
     Raises:
         FileNotFoundError: names the reward, the file and the remedy.
@@ -146,7 +139,7 @@ def require(name: str, *files: Path) -> None:
 
 
 def pretrained(name: str, kind: Any, folder: Path) -> Any:
-    """A model of transformers' class `kind`, in float32, whose every weight comes from the folder.
+    """Load a model of transformers' class `kind` in float32; every weight must be in the folder.
 
     Raises:
         ValueError: a file is missing or damaged; names the reward, the folder and the remedy.
@@ -161,7 +154,7 @@ def pretrained(name: str, kind: Any, folder: Path) -> Any:
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise damaged(name, folder, error) from None
-    # transformers draws what is missing at random and goes on; buffers are constants.
+    # transformers initialises missing weights randomly; missing buffers are constants.
     weights = {weight for weight, _ in model.named_parameters()}
     if missing := sorted(weights & set(found["missing_keys"])):
         raise damaged(name, folder, f"{missing[0]} is missing")
@@ -169,44 +162,44 @@ def pretrained(name: str, kind: Any, folder: Path) -> Any:
 
 
 def read_state(name: str, file: Path) -> dict[str, Any]:
-    """The content of a PyTorch checkpoint of tensors and plain values, on the CPU.
+    """Read a PyTorch checkpoint of tensors and plain values to the CPU.
 
     Raises:
-        FileNotFoundError, ValueError: it is missing or damaged; names reward, file and remedy.
+        FileNotFoundError, ValueError: missing or damaged; names reward, file and remedy.
     """
     require(name, file)
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # damage shows as any of many classes, some of them private
+    except Exception as error:  # damage raises many classes, some of them private
         raise damaged(name, file, error) from None
     if not isinstance(content, Mapping):
-        raise damaged(name, file, "it holds no state")
+        raise damaged(name, file, "it is not a state dict")
     return dict(content)
 
 
 def count_layers(state: Mapping[str, Tensor], layers: str) -> int:
-    """How many layers a state has under the name `layers`."""
+    """Number of layers that a state dict has under the prefix `layers`."""
     pattern = re.compile(rf"{re.escape(layers)}\.(\d+)\.")
     return len({match[1] for key in state if (match := pattern.match(key))})
 
 
 def fill(name: str, model: nn.Module, state: Mapping[str, Tensor], file: Path) -> None:
-    """Give a model its weights, all of them; what a state holds beyond is left out.
+    """Load all of a model's weights from a state dict; surplus entries are ignored.
 
     Raises:
-        ValueError: a weight is missing or of another shape; names reward, file and weight.
+        ValueError: a weight is missing or has another shape; names reward, file and weight.
     """
     try:
         missing = model.load_state_dict(state, strict=False).missing_keys
     except RuntimeError as error:
         raise damaged(name, file, str(error).splitlines()[-1].strip()) from None
-    # Buffers are constants; checkpoints of older releases may lack them.
+    # Checkpoints of older releases may lack buffers, which are constants.
     weights = [key for key, _ in model.named_parameters() if key in set(missing)]
     if weights:
         raise damaged(name, file, f"{len(weights)} weights are missing, the first is {weights[0]}")
 
 
 def damaged(name: str, file: Path, reason: object) -> ValueError:
-    """The error for a checkpoint that is not what it should be, in one line."""
+    """The error for a damaged checkpoint, in one line."""
     first = (str(reason).splitlines() or [type(reason).__name__])[0]
     return ValueError(f"reward {name}: {file} is damaged ({first}); fetch the model again")

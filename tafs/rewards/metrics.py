@@ -1,43 +1,110 @@
-"""Reward models and metrics, a file each, behind one registry."""
+"""The one registry of metrics: what each measures, its scales, and how tables and figures show it.
+
+Every metric is a plug-in with one object, `REWARD = RewardPlugin(METRIC, build)`: a file of
+tafs/rewards/plugins/ or an entry point of the group `tafs.rewards`. docs/adding-a-reward.md says
+how to add one. Reading METRICS imports these declarations only, not the models behind them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tafs.common.plugins import Group
+
+if TYPE_CHECKING:
+    from tafs.rewards.registry import Reward
+
+# The paper's order, which tables and figures follow; installed metrics come after, by name.
+ORDER = ("geneval", "pickscore", "clip", "hpsv2", "imagereward", "unifiedreward")
+
+Folder = Callable[[str], Path]  # an entry of resources.yaml -> the folder of its verified files
 
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is reported; more is better for all of them."""
+    """A reward model as a metric: names, scales and what it is made of.
 
-    title: str
-    digits: int
-    published: str  # its column in the paper's tables
-    factor: float = 1.0  # reported value per unit of the score
-    macro: bool = False  # the mean of the tasks' means, not of all images
+    A score has three scales. Training uses the training scale, on which higher is always better.
+    scores.parquet holds the published scale, `scale` times the training scale. Tables and figures
+    show `factor` times the published scale.
+    """
 
+    name: str  # in config.yaml, and the plug-in's name
+    title: str  # in tables and figures
+    unit: str  # label of a figure's axis
+    digits: int  # after the decimal point in tables
+    published: str = ""  # its column in the paper's tables; "" where the paper has none
+    factor: float = 1.0  # shown value per unit of the published score
+    macro: bool = False  # averaged over the means of the tasks, not over all images
+    higher_is_better: bool = True  # of the published score
+    differentiable: bool = False  # the gradient of a score in this process reaches the images
+    served: bool = False  # scored by a server, after the images are generated
+    version: str = ""  # of the published model
+    resources: tuple[str, ...] = ()  # entries of resources.yaml
+    scale: float = 1.0  # published score per unit of the training score; negative: lower is better
+    metadata: bool = False  # needs prompts with GenEval's metadata
 
-METRICS = {
-    "geneval": Metric("GenEval", 2, "geneval", factor=100, macro=True),
-    "pickscore": Metric("PickScore", 2, "pickscore"),
-    "clip": Metric("CLIP", 2, "clip"),
-    "hpsv2": Metric("HPSv2.1", 3, "hpsv2_1"),
-    "imagereward": Metric("ImageReward", 3, "imagereward"),
-    "unifiedreward": Metric("UnifiedReward", 3, "unifiedreward"),
-}
-
-
-DIFFERENTIABLE = frozenset({"pickscore", "clip", "hpsv2", "imagereward", "unifiedreward"})
-
-
-# The published models that each is made of, entries of resources.yaml.
-RESOURCES = {
-    "pickscore": ("pickscore", "clip-vit-h-14"),
-    "clip": ("clip-vit-l-14",),
-    "hpsv2": ("hpsv2",),
-    "imagereward": ("imagereward", "bert-base-uncased"),
-    "geneval": ("mask2former", "clip-vit-l-14"),
-    "unifiedreward": ("unifiedreward", "siglip"),
-}
+    def record(self) -> dict[str, str]:
+        """What the provenance of a result says about it."""
+        return {"name": self.name, "version": self.version, "scale": f"{self.scale:g}"}
 
 
-SERVED = "unifiedreward"  # the published model is behind a server: `unifiedreward.UnifiedReward`
+@dataclass(frozen=True)
+class RewardPlugin:
+    """A metric and the functions that load its model.
+
+    Args:
+        metric: its description.
+        build: (device, folder) -> Reward, on the training scale.
+        build_strict: the variant that evaluations use, where it differs from the training reward.
+    """
+
+    metric: Metric
+    build: Callable[[str, Folder], Reward]
+    build_strict: Callable[[str, Folder], Reward] | None = None
+
+
+PLUGINS = Group(kind="reward", attribute="REWARD", package="tafs.rewards.plugins")
+
+
+class _Metrics(Mapping[str, Metric]):
+    """The metrics by name; the plug-ins are imported on first use."""
+
+    @cached_property
+    def plugins(self) -> dict[str, RewardPlugin]:
+        others = sorted({*PLUGINS.names()} - {*ORDER})
+        found = {name: PLUGINS.load(name) for name in (*ORDER, *others)}
+        for name, plugin in found.items():
+            if not isinstance(plugin, RewardPlugin) or plugin.metric.name != name:
+                raise ValueError(
+                    f"reward {name!r}: REWARD in {PLUGINS.source(name)} is not a RewardPlugin of "
+                    "a Metric with this name; correct it there"
+                )
+        return found
+
+    def __getitem__(self, name: str) -> Metric:
+        return self.plugins[name].metric
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.plugins)
+
+    def __len__(self) -> int:
+        return len(self.plugins)
+
+
+METRICS = _Metrics()
+
+
+def plugin(name: str) -> RewardPlugin:
+    """The plug-in of a metric.
+
+    Raises:
+        ValueError: an unknown reward; lists those available.
+    """
+    if name not in METRICS:
+        raise ValueError(f"unknown reward {name!r} (available: {', '.join(METRICS)})")
+    return METRICS.plugins[name]

@@ -1,4 +1,4 @@
-"""Rewards by name: what each measures, on which scale it trains and on which it is reported."""
+"""Rewards on one device: scorers, sets of them, and the checks of their input."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from tafs.data.prompts import Prompt
-from tafs.rewards.metrics import METRICS
+from tafs.rewards.metrics import Metric, plugin
 
-# Of the images of an iteration or an evaluation that may have no score before the work stops.
+# Share of an iteration's or an evaluation's images that may have no score before the work stops.
 MISSING_SHARE = 0.1
-ROUNDING = 1e-3  # how far from [0, 1] arithmetic may carry a pixel: a quarter of an 8-bit step
+ROUNDING = 1e-3  # tolerated excess over [0, 1] of a pixel; a quarter of an 8-bit step
 
 
 class Scorer(Protocol):
@@ -27,15 +27,34 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class Reward:
-    """A reward model: `report` maps the training scale to the reported one."""
+    """A loaded reward model.
 
-    name: str
+    Args:
+        metric: its description; a variant of a registered metric replaces fields of it.
+        score: scores on the training scale.
+        details: further entries of its provenance.
+    """
+
+    metric: Metric
     score: Scorer
-    report: Callable[[Tensor], Tensor]
-    differentiable: bool
-    higher_is_better: bool = True
-    record: Callable[[], dict[str, str]] = dict  # its version and scale, for provenance
-    served: bool = False  # by a server, whose scores depend a little on what else it is asked
+    details: Callable[[], dict[str, str]] = dict
+
+    @property
+    def name(self) -> str:
+        return self.metric.name
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether the gradient of a score reaches the images."""
+        return self.metric.differentiable and not self.metric.served
+
+    def report(self, scores: Tensor) -> Tensor:
+        """Training-scale scores on the published scale."""
+        return self.metric.scale * scores
+
+    def record(self) -> dict[str, str]:
+        """Name, version, scale and details, for the provenance of a result."""
+        return self.metric.record() | self.details()
 
 
 class RewardSet:
@@ -80,12 +99,12 @@ class RewardSet:
         return {reward.name: reward.score(images, prompts) for reward in self.rewards}
 
     def report(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same scores on the scale on which each metric is published."""
+        """Training-scale scores on the published scales."""
         return {r.name: r.report(scores[r.name]) for r in self.rewards}
 
 
 def check_finite(name: str, images: Tensor) -> None:
-    """Refuse images [B, ...] that a broken model left.
+    """Refuse images [B, ...] with NaN or infinity.
 
     Raises:
         ValueError: an image holds NaN or infinity; names the reward and the image.
@@ -97,31 +116,33 @@ def check_finite(name: str, images: Tensor) -> None:
 
 
 def check_images(name: str, images: Tensor, prompts: Sequence[Prompt]) -> None:
-    """Refuse what a model of photographs would score without a word.
+    """Refuse images that a reward model would score without an error, but wrongly.
 
     Raises:
         ValueError: images are not [B, 3, H, W] with a prompt each, not finite or not in [0, 1];
             names the reward.
     """
     if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"reward {name}: images are [B, 3, H, W], not {list(images.shape)}")
+        raise ValueError(f"reward {name}: images must be [B, 3, H, W], not {list(images.shape)}")
     if len(images) != len(prompts):
         raise ValueError(f"reward {name}: {len(images)} images, but {len(prompts)} prompts")
     check_finite(name, images)
     low, high = (value.item() for value in images.detach().aminmax())
     if low < -ROUNDING or high > 1 + ROUNDING:
         raise ValueError(
-            f"reward {name}: images lie in [0, 1], these reach from {low:.3g} to {high:.3g}"
+            f"reward {name}: images must be in [0, 1], not from {low:.3g} to {high:.3g}"
         )
 
 
 def load(names: Sequence[str], build: Callable[[str], Reward]) -> RewardSet:
-    """The rewards of these names, as a world builds them.
+    """Load rewards by name.
+
+    Args:
+        build: name -> Reward, as an asset source loads it.
 
     Raises:
-        ValueError: an unknown reward; lists those there are.
+        ValueError: an unknown reward; lists those available.
     """
     for name in names:
-        if name not in METRICS:
-            raise ValueError(f"unknown reward {name!r} (available: {', '.join(METRICS)})")
+        plugin(name)
     return RewardSet([build(name) for name in names])
