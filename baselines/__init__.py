@@ -1,1 +1,1 @@
-"""The methods that TAFS-GRPO is compared with: one file each, named as in config.yaml."""
+"""The methods that TAFS-GRPO is compared with, one file each; imported as `tafs.baselines`."""

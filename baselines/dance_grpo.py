@@ -1,8 +1,13 @@
-"""DanceGRPO (Xue et al., 2025, arXiv 2505.07818): GRPO on an SDE of constant noise level.
+"""DanceGRPO (Xue et al., 2025, arXiv 2505.07818): GRPO on an SDE with a constant noise level.
+
+    x_s = x_t + [v + eta^2 / (2t) (x_t + (1 - t) v)] (s - t) + eta sqrt(t - s) e
+
+A random `fraction` of each image's steps is trained on the clipped objective, with the group
+advantage of the final image. The time grid is t -> shift t / (1 + (shift - 1) t).
 
 As published, except:
-- The random 60 % of the steps are 14 of the 24 before the last one, which is never trained; they
-  are drawn anew for every image. The scored image is the last step's estimate.
+- The last step is never trained: the default trains 14 of the 24 other steps (60 %).
+- The scored image is the last step's estimate x0_hat.
 """
 
 from __future__ import annotations
@@ -14,18 +19,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tafs.methods.policy_gradient import PolicyGradient
+from tafs.methods import PolicyGradient
 from tafs.models import sampling
 from tafs.models.base import Backbone
 
 
 @dataclass(frozen=True, kw_only=True)
 class DanceGrpo(PolicyGradient):
-    """A random `fraction` of the steps of each image is trained, with its final advantage."""
+    """GRPO on a random `fraction` of each image's SDE steps."""
 
     steps: int = 25
     fraction: float = 0.6
-    shift: float = 3.0  # of the uniform grid towards noise
+    shift: float = 3.0  # of the uniform time grid towards noise; 1 leaves it uniform
     sampler: str = "dance_sde"
     eta: float = 0.3
     updates: int = 2
@@ -40,7 +45,9 @@ class DanceGrpo(PolicyGradient):
         self._between("fraction", 0, 1)
         self._at_least("shift", 1)
         if self.nfe_theta < 1:
-            raise ValueError(f"fraction: {self.fraction} of {self.steps} steps is none")
+            raise ValueError(
+                f"fraction: {self.fraction} of {self.steps} steps is less than one step"
+            )
 
     def grid(self, backbone: Backbone, iteration: int) -> Tensor:
         return sampling.shifted(sampling.uniform_grid(self.steps), self.shift)

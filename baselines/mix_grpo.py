@@ -1,11 +1,16 @@
-"""MixGRPO (Li et al., 2025, arXiv 2507.21802): SDE steps in a sliding window, the ODE outside.
+"""MixGRPO (Li et al., 2025, arXiv 2507.21802): SDE steps in a sliding window, ODE steps outside.
+
+Inside the window the steps are Flow-GRPO's SDE steps, outside it Euler steps of the ODE. Only the
+window is trained, on the clipped objective with the final image's advantage; the advantages of
+several rewards are normalised separately. The window moves by one step every `interval` iterations.
 
 As published, except:
-- The window keeps its size and starts anew when it reaches the end; in the public code it shrinks
-  there and is empty for a while.
-- The window stays before the last step, so the scored image is clean.
-- `flash_steps` is MixGRPO-Flash: behind the window, so many steps of DPM-Solver++(2M) in place of
-  Euler's remaining ones.
+- The window keeps its size and returns to the start when it reaches the end. In the public code it
+  shrinks at the end and is empty for several iterations.
+- The window never contains the last step, so that the scored image is clean.
+
+`flash_steps` selects MixGRPO-Flash: after the window, at most this many DPM-Solver++(2M) steps
+replace the Euler steps.
 """
 
 from __future__ import annotations
@@ -18,14 +23,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tafs.methods.policy_gradient import PolicyGradient
+from tafs.methods import PolicyGradient
 from tafs.models import sampling
 from tafs.models.base import Backbone
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixGrpo(PolicyGradient):
-    """`window` SDE steps are trained; they move by one step every `interval` iterations."""
+    """GRPO on a sliding window of SDE steps."""
 
     steps: int = 25
     window: int = 4
@@ -47,21 +52,21 @@ class MixGrpo(PolicyGradient):
             self._at_least("flash_steps", 1)
 
     @property
-    def _places(self) -> int:
-        """How many places the window takes before it starts anew."""
+    def _positions(self) -> int:
+        """The number of positions of the window."""
         return self.steps - self.window
 
     @property
     def nfe_old(self) -> float:
-        """Of MixGRPO-Flash the mean over the window's places, the later the costlier."""
+        """For MixGRPO-Flash, the mean over the window's positions."""
         if self.flash_steps is None:
             return self.steps
-        return statistics.fmean(
-            min(place + self.window + self.flash_steps, self.steps) for place in range(self._places)
-        )
+        flash = self.flash_steps
+        ends = (position + self.window for position in range(self._positions))
+        return statistics.fmean(min(end + flash, self.steps) for end in ends)
 
     def trained_steps(self, iteration: int) -> Sequence[int]:
-        start = iteration // self.interval % self._places
+        start = iteration // self.interval % self._positions
         return range(start, start + self.window)
 
     def stochastic_steps(self, iteration: int) -> Sequence[int]:
@@ -69,19 +74,19 @@ class MixGrpo(PolicyGradient):
 
     def grid(self, backbone: Backbone, iteration: int) -> Tensor:
         grid = super().grid(backbone, iteration)
-        behind = self.trained_steps(iteration)[-1] + 1
-        if self.flash_steps is None or self.steps - behind <= self.flash_steps:
+        after = self.trained_steps(iteration)[-1] + 1
+        if self.flash_steps is None or self.steps - after <= self.flash_steps:
             return grid
-        places = torch.linspace(behind, self.steps, self.flash_steps + 1).round().long()
-        return torch.cat([grid[:behind], grid[places]])
+        points = torch.linspace(after, self.steps, self.flash_steps + 1).round().long()
+        return torch.cat([grid[:after], grid[points]])
 
     def deterministic_step(
         self, past: Sequence[tuple[Tensor, Tensor]], x_t: Tensor, s: Tensor
     ) -> Tensor:
         if self.flash_steps is None or len(past) < 2 or past[-2][1][0] >= 1:
-            return super().deterministic_step(
-                past, x_t, s
-            )  # the second order needs an estimate before t = 1
+            # The second-order step needs an earlier estimate, at t < 1 where log((1 - t) / t) is
+            # finite.
+            return super().deterministic_step(past, x_t, s)
         (x0_before, t_before), (x0_hat, t) = past[-2:]
         return sampling.dpm_solver_to(x_t, x0_hat, t, s, x0_before, t_before)
 

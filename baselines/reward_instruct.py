@@ -1,15 +1,18 @@
-"""Reward-Instruct (Luo et al., 2025, arXiv 2503.13070): a few-step generator, rewards alone.
+"""Reward-Instruct (Luo et al., 2025, arXiv 2503.13070): a few-step generator from rewards alone.
 
-There is no public code. From the paper: no distillation loss and no images; the gradients of
-several differentiable rewards, each normalised before the weighted sum; a regulariser of the
-weights toward the base model; a random number of steps and random-eta sampling; gradients stopped
-between steps, so that each step learns from its own image's reward.
+    x_s  = (1 - s) x0_hat + s (sqrt(1 - eta^2) x1_hat + eta e),  eta random
+    grad = sum_k w_k g_k / |g_k|,  g_k = d R_k(decode(x0_hat)) / d x0_hat
 
-Our choices:
-- Each image's gradient is taken at the latents and scaled to length 1 for every reward.
-- The regulariser is AdamW's weight decay on the adapter, whose zero is the base model.
-- The number of steps is drawn per micro-batch from 1 to `steps`, eta per image and step from
-  [0, 1].
+The paper has no public code. From its text: there is no distillation loss and no image data; the
+gradients of several differentiable rewards are normalised before their weighted sum; the weights
+are regularised towards the base model; the number of steps and eta are random; gradients stop
+between steps, so that each step learns from the reward of its own image.
+
+Choices made here:
+- The gradients are taken at the latents and scaled to length 1 for each image and reward.
+- The regulariser is AdamW's weight decay on the adapter; an adapter of zeros is the base model.
+- The number of steps is drawn from 1 to `steps` for each micro-batch of the rollout, eta from
+  [0, 1] for each image and step.
 """
 
 from __future__ import annotations
@@ -21,16 +24,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tafs.methods.base import LossPart, Method, Trajectory, UpdateInputs
+from tafs.methods import LossPart, Method, Trajectory, UpdateInputs
 from tafs.models import sampling
 from tafs.models.base import Backbone, Conditioning
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardInstruct(Method):
-    """Every step's image is pushed along the rewards' gradients."""
+    """Move the image of each step along the normalised gradients of the rewards."""
 
-    steps: int = 4  # at most
+    steps: int = 4  # largest number of sampling steps
     weight_decay: float = 1e-2
     updates: int = 2
 
@@ -50,7 +53,7 @@ class RewardInstruct(Method):
 
     @property
     def forward_equivalents(self) -> float:
-        """Each step is sampled and trained; their number is uniform on 1 to `steps`."""
+        """Each step is sampled and trained; the number of steps is uniform on 1 to `steps`."""
         return (1 + 3) * (self.steps + 1) / 2
 
     def rollout(
@@ -87,7 +90,7 @@ class RewardInstruct(Method):
         )
 
     def losses(
-        self, backbone: Backbone, trajectory: Trajectory, feedback: UpdateInputs, micro_batch: int
+        self, backbone: Backbone, trajectory: Trajectory, inputs: UpdateInputs, micro_batch: int
     ) -> Iterator[LossPart]:
         steps, batch = trajectory.t.shape
         for n in range(steps):
@@ -96,17 +99,17 @@ class RewardInstruct(Method):
                 x_t, t = trajectory.x_t[n, part], trajectory.t[n, part]
                 v = backbone.velocity(x_t, t, trajectory.cond[part])
                 x0_hat = sampling.x0_estimate(x_t, v, t)
-                direction = self.direction(x0_hat.detach(), part, feedback)
+                direction = self.direction(x0_hat.detach(), part, inputs)
                 share = len(x_t) / (steps * batch)
                 loss = -(direction * x0_hat).flatten(1).sum(1).mean()
                 yield LossPart(loss * share, {})
 
-    def direction(self, x0_hat: Tensor, part: slice, feedback: UpdateInputs) -> Tensor:
-        """Weighted sum of the rewards' gradients at the latents, each image's of length 1."""
+    def direction(self, x0_hat: Tensor, part: slice, inputs: UpdateInputs) -> Tensor:
+        """Return the weighted sum of the rewards' normalised gradients, like `x0_hat`."""
         latents = x0_hat.requires_grad_()
-        rewards = feedback.rewards(latents, part)
+        rewards = inputs.rewards(latents, part)
         total = torch.zeros_like(latents)
-        for name, weight in feedback.weights.items():
+        for name, weight in inputs.weights.items():
             (gradient,) = torch.autograd.grad(rewards[name].sum(), latents, retain_graph=True)
             length = gradient.flatten(1).norm(dim=1).clamp(min=1e-12)
             total += weight * gradient / length.view(-1, *[1] * (gradient.dim() - 1))

@@ -1,13 +1,15 @@
-"""RG-LCD (Li et al., 2024, arXiv 2403.11027): consistency distillation guided by a reward.
+"""RG-LCD (Li et al., 2024, arXiv 2403.11027): reward-guided latent consistency distillation.
 
-The loss is Huber(f_theta(x_t), f_ema(x_s)) - w R(decode(f_theta(x_t))), where f is the estimate of
-the data and x_s is one step of the frozen teacher's ODE from x_t on a grid of `grid_steps`.
+    loss = Huber(f_theta(x_t), f_ema(x_s)) - w R(decode(f_theta(x_t)))
 
-Departures:
-- The images are the teacher's own samples, `teacher_steps` Euler steps from the same prompts: no
-  data set is needed.
-- The reward model itself is differentiated, not a latent proxy of it.
-- The base model is its own teacher, with the guidance that the scale sets.
+f is the estimate x0_hat, and x_s one ODE step of the frozen teacher from x_t on a grid of
+`grid_steps` steps.
+
+As published, except:
+- The images are the teacher's own samples for the training prompts (`teacher_steps` Euler steps),
+  so that no data set is needed.
+- The reward model itself is differentiated instead of a latent proxy model.
+- The teacher is the base model, with the guidance of the active scale.
 
 `reward_weight: 0` is plain consistency distillation.
 """
@@ -21,14 +23,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tafs.methods.base import LossPart, Method, Trajectory, UpdateInputs
+from tafs.methods import LossPart, Method, Trajectory, UpdateInputs
 from tafs.models import sampling
 from tafs.models.base import Backbone, Conditioning
 
 
 @dataclass(frozen=True, kw_only=True)
 class RgLcd(Method):
-    """One noised copy of each teacher sample an iteration."""
+    """Distil one noised copy of each teacher sample per iteration, guided by the rewards."""
 
     teacher_steps: int = 10
     grid_steps: int = 50
@@ -45,7 +47,9 @@ class RgLcd(Method):
         self._at_least("grid_steps", 2)
         self._at_least("reward_weight", 0)
         if not 0 < self.ema < 1:
-            raise ValueError(f"ema: {self.ema} is not between 0 and 1; the target is the average")
+            raise ValueError(
+                f"ema: {self.ema} is not between 0 and 1; the averaged adapter gives the target"
+            )
 
     @property
     def evaluation_sampler(self) -> str:
@@ -57,7 +61,7 @@ class RgLcd(Method):
 
     @property
     def forward_equivalents(self) -> float:
-        """The teacher's sample, its step, the scored and the target's estimate, and the trained."""
+        """Teacher sample, teacher step, scored estimate, target estimate, and trained estimate."""
         return self.teacher_steps + 1 + 1 + 1 + 3
 
     def rollout(
@@ -93,30 +97,30 @@ class RgLcd(Method):
         )
 
     def losses(
-        self, backbone: Backbone, trajectory: Trajectory, feedback: UpdateInputs, micro_batch: int
+        self, backbone: Backbone, trajectory: Trajectory, inputs: UpdateInputs, micro_batch: int
     ) -> Iterator[LossPart]:
         batch = trajectory.t.shape[1]
         for low in range(0, batch, micro_batch):
             part = slice(low, low + micro_batch)
             x_t, t, cond = trajectory.x_t[0, part], trajectory.t[0, part], trajectory.cond[part]
             x_s, s = trajectory.x_s[0, part], trajectory.s[0, part]
-            with torch.no_grad(), feedback.averaged():
-                # At s = 0 the estimate is the state itself, whatever the velocity.
+            with torch.no_grad(), inputs.averaged():
+                # At s = 0 the estimate equals the state whatever the velocity is.
                 v = backbone.velocity(x_s, s.clamp(min=1e-3), cond)
                 target = sampling.x0_estimate(x_s, v, s)
             estimate = sampling.x0_estimate(x_t, backbone.velocity(x_t, t, cond), t)
             distance = pseudo_huber(estimate, target, self.huber_c)
             loss = distance.mean()
             if self.reward_weight > 0:
-                rewards = feedback.rewards(estimate, part)
-                total = torch.stack([w * rewards[n] for n, w in feedback.weights.items()]).sum(0)
+                rewards = inputs.rewards(estimate, part)
+                total = torch.stack([w * rewards[n] for n, w in inputs.weights.items()]).sum(0)
                 loss = loss - self.reward_weight * total.mean()
             share = len(x_t) / batch
             yield LossPart(loss * share, {"distillation": distance.detach()})
 
 
 def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
-    """sqrt((a - b)^2 + c^2) - c, averaged over the non-batch elements, [B]."""
+    """Return sqrt((a - b)^2 + c^2) - c, averaged over the non-batch elements, [B]."""
     return (((a - b).square() + c**2).sqrt() - c).flatten(1).mean(1)
 
 

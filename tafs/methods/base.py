@@ -1,11 +1,14 @@
-"""What a training method is: a frozen dataclass of hyperparameters with three hooks.
+"""The base class of training methods, and what a method exchanges with the training loop.
 
-`rollout` makes images, `credit` turns their rewards into advantages, `losses` yields what is
-differentiated. Policy-gradient methods share all three through `PolicyGradient`; methods that
-differentiate the rewards themselves define `rollout` and `losses`.
+A method is a frozen dataclass: its fields are its hyperparameters, and the training loop calls
+three hooks of it in every iteration:
 
-A method is one file in baselines/ (or tafs/methods/tafs_grpo.py) whose dataclass is called `METHOD`; the
-file's name is its name everywhere: in config.yaml, in the graph and in results/.
+1. `rollout` samples images and records the sampling steps to learn from;
+2. `compute_advantages` turns the rewards of these images into advantages;
+3. `losses` yields the loss, one micro-batch at a time.
+
+Policy-gradient methods inherit all three from `PolicyGradient`. Methods that backpropagate through
+the reward models implement `rollout` and `losses`.
 """
 
 from __future__ import annotations
@@ -24,21 +27,21 @@ from tafs.models.base import Backbone, Conditioning
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A rollout of B images: T steps to learn from and K scored images of each.
+    """A rollout of B = groups x G images: T steps to learn from, and K scored latents per image.
 
-    The images of a prompt's group stand in a row: B = groups x G.
+    The G images of one prompt are adjacent in the batch.
     """
 
     x_t: Tensor  # [T, B, ...] states before the steps
-    x_s: Tensor  # [T, B, ...] states after them
-    t: Tensor  # [T, B]
-    s: Tensor  # [T, B]
-    log_prob: Tensor  # [T, B] under the policy that sampled; 0 of a method without densities
-    scored: Tensor  # [K, B, ...] latents whose images are scored
+    x_s: Tensor  # [T, B, ...] states after the steps
+    t: Tensor  # [T, B] times before the steps
+    s: Tensor  # [T, B] times after the steps
+    log_prob: Tensor  # [T, B] under the sampling policy; 0 for methods without densities
+    scored: Tensor  # [K, B, ...] latents whose decoded images are scored
     cond: Conditioning  # of the B images
 
     def images(self, index: slice) -> Trajectory:
-        """The part of the batch that `index` selects."""
+        """Return the trajectory of the images that `index` selects."""
         tensors = {
             f.name: getattr(self, f.name)[:, index]
             for f in dataclasses.fields(self)
@@ -49,35 +52,35 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class UpdateInputs:
-    """What an update learns from, for the images of one trajectory."""
+    """What an update learns from besides the trajectory."""
 
-    advantages: Tensor  # [T, B]; [0, B] of a method that has none
-    # Latents [b, ...] of the images that the slice selects -> training-scale rewards by name, [b]
-    # each, differentiable in the latents.
+    advantages: Tensor  # [T, B]; [0, B] for methods without advantages
+    # (latents [b, ...] of the images that the slice selects, slice) -> training-scale rewards by
+    # name, [b] each, differentiable with respect to the latents.
     rewards: Callable[[Tensor, slice], dict[str, Tensor]]
-    weights: Mapping[str, float]  # of the rewards
-    averaged: Callable[[], AbstractContextManager[None]]  # the network with its averaged adapter
+    weights: Mapping[str, float]  # of the rewards, by name
+    averaged: Callable[[], AbstractContextManager[None]]  # switches to the averaged adapter
 
 
 @dataclass(frozen=True)
 class LossPart:
     """One micro-batch's share of an update's loss."""
 
-    loss: Tensor  # scalar; the parts of an update add up to its loss
-    facts: Mapping[str, Tensor]  # by name, [b] each, detached: what the journal sums up
+    loss: Tensor  # scalar; the losses of an update's parts add up to its loss
+    metrics: Mapping[str, Tensor]  # by name, [b] each, detached; the journal records their means
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """Hyperparameters that every method has, and the hooks that the training loop calls."""
+    """Hyperparameters that all methods have, and the hooks that the training loop calls."""
 
     learning_rate: float = 3e-4
     weight_decay: float = 1e-4
     updates: int = 1  # optimiser steps per iteration; each takes an equal share of the prompts
-    ema: float = 0.0  # decay of the averaged adapter that is kept; 0 keeps the last one
+    ema: float = 0.0  # decay of the averaged adapter, which is the one saved; 0: no average
     max_grad_norm: float = 1.0
 
-    TITLE: ClassVar[str] = ""  # in tables and figures
+    TITLE: ClassVar[str] = ""  # the name in tables and figures
 
     def __post_init__(self) -> None:
         self._at_least("updates", 1)
@@ -93,7 +96,7 @@ class Method:
         if not low <= getattr(self, name) <= high:
             raise ValueError(f"{name}: {getattr(self, name)} is not between {low} and {high}")
 
-    # -- what a method defines -----------------------------------------------------------------
+    # -- hooks ---------------------------------------------------------------------------------
 
     def rollout(
         self,
@@ -103,71 +106,83 @@ class Method:
         generator: torch.Generator,
         iteration: int,
     ) -> Trajectory:
-        """Sample images and record the steps to learn from; called without gradients.
+        """Sample images and record the steps to learn from. Called without gradients.
 
         Args:
-            cond: of the B images; noise: x_1, [B, ...].
-            generator: the stream of the steps' noise and of every other random choice.
+            backbone: the model with its current adapter.
+            cond: conditioning of the B images.
+            noise: x_1, [B, ...].
+            generator: the source of the steps' noise and of all other random choices.
+            iteration: the number of the iteration, from 0.
         """
         raise NotImplementedError
 
     def losses(
-        self, backbone: Backbone, trajectory: Trajectory, feedback: UpdateInputs, micro_batch: int
+        self, backbone: Backbone, trajectory: Trajectory, inputs: UpdateInputs, micro_batch: int
     ) -> Iterator[LossPart]:
-        """What is differentiated, a micro-batch at a time; the parts add up to the loss."""
+        """Yield the loss of an update in parts of at most `micro_batch` images.
+
+        The training loop calls `backward` on each part before it asks for the next one.
+        """
         raise NotImplementedError
 
     def compute_advantages(
         self, rewards: Mapping[str, Tensor], weights: Mapping[str, float]
     ) -> Tensor:
-        """Training-scale rewards by name, [K, groups, G] each -> advantages [T, groups, G].
+        """Compute advantages [T, groups, G] from training-scale rewards, [K, groups, G] each.
 
-        An image that lacks a reward is NaN in all of them; the others' advantages are those of
-        their groups without it. The training loop sets its own to 0.
+        A missing reward is NaN in all of the image's rewards. The advantages of the other images
+        must be those of the group without this image; the training loop sets its own to 0.
         """
         return next(iter(rewards.values()))[:0]
 
     def kl_to_base(
         self, backbone: Backbone, trajectory: Trajectory, iteration: int
     ) -> float | None:
-        """How far the model has moved from its base, estimated on one group of images."""
+        """Estimate the KL divergence to the base model on one group of images, for the journal."""
         return None
+
+    # -- properties ----------------------------------------------------------------------------
 
     @property
     def evaluation_sampler(self) -> str:
-        """The one of `sampling.SAMPLERS` that the trained model is judged with at few steps."""
+        """The sampler for few-step evaluation, a key of `sampling.SAMPLERS`."""
         return "ode"
 
     @property
     def needs_reward_gradients(self) -> bool:
-        """Whether every reward has to be differentiable."""
+        """Whether all rewards have to be differentiable."""
         return False
 
     @property
     def shares_start_noise(self) -> bool:
-        """Whether the images of a group start from one noise."""
+        """Whether the images of a group start from the same noise."""
         return False
 
     @property
     def nfe_old(self) -> float | None:
-        """Network evaluations per image in the rollout, where the paper counts them.
+        """Network evaluations per image in the rollout (their mean if iterations differ).
 
-        Their mean where iterations differ.
+        None for methods that the paper gives no such number for.
         """
         return None
 
     @property
     def nfe_theta(self) -> int | None:
-        """Network evaluations per image with gradients, where the paper counts them."""
+        """Network evaluations per image with gradients; None as for `nfe_old`."""
         return None
 
     @property
     def forward_equivalents(self) -> float:
         """Network evaluations per image and iteration, in units of one forward pass.
 
-        One with gradients counts three: forward, and twice that backward. A mean where iterations
-        differ. Every call of the backbone's `velocity` in `rollout` and `losses` is counted;
-        decoder and reward models are not, nor is `divergence`, which only watches.
+        An evaluation with gradients counts as three: one forward pass, and twice that for the
+        backward pass. All calls of `backbone.velocity` in `rollout` and `losses` count; the
+        decoder, the reward models and `kl_to_base` do not. The mean if iterations differ.
+
+        Raises:
+            NotImplementedError: the method defines neither this property nor `nfe_old` and
+                `nfe_theta`.
         """
         if self.nfe_old is None or self.nfe_theta is None:
             raise NotImplementedError(

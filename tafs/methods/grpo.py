@@ -1,7 +1,7 @@
 """Group-relative policy optimisation: advantages, ratio, clipped objective, KL (Eqs. 1-3, 9, 10).
 
-Pure functions of tensors. Reward tensors are [..., groups, G]: G images of one prompt in a group.
-NaN is a missing reward: no mean and no standard deviation knows of it, and its advantage is 0.
+Pure functions of tensors. Rewards are [..., groups, G], with G images of one prompt in a group.
+NaN marks a missing reward: means and standard deviations ignore it, and its advantage is 0.
 """
 
 from __future__ import annotations
@@ -15,23 +15,26 @@ CREDITS = ("step", "sum", "to_go", "final")
 
 
 def mean_of_known(values: Tensor, dim: int | tuple[int, ...], keepdim: bool = False) -> Tensor:
-    """The mean over `dim` of what is not NaN; NaN where nothing is known.
+    """Return the mean over `dim` of the values that are not NaN; NaN if all of them are NaN.
 
-    Where nothing is missing it is `Tensor.mean`, bit for bit.
+    Without NaN the result equals `Tensor.mean` bit for bit.
     """
     mean = values.mean(dim, keepdim=keepdim)
     return torch.where(mean.isnan(), values.nanmean(dim, keepdim=keepdim), mean)
 
 
 def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
-    """(R - mean) / std over the G images of a prompt at the same step (Eq. 9).
+    """Compute (R - mean) / std over the G images of a prompt at the same step (Eq. 9).
 
-    The text of the paper says variance; the standard deviation is meant. A group whose rewards are
-    all equal, or of which fewer than two are known, carries no preference: its advantages are
-    exactly 0.
+    The text of the paper says "variance", but the standard deviation is meant. The advantages of a
+    group are exactly 0 if its rewards are all equal or fewer than two of them are known.
 
     Args:
         rewards: [..., groups, G].
+        eps: added to the standard deviation.
+
+    Returns:
+        The advantages, [..., groups, G].
     """
     centred = rewards - mean_of_known(rewards, -1, keepdim=True)
     std = mean_of_known(centred.square(), -1, keepdim=True).sqrt()
@@ -40,12 +43,16 @@ def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
 
 
 def global_std_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
-    """Flow-GRPO's advantages: per-prompt mean, std over the whole batch.
+    """Compute Flow-GRPO's advantages: the mean of each group, the std of the whole batch.
 
-    The only known reward of a group has advantage 0, but it counts in the batch's std.
+    If only one reward of a group is known its advantage is 0, but it counts in the batch's std.
 
     Args:
-        rewards: [..., groups, G]; each leading index is a batch of its own.
+        rewards: [..., groups, G]; each leading index is a separate batch.
+        eps: added to the standard deviation.
+
+    Returns:
+        The advantages, [..., groups, G].
     """
     centred = rewards - mean_of_known(rewards, -1, keepdim=True)
     spread = (rewards - mean_of_known(rewards, (-2, -1), keepdim=True)).square()
@@ -54,18 +61,24 @@ def global_std_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
 
 
 def assign_credit(advantages: Tensor, credit: str, steps: int) -> Tensor:
-    """Advantage of each re-noising step from the advantages of the images they lead to.
+    """Compute the advantage of each re-noising step from those of the images it leads to.
 
     Args:
-        advantages: [K, groups, G] of the last K = N_adv of the images x0_hat^n, n = 2..N.
-        credit: `step` (Eq. 10), `sum` (Algorithm 1, line 18), `to_go` (sum over m >= n), `final`
-            (the last image's, for every step: "w/o Step Adv."). Under `step`, an action whose own
-            image does not count takes the first one that does, so that N_adv = 1 is `final`, as
-            Tables 3 and 5 print it.
-        steps: N - 1.
+        advantages: [K, groups, G], of the last K = N_adv of the images x0_hat^n, n = 2..N.
+        credit: how a step is credited:
+            `step`: with its own image (Eq. 10). A step whose own image is not among the last K
+                takes the first image that is, so that N_adv = 1 equals `final`, as in Tables 3
+                and 5;
+            `sum`: with the sum over all images (Algorithm 1, line 18);
+            `to_go`: with the sum over its own image and all later ones (m >= n);
+            `final`: with the last image ("w/o Step Adv.").
+        steps: the number of re-noising steps, N - 1.
 
     Returns:
-        [steps, groups, G].
+        The advantages of the steps, [steps, groups, G].
+
+    Raises:
+        ValueError: `credit` is none of CREDITS.
     """
     first_counted = (torch.arange(steps) - (steps - len(advantages))).clamp(min=0)
     if credit == "step":
@@ -81,23 +94,26 @@ def assign_credit(advantages: Tensor, credit: str, steps: int) -> Tensor:
 
 
 class Objective(NamedTuple):
-    """`loss` is a scalar to minimise; the others describe the batch, detached."""
+    """The clipped objective of a batch; only `loss` has gradients."""
 
-    loss: Tensor
+    loss: Tensor  # scalar, to minimise
     ratio: Tensor  # [B]
-    clipped: Tensor  # [B] bool: the clipped branch was taken
+    clipped: Tensor  # [B] bool, whether the clipped term is the smaller one
 
 
 def clipped_objective(
     log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_range: float
 ) -> Objective:
-    """-mean(min(r A, clip(r, 1 - eps, 1 + eps) A)) with r = exp(log_prob - old) (Eqs. 2, 10).
+    """Compute -mean(min(r A, clip(r, 1 - eps, 1 + eps) A)), r = exp(log_prob - old) (Eqs. 2, 10).
 
-    The mean is over all images. One with a missing reward has advantage 0: it adds 0 to the sum and
-    to the gradient, and the others' terms weigh what they would weigh beside it.
+    The mean is over all images. An image with a missing reward has advantage 0 and adds nothing to
+    the gradient, but it counts in the mean.
 
     Args:
-        log_prob, old_log_prob, advantages: [B].
+        log_prob: [B], with gradients.
+        old_log_prob: [B], under the policy that sampled.
+        advantages: [B].
+        clip_range: eps.
     """
     ratio = (log_prob - old_log_prob).exp()
     bounded = ratio.clamp(1 - clip_range, 1 + clip_range)
@@ -107,5 +123,5 @@ def clipped_objective(
 
 
 def gaussian_kl(mean: Tensor, reference_mean: Tensor, std: Tensor) -> Tensor:
-    """KL of two Gaussians of equal std, averaged over the non-batch elements, [B] (Eq. 3)."""
+    """Return the KL of two Gaussians with equal std, mean over non-batch elements, [B] (Eq. 3)."""
     return ((mean - reference_mean).square() / (2 * std.square())).flatten(1).mean(1)

@@ -1,4 +1,4 @@
-"""policy_gradient."""
+"""The base class of policy-gradient methods: GRPO on the steps of a sampler."""
 
 from __future__ import annotations
 
@@ -19,20 +19,24 @@ from tafs.models.sampling import Transition
 class PolicyGradient(Method):
     """Group-relative policy optimisation of a sampler's steps (Eqs. 1-3, 9, 10).
 
-    Subclasses set `steps` and `sampler`, and override only what differs: which steps are
-    stochastic, which are trained, which images are scored, how advantages are credited.
+    The rollout walks the time grid. A stochastic step draws x_s from `transition`, any other step
+    is `deterministic_step`; the last one always ends at x0_hat. The loss is the clipped
+    objective of the trained steps.
+
+    Subclasses set `steps` and `sampler`, and override what differs: which steps are stochastic,
+    which are trained, which images are scored, how their advantages are credited to the steps.
     """
 
     steps: int  # network evaluations per image in the rollout
-    sampler: str  # of the policy's steps, one of sampling.TRANSITIONS
-    eta: float = 0.7  # noise level of samplers that have one
+    sampler: str  # the policy's transition, a key of sampling.TRANSITIONS
+    eta: float = 0.7  # noise level, for samplers that have one
     clip_range: float = 1e-4
     beta: float = 0.0  # weight of the KL to the base model
-    time_grid: str = "model"  # the scheduler's own, or "uniform"
-    normalize_rewards: bool = False  # advantages per reward, then their weighted sum
-    global_std: bool = False  # advantages are divided by the batch's std, not by each group's
-    advantage_limit: float | None = None
-    shared_noise: bool = False  # one start noise for the whole group
+    time_grid: str = "model"  # "model": the scheduler's own; or "uniform"
+    normalize_rewards: bool = False  # True: the weighted sum of each reward's own advantages
+    global_std: bool = False  # True: divide by the batch's std instead of each group's
+    advantage_limit: float | None = None  # advantages are clamped to +- this limit
+    shared_noise: bool = False  # True: all images of a group start from the same noise
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,48 +49,57 @@ class PolicyGradient(Method):
             options = ", ".join(sampling.TRANSITIONS)
             raise ValueError(f"sampler: unknown {self.sampler!r} (available: {options})")
 
-    # -- what a variant overrides --------------------------------------------------------------
+    # -- hooks of a variant --------------------------------------------------------------------
 
     def grid(self, backbone: Backbone, iteration: int) -> Tensor:
-        """Times of the rollout, from 1 to 0: one more than it has evaluations."""
+        """Return the times of the rollout from 1 to 0, [evaluations + 1]."""
         if self.time_grid == "uniform":
             return sampling.uniform_grid(self.steps)
         return backbone.time_grid(self.steps)
 
     def transition(self, x_t: Tensor, v: Tensor, t: Tensor, s: Tensor) -> Transition:
-        """The policy's step."""
+        """Return the policy's Gaussian step from t to s."""
         return sampling.TRANSITIONS[self.sampler](x_t, v, t, s, self.eta)
 
     def deterministic_step(
         self, past: Sequence[tuple[Tensor, Tensor]], x_t: Tensor, s: Tensor
     ) -> Tensor:
-        """A deterministic step to s; `past` holds the (x0_hat, t) of this step and those before."""
+        """Return x_s of a deterministic step.
+
+        Args:
+            past: (x0_hat, t) of all steps so far, the current one last.
+        """
         x0_hat, t = past[-1]
         return sampling.ode_to(x_t, x0_hat, t, s)
 
     def trained_steps(self, iteration: int) -> Sequence[int]:
-        """Indices of the grid's steps whose transitions are trained; never the last one."""
+        """Return the indices of the trained steps; the last step cannot be trained."""
         raise NotImplementedError
 
     def stochastic_steps(self, iteration: int) -> Sequence[int]:
-        """Steps that draw from `transition`; the others are deterministic."""
+        """Return the indices of the steps that draw from `transition`; others are deterministic."""
         return range(self.steps)
 
     def scored_steps(self) -> Sequence[int]:
-        """Steps whose x0_hat is scored; -1 is the last one's, the final image."""
+        """Return the indices of the steps whose x0_hat is scored; -1 is the final image."""
         return (-1,)
 
     def select_steps(
         self, records: Sequence[Tensor], generator: torch.Generator
     ) -> Sequence[Tensor]:
-        """The part of the recorded steps [T, B, ...] that is trained; by default all of it."""
+        """Select the trained steps of each image from the recorded ones; by default all.
+
+        Args:
+            records: x_t, x_s, t, s and log_prob of `trained_steps`, [T, B, ...] each.
+            generator: for random selections.
+        """
         return records
 
     def assign_credit(self, advantages: Tensor, steps: int) -> Tensor:
-        """Advantages of the scored images [K, groups, G] -> of the trained steps [T, groups, G]."""
+        """Map advantages of scored images [K, groups, G] to trained steps, [steps, groups, G]."""
         return advantages[-1:].expand(steps, -1, -1)
 
-    # -- shared --------------------------------------------------------------------------------
+    # -- shared by all variants ----------------------------------------------------------------
 
     @property
     def shares_start_noise(self) -> bool:
@@ -102,7 +115,7 @@ class PolicyGradient(Method):
 
     @property
     def forward_equivalents(self) -> float:
-        """As of every method, and the base model's evaluations where its KL is in the loss."""
+        """As in `Method`, plus the base model's evaluations if the KL is part of the loss."""
         return super().forward_equivalents + (self.nfe_theta if self.beta > 0 else 0)
 
     @property
@@ -149,7 +162,7 @@ class PolicyGradient(Method):
     def compute_advantages(
         self, rewards: Mapping[str, Tensor], weights: Mapping[str, float]
     ) -> Tensor:
-        """Of the weighted sum of the rewards, or the weighted sum of each reward's own."""
+        """Normalise the weighted sum of the rewards, or each reward before the weighted sum."""
         if self.normalize_rewards:
             advantages = torch.stack([w * self.advantages(rewards[n]) for n, w in weights.items()])
             return self.assign_credit(advantages.sum(0), self.nfe_theta)
@@ -157,9 +170,9 @@ class PolicyGradient(Method):
         return self.assign_credit(self.advantages(total), self.nfe_theta)
 
     def advantages(self, rewards: Tensor) -> Tensor:
-        """Of each scored image among those of its step: [K, groups, G] -> [K, groups, G].
+        """Normalise rewards [K, groups, G] to advantages of the same shape.
 
-        A missing reward is NaN; it must not count in the others' advantages.
+        A missing reward is NaN and must not influence the advantages of other images.
         """
         normalise = grpo.global_std_advantages if self.global_std else grpo.group_advantages
         advantages = normalise(rewards)
@@ -168,10 +181,10 @@ class PolicyGradient(Method):
         return advantages.clamp(-self.advantage_limit, self.advantage_limit)
 
     def losses(
-        self, backbone: Backbone, trajectory: Trajectory, feedback: UpdateInputs, micro_batch: int
+        self, backbone: Backbone, trajectory: Trajectory, inputs: UpdateInputs, micro_batch: int
     ) -> Iterator[LossPart]:
-        """The clipped objective of Eq. 10."""
-        steps, batch = feedback.advantages.shape
+        """Yield the clipped objective of Eq. 10, plus the weighted KL term if `beta` > 0."""
+        steps, batch = inputs.advantages.shape
         for n in range(steps):
             for low in range(0, batch, micro_batch):
                 part = slice(low, low + micro_batch)
@@ -181,21 +194,21 @@ class PolicyGradient(Method):
                 objective = grpo.clipped_objective(
                     transition.log_prob(trajectory.x_s[n, part]),
                     trajectory.log_prob[n, part],
-                    feedback.advantages[n, part],
+                    inputs.advantages[n, part],
                     self.clip_range,
                 )
                 loss = objective.loss
                 if self.beta > 0:
                     loss = loss + self.beta * self.kl(backbone, x_t, t, s, cond, transition).mean()
                 share = len(x_t) / (steps * batch)
-                facts = {
+                metrics = {
                     "ratio_deviation": (objective.ratio - 1).abs(),
                     "clip_fraction": objective.clipped.float(),
                 }
-                yield LossPart(loss * share, facts)
+                yield LossPart(loss * share, metrics)
 
     def kl_to_base(self, backbone: Backbone, trajectory: Trajectory, iteration: int) -> float:
-        """The KL of one trained step to the base model's."""
+        """Return the mean KL divergence of one trained step to the base model's step."""
         n = iteration % len(trajectory.x_t)
         x_t, t, s = trajectory.x_t[n], trajectory.t[n], trajectory.s[n]
         v = backbone.velocity(x_t, t, trajectory.cond)
@@ -211,7 +224,7 @@ class PolicyGradient(Method):
         cond: Conditioning,
         transition: Transition,
     ) -> Tensor:
-        """KL of a step to the base model's step, [b]."""
+        """Return the KL divergence of a step to the base model's step, [b]."""
         with torch.no_grad(), backbone.reference():
             reference = self.transition(x_t, backbone.velocity(x_t, t, cond), t, s)
         return grpo.gaussian_kl(transition.mean, reference.mean, transition.std)

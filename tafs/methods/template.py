@@ -1,4 +1,4 @@
-"""`python -m tafs.methods.template NAME` writes baselines/NAME.py: a method that runs as it stands."""
+"""`python -m tafs.methods.template NAME` writes baselines/NAME.py, a method that runs as it is."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import sys
 from pathlib import Path
 
 from tafs.common import errors, yaml_files
+from tafs.methods import registry
 from tafs.runtime import run_dir
 
 FOLDER = Path("baselines")
-TEMPLATE = '''"""{title} (authors, year, arXiv number).
+TEMPLATE = '''"""{title} (authors, year, arXiv number): one line about the method.
+
+(The method's equations, in the notation of the other files.)
 
 As published, except:
-- (list where this differs from its source, and why)
+- (each difference from the source, and its reason)
 """
 
 from __future__ import annotations
@@ -22,22 +25,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tafs.method import PolicyGradient
+from tafs.methods import PolicyGradient
 
 
 @dataclass(frozen=True, kw_only=True)
 class {title}(PolicyGradient):
-    """Its fields are its hyperparameters: config.yaml may set them, and no others."""
+    """The fields are the hyperparameters; config.yaml can set these and no others."""
 
     steps: int = 6
-    sampler: str = "cps"  # one of tafs.models.sampling.TRANSITIONS, or override `transition`
+    sampler: str = "cps"  # a key of tafs.models.sampling.TRANSITIONS; or override `transition`
     eta: float = 0.7
     updates: int = 2
 
     TITLE: ClassVar[str] = "{title}"
 
     def trained_steps(self, iteration: int) -> Sequence[int]:
-        """All but the last step, which is taken without noise."""
+        """Train all steps except the last one, which has no noise."""
         return range(self.steps - 1)
 
 
@@ -45,25 +48,35 @@ METHOD = {title}
 '''
 
 
-def write(name: str, folder: Path = FOLDER) -> Path:
-    """The stub's file.
+def class_name(name: str) -> str:
+    """Return the class name for a name with underscores: "my_method" -> "MyMethod".
 
     Raises:
-        ValueError: the name cannot be a key of config.yaml, or is taken; names it.
+        ValueError: the name is not a Python module name of lower-case letters, digits and
+            underscores.
     """
-    from tafs.methods import registry
-
     if not yaml_files.NAME.fullmatch(name) or "-" in name:
         raise ValueError(
-            f"{errors.shown(name)} is no name: use lower-case letters, digits and underscores"
+            f"{errors.shown(name)} is not a valid name: use lower-case letters, digits and "
+            "underscores"
         )
     title = "".join(part.capitalize() for part in name.split("_"))
     if keyword.iskeyword(name) or keyword.iskeyword(title):
-        raise ValueError(f"{name!r} is a word of Python's; choose another name")
-    if name in registry.sources() or name == run_dir.BASE:
+        raise ValueError(f"{name!r} is a Python keyword; choose another name")
+    return title
+
+
+def write(name: str, folder: Path = FOLDER) -> Path:
+    """Write the stub and return its file.
+
+    Raises:
+        ValueError: the name is invalid or taken, or the folder does not exist.
+    """
+    title = class_name(name)
+    if name in registry.names() or name == run_dir.BASE:
         raise ValueError(f"{name!r} is taken; choose another name")
     if not folder.is_dir():
-        raise ValueError(f"{folder}/ is not here; call this in the project's folder")
+        raise ValueError(f"{folder}/ does not exist; run this command in the project's folder")
     file = folder / f"{name}.py"
     with file.open("x", encoding="utf-8") as out:
         out.write(TEMPLATE.replace("{title}", title))
@@ -73,19 +86,18 @@ def write(name: str, folder: Path = FOLDER) -> Path:
 def main() -> None:
     if len(sys.argv) != 2:
         print("usage: python -m tafs.methods.template NAME", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(errors.BAD_INPUT)
     name = sys.argv[1]
 
     def work() -> None:
         file = write(name)
         print(
-            f"{file} is written. In config.yaml, add `{name}:` to methods and {name} to an "
-            f"experiment's methods, then:\n"
-            f"  python -m pytest tests/test_method.py -k {name}\n"
-            f"  snakemake all --config scale=smoke"
+            f"Wrote {file}. Test it, then compare it with the other methods:\n"
+            f"  python -m pytest tests/methods -k {name}\n"
+            f"  snakemake compare --config method={name} scale=smoke"
         )
 
-    errors.run_cli("new-method", work)
+    errors.run_cli("tafs.methods.template", work)
 
 
 if __name__ == "__main__":
