@@ -1,43 +1,42 @@
-# Everything here needs Python >= 3.11, git and make; `make` alone lists what it can do.
+# Everything here needs Python >= 3.11, git and make; `make` alone lists the targets.
 PYTHON ?= python3
 ARGS ?=
 FOLDER ?= results/rehearsal
-# As they were typed: neither make nor a shell shall run what is in them.
+# Taken literally: neither make nor a shell expands what these variables hold.
 override NAME := $(value NAME)
 override FOLDER := $(value FOLDER)
 export NAME FOLDER
 
 VENV := .venv
 STAMP := $(VENV)/.installed
-# `shell:` rules call `python` by name, so the environment's own comes first on the PATH.
+# `shell:` rules call `python` by name, so the environment comes first on the PATH.
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
-LOCKED := -r requirements.txt -c constraints.txt
-UNLOCKED := --no-deps -r requirements-nodeps.txt -e .
 
-# Busy-waiting OpenMP threads of parallel jobs would steal each other's cores.
+# Busy-waiting OpenMP threads of parallel jobs would take each other's cores.
 export OMP_WAIT_POLICY ?= passive
 export MLFLOW_DISABLE_TELEMETRY := true
 export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
 export MLFLOW_ALLOW_PICKLE_DESERIALIZATION := false
 
-# Nor would a machine that forbids compiled modules compile torch and diffusers anew in every job.
+# Without compiled modules on disk every job would compile torch and diffusers again.
 unexport PYTHONDONTWRITEBYTECODE
 
-# Without it every look-up of a model that is not cached retries for many seconds.
+# When the hub cannot be reached, each look-up of an uncached model retries for many seconds.
 all reference test test-slurm torture: export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup all reference test test-slurm torture ui new-method shapes-weights lint lock judge rehearsal constraints audit
+.PHONY: help setup all reference test test-slurm torture lint ui new-method new-reward new-prompts \
+	new-model shapes-weights lock judge rehearsal schema constraints audit
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
 
 setup: $(STAMP)  ## Install the locked dependencies and this project into .venv
 
-all: $(STAMP)  ## Run the whole workflow; pass snakemake's options with ARGS='-n'
+all: $(STAMP)  ## Run the whole workflow; pass options of snakemake with ARGS='-n'
 	$(RUN) snakemake all $(ARGS)
 
-reference: $(STAMP)  ## Five seeds of everything (hours), kept in results/reference/
+reference: $(STAMP)  ## Run the embedded scale with five seeds (hours); update results/reference/
 	$(RUN) snakemake all --config scale=shapes seeds=5 $(ARGS)
 	mkdir -p results/reference
 	set -e; for kept in tables figures provenance; do \
@@ -45,53 +44,72 @@ reference: $(STAMP)  ## Five seeds of everything (hours), kept in results/refere
 	done
 	cp results/shapes/claims.md results/shapes/claims.json results/reference/
 
-# A file's tests stay in one process, which share what they set up.
-test: $(STAMP)  ## Run the tests on two cores; pass pytest's options with ARGS='-k NAME'
+# The tests of one file share fixtures, so they run in one process.
+test: $(STAMP)  ## Run the tests in two processes; pass options of pytest with ARGS='-k NAME'
 	$(RUN) OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --ignore=tests/slurm $(ARGS)
 
-test-slurm: $(STAMP)  ## Run the workflow on a Slurm of this machine's own (root; slurm-wlm, munge)
+test-slurm: $(STAMP)  ## Run the workflow on a local Slurm cluster (root; slurm-wlm, munge)
 	$(RUN) OMP_NUM_THREADS=1 python -m pytest tests/slurm $(ARGS)
 
-torture: $(STAMP)  ## Try every fault often (minutes); ARGS='--reliability FILE' keeps the table
-	$(RUN) OMP_NUM_THREADS=1 python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --torture tests/slurm tests/torture $(ARGS)
+torture: $(STAMP)  ## Repeat every fault many times (minutes); ARGS='--reliability FILE' writes a table
+	$(RUN) OMP_NUM_THREADS=1 python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --torture tests/slurm tests/faults $(ARGS)
+
+lint: $(STAMP)  ## Check style, types, spelling, layers and the workflow
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy
+	$(RUN) lint-imports
+	$(RUN) codespell
+	$(RUN) snakefmt --check workflow
+	$(RUN) snakemake --lint
 
 ui: $(STAMP)  ## Browse the tracked runs with MLflow on 127.0.0.1
 	$(RUN) python -m tafs.tracking.cli ui $(ARGS)
 
-new-method: $(STAMP)  ## Write a method that runs as it stands: make new-method NAME=my_method
+new-method: $(STAMP)  ## Write a method that runs unchanged: make new-method NAME=my_method
 	$(RUN) python -m tafs.methods.template "$$NAME"
 
-shapes-weights: $(STAMP)  ## Pretrain the shipped models of the embedded world again
+new-reward: $(STAMP)  ## Write a reward that runs unchanged: make new-reward NAME=my_reward
+	$(RUN) python -m tafs.rewards.template "$$NAME"
+
+new-prompts: $(STAMP)  ## Write a prompt set that loads unchanged: make new-prompts NAME=my_prompts
+	$(RUN) python -m tafs.data.template "$$NAME"
+
+new-model: $(STAMP)  ## Write a model that runs unchanged: make new-model NAME=my_model
+	$(RUN) python -m tafs.models.template "$$NAME"
+
+shapes-weights: $(STAMP)  ## Train the shipped models of the embedded world again (hours)
 	$(RUN) python -m tafs.shapes.pretrain all $(ARGS)
 
-lint: $(STAMP)  ## Check style, types and the workflow
-	$(RUN) ruff check .
-	$(RUN) ruff format --check .
-	$(RUN) mypy
-	$(RUN) snakefmt --check workflow
-	$(RUN) snakemake --lint
-
-lock: $(STAMP)  ## Pin the paper scale's models in resources.lock.yaml (network; HF_TOKEN)
+lock: $(STAMP)  ## Pin the models of the paper scale in resources.lock.yaml (network; HF_TOKEN)
 	$(RUN) HF_HUB_OFFLINE=0 python -m tafs.assets.download lock $(ARGS)
 
-judge: .venv-judge/.installed  ## Install UnifiedReward's server into .venv-judge (CUDA)
+judge: .venv-judge/.installed  ## Install the server of UnifiedReward into .venv-judge (CUDA)
 
-rehearsal: $(STAMP)  ## Run the paper's whole graph on tiny random checkpoints: make rehearsal FOLDER=...
-	$(RUN) python tests/tiny_hub.py "$$FOLDER" $(ARGS)
+rehearsal: $(STAMP)  ## Run the paper scale on tiny random checkpoints: make rehearsal FOLDER=...
+	$(RUN) python tests/support/tiny_hub.py "$$FOLDER" $(ARGS)
 
-# --universal: one lock for every platform; the CUDA packages apply only where torch asks for them.
-constraints:  ## Resolve requirements.txt again and rewrite constraints.txt (needs uv)
-	uv pip compile --universal --fork-strategy fewest --python-version 3.11 --upgrade --quiet \
-		--custom-compile-command 'make constraints' requirements.txt --output-file constraints.txt
+schema: $(STAMP)  ## Write the JSON Schema of config.yaml for editors
+	$(RUN) python -m tafs.experiment.json_schema > workflow/schemas/config.schema.json.new
+	mv workflow/schemas/config.schema.json.new workflow/schemas/config.schema.json
 
-# --strict: a package of which the service knows nothing counts as a failure, not as safe.
-audit:  ## Look the locked packages up among the known vulnerabilities (network)
+# --universal locks for all platforms; the CUDA packages apply only where torch asks for them, so
+# environment.yml leaves them to torch.
+constraints:  ## Lock pyproject.toml's dependencies in constraints.txt and environment.yml (needs uv); ARGS=--upgrade
+	uv pip compile --universal --fork-strategy fewest --python-version 3.11 --quiet \
+		--custom-compile-command 'make constraints' --extra test $(ARGS) pyproject.toml --output-file constraints.txt
+	{ sed '/^  - pip:/q' environment.yml; \
+		sed -n '/^nvidia-/d; /^cuda-/d; /^triton/d; s/^[a-z0-9]/      - &/p' constraints.txt; } > environment.yml.new
+	mv environment.yml.new environment.yml
+
+# --strict: a package that the service does not know counts as a failure.
+audit:  ## Look up known vulnerabilities of the locked packages (network)
 	$(PYTHON) -m venv .venv-audit
 	.venv-audit/bin/python -m pip install --quiet pip-audit
 	.venv-audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt $(ARGS)
 
-# uv ignores pip's configuration: where pip is told to look for local wheels, uv has to be told too.
-$(STAMP): requirements.txt requirements-nodeps.txt constraints.txt pyproject.toml
+# uv does not read pip's configuration, so pip's folders of local wheels are passed on.
+$(STAMP): requirements.txt requirements-nodeps.txt constraints.txt pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo 'Python 3.11 or newer is needed: make PYTHON=python3.11 ...' >&2; exit 1; }
 	@set -e; \
@@ -100,17 +118,17 @@ $(STAMP): requirements.txt requirements-nodeps.txt constraints.txt pyproject.tom
 		flags=; for link in $$links; do flags="$$flags --find-links $$link"; done; \
 		set -x; \
 		uv venv --quiet --allow-existing --python "$$(command -v $(PYTHON))" $(VENV); \
-		uv pip install --quiet --python $(VENV)/bin/python $$flags $(LOCKED); \
-		uv pip install --quiet --python $(VENV)/bin/python $(UNLOCKED); \
+		uv pip install --quiet --python $(VENV)/bin/python $$flags -r requirements.txt; \
+		uv pip install --quiet --python $(VENV)/bin/python --no-deps -r requirements-nodeps.txt; \
 	else \
 		set -x; \
 		$(PYTHON) -m venv $(VENV); \
-		$(VENV)/bin/python -m pip install --quiet $(LOCKED); \
-		$(VENV)/bin/python -m pip install --quiet $(UNLOCKED); \
+		$(VENV)/bin/python -m pip install --quiet -r requirements.txt; \
+		$(VENV)/bin/python -m pip install --quiet --no-deps -r requirements-nodeps.txt; \
 	fi
 	@touch $@
 
-# The server brings its own torch: it cannot share an environment with the rest.
+# The server needs its own torch, hence its own environment.
 .venv-judge/.installed: workflow/envs/unifiedreward.txt
 	$(PYTHON) -m venv .venv-judge
 	.venv-judge/bin/python -m pip install --quiet -r $<
