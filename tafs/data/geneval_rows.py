@@ -1,14 +1,14 @@
-"""GenEval's vocabulary and metadata rows: tasks, COCO classes, colours, what a row asks for."""
+"""GenEval's vocabulary and metadata rows, and the content that a row asks for."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
-
-# GenEval's object_names.txt: COCO's classes in COCO's order, three of them spelt out.
+# GenEval's object_names.txt: COCO's classes in COCO's order, three of them with longer names.
 CLASSES = (
     *("person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat"),
     *("traffic light", "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat"),
@@ -23,15 +23,19 @@ CLASSES = (
     *("hair drier", "toothbrush"),
 )
 
-
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-
+NUMBERS = {2: "two", 3: "three", 4: "four"}
 
 Row = dict[str, Any]
 
 
-def content(row: Row) -> str:
-    """What a row asks for, whatever its wording and whatever the order of its objects."""
+def content(row: Mapping[str, Any]) -> str:
+    """What a row asks for: its task and objects, whatever its wording and the objects' order."""
+    return f"{row['tag']}: {objects(row)}"
+
+
+def objects(row: Mapping[str, Any]) -> str:
+    """The objects that a row asks for, whatever its wording and their order."""
     include = row["include"]
     if any("position" in item for item in include):
         target, subject = include
@@ -44,5 +48,6 @@ def content(row: Row) -> str:
     return json.dumps(sorted(json.dumps(item, sort_keys=True) for item in include))
 
 
-def _key(row: Row) -> str:
-    return row["prompt"] if row["tag"] == "single_object" else content(row)
+def plural(noun: str) -> str:
+    """The plural in GenEval's spelling: "buses", "benchs"."""
+    return noun + ("es" if noun.endswith("s") else "s")

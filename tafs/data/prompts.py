@@ -1,9 +1,10 @@
-"""Prompt sets: rows in GenEval's metadata format, from JSON Lines, split into train and test."""
+"""Prompts: reading them from files, drawing from them, and their digest."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Prompt:
-    """`row` is GenEval's metadata {tag, include, exclude?}, or empty where a set has none."""
+    """A prompt; `row` holds GenEval's metadata {tag, include, exclude?} where the set has it."""
 
     text: str
     row: Mapping[str, Any]
@@ -24,37 +25,62 @@ class Prompt:
 
 
 def read(path: Path) -> list[Prompt]:
-    """The prompts of a JSON Lines file, in its order.
+    """Read the prompts of a JSON Lines file, in its order.
 
     Raises:
-        ValueError: a line is not a JSON object with a string `prompt` of characters; names file and
-            line.
+        ValueError: a line is not a JSON object with a string `prompt`; names file and line.
     """
     prompts = []
-    # Not every character that ends a line elsewhere ends one of JSON Lines.
+    # str.splitlines would also split at characters that are valid inside a JSON string.
     content = path.read_text(encoding="utf-8")
     lines = content.removesuffix("\n").split("\n") if content else []
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
             text = row["prompt"]
-            text.encode()  # half a character would fail in the tokenizer
+            text.encode()  # a lone surrogate would fail in the tokenizer
             prompts.append(Prompt(text=text, row=row))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f"{path}:{number}: not a JSON object with a 'prompt'") from None
     if not prompts:
-        raise ValueError(f"{path}: holds no prompt")
+        raise ValueError(f"{path}: holds no prompt; write one per line")
     return prompts
 
 
+def read_lines(path: Path) -> list[Prompt]:
+    """Read the prompts of a text file, one per line; blank lines are skipped.
+
+    Raises:
+        FileNotFoundError: there is no such file; names it.
+        ValueError: it is not UTF-8 text or holds no prompt; names it.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found; write one prompt per line into it")
+    try:
+        with path.open(encoding="utf-8") as lines:
+            texts = [line.strip() for line in lines if line.strip()]
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
+    if not texts:
+        raise ValueError(f"{path}: holds no prompt; write one per line")
+    return [Prompt(text, {"prompt": text}) for text in texts]
+
+
+def digest(prompts: Iterable[Prompt]) -> str:
+    """SHA-256 of the prompts' texts and rows, in their order."""
+    rows = ({**prompt.row, "prompt": prompt.text} for prompt in prompts)
+    lines = "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
 def first_of_each(prompts: Sequence[Prompt], count: int | None) -> list[int]:
-    """The places of the first `count` prompts of each tag, in their order; None: of all."""
+    """Indices of the first `count` prompts of each tag, in their order; None: of all prompts."""
     seen: dict[str, int] = {}
     kept = []
-    for place, prompt in enumerate(prompts):
+    for index, prompt in enumerate(prompts):
         seen[prompt.tag] = seen.get(prompt.tag, 0) + 1
         if count is None or seen[prompt.tag] <= count:
-            kept.append(place)
+            kept.append(index)
     return kept
 
 
@@ -64,9 +90,15 @@ def draw(
     rng: np.random.Generator,
     shares: Mapping[str, float] | None = None,
 ) -> list[Prompt]:
-    """`count` prompts with replacement: first a tag, uniformly or by `shares`, then one of its own.
+    """Draw prompts with replacement: first a tag, then one of its prompts.
 
-    Tags have prompts in very different numbers; drawn prompt by prompt, one would be most of it.
+    Tags differ in their number of prompts; uniform draws would mostly return the largest one.
+
+    Args:
+        prompts: the prompts to draw from.
+        count: number of draws.
+        rng: source of randomness.
+        shares: probability of each tag; None: uniform.
     """
     by_tag: dict[str, list[Prompt]] = {}
     for prompt in prompts:
@@ -80,7 +112,7 @@ def draw(
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write GenEval rows as JSON Lines."""
+    """Write rows as JSON Lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
     path.write_text(text, encoding="utf-8")

@@ -1,31 +1,24 @@
-"""Captions of the six GenEval tasks for the embedded world, and their frozen split.
+"""Captions of the six GenEval tasks for the embedded models, and their split.
 
-The split holds out contents, not wordings: no test row's objects, colours and relation appear in a
-training row under any wording. Single objects are the exception (there are five): they are split
-by wording.
+The split is by content: the objects, colours and relation of a test row appear in no training row
+under any wording. Single objects are the exception: there are only five, split by wording.
 
-`python -m tafs.shapes.captions` rewrites data/train.jsonl and data/test.jsonl.
+`python -m tafs.shapes.captions` rewrites tafs/data/shapes/train.jsonl and test.jsonl.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
 from tafs.data import prompts
-from tafs.data.geneval_rows import TASKS, Row, _key
+from tafs.data.geneval_rows import NUMBERS, TASKS, Row, objects, plural
+from tafs.data.plugins.shapes import FOLDER
 from tafs.shapes.scenes import COLORS, RELATIONS, SHAPES
 
-DATA = Path(__file__).parent / "data"
-
-
-NUMBERS = {2: "two", 3: "three", 4: "four"}
-
-
-# Test prompts per task; 105 in all, judged on four images each as GenEval does.
+# Test prompts per task, 105 in total.
 TEST_PROMPTS = {
     "single_object": 8,
     "two_object": 12,
@@ -34,16 +27,12 @@ TEST_PROMPTS = {
     "position": 21,
     "color_attr": 28,
 }
-
-
-TEST_SHARE = 0.2  # share of a task's contents that only the test split may use
-
-
+TEST_SHARE = 0.2  # share of a task's contents that are held out for the test split
 SPLIT_SEED = 20260201
 
 
 def rows() -> Iterator[Row]:
-    """Every prompt of the world, in a fixed order."""
+    """All prompts, in a fixed order."""
     for shape in SHAPES:
         for text in (f"a {shape}", f"one {shape}", f"a single {shape}", f"just one {shape}"):
             yield _row("single_object", text, [_item(shape)])
@@ -79,7 +68,7 @@ def rows() -> Iterator[Row]:
 
 
 def split() -> tuple[list[Row], list[Row]]:
-    """The (train, test) rows; see the module's docstring for what is held out."""
+    """Split all rows into (train, test), as the module's docstring describes."""
     rng = np.random.default_rng(SPLIT_SEED)
     train: list[Row] = []
     test: list[Row] = []
@@ -91,7 +80,7 @@ def split() -> tuple[list[Row], list[Row]]:
         for row in members:
             groups.setdefault(_key(row), []).append(row)
         keys = sorted(groups)
-        # At least enough held-out prompts for the test set.
+        # Hold out enough prompts for the test set.
         share = max(TEST_SHARE, TEST_PROMPTS[task] / len(members))
         held_out = {keys[i] for i in rng.permutation(len(keys))[: round(share * len(keys))]}
         candidates = [row for key in keys if key in held_out for row in groups[key]]
@@ -101,8 +90,9 @@ def split() -> tuple[list[Row], list[Row]]:
     return train, test
 
 
-def plural(noun: str) -> str:
-    return noun + ("es" if noun.endswith("s") else "s")
+def _key(row: Row) -> str:
+    """The unit of the split: a content, or a wording of a single object."""
+    return row["prompt"] if row["tag"] == "single_object" else objects(row)
 
 
 def _item(shape: str, count: int = 1, color: str | None = None) -> Row:
@@ -117,8 +107,8 @@ def _row(tag: str, text: str, include: list[Row], exclude: list[Row] | None = No
 
 def main() -> None:
     train, test = split()
-    prompts.write(DATA / "train.jsonl", train)
-    prompts.write(DATA / "test.jsonl", test)
+    prompts.write(FOLDER / "train.jsonl", train)
+    prompts.write(FOLDER / "test.jsonl", test)
 
 
 if __name__ == "__main__":

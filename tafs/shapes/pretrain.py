@@ -26,16 +26,16 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from tafs.rewards.geneval import geneval_verdict
 from tafs.common import seeding
 from tafs.data import prompts
 from tafs.data.geneval_rows import TASKS
+from tafs.data.plugins.shapes import FOLDER
 from tafs.models import loading
+from tafs.models.backbones.flux import FluxBackbone
+from tafs.models.backbones.sd3 import SD3Backbone
 from tafs.models.base import Backbone
-from tafs.models.flux import FluxBackbone
-from tafs.models.sd3 import SD3Backbone
+from tafs.rewards.geneval import geneval_verdict
 from tafs.shapes import cards, pretrain_rewards, text, vae, weights
-from tafs.shapes.captions import DATA
 from tafs.shapes.detector import detect
 from tafs.shapes.render import render
 from tafs.shapes.scenes import IMAGE_SIZE, sample_scene
@@ -158,7 +158,7 @@ def build_flux(
 def draw_scenes(count: int, seed: int) -> tuple[list[str], Tensor]:
     """Captions and images [count, 3, H, W] of random scenes of the training prompts."""
     rng = np.random.default_rng(seed)
-    rows = prompts.read(DATA / "train.jsonl")
+    rows = prompts.read(FOLDER / "train.jsonl")
     drawn = prompts.draw(rows, count, rng, TASK_SHARES)
     return [p.text for p in drawn], render([sample_scene(p.row, rng) for p in drawn])
 
@@ -252,7 +252,7 @@ def strict_geneval(
 ) -> dict[str, float]:
     """Strict GenEval with Euler steps: each task's mean and `overall`; by default held out."""
     if judged is None:
-        judged = prompts.read(DATA / "test.jsonl")
+        judged = prompts.read(FOLDER / "test.jsonl")
     generator = seeding.generator(seed, "evaluate")
     cond = backbone.encode([p.text for p in judged]).repeat_interleave(images_per_prompt)
     x = torch.randn(len(judged) * images_per_prompt, *backbone.latent_shape, generator=generator)
@@ -343,7 +343,7 @@ def score_base(name: str) -> None:
 def try_shifts(name: str) -> None:
     """Print strict GenEval of four Euler steps on training captions for every whole shift."""
     rng = np.random.default_rng(77)
-    drawn = prompts.draw(prompts.read(DATA / "train.jsonl"), 600, rng)
+    drawn = prompts.draw(prompts.read(FOLDER / "train.jsonl"), 600, rng)
     backbone = loading.load(weights.ROOT / name, **SETTINGS)
     for shift in range(1, 11):
         SHIFTS[name] = float(shift)

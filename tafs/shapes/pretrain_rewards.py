@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tafs.data import prompts
+from tafs.data.plugins.shapes import FOLDER
 from tafs.shapes import annotators, scorers, text, weights
-from tafs.shapes.captions import DATA
 from tafs.shapes.render import render
 from tafs.shapes.scenes import sample_scene
 
@@ -61,7 +61,7 @@ class Pairs:
 
 def draw_prompts(count: int, split: str, rng: np.random.Generator) -> list[prompts.Prompt]:
     """Prompts with every task equally often."""
-    return prompts.draw(prompts.read(DATA / f"{split}.jsonl"), count, rng)
+    return prompts.draw(prompts.read(FOLDER / f"{split}.jsonl"), count, rng)
 
 
 def draw_pairs(

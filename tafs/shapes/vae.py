@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tafs.data import prompts
-from tafs.shapes.captions import DATA
+from tafs.data.plugins.shapes import FOLDER
 from tafs.shapes.detector import detect
 from tafs.shapes.render import render
 from tafs.shapes.scenes import IMAGE_SIZE, sample_scene
@@ -52,7 +52,7 @@ def train(steps: int, seed: int = 0, vae: AutoencoderKL | None = None) -> Autoen
     torch.manual_seed(seed)
     vae = vae or build()
     vae.train()
-    rows = prompts.read(DATA / "train.jsonl")
+    rows = prompts.read(FOLDER / "train.jsonl")
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2.5e-3, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=2.5e-3, total_steps=steps, pct_start=0.05
@@ -87,7 +87,7 @@ def train(steps: int, seed: int = 0, vae: AutoencoderKL | None = None) -> Autoen
 @torch.no_grad()
 def reconstruction_accuracy(vae: AutoencoderKL, images: int = 1000, seed: int = 99) -> float:
     """Share of held-out scenes whose objects and colours the detector finds unchanged."""
-    rows = prompts.read(DATA / "test.jsonl")
+    rows = prompts.read(FOLDER / "test.jsonl")
     originals = next(scene_batches(rows, images, seed))
     latents = vae.encode(originals * 2 - 1).latent_dist.mode()
     decoded = (vae.decode(latents).sample + 1) / 2
