@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from tafs.assets import sources
 from tafs.assets.sources import AssetSettings
@@ -73,6 +73,7 @@ class Expansion:
 
     def _base_run(self, model: str, prompts: str) -> RunSpec:
         entry = catalog.read()[model]
+        weights, random = self._weights([model], [prompts])
         return RunSpec(
             name=f"{BASE}.{prompts}.{model}",
             variant=BASE,
@@ -87,7 +88,8 @@ class Expansion:
             assets=self.assets,
             resolution=self.scale.resolution,
             sampler="ode" if entry.trainable else PIPELINE,
-            **self._weights([model], [prompts]),
+            weights=weights,
+            random_weights=random,
         )
 
     def _training_run(
@@ -97,6 +99,7 @@ class Expansion:
         method = self.variants.method(variant)
         rewards = self.config.tasks[task].rewards
         scale = self.scale
+        weights, random = self._weights([backbone, *sorted(rewards)], [prompts])
         return RunSpec(
             name=f"{variant}.{task}.{backbone}.{seed}",
             variant=variant,
@@ -125,7 +128,8 @@ class Expansion:
             nfe_theta=method.nfe_theta,
             forward_equivalents=method.forward_equivalents,
             snapshots=self._snapshots(variant),
-            **self._weights([backbone, *sorted(rewards)], [prompts]),
+            weights=weights,
+            random_weights=random,
         )
 
     def _snapshots(self, variant: str) -> tuple[int, ...]:
@@ -134,12 +138,11 @@ class Expansion:
 
     def _weights(
         self, names: Sequence[str], prompt_sets: Sequence[str] = ()
-    ) -> Mapping[str, dict[str, str] | tuple[str, ...]]:
-        """SHA-256 of models, rewards and prompts, and which of them are randomly initialised."""
+    ) -> tuple[dict[str, str], tuple[str, ...]]:
+        """(SHA-256 of models, rewards and prompts, those that are randomly initialised)."""
         if not self.source.pinned:
-            return {}
-        digests = self.source.digests(names, prompt_sets)
-        return {"weights": digests, "random_weights": tuple(self.source.random(names))}
+            return {}, ()
+        return self.source.digests(names, prompt_sets), tuple(self.source.random(names))
 
     def _prompt_set(self, experiment: Experiment) -> str:
         return self.scale.prompts[self.config.prompt_role(experiment)]
@@ -175,7 +178,7 @@ class Expansion:
             ),
             few_nfe=evaluation.few_nfe,
             curve_nfe=evaluation.curve_nfe,
-            rows=tuple(rows),
+            rows=tuple(_distinct_labels(rows)),
         )
 
     def _untrained_rows(self, experiment: Experiment) -> Iterator[RowSpec]:
@@ -253,7 +256,8 @@ class Expansion:
         weights_of = {prompts: self._weights(names) for prompts, names in metrics_of.items()}
         return {
             name: EvalSpec(
-                **{"weights": {}, "random_weights": (), **weights_of[run.prompts]},
+                weights=weights_of[run.prompts][0],
+                random_weights=weights_of[run.prompts][1],
                 prompts_per_tag=evaluation.prompts,
                 batch=evaluation.batch,
                 full_steps=self._full_steps(run.backbone),
@@ -309,3 +313,13 @@ class Expansion:
                     kept = row.iteration if row.iteration in run.snapshots else None
                     wanted[row.sampler, row.nfe, kept] = images
         return found
+
+
+def _distinct_labels(rows: Sequence[RowSpec]) -> Iterator[RowSpec]:
+    """Add the variant to the labels that several systems share."""
+    systems: dict[str, set[tuple[str, ...]]] = {}
+    for row in rows:
+        systems.setdefault(row.label, set()).add(row.runs)
+    for row in rows:
+        shared = len(systems[row.label]) > 1
+        yield row.model_copy(update={"label": f"{row.label} ({row.variant})"}) if shared else row

@@ -1,10 +1,12 @@
 """The typed specs that cross stage boundaries, as immutable objects and as JSON files.
 
-| spec | file | written by | read by |
-|---|---|---|---|
-| `RunSpec` | `runs/NAME/run.json` | the workflow, from config.yaml | training, evaluation, report |
-| `EvalSpec` | `runs/NAME/evaluation.json` | the workflow, from config.yaml | evaluation, report |
-| `ReportSpec` of `TableSpec` of `RowSpec` | `report_spec.json` | the workflow, from config.yaml | report |
+The workflow writes all of them from config.yaml:
+
+| file | spec | read by |
+|---|---|---|
+| `runs/NAME/run.json` | `RunSpec` | training, evaluation, report, tracking |
+| `runs/NAME/evaluation.json` | `EvalSpec` | evaluation, report |
+| `report_spec.json` | `ReportSpec` with its `TableSpec`s and `RowSpec`s | report |
 """
 
 from __future__ import annotations

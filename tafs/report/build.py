@@ -1,15 +1,47 @@
-"""`python -m tafs.report.build ROOT`: every table and figure that ROOT/report_spec.json lists."""
+"""Builds every table, figure and claim: `python -m tafs.report.build ROOT`.
+
+ROOT/report_spec.json says what is built. Every run is read once, and tables, figures and claims
+share the loaded systems.
+"""
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from tafs.common import errors, locks
+from tafs.report import claims, figures, formats, results, table_kinds
+from tafs.runtime import checkpoint
 
 CLAIMS = Path("claims.yaml")
+
+
+def build(root: Path) -> None:
+    """Write ROOT/tables, ROOT/provenance, ROOT/figures and ROOT/claims.* from ROOT/runs.
+
+    Raises:
+        ValueError, FileNotFoundError: an input is missing or broken; names it.
+    """
+    stated = claims.read(CLAIMS)
+    report = results.load(root)
+    verdicts: list[claims.Verdict] = []
+    for table in report.tables:
+        # The paper's values are comparable with the paper's models only.
+        formats.write(table_kinds.build(table), root, published=report.scale == "paper")
+        figures.draw(table, root / "figures")
+        excluded = set(table.spec.excluded_methods)
+        verdicts += [
+            claims.assess_claim(claim, table)
+            for claim in stated
+            if claim.experiment == table.spec.name and not claim.methods & excluded
+        ]
+    assessed = {verdict.claim.id for verdict in verdicts}
+    untested = [claim for claim in stated if claim.id not in assessed]
+    verdicts += [claims.Verdict(claim, claims.NOT_TESTED, ()) for claim in untested]
+    claims.write(verdicts, report.scale, root, report.random_weights)
+    # The scores are final: no evaluation has to be continued.
+    for state in root.glob("runs/*/.eval_state"):
+        checkpoint.clear(state)
 
 
 def main() -> None:
@@ -19,66 +51,13 @@ def main() -> None:
     root = Path(sys.argv[1])
 
     def wait(holder: str) -> None:
-        print(f"compare {root}: waits for {holder}", file=sys.stderr, flush=True)
+        print(f"report {root}: waiting for {holder}", file=sys.stderr, flush=True)
 
     def alone() -> None:
-        with locks.held(root / ".locks" / "compare", wait):
+        with locks.held(root / ".locks" / "report", wait):
             build(root)
 
-    errors.run_cli("compare", alone)
-
-
-def build(root: Path) -> None:
-    """Write ROOT/tables, ROOT/provenance, ROOT/figures and ROOT/claims.* from ROOT/runs.
-
-    Raises:
-        ValueError, FileNotFoundError: an input is missing or broken; names it.
-    """
-    from tafs.report import claims, table_kinds
-    from tafs.report.figures import plots
-    from tafs.report.results import read_results
-    from tafs.runtime import checkpoint
-
-    stated = claims.read(CLAIMS)
-    verdicts: list[claims.Verdict] = []
-    random: set[str] = set()
-    for spec in contents(root):
-        names = dict.fromkeys(name for row in spec["rows"] for name in row["runs"])
-        runs = [root / "runs" / name for name in names]
-        table_kinds.write_table(spec, runs, root)
-        for kind, name in spec["figures"].items():
-            plots.draw(kind, name, spec, runs, root / "figures")
-        results = read_results(runs)
-        random = random.union(*(result.random_weights for result in results))
-        own = [
-            claim
-            for claim in stated
-            if claim.experiment == spec["name"] and not claim.methods & set(spec["without"])
-        ]
-        verdicts += [claims.assess_claim(claim, spec, results) for claim in own]
-    judged = {verdict.claim.id for verdict in verdicts}
-    untested = [claim for claim in stated if claim.id not in judged]
-    verdicts += [claims.Verdict(claim, claims.NOT_TESTED, ()) for claim in untested]
-    claims.write(verdicts, root.name, root, sorted(random))
-    # The scores are final now: nothing is left to be continued.
-    for kept in root.glob("runs/*/.judged"):
-        checkpoint.clear(kept)
-
-
-def contents(root: Path) -> list[dict[str, Any]]:
-    """The tables of report_spec.json.
-
-    Raises:
-        ValueError, FileNotFoundError: it is missing or broken; names it.
-    """
-    file = root / "report_spec.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: not found; snakemake writes it from config.yaml")
-    try:
-        found: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["tables"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: is no list of tables ({error})") from None
-    return found
+    errors.run_cli("report", alone)
 
 
 if __name__ == "__main__":

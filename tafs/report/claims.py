@@ -1,29 +1,31 @@
-"""The paper's claims as predicates over the tables' runs: reproduced, not reproduced or undecided.
+"""The paper's claims as predicates over the runs of tables.
 
-A claim is a family of comparisons. Each has an effect and an interval; their p-values are corrected
-together (Holm, 1979). The claim is reproduced where every comparison supports it, not reproduced
-where one contradicts it, and else undecided. Models trained with one seed decide nothing: how much
-another seed would change is not known.
+A claim is a family of comparisons, each with an effect and an interval; their p-values are
+corrected together (Holm, 1979). A claim is reproduced if every comparison supports it, not
+reproduced if one contradicts it, and otherwise undecided. Models trained with one seed decide
+nothing, because the effect of another seed is unknown.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tafs.common import yaml_files
-from tafs.experiment import schema
+from tafs.common.yaml_files import ConfigError, first_problem, load_yaml
+from tafs.experiment.schema import Name, Text
+from tafs.experiment.specs import RowSpec
 from tafs.report import stats
 from tafs.report.formats import MARKDOWN, escape
-from tafs.report.results import Result, System, check_paired, step_correlation
+from tafs.report.results import LoadedTable, System, check_paired, step_correlation
 from tafs.report.stats import Estimate
+from tafs.report.tables import Row
 from tafs.rewards.metrics import METRICS
-from tafs.runtime import run_dir
+from tafs.runtime.run_dir import BASE
 
 REPRODUCED, NOT_REPRODUCED, UNDECIDED = "reproduced", "not reproduced", "undecided"
 NOT_TESTED = "not tested"  # the scale does not build the claim's table
@@ -34,29 +36,29 @@ class _Strict(BaseModel):
 
 
 class RowName(_Strict):
-    """A row of the experiment's table; what is None is not asked."""
+    """A row of the experiment's table; fields that are None match any row."""
 
-    method: schema.Name
-    task: schema.Name | None = None
-    backbone: schema.Name | None = None  # the part that a scale's model plays
-    nfe: int | Literal["few", "full"] | None = None  # few, full: the scale's
+    method: Name
+    task: Name | None = None
+    role: Name | None = None  # of the model
+    nfe: int | Literal["few", "full"] | None = None  # few and full are the scale's
 
 
 class Better(_Strict):
     row: RowName
     than: Annotated[tuple[RowName, ...], Field(min_length=1)]
-    metrics: Annotated[tuple[schema.Name, ...], Field(min_length=1)]
+    metrics: Annotated[tuple[Name, ...], Field(min_length=1)]
 
 
 class Rising(_Strict):
     rows: Annotated[tuple[RowName, ...], Field(min_length=2)]
-    metrics: Annotated[tuple[schema.Name, ...], Field(min_length=1)]
+    metrics: Annotated[tuple[Name, ...], Field(min_length=1)]
 
 
 class Holds(_Strict):
     row: RowName
     than: RowName
-    metrics: Annotated[tuple[schema.Name, ...], Field(min_length=1)]
+    metrics: Annotated[tuple[Name, ...], Field(min_length=1)]
     margin: Annotated[float, Field(gt=0)]  # standard deviations of the prompts of `than`
 
 
@@ -70,17 +72,17 @@ class Faster(_Strict):
 class Correlated(_Strict):
     """Pearson's r of an earlier image's reward with the final image's, of a base model."""
 
-    backbone: schema.Name | None = None  # None: the only one
-    step: Annotated[int, Field(ge=1)]  # the earlier image's
+    role: Name | None = None  # of the base model; None: the only one
+    step: Annotated[int, Field(ge=1)]  # of the earlier image
     above: Annotated[float, Field(ge=-1, lt=1)]
-    metrics: Annotated[tuple[schema.Name, ...], Field(min_length=1)]
+    metrics: Annotated[tuple[Name, ...], Field(min_length=1)]
 
 
 class Claim(_Strict):
-    id: schema.Name
-    claim: schema.Text
-    source: schema.Text
-    experiment: schema.Name
+    id: Name
+    claim: Text
+    source: Text
+    experiment: Name
     better: Better | None = None
     rising: Rising | None = None
     holds: Holds | None = None
@@ -89,7 +91,7 @@ class Claim(_Strict):
 
     @property
     def methods(self) -> set[str]:
-        """Those that it compares."""
+        """The methods that it compares."""
 
         def named(value: Any) -> Iterator[str]:
             if isinstance(value, RowName):
@@ -126,36 +128,33 @@ def read(path: Path) -> list[Claim]:
     """The claims of a file.
 
     Raises:
-        config.ConfigError: one line that names the file, the claim and the key.
+        ConfigError: one line that names the file, the claim and the key.
     """
     found = []
-    for number, raw in enumerate(yaml_files.load_yaml(path, list), start=1):
+    for number, raw in enumerate(load_yaml(path, list), start=1):
         try:
             claim = Claim.model_validate(raw)
         except ValidationError as error:
             name = raw.get("id", number) if isinstance(raw, dict) else number
-            problem = yaml_files.first_problem(error, list(Claim.model_fields))
-            raise yaml_files.ConfigError(f"{path}: claim {name}: {problem}") from None
+            problem = first_problem(error, Claim)
+            raise ConfigError(f"{path}: claim {name}: {problem}") from None
         kinds = [k for k in KINDS if getattr(claim, k)]
         if len(kinds) != 1:
             said = " and ".join(kinds) or "nothing"
-            raise yaml_files.ConfigError(
-                f"{path}: claim {claim.id}: tests {said}; give one of {', '.join(KINDS)}"
+            raise ConfigError(
+                f"{path}: claim {claim.id}: tests {said}; give exactly one of {', '.join(KINDS)}"
             )
         found.append(claim)
     return found
 
 
-def assess_claim(claim: Claim, spec: Mapping[str, Any], results: Sequence[Result]) -> Verdict:
+def assess_claim(claim: Claim, loaded: LoadedTable) -> Verdict:
     """The verdict on a claim from the runs of its experiment.
 
-    Args:
-        spec: the experiment's entry of `config.tables`.
-
     Raises:
-        ValueError: a row or a metric is not there; names it.
+        ValueError: a row or a metric is missing; names it.
     """
-    table = _Rows(claim, spec, results)
+    table = _Rows(claim, loaded)
     if claim.faster:
         return _assess_times(claim, claim.faster, table)
     if claim.correlated:
@@ -175,45 +174,41 @@ def assess_claim(claim: Claim, spec: Mapping[str, Any], results: Sequence[Result
 
 
 class _Rows:
-    """The experiment's rows as systems."""
+    """The rows of the claim's experiment, by the names that a claim uses."""
 
-    def __init__(self, claim: Claim, spec: Mapping[str, Any], results: Sequence[Result]) -> None:
-        self.claim, self.rows = claim, spec["rows"]
-        self.few = spec["evaluation"]["few"]
-        self.by_name = {str(result.info["name"]): result for result in results}
+    def __init__(self, claim: Claim, loaded: LoadedTable) -> None:
+        self.claim, self.loaded = claim, loaded
 
-    def system(self, name: RowName) -> tuple[System, Mapping[str, Any]]:
-        """The row and its runs."""
-        wanted = {k: v for k, v in name.model_dump().items() if v is not None}
+    def row(self, name: RowName) -> Row:
+        """The one row of this name.
+
+        Raises:
+            ValueError: none or several rows have it; names the claim and the experiment.
+        """
+        wanted = {key: value for key, value in name.model_dump().items() if value is not None}
         wanted["variant"] = wanted.pop("method")
-        if "backbone" in wanted:
-            wanted["part"] = wanted.pop("backbone")
-        found = [row for row in self.rows if self._is(row, wanted)]
-        said = ", ".join(f"{key} {value}" for key, value in wanted.items())
+        few = self.loaded.spec.few_nfe
+
+        def fits(row: RowSpec) -> bool:
+            steps = {"few": few, "full": row.full_steps}
+            meant = {k: steps.get(v, v) if k == "nfe" else v for k, v in wanted.items()}
+            return all(getattr(row, key) == value for key, value in meant.items())
+
+        found = [Row(row, system) for row, system in self.loaded.systems.items() if fits(row)]
         if len(found) != 1:
+            said = ", ".join(f"{key} {value}" for key, value in wanted.items())
             raise ValueError(
                 f"claim {self.claim.id}: {len(found)} rows of {self.claim.experiment} have {said}"
             )
-        (row,) = found
-        missing = [n for n in row["runs"] if n not in self.by_name]
-        if missing:
-            raise ValueError(f"claim {self.claim.id}: run {missing[0]} is not there")
-        runs = tuple(self.by_name[n] for n in row["runs"])
-        return System(row["label"], runs), row
-
-    def _is(self, row: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-        steps = {"few": self.few, "full": row["full"]}
-        meant = {k: steps.get(v, v) if k == "nfe" else v for k, v in wanted.items()}
-        return all(row[key] == value for key, value in meant.items())
+        return found[0]
 
     def values(self, name: RowName, metric: str) -> tuple[System, stats.Array, str]:
-        system, row = self.system(name)
-        sampler = row["sampler"] or system.sampler
-        values = system.values(sampler, row["nfe"], metric, row["iteration"])
-        said = f"{system.label} at {row['nfe']} steps"
-        if row["iteration"] is not None:
-            said += f" after {row['iteration']} iterations"
-        return system, METRICS[metric].factor * values, said
+        """(system, its scores on the reported scale, the row in words)."""
+        row = self.row(name)
+        said = f"{row.spec.label} at {row.spec.nfe} steps"
+        if row.spec.iteration is not None:
+            said += f" after {row.spec.iteration} iterations"
+        return row.system, METRICS[metric].factor * row.values(metric), said
 
 
 def _differences(claim: Claim, table: _Rows) -> Iterator[tuple[str, Estimate, int]]:
@@ -237,8 +232,8 @@ def _differences(claim: Claim, table: _Rows) -> Iterator[tuple[str, Estimate, in
         for one, other in pairs:
             (a, left, said), (b, right, than) = (table.values(n, metric) for n in (one, other))
             spread = float(np.nanstd(np.nanmean(right, axis=(0, 2))))
-            tags = a.results[0].scores.tags
-            check_paired(a.results[0].scores, b.results[0].scores)
+            tags = a.scores.tags
+            check_paired(a.scores, b.scores)
             difference = stats.paired_difference(
                 left + margin * spread,
                 right,
@@ -247,7 +242,11 @@ def _differences(claim: Claim, table: _Rows) -> Iterator[tuple[str, Estimate, in
                 macro=METRICS[metric].macro,
             )
             # A base model is not trained, so it has no seeds to vary.
-            seeds = min(len(s.results) for s in (a, b) if s.trained or not (a.trained or b.trained))
+            seeds = min(
+                len(s.results)
+                for s in (a, b)
+                if s.spec.trained or not (a.spec.trained or b.spec.trained)
+            )
             difference = difference._replace(n_seeds=seeds)
             allowed = f" + {margin:g} sd" if margin else ""
             what = f"{METRICS[metric].title}: {said}{allowed} - {than}"
@@ -255,11 +254,11 @@ def _differences(claim: Claim, table: _Rows) -> Iterator[tuple[str, Estimate, in
 
 
 def _assess_correlations(claim: Claim, test: Correlated, table: _Rows) -> Verdict:
-    """Reproduced where every interval lies above the bar, not reproduced where one lies below."""
-    system, _ = table.system(RowName(method=run_dir.BASE, backbone=test.backbone))
+    """Reproduced if every interval lies above the threshold, not reproduced if one lies below."""
+    base = table.row(RowName(method=BASE, role=test.role)).system
     comparisons = []
     for metric in test.metrics:
-        r = step_correlation(system.results[0], metric, test.step)
+        r = step_correlation(base.results[0], metric, test.step)
         sign = 1 if r.low > test.above else -1 if r.high < test.above else 0
         what = (
             f"{METRICS[metric].title}: r of image {test.step} with the last (above {test.above:g})"
@@ -271,7 +270,7 @@ def _assess_correlations(claim: Claim, test: Correlated, table: _Rows) -> Verdic
 def _assess_times(claim: Claim, test: Faster, table: _Rows) -> Verdict:
     """The ratio of median iteration times; its interval resamples iterations."""
     times = [
-        np.array([t for r in table.system(n)[0].results for t in r.seconds()])
+        np.array([t for r in table.row(n).system.results for t in r.seconds()])
         for n in (test.row, test.than)
     ]
     rng = np.random.default_rng(0)
@@ -282,7 +281,7 @@ def _assess_times(claim: Claim, test: Faster, table: _Rows) -> Verdict:
     low, high = np.quantile(draws[0] / draws[1], [(1 - stats.LEVEL) / 2, (1 + stats.LEVEL) / 2])
     bounds = (test.share * (1 - test.within), test.share * (1 + test.within))
     inside, outside = bounds[0] <= low and high <= bounds[1], high < bounds[0] or low > bounds[1]
-    seeds = min(len(table.system(n)[0].results) for n in (test.row, test.than))
+    seeds = min(len(table.row(n).system.results) for n in (test.row, test.than))
     images = sum(len(t) for t in times)
     estimate = Estimate(value, float(low), float(high), seeds, images, 0, "iterations", 1.0)
     sign = 1 if inside else -1 if outside else 0
@@ -304,7 +303,7 @@ def _verdict(comparisons: Sequence[Comparison]) -> str:
 def write(
     verdicts: Sequence[Verdict], scale: str, out_dir: Path, random: Sequence[str] = ()
 ) -> list[Path]:
-    """claims.md for people and claims.json for machines; `random` names what is not trained."""
+    """Write claims.md and claims.json; `random` names what is randomly initialised."""
     out_dir.mkdir(parents=True, exist_ok=True)
     lines = [
         f"The paper's claims, tested at the scale `{scale}`. A comparison of trained models with "

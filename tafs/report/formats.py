@@ -1,8 +1,8 @@
-"""Tables as files, and where every cell came from.
+"""Tables as files, with the provenance of every cell.
 
-Each table is written as CSV and Parquet (every number with its interval and counts, for machines),
-Markdown, LaTeX (booktabs) and HTML, and its provenance as JSON: the runs, files and settings that
-each cell came from. Equal input gives equal bytes.
+Each table is written as CSV and Parquet (every number with its interval and counts), as Markdown,
+LaTeX (booktabs) and HTML, and its provenance as JSON: the runs, files and settings behind each
+cell. Equal input gives equal bytes.
 """
 
 from __future__ import annotations
@@ -18,49 +18,48 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from pandas.io.formats.style import Styler
+from pandas.io.formats.style_render import CSSDict
 
 from tafs.common.files import sha256
 from tafs.report import stats
-from tafs.report.results import Result, System, select
 from tafs.report.tables import Cell, Column, Line, Number, Score, Table, fill
 
 
-def write(
-    table: Table, results: Sequence[Result], out_dir: Path | str, published: bool = False
-) -> list[Path]:
+def write(table: Table, out_dir: Path, published: bool = False) -> list[Path]:
     """Fill a table; write tables/NAME.csv, .md, .tex, .html, .parquet and provenance/NAME.json.
 
     Raises:
         ValueError: see `fill`.
     """
-    lines = fill(table, results, published)
-    shown = [result for line in lines for result in line.system.results]
-    random = sorted(set[str]().union(*(result.random_weights for result in shown)))
+    lines = fill(table, published)
+    results = [result for line in lines for result in line.row.system.results]
+    random = sorted(set[str]().union(*(result.random_weights for result in results)))
     if random:
-        note = f"Randomly initialised: {', '.join(random)}. These numbers are no results."
+        note = f"Randomly initialised: {', '.join(random)}. These numbers are not results."
         caption = f"RANDOM WEIGHTS: {table.caption}"
         table = replace(table, caption=caption, notes=[note, *table.notes])
+    csv_text = _csv(table, lines, published, random)
     texts = {
-        "csv": _csv(table, lines, published, random),
+        "csv": csv_text,
         "md": _markdown(table, lines),
         "tex": _latex(table, lines),
         "html": _html(table, lines),
     }
-    beside = [select(results, row.where) for row in table.beside]
-    provenance = _provenance(table, lines, beside)
-    folder = Path(out_dir) / "tables"
-    folder.mkdir(parents=True, exist_ok=True)
     files = []
     for ending, text in texts.items():
-        file = folder / f"{table.name}.{ending}"
-        file.write_text(text, encoding="utf-8", newline="\n")
-        files.append(file)
-    files.append(folder / f"{table.name}.parquet")
-    pd.read_csv(io.StringIO(texts["csv"])).to_parquet(files[-1], index=False)
-    files.append(Path(out_dir) / "provenance" / f"{table.name}.json")
-    files[-1].parent.mkdir(exist_ok=True)
-    files[-1].write_text(provenance, encoding="utf-8", newline="\n")
+        files.append(out_dir / "tables" / f"{table.name}.{ending}")
+        _write_text(files[-1], text)
+    files.append(out_dir / "tables" / f"{table.name}.parquet")
+    pd.read_csv(io.StringIO(csv_text)).to_parquet(files[-1], index=False)
+    files.append(out_dir / "provenance" / f"{table.name}.json")
+    _write_text(files[-1], _provenance(table, lines))
     return files
+
+
+def _write_text(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8", newline="\n")
 
 
 def _csv(table: Table, lines: Sequence[Line], published: bool, random: Sequence[str]) -> str:
@@ -78,9 +77,9 @@ def _csv(table: Table, lines: Sequence[Line], published: bool, random: Sequence[
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(header)
     for line in lines:
-        first = line.system.results[0]
-        fields: list[Any] = [_no_formula(line.system.label), first.variant, first.info["backbone"]]
-        fields += [line.sampler, line.row.nfe]
+        row = line.row.spec
+        fields: list[Any] = [_no_formula(row.label), row.variant, row.backbone]
+        fields += [row.sampler, row.nfe]
         for cell in line.cells:
             fields.append(_exact(cell.value))
             if cell.estimate:
@@ -95,7 +94,7 @@ def _csv(table: Table, lines: Sequence[Line], published: bool, random: Sequence[
 
 
 def _no_formula(text: str) -> str:
-    """A spreadsheet would calculate what begins like a formula."""
+    """Quote a label that a spreadsheet would take for a formula."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
@@ -109,8 +108,8 @@ def _markdown(table: Table, lines: Sequence[Line]) -> str:
     rows = [header, ["---", *["---:"] * (len(header) - 1)]]
     for line in lines:
         cells = [_cell(cell, "**{}**", "{}") for cell in line.cells]
-        label = escape(line.system.label, MARKDOWN)
-        rows.append([label, str(line.row.nfe), *cells, str(len(line.system.results))])
+        label = escape(line.row.spec.label, MARKDOWN)
+        rows.append([label, str(line.row.spec.nfe), *cells, _seeds(line)])
     body = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     notes = "\n".join(f"- {escape(note, MARKDOWN)}" for note in _notes(table, lines))
     caption = escape(table.caption, MARKDOWN)
@@ -119,7 +118,7 @@ def _markdown(table: Table, lines: Sequence[Line]) -> str:
 
 
 def _cell(cell: Cell, bold: str, small: str) -> str:
-    """A value, its interval and what is published; `bold` and `small` are formats of a field."""
+    """A value, its interval and the published value; `bold` and `small` are format strings."""
     if cell.value is None:
         return "–"
     text = f"{cell.value:.{cell.digits}f}"
@@ -132,72 +131,91 @@ def _cell(cell: Cell, bold: str, small: str) -> str:
     return text
 
 
-STYLE = (
-    "body{font:14px sans-serif;margin:2em}caption{text-align:left;margin-bottom:.6em}"
-    "table{border-collapse:collapse}th,td{padding:.3em .8em;text-align:right;white-space:nowrap}"
-    "th:first-child,td:first-child{text-align:left}thead th{border-bottom:1px solid}"
-    "tr.rule td{border-top:1px solid #bbb}small{color:#666}"
-)
+def _seeds(line: Line) -> str:
+    return str(len(line.row.system.results))
+
+
+def _styled(
+    table: Table,
+    lines: Sequence[Line],
+    title: Callable[[Column], str],
+    plain: Callable[[str], str],
+    cell: Callable[[Cell], str],
+) -> Styler:
+    """The table with pandas' Styler, its cells rendered."""
+    titles = [plain(table.header), "Steps", *map(title, table.columns), "Seeds"]
+    rows = [
+        [plain(row.label), str(row.nfe), *map(cell, line.cells), _seeds(line)]
+        for line in lines
+        for row in [line.row.spec]
+    ]
+    return Styler(pd.DataFrame(rows, columns=titles), uuid="t", cell_ids=False).hide(axis="index")
+
+
+HTML_STYLE: list[CSSDict] = [
+    {"selector": "", "props": "border-collapse:collapse;font:14px sans-serif;margin:2em"},
+    {"selector": "caption", "props": "text-align:left;margin-bottom:.6em"},
+    {"selector": "th, td", "props": "padding:.3em .8em;text-align:right;white-space:nowrap"},
+    {"selector": "th:first-child, td:first-child", "props": "text-align:left"},
+    {"selector": "thead th", "props": "border-bottom:1px solid"},
+    {"selector": "small", "props": "color:#666"},
+]
 
 
 def _html(table: Table, lines: Sequence[Line]) -> str:
     """One page without scripts or other files."""
-    titles = [html.escape(table.header), "Steps"]
-    titles += [_title(column, plain=html.escape) for column in table.columns]
-    head = "".join(f"<th>{title}</th>" for title in titles)
-    body = []
-    for line in lines:
-        fields = [html.escape(line.system.label), str(line.row.nfe)]
-        fields += [_cell(cell, "<b>{}</b>", "<small>{}</small>") for cell in line.cells]
-        fields.append(str(len(line.system.results)))
-        kind = ' class="rule"' if line.row.rule else ""
-        body.append(f"<tr{kind}>{''.join(f'<td>{field}</td>' for field in fields)}</tr>")
-    notes = "".join(f"<li>{html.escape(note)}</li>" for note in _notes(table, lines))
-    caption = html.escape(table.caption)
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{table.name}</title>'
-        f"<style>{STYLE}</style><table><caption>{caption}</caption>"
-        f"<thead><tr>{head}<th>Seeds</th></tr></thead><tbody>\n"
-        + "\n".join(body)
-        + f"\n</tbody></table><ul><li>Brackets hold 95 % intervals.</li>{notes}</ul></html>\n"
+    styled = _styled(
+        table,
+        lines,
+        lambda column: _title(column, plain=html.escape),
+        html.escape,
+        lambda cell: _cell(cell, "<b>{}</b>", "<small>{}</small>"),
     )
+    notes = ["Brackets hold 95 % intervals.", *_notes(table, lines)]
+    items = "".join(f"<br>{html.escape(note)}" for note in notes)
+    styled.set_caption(f"{html.escape(table.caption)}<small>{items}</small>")
+    ruled = [
+        {"selector": f"tbody tr:nth-child({i}) td", "props": "border-top:1px solid #bbb"}
+        for i, line in enumerate(lines, start=1)
+        if line.row.spec.rule
+    ]
+    styled.set_table_styles([*HTML_STYLE, *ruled])
+    return str(styled.to_html(doctype_html=True, encoding="utf-8"))
 
 
 def _latex(table: Table, lines: Sequence[Line]) -> str:
-    """A table* for booktabs; the values' intervals as half their width."""
-    titles = (_title(column, latex=True) for column in table.columns)
-    header = [escape(table.header, LATEX), "Steps", *titles, "Seeds"]
+    """A table* for booktabs; intervals are given as half their width."""
+
+    def plain(text: str) -> str:
+        return escape(text, LATEX)
+
+    styled = _styled(table, lines, lambda c: _title(c, latex=True), plain, _latex_cell)
     notes = [escape(note, LATEX) for note in _notes(table, lines)]
     beside = any(cell.published is not None for line in lines for cell in line.cells)
     notes.insert(0, r"$\pm$: half the width of the 95\,\% interval.")
     if beside:
         notes.insert(1, "In parentheses: the published value.")
-    body: list[str] = []
-    for line in lines:
-        cells = [_latex_cell(cell) for cell in line.cells]
-        label = escape(line.system.label, LATEX)
-        if line.row.rule and body:  # the header has one of its own
-            body.append(r"\midrule")
-        fields = [label, str(line.row.nfe), *cells, str(len(line.system.results))]
-        body.append(" & ".join(fields) + r" \\")
-    return "\n".join(
-        [
-            r"\begin{table*}[t]",
-            r"\centering\footnotesize",
-            r"\setlength{\tabcolsep}{3.5pt}",
-            rf"\caption{{{escape(table.caption, LATEX)} {' '.join(notes)}}}",
-            rf"\label{{tab:{table.name}}}",
-            rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
-            r"\toprule",
-            " & ".join(header) + r" \\",
-            r"\midrule",
-            *body,
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table*}",
-            "",
-        ]
+    # Styler prints a style without braces as a command before the tabular.
+    styled.set_table_styles([{"selector": "footnotesize", "props": ":;"}])
+    text = styled.to_latex(
+        environment="table*",
+        position="t",
+        position_float="centering",
+        hrules=True,
+        column_format="l" + "r" * (len(table.columns) + 2),
+        caption=f"{plain(table.caption)} {' '.join(notes)}",
+        label=f"tab:{table.name}",
     )
+    return _with_rules(text, lines)
+
+
+def _with_rules(latex: str, lines: Sequence[Line]) -> str:
+    """Add a \\midrule above the rows that have one; the header has its own."""
+    printed = latex.splitlines()
+    first = printed.index(r"\midrule") + 1
+    for place in reversed([i for i, line in enumerate(lines) if i and line.row.spec.rule]):
+        printed.insert(first + place, r"\midrule")
+    return "\n".join(printed) + "\n"
 
 
 def _latex_cell(cell: Cell) -> str:
@@ -224,11 +242,11 @@ def _title(column: Column, latex: bool = False, plain: Callable[[str], str] | No
 
 
 def _notes(table: Table, lines: Sequence[Line]) -> list[str]:
-    """What a reader must know about the statistics."""
+    """How the numbers were computed."""
     notes = list(table.notes)
     scored = any(isinstance(column, Score) for column in table.columns)
     if scored:
-        scores = lines[0].system.results[0].scores
+        scores = lines[0].row.system.scores
         notes.append(
             f"Per seed: {len(scores.prompts)} prompts, {len(scores.images)} images of each."
         )
@@ -249,7 +267,9 @@ def _notes(table: Table, lines: Sequence[Line]) -> list[str]:
             "start noise, at 5 % after Holm's correction."
         )
     elif scored and cells:
-        single = any(line.system.trained and len(line.system.results) < 2 for line in lines)
+        single = any(
+            line.row.system.spec.trained and len(line.row.system.results) < 2 for line in lines
+        )
         why = "some models were trained with one seed" if single else "no row is surely the best"
         notes.append(f"No value is bold: {why}.")
     for i, column in enumerate(table.columns):
@@ -263,39 +283,40 @@ def _notes(table: Table, lines: Sequence[Line]) -> list[str]:
     return notes
 
 
-def _provenance(table: Table, lines: Sequence[Line], beside: Sequence[System]) -> str:
-    """What every cell came from: the runs, their files' digests, code and settings."""
+def _provenance(table: Table, lines: Sequence[Line]) -> str:
+    """Where every cell came from: the runs, the digests of their files, code and settings."""
+    systems = [*table.beside, *(line.row.system for line in lines)]
     runs = {
-        str(result.info["name"]): {
-            "method": result.info["method"],
-            "seed": result.info["seed"],
-            "scale": result.info["scale"],
+        result.spec.name: {
+            "method": result.spec.method,
+            "seed": result.spec.seed,
+            "scale": result.spec.scale,
             "sha256": {
                 file.name: sha256(file)
                 for file in (result.run.adapter, result.run.scores, result.run.trajectory_rewards)
                 if file.is_file()
             },
-            "metrics": result.run.evaluation.get("weights", {}),
+            "metrics": result.evaluation.weights,
             **result.origin,
         }
-        for system in (*beside, *(line.system for line in lines))
-        for result in system.results
+        for result in dict.fromkeys(result for system in systems for result in system.results)
     }
     record = {
         "table": table.name,
         "rows": [
             {
-                "row": line.system.label,
-                "runs": [result.info["name"] for result in line.system.results],
-                "sampler": line.sampler,
-                "nfe": line.row.nfe,
-                "iteration": line.row.iteration,
+                "row": row.label,
+                "runs": [result.spec.name for result in line.row.system.results],
+                "sampler": row.sampler,
+                "nfe": row.nfe,
+                "iteration": row.iteration,
                 "cells": {
                     column.name: _cell_record(cell)
                     for column, cell in zip(table.columns, line.cells, strict=True)
                 },
             }
             for line in lines
+            for row in [line.row.spec]
         ],
         "runs": runs,
         "statistics": {"level": stats.LEVEL, "resamples": stats.RESAMPLES},
@@ -324,5 +345,5 @@ LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
 
 
 def escape(text: str, special: Mapping[str, str]) -> str:
-    """The text with MARKDOWN's or LATEX's special characters made literal."""
+    """The text with the special characters of MARKDOWN or LATEX escaped."""
     return "".join(special.get(character, character) for character in text)

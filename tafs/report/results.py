@@ -1,9 +1,9 @@
-"""What runs left on disk: scores, journals, and the runs that differ in their seed alone."""
+"""What runs left on disk, read once: scores, journals, and systems of runs that differ in seed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,17 +12,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from tafs.experiment.run_inputs import eval_spec, run_spec
+from tafs.experiment.specs import EvalSpec, ReportSpec, RowSpec, RunSpec, TableSpec
 from tafs.report import stats
 from tafs.report.stats import Array
 from tafs.rewards.metrics import METRICS
-from tafs.runtime import journal, run_dir
+from tafs.runtime import journal
+from tafs.runtime.run_dir import RunDir
 
 
 @dataclass(frozen=True)
 class Scores:
     """A run's scores: `values[sampler, nfe, metric, iteration]` is [prompts, images].
 
-    NaN where a value is missing; images that a setting did not draw are not there.
+    A missing value is NaN. Images that a setting did not draw are left out.
     """
 
     file: Path
@@ -32,20 +35,20 @@ class Scores:
     values: Mapping[tuple[str, int, str, int], Array]
 
     def settings(self, iteration: int) -> list[tuple[str, int]]:
-        """The (sampler, nfe) that the model of an iteration was evaluated with."""
+        """The (sampler, nfe) pairs that the model of an iteration was evaluated with."""
         return sorted({(s, nfe) for s, nfe, _, after in self.values if after == iteration})
 
     def metrics(self) -> list[str]:
-        """Those of METRICS that were scored, in their order."""
+        """The metrics that were scored, in the order of METRICS."""
         found = {metric for _, _, metric, _ in self.values}
         return [metric for metric in METRICS if metric in found]
 
 
 def read_scores(file: Path, *more: Path) -> Scores:
-    """scores.parquet, and the further metrics of served_scores.parquet, as dense arrays.
+    """scores.parquet, and the metrics of served_scores.parquet, as dense arrays.
 
     Raises:
-        ValueError: a file is missing or unreadable, or an image is there twice; names the file.
+        ValueError: a file is missing or unreadable, or has an image twice; names the file.
     """
     table = pd.concat([_read_long(part) for part in (file, *more)], ignore_index=True)
     axes = ["sampler", "nfe", "metric", "iteration", "prompt", "image"]
@@ -56,7 +59,7 @@ def read_scores(file: Path, *more: Path) -> Scores:
     if count.max() > 1:
         at = np.unravel_index(int(count.argmax()), shape)
         twice = " ".join(f"{axis} {names[i][at[i]]}" for i, axis in enumerate(axes))
-        raise ValueError(f"{file}: holds two values of {twice}")
+        raise ValueError(f"{file}: has two values for {twice}")
     dense = np.full(shape, np.nan)
     dense.flat[place] = table["value"].to_numpy(dtype=float)
     # Any row of a prompt tells its tag.
@@ -78,7 +81,7 @@ def read_scores(file: Path, *more: Path) -> Scores:
 def _read_long(file: Path) -> pd.DataFrame:
     if not file.is_file():
         stage = "score_served" if file.name.startswith("served_scores") else "evaluate"
-        raise ValueError(f"{file}: not found; `python -m tafs.{stage}` writes it")
+        raise ValueError(f"{file}: not found; the workflow's rule {stage} writes it")
     columns = ["prompt", "tag", "image", "iteration", "sampler", "nfe", "metric", "value"]
     try:
         table = pd.read_parquet(file, columns=columns)
@@ -86,7 +89,7 @@ def _read_long(file: Path) -> pd.DataFrame:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{file}: not a table of scores ({reason})") from None
     if table.empty:
-        raise ValueError(f"{file}: holds no scores")
+        raise ValueError(f"{file}: contains no scores")
     # Categories of two files differ, and would come back as objects.
     return table.astype({name: "str" for name in ("tag", "sampler", "metric")})
 
@@ -98,60 +101,47 @@ def read_trajectory_rewards(file: Path) -> pd.DataFrame:
         ValueError: it is missing or unreadable; names the file.
     """
     if not file.is_file():
-        raise ValueError(
-            f"{file}: not found; `python -m tafs.evaluation.trajectory_rewards` writes it"
-        )
+        raise ValueError(f"{file}: not found; the workflow's rule trajectory_rewards writes it")
     try:
         table = pd.read_parquet(file, columns=["prompt", "step", "metric", "value"])
     except (ValueError, KeyError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{file}: not a table of step scores ({reason})") from None
     if table.empty:
-        raise ValueError(f"{file}: holds no scores")
+        raise ValueError(f"{file}: contains no scores")
     return table
 
 
-# Of run.json.
-REQUIRED = "name method title backbone seed scale sampler iterations"
-
-
 class Result:
-    """One run's folder, read when asked for."""
+    """One run's folder; every file is read once, when it is first needed."""
 
     def __init__(self, folder: Path | str) -> None:
-        self.run = run_dir.RunDir(Path(folder))
+        self.run = RunDir(Path(folder))
 
     @cached_property
-    def info(self) -> dict[str, Any]:
+    def spec(self) -> RunSpec:
         """run.json.
 
         Raises:
-            ValueError: it is missing, broken or incomplete; names the file.
+            FileNotFoundError, ValueError: it is missing or broken; names the file.
         """
-        try:
-            info = self.run.description
-        except FileNotFoundError as error:
-            raise ValueError(str(error)) from None
-        for key in REQUIRED.split():
-            if key not in info:
-                raise ValueError(f"{self.run.folder / 'run.json'}: has no {key!r}")
-        return info
+        return run_spec(self.run)
 
-    @property
-    def variant(self) -> str:
-        """The key in config.yaml's methods: a method's file with hyperparameters of its own."""
-        return str(self.info.get("variant", self.info["method"]))
+    @cached_property
+    def evaluation(self) -> EvalSpec:
+        """evaluation.json.
+
+        Raises:
+            FileNotFoundError, ValueError: it is missing or broken; names the file.
+        """
+        return eval_spec(self.run)
 
     @property
     def random_weights(self) -> set[str]:
-        """What of its models and its metrics' is randomly initialised: its numbers mean nothing."""
-        return {
-            name
-            for record in (self.info, self.run.evaluation)
-            for name in record.get("random_weights", ())
-        }
+        """The models and metrics that are randomly initialised, whose numbers mean nothing."""
+        return {*self.spec.random_weights, *self.evaluation.random_weights}
 
-    @property
+    @cached_property
     def origin(self) -> dict[str, Any]:
         """The journal's fingerprint and provenance; {} of a run that is not trained.
 
@@ -165,15 +155,13 @@ class Result:
 
     @cached_property
     def scores(self) -> Scores:
-        """Of the evaluation, and of a server where it judged the images.
+        """The evaluation's scores, and a server's where one scored the images.
 
         Raises:
             ValueError: a file is missing or broken; names it.
         """
-        files = [self.run.scores]
-        if self.run.evaluation["server"]:
-            files.append(self.run.served_scores)
-        return read_scores(*files)
+        served = [self.run.served_scores] if self.evaluation.served else []
+        return read_scores(self.run.scores, *served)
 
     @cached_property
     def trajectory_rewards(self) -> pd.DataFrame:
@@ -184,21 +172,19 @@ class Result:
         """The journal's iterations; [] of a run that is not trained.
 
         Raises:
-            ValueError: a trained run has none; names the file.
+            ValueError: the journal of a trained run is missing or empty; names the file.
         """
-        if not self.run.trained:
+        if not self.spec.trained:
             return []
         if not self.run.journal.is_file():
-            raise ValueError(
-                f"{self.run.journal}: not found; `python -m tafs.training.train` writes it"
-            )
+            raise ValueError(f"{self.run.journal}: not found; training writes it")
         found = journal.iterations(self.run.journal)
         if not found:
-            raise ValueError(f"{self.run.journal}: holds no iteration")
+            raise ValueError(f"{self.run.journal}: contains no iteration")
         return found
 
     def seconds(self) -> list[float]:
-        """Each iteration's time."""
+        """The time of each iteration."""
         try:
             return [float(record["seconds"]["total"]) for record in self.iterations]
         except (KeyError, TypeError):
@@ -207,142 +193,146 @@ class Result:
 
 @dataclass(frozen=True)
 class System:
-    """Runs that differ in their training seed alone."""
+    """Runs that differ in their training seed only."""
 
     label: str
     results: tuple[Result, ...]  # sorted by seed
 
     @property
-    def info(self) -> dict[str, Any]:
-        return self.results[0].info
-
-    @property
-    def trained(self) -> bool:
-        return self.results[0].run.trained
-
-    @property
-    def sampler(self) -> str:
-        """The runs' own sampler for few steps."""
-        return str(self.info["sampler"])
+    def spec(self) -> RunSpec:
+        """The spec of the first run; the others differ in name and seed."""
+        return self.results[0].spec
 
     @property
     def full_steps(self) -> int:
-        """The untrained model's own steps."""
-        return int(self.results[0].run.evaluation["full"])
+        """The untrained model's own number of steps."""
+        return self.results[0].evaluation.full_steps
+
+    @property
+    def scores(self) -> Scores:
+        """The scores of the first run."""
+        return self.results[0].scores
 
     def values(self, sampler: str, nfe: int, metric: str, iteration: int | None = None) -> Array:
-        """[seeds, prompts, images] of the models after an iteration; None: the final ones.
+        """Scores of the models after an iteration, [seeds, prompts, images]; None: the final ones.
 
         Raises:
-            ValueError: a run was not scored so, or with other prompts; names its file.
+            ValueError: a run was not scored with this setting, or on other prompts; names its file.
         """
         arrays = []
         for result in self.results:
             scores = result.scores
-            at = int(result.info["iterations"]) if iteration is None else iteration
+            at = result.spec.iterations if iteration is None else iteration
             if (sampler, nfe, metric, at) not in scores.values:
                 found = ", ".join(f"{s} {n}" for s, n in scores.settings(at))
                 after = "" if iteration is None else f" after iteration {iteration}"
                 raise ValueError(
                     f"{scores.file}: no {metric} for sampler {sampler} at nfe {nfe}{after} "
-                    f"(has: {found})"
+                    f"(available: {found})"
                 )
-            check_paired(scores, self.results[0].scores)
+            check_paired(scores, self.scores)
             arrays.append(scores.values[sampler, nfe, metric, at])
         return np.stack(arrays)
 
 
 def check_paired(scores: Scores, other: Scores) -> None:
-    """Raises ValueError, naming both files, unless both scored the same prompts and images."""
+    """Raise ValueError, naming both files, unless both scored the same prompts and images."""
     for axis in ("prompts", "tags", "images"):
         if getattr(scores, axis) != getattr(other, axis):
-            raise ValueError(f"{scores.file}: its {axis} are not those of {other.file}")
+            raise ValueError(f"{scores.file}: its {axis} differ from those of {other.file}")
 
 
-def read_results(folders: Iterable[Path | str]) -> list[Result]:
-    """The runs' folders, each once.
+@dataclass(frozen=True)
+class LoadedTable:
+    """A table's spec with the system of every row."""
+
+    spec: TableSpec
+    systems: Mapping[RowSpec, System]  # rows of the same runs share a system
+
+    @cached_property
+    def distinct(self) -> list[System]:
+        """Every system once: untrained ones first, then in the order of the rows."""
+        found = list({row.runs: system for row, system in self.systems.items()}.values())
+        return sorted(found, key=lambda system: system.spec.trained)
+
+    @property
+    def results(self) -> list[Result]:
+        """Every run once."""
+        return [result for system in self.distinct for result in system.results]
+
+    @property
+    def metrics(self) -> list[str]:
+        """The metrics that any run was scored with, in the order of METRICS."""
+        known = {metric for result in self.results for metric in result.scores.metrics()}
+        return [metric for metric in METRICS if metric in known]
+
+    @property
+    def domains(self) -> tuple[list[str], list[str]]:
+        """(metrics that some run was trained on, metrics that none was trained on)."""
+        rewards = {name for result in self.results for name in result.spec.rewards}
+        known = self.metrics
+        return [m for m in known if m in rewards], [m for m in known if m not in rewards]
+
+    def base_of(self, system: System) -> System:
+        """The untrained model that a system started from.
+
+        Raises:
+            ValueError: it is not in the table; names it.
+        """
+        backbone = system.spec.backbone
+        for other in self.distinct:
+            if not other.spec.trained and other.spec.backbone == backbone:
+                return other
+        raise ValueError(f"{self.spec.name}: no base model {backbone!r}; set `base: true`")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that the report shows, each run read once."""
+
+    scale: str
+    tables: tuple[LoadedTable, ...]
+
+    @property
+    def random_weights(self) -> list[str]:
+        """The models and metrics of all tables that are randomly initialised."""
+        results = [result for table in self.tables for result in table.results]
+        return sorted(set[str]().union(*(result.random_weights for result in results)))
+
+
+def load(root: Path) -> Report:
+    """The report of ROOT/report_spec.json, on the run folders ROOT/runs.
 
     Raises:
-        ValueError: there is none.
+        FileNotFoundError, ValueError: report_spec.json is missing or broken; names it.
     """
-    results = [Result(folder) for folder in dict.fromkeys(Path(f) for f in folders)]
-    if not results:
-        raise ValueError("no runs were given")
-    return results
+    spec = ReportSpec.read(root / "report_spec.json")
+    return Report(spec.scale, tuple(load_tables(spec.tables, root / "runs")))
 
 
-def select(results: Iterable[Result], where: Mapping[str, Any], label: str = "") -> System:
-    """The runs whose run.json holds these values; "a.b" is key b of object a.
-
-    Raises:
-        ValueError: there is none, or two with the same seed.
-    """
-    seeds: dict[int, Result] = {}
-    for result in results:
-        if all(_lookup(result, key) == value for key, value in where.items()):
-            other = seeds.setdefault(int(result.info["seed"]), result)
-            if other is not result:
-                raise ValueError(
-                    f"{result.run.folder}: the same system and seed as {other.run.folder}"
-                )
-    if not seeds:
-        wanted = ", ".join(f"{key} {value}" for key, value in where.items())
-        raise ValueError(f"no run with {wanted} among the given ones")
-    chosen = tuple(seeds[seed] for seed in sorted(seeds))
-    return System(label or str(chosen[0].info["title"]), chosen)
-
-
-def _lookup(result: Result, key: str) -> Any:
-    value: Any = result.variant if key == "variant" else result.info
-    for part in key.split(".") if key != "variant" else ():
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
-
-
-def systems_of(results: Sequence[Result]) -> list[System]:
-    """Every system among the runs: base models first, then in the order of the runs."""
-    keys = ("variant", "task", "backbone")
-    found: dict[tuple[str, ...], System] = {}
-    for result in sorted(results, key=lambda r: r.run.trained):
-        where = {key: _lookup(result, key) for key in keys}
-        if tuple(where.values()) not in found:
-            found[tuple(where.values())] = select(results, where)
-    backbones = {backbone for _, _, backbone in found}
-    named = []
-    for (variant, task, backbone), system in found.items():
-        label = system.label
-        namesakes = [w for w, s in found.items() if s.label == label and w[2] == backbone]
-        if len({other for other, _, _ in namesakes}) > 1:
-            label = f"{label} ({variant})"
-        elif len(namesakes) > 1:
-            label = f"{label} ({task})"
-        if system.trained and len(backbones) > 1:
-            label = f"{label} + {backbone}"
-        named.append(System(label, system.results))
-    return named
+def load_tables(specs: Iterable[TableSpec], runs: Path) -> list[LoadedTable]:
+    """The tables with their systems; tables share the results of runs they have in common."""
+    results: dict[str, Result] = {}
+    tables = []
+    for spec in specs:
+        systems: dict[tuple[str, ...], System] = {}
+        for row in spec.rows:
+            own = [results.setdefault(name, Result(runs / name)) for name in row.runs]
+            by_seed = sorted(own, key=lambda result: result.spec.seed)
+            systems.setdefault(row.runs, System(row.label, tuple(by_seed)))
+        tables.append(LoadedTable(spec, {row: systems[row.runs] for row in spec.rows}))
+    return tables
 
 
 def step_correlation(result: Result, metric: str, step: int) -> stats.Estimate:
-    """Pearson's r of the reward of a step's image with that of the final image.
+    """Pearson's r between the rewards of the images at a step and of the final images.
 
     Raises:
         ValueError: the run has no such metric or step; names the file.
     """
-    scores = result.trajectory_rewards
-    table = scores[scores["metric"] == metric].pivot(index="prompt", columns="step", values="value")
+    rewards = result.trajectory_rewards
+    table = rewards[rewards["metric"] == metric]
+    table = table.pivot(index="prompt", columns="step", values="value")
     if step not in table.columns:
         raise ValueError(f"{result.run.trajectory_rewards}: no {metric} of step {step}")
     return stats.correlation(table[step].to_numpy(), table.iloc[:, -1].to_numpy())
-
-
-def metrics_of(results: Sequence[Result]) -> list[str]:
-    """Those of METRICS that any of the runs was scored with, in their order."""
-    known = {metric for result in results for metric in result.scores.metrics()}
-    return [metric for metric in METRICS if metric in known]
-
-
-def domains(results: Sequence[Result]) -> tuple[list[str], list[str]]:
-    """The metrics that any of the runs was trained on, and those that took no part."""
-    rewards = {name for result in results for name in result.info["rewards"]}
-    known = metrics_of(results)
-    return [m for m in known if m in rewards], [m for m in known if m not in rewards]

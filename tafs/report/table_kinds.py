@@ -1,25 +1,12 @@
-"""The experiments' tables, one function a kind of `config.Kind`."""
+"""The experiments' tables, one function per kind of `specs.Kind`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 from tafs.report import stats
-from tafs.report.formats import write
-from tafs.report.results import (
-    Result,
-    System,
-    check_paired,
-    domains,
-    metrics_of,
-    read_results,
-    select,
-    step_correlation,
-)
-from tafs.report.stats import Array
+from tafs.report.results import LoadedTable, check_paired, step_correlation
 from tafs.report.tables import (
     COMPUTE,
     ITERATIONS,
@@ -31,98 +18,76 @@ from tafs.report.tables import (
     Score,
     Statistic,
     Table,
+    rows_of,
 )
 from tafs.rewards.metrics import METRICS
-from tafs.runtime import run_dir
 
 
-def write_table(
-    spec: Mapping[str, Any],
-    run_dirs: Iterable[Path | str],
-    out_dir: Path | str,
-    *,
-    scale: str | None = None,
-) -> list[Path]:
-    """The table of an experiment, an entry of `config.tables`, of its kind.
-
-    Args:
-        run_dirs: the folders of the rows' runs.
-        scale: None takes the runs' own; the paper's values stand beside ours only where it is
-            "paper".
-
-    Returns:
-        The written files.
+def build(loaded: LoadedTable) -> Table:
+    """The table of an experiment, of its kind.
 
     Raises:
         ValueError: an input is missing or broken; names it.
     """
-    results = read_results(run_dirs)
-    if scale is None:
-        scale = _common_scale(results)
-    table = BUILD[spec["kind"]](spec, results)
-    return write(table, results, out_dir, published=scale == "paper")
+    return BUILD[loaded.spec.kind](loaded)
 
 
-def _scores_table(spec: Mapping[str, Any], results: Sequence[Result]) -> Table:
-    """Counts, times and all metrics."""
-    columns: list[Column] = [NFE_OLD, NFE_THETA, TIME, *map(Score, metrics_of(results))]
-    return Table(spec["name"], spec["caption"], _rows(spec), columns, header=spec["header"])
+def _scores_table(loaded: LoadedTable) -> Table:
+    """Network evaluations, iteration times and all metrics."""
+    spec = loaded.spec
+    columns: list[Column] = [NFE_OLD, NFE_THETA, TIME, *map(Score, loaded.metrics)]
+    return Table(spec.name, spec.caption, rows_of(loaded), columns, spec.header)
 
 
-def _compute_table(spec: Mapping[str, Any], results: Sequence[Result]) -> Table:
-    """All metrics after a share of the training."""
-    columns: list[Column] = [ITERATIONS, COMPUTE, *map(Score, metrics_of(results))]
+def _compute_table(loaded: LoadedTable) -> Table:
+    """All metrics after the part of the training that the common budget pays for."""
+    spec = loaded.spec
+    columns: list[Column] = [ITERATIONS, COMPUTE, *map(Score, loaded.metrics)]
     note = (
         "Evaluations: forward passes of the network per image of an iteration, times iterations; "
-        "one with gradients counts three. The number of iterations is the largest that the deadline "
+        "one with gradients counts three. The number of iterations is the largest that the budget "
         "pays for, and at most that of the whole training."
     )
-    return Table(
-        spec["name"], spec["caption"], _rows(spec), columns, header=spec["header"], notes=[note]
-    )
+    return Table(spec.name, spec.caption, rows_of(loaded), columns, spec.header, [note])
 
 
-def _gains_table(spec: Mapping[str, Any], results: Sequence[Result]) -> Table:
-    """Interquartile gains on the base model, and how often a prompt gets better."""
-    rows = _rows(spec)
-    bases = {row.where["backbone"]: row for row in rows if row.where["variant"] == run_dir.BASE}
-    trained = [row for row in rows if row.where["variant"] != run_dir.BASE]
+def _gains_table(loaded: LoadedTable) -> Table:
+    """Interquartile gains on the base model, and how often a prompt improves."""
+    spec = loaded.spec
+    rows = rows_of(loaded)
+    bases = {row.spec.backbone: row for row in rows if not row.system.spec.trained}
+    trained = [row for row in rows if row.system.spec.trained]
     rivals = {
-        row.where["backbone"]: row for row in trained if row.where["variant"] == spec["reference"]
+        row.spec.backbone: row for row in trained if row.spec.variant == spec.compute_reference
     }
     for row in trained:
-        if row.where["backbone"] not in bases:
-            raise ValueError(
-                f"{spec['name']}: no base model {row.where['backbone']!r}; set base: true"
-            )
+        loaded.base_of(row.system)
 
-    def values(row: Row, metrics: Sequence[str]) -> list[Array]:
-        system = select(results, row.where)
-        return [system.values(row.sampler or system.sampler, row.nfe, m) for m in metrics]
+    def values(row: Row, metrics: Sequence[str]) -> list[stats.Array]:
+        return [row.values(metric) for metric in metrics]
 
-    def gain(metrics: Sequence[str]) -> Callable[[System, Row], stats.Estimate]:
-        def estimate(system: System, row: Row) -> stats.Estimate:
-            base = bases[row.where["backbone"]]
-            tags = system.results[0].scores.tags
-            check_paired(system.results[0].scores, select(results, base.where).results[0].scores)
+    def gain(metrics: Sequence[str]) -> Callable[[Row], stats.Estimate]:
+        def estimate(row: Row) -> stats.Estimate:
+            base = bases[row.spec.backbone]
+            check_paired(row.system.scores, base.system.scores)
+            tags = row.system.scores.tags
             return stats.interquartile_effect(values(row, metrics), values(base, metrics), tags)
 
         return estimate
 
-    def improvement(others: Mapping[str, Row]) -> Callable[[System, Row], stats.Estimate]:
-        def estimate(system: System, row: Row) -> stats.Estimate:
-            other = others.get(row.where["backbone"])
+    def improvement(others: Mapping[str, Row]) -> Callable[[Row], stats.Estimate]:
+        def estimate(row: Row) -> stats.Estimate:
+            other = others.get(row.spec.backbone)
             if other is None or other is row:  # no rival, or the rival itself
                 nan = float("nan")
                 return stats.Estimate(nan, nan, nan, 0, 0, 0, "", 1.0)
-            tags = system.results[0].scores.tags
+            tags = row.system.scores.tags
             return stats.probability_of_improvement(values(row, known), values(other, known), tags)
 
         return estimate
 
-    known = metrics_of(results)
-    groups = dict(zip(("Trained rewards", "Other metrics"), domains(results), strict=True))
-    rival = select(results, rivals[next(iter(rivals))].where).label if rivals else ""
+    known = loaded.metrics
+    groups = dict(zip(("Trained rewards", "Other metrics"), loaded.domains, strict=True))
     columns: list[Column] = [
         *(
             Statistic(f"iqm_{title.split()[0].lower()}", title, 2, gain(metrics))
@@ -133,6 +98,7 @@ def _gains_table(spec: Mapping[str, Any], results: Sequence[Result]) -> Table:
         Statistic("better_than_base", "P(better than base)", 3, improvement(bases)),
     ]
     if rivals:
+        rival = next(iter(rivals.values())).spec.label
         title = f"P(better than {rival})"
         columns.append(Statistic("better_than_reference", title, 3, improvement(rivals)))
     notes = [
@@ -146,73 +112,43 @@ def _gains_table(spec: Mapping[str, Any], results: Sequence[Result]) -> Table:
         "P: how often a prompt's images are better, over all metrics and pairs of seeds; ties "
         "count half.",
     ]
-    beside = list(bases.values())
-    return Table(spec["name"], spec["caption"], trained, columns, spec["header"], notes, beside)
+    beside = [row.system for row in bases.values()]
+    return Table(spec.name, spec.caption, trained, columns, spec.header, notes, beside)
 
 
-def _correlation_table(spec: Mapping[str, Any], results: Sequence[Result]) -> Table:
-    """Pearson's r of earlier images' rewards with the final image's, a row a step."""
+def _correlation_table(loaded: LoadedTable) -> Table:
+    """Pearson's r between earlier images' rewards and the final image's, one row per step."""
+    spec = loaded.spec
+    several = len({row.backbone for row in spec.rows}) > 1
     rows = []
-    for row in _rows(spec):
-        scores = select(results, row.where).results[0].trajectory_rewards
-        last = int(scores["step"].max())
-        several = len({r["backbone"] for r in spec["rows"]}) > 1
+    for row in rows_of(loaded):
+        last = int(row.system.results[0].trajectory_rewards["step"].max())
         for step in range(2, last):
-            label = f"R{step} with R{last}" + (f", {row.label}" if several else "")
-            rows.append(replace(row, label=label, nfe=step, published=label, sampler="anneal"))
+            label = f"R{step} with R{last}" + (f", {row.spec.label}" if several else "")
+            changes = {"label": label, "nfe": step, "sampler": "anneal"}
+            rows.append(replace(row, spec=row.spec.model_copy(update=changes)))
 
-    def correlation(metric: str) -> Callable[[System, Row], stats.Estimate]:
-        return lambda system, row: step_correlation(system.results[0], metric, row.nfe)
+    def correlation(metric: str) -> Callable[[Row], stats.Estimate]:
+        return lambda row: step_correlation(row.system.results[0], metric, row.spec.nfe)
 
-    known = set(results[0].trajectory_rewards["metric"])
+    rewards = loaded.results[0].trajectory_rewards
+    known = set(rewards["metric"])
     columns = [
         Statistic(f"{m}_r", METRICS[m].title, 2, correlation(m), f"{m}_r")
         for m in METRICS
         if m in known
     ]
-    prompts = results[0].trajectory_rewards["prompt"].nunique()
+    prompts = rewards["prompt"].nunique()
     note = (
         f"Pearson's r over {prompts:,} training prompts, one annealed trajectory of each; R2 is "
         "the reward of the image at the second evaluation. GenEval is the graded training reward."
     )
-    return Table(spec["name"], spec["caption"], rows, columns, spec["header"], [note])
+    return Table(spec.name, spec.caption, rows, columns, spec.header, [note])
 
 
-BUILD: Mapping[str, Callable[[Mapping[str, Any], Sequence[Result]], Table]] = {
+BUILD: Mapping[str, Callable[[LoadedTable], Table]] = {
     "scores": _scores_table,
     "compute": _compute_table,
     "gains": _gains_table,
     "correlation": _correlation_table,
 }
-
-
-def _rows(spec: Mapping[str, Any]) -> list[Row]:
-    return [
-        Row(
-            where={key: row[key] for key in ("variant", "task", "backbone")},
-            nfe=row["nfe"],
-            sampler=row["sampler"],
-            label=row["label"],
-            iteration=row["iteration"],
-            published=row["label"],
-            first=_first_of_its_runs(row, spec["rows"]),
-            rule=row["rule"],
-        )
-        for row in spec["rows"]
-    ]
-
-
-def _first_of_its_runs(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> bool:
-    keys = ("variant", "task", "backbone")
-    return next(r for r in rows if all(r[key] == row[key] for key in keys)) is row
-
-
-def _common_scale(results: Sequence[Result]) -> str:
-    first = results[0]
-    for result in results:
-        if result.info["scale"] != first.info["scale"]:
-            raise ValueError(
-                f"{result.run.folder}: scale {result.info['scale']!r}, but {first.run.folder} has "
-                f"{first.info['scale']!r}"
-            )
-    return str(first.info["scale"])

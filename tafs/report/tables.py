@@ -1,18 +1,18 @@
-"""Tables as data: rows select runs, columns say what is printed, and `fill` computes the cells."""
+"""Tables as data: rows are systems, columns say what is printed, and `fill` computes the cells."""
 
 from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from tafs.experiment.specs import RowSpec
 from tafs.report import stats
-from tafs.report.results import Result, System, check_paired, select
+from tafs.report.results import LoadedTable, System, check_paired
 from tafs.rewards.metrics import METRICS
 
 PUBLISHED = Path(__file__).parent / "paper"  # the paper's tables
@@ -20,27 +20,26 @@ PUBLISHED = Path(__file__).parent / "paper"  # the paper's tables
 
 @dataclass(frozen=True)
 class Row:
-    """One system at one number of steps."""
+    """A system at one number of steps."""
 
-    where: Mapping[str, Any]  # see `select`
-    nfe: int
-    sampler: str | None = None  # None: the run's own for few steps
-    label: str = ""  # "": the runs' title
-    iteration: int | None = None  # None: the final model
-    published: str | None = None  # its name in the first column of the paper's table
-    first: bool = True  # of its system: where the paper's table has no steps, it prints one row
-    rule: bool = False  # a line above it
+    spec: RowSpec
+    system: System
+    first: bool = True  # of its system: a paper's table without steps prints one row for it
+
+    def values(self, metric: str) -> stats.Array:
+        """The row's scores, [seeds, prompts, images]; see `System.values`."""
+        return self.system.values(self.spec.sampler, self.spec.nfe, metric, self.spec.iteration)
 
 
 @dataclass(frozen=True)
 class Number:
     """A column of plain numbers."""
 
-    name: str  # in the CSV, and in the paper's
+    name: str  # in the CSV and in the paper's table
     title: str
     latex: str
     digits: int
-    read: Callable[[System, Row], float | None]
+    read: Callable[[Row], float | None]
 
 
 @dataclass(frozen=True)
@@ -60,13 +59,13 @@ class Score:
 
 @dataclass(frozen=True)
 class Statistic:
-    """A column of other estimates with intervals."""
+    """A column of other estimates, with intervals."""
 
     name: str
     title: str
     digits: int
-    estimate: Callable[[System, Row], stats.Estimate]
-    published: str = ""  # its column in the paper's tables
+    estimate: Callable[[Row], stats.Estimate]
+    published: str = ""  # its column in the paper's table
 
 
 Column = Number | Score | Statistic
@@ -78,9 +77,9 @@ class Table:
     caption: str
     rows: Sequence[Row]
     columns: Sequence[Column]
-    header: str = "Method"  # of the rows' labels
-    notes: Sequence[str] = ()  # what a reader must know beside the statistics
-    beside: Sequence[Row] = ()  # not printed, but what is printed is computed from them too
+    header: str = "Method"  # of the column of labels
+    notes: Sequence[str] = ()  # printed before those on the statistics
+    beside: Sequence[System] = ()  # not printed, but used to compute what is printed
 
 
 @dataclass(frozen=True)
@@ -96,76 +95,81 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """A row with its values."""
+    """A row with its cells."""
 
     row: Row
-    system: System
-    sampler: str
     cells: Sequence[Cell]
 
 
-def iteration_time(system: System, row: Row) -> float | None:
+def rows_of(table: LoadedTable) -> list[Row]:
+    """The rows of a loaded table, in order."""
+    seen: set[tuple[str, ...]] = set()
+    rows = []
+    for spec, system in table.systems.items():
+        rows.append(Row(spec, system, first=spec.runs not in seen))
+        seen.add(spec.runs)
+    return rows
+
+
+def _iteration_time(row: Row) -> float | None:
     """Median over iterations and seeds, in seconds."""
-    times = [time for result in system.results for time in result.seconds()]
+    times = [time for result in row.system.results for time in result.seconds()]
     return float(np.median(times)) if times else None
 
 
-def _compute(system: System, row: Row) -> float | None:
-    """Training compute in network evaluations per image of an iteration; see `Method.forward_equivalents`."""
-    iterations = _iterations(system, row)
-    return None if iterations is None else float(system.info["forward_equivalents"] * iterations)
+def _compute(row: Row) -> float | None:
+    """Training compute in forward passes per image; see `Method.forward_equivalents`."""
+    iterations = _iterations(row)
+    spec = row.system.spec
+    return None if iterations is None else spec.forward_equivalents * iterations
 
 
-def _iterations(system: System, row: Row) -> float | None:
-    if not system.trained:
+def _iterations(row: Row) -> float | None:
+    if not row.system.spec.trained:
         return None
-    return float(system.info["iterations"] if row.iteration is None else row.iteration)
+    at = row.spec.iteration
+    return float(row.system.spec.iterations if at is None else at)
 
 
 NFE_OLD = Number(
-    "nfe_old", "NFE_old", r"$\mathrm{NFE}_{\mathrm{old}}$", 0, lambda s, _: s.info.get("nfe_old")
+    "nfe_old", "NFE_old", r"$\mathrm{NFE}_{\mathrm{old}}$", 0, lambda row: row.system.spec.nfe_old
 )
 NFE_THETA = Number(
-    "nfe_theta", "NFE_θ", r"$\mathrm{NFE}_{\theta}$", 0, lambda s, _: s.info.get("nfe_theta")
+    "nfe_theta", "NFE_θ", r"$\mathrm{NFE}_{\theta}$", 0, lambda row: row.system.spec.nfe_theta
 )
 ITERATIONS = Number("iterations", "Iterations", "Iterations", 0, _iterations)
 COMPUTE = Number("compute", "Evaluations", "Evaluations", 0, _compute)
-TIME = Number("iteration_time_s", "Time (s)", "Time (s)", 2, iteration_time)
+TIME = Number("iteration_time_s", "Time (s)", "Time (s)", 2, _iteration_time)
 
 
-def fill(table: Table, results: Sequence[Result], published: bool = False) -> list[Line]:
-    """The table's values, with the best of a column marked where `stats.supported_winner` is sure.
+def fill(table: Table, published: bool = False) -> list[Line]:
+    """The table's cells. The best of a column is marked where `stats.supported_winner` finds one.
 
     Args:
-        published: put the paper's values beside them.
+        published: whether to put the paper's values beside them.
 
     Raises:
-        ValueError: a run, a file or a value is missing; names it.
+        ValueError: a file or a value of a run is missing; names it.
     """
     paper = _published(table.name) if published else []
-    chosen = [(row, select(results, row.where, row.label)) for row in table.rows]
-    entries = [(row, system, row.sampler or system.sampler) for row, system in chosen]
     columns: list[list[Cell]] = []
     for column in table.columns:
         if isinstance(column, Number):
             name = column.name
-            cells = [Cell(column.read(s, row), column.digits) for row, s, _ in entries]
+            cells = [Cell(column.read(row), column.digits) for row in table.rows]
         elif isinstance(column, Score):
             name = METRICS[column.metric].published
-            cells = _score_cells(column.metric, entries)
+            cells = _score_cells(column.metric, table.rows)
         else:
             name = column.published
-            cells = [_estimated(column.estimate(s, row), column.digits) for row, s, _ in entries]
+            cells = [_estimated(column.estimate(row), column.digits) for row in table.rows]
         columns.append(
             [
                 replace(cell, published=_beside(paper, row).get(name) or None)
-                for cell, (row, _, _) in zip(cells, entries, strict=True)
+                for cell, row in zip(cells, table.rows, strict=True)
             ]
         )
-    return [
-        Line(row, system, sampler, [cells[i] for cells in columns])
-        for i, (row, system, sampler) in enumerate(entries)
-    ]
+    return [Line(row, [cells[i] for cells in columns]) for i, row in enumerate(table.rows)]
 
 
 def _estimated(estimate: stats.Estimate, digits: int, best: bool = False) -> Cell:
@@ -173,17 +177,17 @@ def _estimated(estimate: stats.Estimate, digits: int, best: bool = False) -> Cel
     return Cell(value, digits, None, estimate, best)
 
 
-def _score_cells(name: str, entries: Sequence[tuple[Row, System, str]]) -> list[Cell]:
+def _score_cells(name: str, rows: Sequence[Row]) -> list[Cell]:
     metric = METRICS[name]
-    first = entries[0][1].results[0].scores
+    first = rows[0].system.scores
     arrays, sources = [], []
-    for row, system, sampler in entries:
-        arrays.append(metric.factor * system.values(sampler, row.nfe, name, row.iteration))
-        check_paired(system.results[0].scores, first)
-        sources.append(tuple(result.run.folder for result in system.results))
+    for row in rows:
+        arrays.append(metric.factor * row.values(name))
+        check_paired(row.system.scores, first)
+        sources.append(tuple(result.run.folder for result in row.system.results))
     best = None
-    # What another seed would change is not known of a model trained with one.
-    if all(len(system.results) > 1 for _, system, _ in entries if system.trained):
+    # With one seed, the effect of another seed is unknown.
+    if all(len(row.system.results) > 1 for row in rows if row.system.spec.trained):
         best = stats.supported_winner(arrays, first.tags, sources=sources, macro=metric.macro)
     return [
         _estimated(
@@ -194,7 +198,7 @@ def _score_cells(name: str, entries: Sequence[tuple[Row, System, str]]) -> list[
 
 
 def _published(name: str) -> list[dict[str, str]]:
-    """Rows of the paper's table; none of a table of our own."""
+    """Rows of the paper's table; [] for a table that the paper does not have."""
     published = PUBLISHED / f"{name}.csv"
     if not published.is_file():
         return []
@@ -203,13 +207,13 @@ def _published(name: str) -> list[dict[str, str]]:
 
 
 def _beside(paper: Sequence[dict[str, str]], row: Row) -> dict[str, str]:
-    """The paper's row of this name, and of this number of steps where the paper tells it."""
+    """The paper's row with this label, and with this number of steps where the paper gives it."""
     for other in paper:
-        # table1.csv has the rows' group before their name.
+        # In table1.csv a column of groups comes before the names.
         name = other.get("method") or next(iter(other.values()))
         steps = other.get("nfe")
-        fits = steps == str(row.nfe) if steps else row.first
-        if row.published and fits and _same_name(name, row.published):
+        fits = steps == str(row.spec.nfe) if steps else row.first
+        if fits and _same_name(name, row.spec.label):
             return other
     return {}
 

@@ -1,85 +1,70 @@
-"""image_grid."""
+"""Sampled images side by side: a row per prompt, a column per system."""
 
 from __future__ import annotations
 
+import json
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from safetensors import SafetensorError, safe_open
 
-from tafs.report.figures.style import DPI, _save, _style
-from tafs.report.results import (
-    Result,
-    read_results,
-    systems_of,
-)
-from tafs.runtime import run_dir
+from tafs.report.figures.style import DPI, save, style
+from tafs.report.results import LoadedTable, Result
+from tafs.runtime.run_dir import SAMPLES_PER_TAG
 
-ROWS = 12  # of prompts in a grid of images
+ROWS = 12  # of prompts in a grid, by default
 
 
 def image_grid(
-    run_dirs: Iterable[Path | str],
-    out_dir: Path | str,
-    *,
-    name: str = "image_grid",
-    captions: Sequence[str],
-    indices: Sequence[int] | None = None,
-    per_tag: int | None = None,
-    nfe: int,
+    table: LoadedTable, out_dir: Path, name: str, *, per_tag: int | None = None
 ) -> list[Path]:
-    """The same prompts and start noise side by side, each system's lowest seed.
+    """The same prompts and start noise side by side, from each system's lowest seed.
 
     Args:
-        captions: the text of every prompt, in their order.
-        indices: the prompts to show; None takes the first `per_tag` of each task, which by default
-            are ROWS together, of those whose images are kept.
+        per_tag: prompts shown of each tag, of those whose images are kept; None: ROWS in total.
 
     Raises:
-        ValueError: an input is missing or broken, or the captions do not fit; names it.
+        ValueError: an input is missing or broken; names it.
     """
-    results = read_results(run_dirs)
     columns: list[tuple[str, Result, str]] = []
-    systems = systems_of(results)
-    for system in systems:
-        steps = [nfe] if system.trained else [system.full_steps, nfe]
-        for n in dict.fromkeys(steps):
+    for system in table.distinct:
+        few = table.spec.few_nfe
+        for n in dict.fromkeys([few] if system.spec.trained else [system.full_steps, few]):
             title = f"{textwrap.fill(system.label, 14)}\n{n} steps"
-            columns.append((title, system.results[0], f"{system.sampler}-{n}"))
-    scores = systems[0].results[0].scores
+            columns.append((title, system.results[0], f"{system.spec.sampler}-{n}"))
+    scores = table.distinct[0].scores
     tags = dict(zip(scores.prompts, scores.tags, strict=True))
-    fair = min(run_dir.SAMPLES_PER_TAG, ROWS // len(set(tags.values())))
-    shown = list(indices) if indices is not None else _first_of_each(tags, per_tag or max(fair, 1))
-    if not shown:
-        raise ValueError("no prompts to show")
-    if max(shown) >= len(captions):
-        raise ValueError(f"prompt {max(shown)} has no caption: {len(captions)} were given")
+    fair = min(SAMPLES_PER_TAG, ROWS // len(set(tags.values())))
+    shown = _first_of_each(tags, per_tag or max(fair, 1))
+    captions = _captions(columns[0][1])
     images = [_samples(result, key, shown) for _, result, key in columns]
-    with _style():
-        figure = _grid(columns, images, shown, captions, tags)
-        return _save(figure, out_dir, name, systems)
+    with style():
+        figure = _grid([title for title, _, _ in columns], images, shown, captions, tags)
+        return save(figure, out_dir, name, table.distinct)
 
 
 def _grid(
-    columns: Sequence[tuple[str, Result, str]],
+    titles: Sequence[str],
     images: Sequence[np.ndarray],
     shown: Sequence[int],
-    captions: Sequence[str],
-    tags: dict[int, str],
+    captions: Mapping[int, str],
+    tags: Mapping[int, str],
 ) -> Figure:
-    """In inches: the cells' sides are whole multiples of 24 pixels at the figure's dpi."""
+    """The figure; lengths are in inches. Cells are a whole multiple of 24 pixels wide at DPI."""
     side, gap, text, between = 0.72, 0.04, 1.75, 0.1
-    head = 0.2 + 0.12 * max(title.count("\n") + 1 for title, _, _ in columns)
-    # Prompts of one task stand together.
+    head = 0.2 + 0.12 * max(title.count("\n") + 1 for title in titles)
+    # A gap separates the tasks.
     breaks = [i > 0 and tags.get(a) != tags.get(shown[i - 1]) for i, a in enumerate(shown)]
-    width = text + len(columns) * (side + gap)
+    width = text + len(titles) * (side + gap)
     height = head + len(shown) * (side + gap) + sum(breaks) * between + gap
     figure = Figure(figsize=(width, height))
     top = height - head
-    for (title, _, _), i in zip(columns, range(len(columns)), strict=True):
+    for i, title in enumerate(titles):
         x = text + i * (side + gap) + side / 2
         figure.text(x / width, (top + 0.06) / height, title, ha="center", va="bottom", fontsize=7.5)
     for row, prompt in enumerate(shown):
@@ -98,7 +83,7 @@ def _grid(
             box = (left / width, (top - side) / height, side / width, side / height)
             axes = figure.add_axes(box)
             axes.set(xticks=[], yticks=[])
-            for spine in axes.spines.values():  # many pictures are white up to their edges
+            for spine in axes.spines.values():  # many images are white up to their edges
                 spine.set(visible=True, color="#dddddd")
             small = max(stack[row].shape[:2]) <= side * DPI
             axes.imshow(stack[row], interpolation="nearest" if small else "antialiased")
@@ -106,29 +91,49 @@ def _grid(
     return figure
 
 
-def _samples(result: Result, key: str, shown: Sequence[int]) -> np.ndarray:
-    """uint8 [shown, H, W, 3]; reads no other images."""
-    file = result.run.samples
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """samples.safetensors.
+
+    Raises:
+        ValueError: it is missing or broken; names it.
+    """
     if not file.is_file():
-        raise ValueError(f"{file}: not found; `python -m tafs.evaluation.evaluate` writes it")
+        raise ValueError(f"{file}: not found; the workflow's rule evaluate writes it")
     try:
         with safe_open(file, framework="numpy") as stored:
-            for needed in ("prompts", key):
-                if needed not in stored.keys():  # noqa: SIM118 (no mapping)
-                    found = ", ".join(sorted(stored.keys()))
-                    raise ValueError(f"{file}: has no {needed!r} (has: {found})")
-            place = {int(p): i for i, p in enumerate(stored.get_tensor("prompts"))}
-            missing = [prompt for prompt in shown if prompt not in place]
-            if missing:
-                raise ValueError(f"{file}: has no prompt {missing[0]}")
-            part = stored.get_slice(key)
-            return np.concatenate([part[place[p] : place[p] + 1] for p in shown])
+            yield stored
     except SafetensorError as error:
         raise ValueError(f"{file}: not a safetensors file ({error})") from None
 
 
-def _first_of_each(tags: dict[int, str], count: int) -> list[int]:
-    """The first prompts of each tag; tags in order of their first prompt."""
+def _captions(result: Result) -> dict[int, str]:
+    """The texts of the prompts whose images are kept, by the prompt's number."""
+    with _opened(result.run.samples) as stored:
+        texts = (stored.metadata() or {}).get("captions")
+        if texts is None:
+            raise ValueError(f"{result.run.samples}: has no captions; evaluate the run again")
+        return dict(zip(map(int, stored.get_tensor("prompts")), json.loads(texts), strict=True))
+
+
+def _samples(result: Result, key: str, shown: Sequence[int]) -> np.ndarray:
+    """The images of the prompts `shown`, uint8 [shown, H, W, 3]; no other images are read."""
+    file = result.run.samples
+    with _opened(file) as stored:
+        for needed in ("prompts", key):
+            if needed not in stored.keys():  # noqa: SIM118 (not a mapping)
+                found = ", ".join(sorted(stored.keys()))
+                raise ValueError(f"{file}: has no {needed!r} (available: {found})")
+        place = {int(p): i for i, p in enumerate(stored.get_tensor("prompts"))}
+        missing = [prompt for prompt in shown if prompt not in place]
+        if missing:
+            raise ValueError(f"{file}: has no prompt {missing[0]}")
+        part = stored.get_slice(key)
+        return np.concatenate([part[place[p] : place[p] + 1] for p in shown])
+
+
+def _first_of_each(tags: Mapping[int, str], count: int) -> list[int]:
+    """The first prompts of each tag; tags in the order of their first prompt."""
     groups: dict[str, list[int]] = {}
     for prompt in sorted(tags):
         groups.setdefault(tags[prompt], []).append(prompt)

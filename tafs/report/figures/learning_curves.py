@@ -1,8 +1,8 @@
-"""learning_curves."""
+"""Training rewards against iterations and compute time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,44 +10,34 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tafs.report.figures.style import _legend, _looks, _save, _style
-from tafs.report.results import (
-    Result,
-    System,
-    read_results,
-    systems_of,
-)
+from tafs.report.figures.style import legend, looks, save, style
+from tafs.report.results import LoadedTable, Result, System
 from tafs.report.stats import Array
 from tafs.rewards.metrics import METRICS
 
 
-def learning_curves(
-    run_dirs: Iterable[Path | str], out_dir: Path | str, *, name: str = "learning_curves"
-) -> list[Path]:
-    """Each training reward of the final image against iterations, and against compute time.
+def learning_curves(table: LoadedTable, out_dir: Path, name: str) -> list[Path]:
+    """Each training reward of the final image against iterations and against compute time.
 
-    Thin lines are the seeds. Thick ones are their mean and bands their range, of running means over
-    an eighth of the iterations: every iteration draws other prompts, which hides the trend. Compute
-    time counts iterations at their median time, as tables have it: runs disturb one another.
+    Thin lines are the seeds; thick lines are their means and bands their ranges, of running means
+    over an eighth of the iterations, because every iteration draws other prompts. Compute time
+    counts every iteration at the median time, as the tables do, because runs disturb one another.
 
     Raises:
         ValueError: no run is trained, or an input is missing or broken; names it.
     """
-    results = read_results(run_dirs)
-    systems = systems_of(results)
-    looks = dict(zip((s.label for s in systems), _looks(systems), strict=True))
-    trained = [system for system in systems if system.trained]
+    systems = table.distinct
+    look_of = dict(zip(systems, looks(systems), strict=True))
+    trained = [system for system in systems if system.spec.trained]
     if not trained:
-        raise ValueError("no trained run among the given ones")
+        raise ValueError(f"{table.spec.name}: no run is trained")
     names = _training_rewards(trained)
-    pace = {
-        s.label: float(np.median(np.concatenate([r.seconds() for r in s.results]))) for s in trained
-    }
-    longest = max(pace[s.label] * len(r.iterations) for s in trained for r in s.results)
+    pace = {s: float(np.median(np.concatenate([r.seconds() for r in s.results]))) for s in trained}
+    longest = max(pace[s] * len(r.iterations) for s in trained for r in s.results)
     larger = (unit for unit in (("h", 3600), ("min", 60)) if longest > 5 * unit[1])
     unit, scale = next(larger, ("s", 1))
     window = max(1, min(len(r.iterations) for s in trained for r in s.results) // 8)
-    with _style():
+    with style():
         size = (3.2 * len(names) + 0.2, 4.7)
         figure = Figure(figsize=size, layout="constrained")
         panels = figure.subplots(2, len(names), squeeze=False, sharey="col")
@@ -64,22 +54,22 @@ def learning_curves(
                 if any(curve is None for curve in curves):
                     continue
                 rewards = [curve for curve in curves if curve is not None]
-                colour, label = looks[system.label].colour, system.label
+                colour, label = look_of[system].colour, system.label
                 numbers = [
                     np.array([r["iteration"] for r in result.iterations], dtype=float)
                     for result in system.results
                 ]
-                clock = [(number + 1) * pace[label] / scale for number in numbers]
+                clock = [(number + 1) * pace[system] / scale for number in numbers]
                 _seeds(panels[0, j], numbers, rewards, colour, label, window)
                 _seeds(panels[1, j], clock, rewards, colour, label, window)
         for axes in panels[:, 0]:
             axes.set_ylabel(f"Reward, mean of {window} iterations" if window > 1 else "Reward")
-        _legend(figure, *panels[0])
-        return _save(figure, out_dir, name, systems)
+        legend(figure, *panels[0])
+        return save(figure, out_dir, name, systems)
 
 
 def _training_rewards(trained: Sequence[System]) -> list[str]:
-    """METRICS in their order, then others by name."""
+    """The training rewards: those of METRICS in their order, then others by name."""
     found = {
         name
         for system in trained
@@ -99,13 +89,13 @@ def _reward(result: Result, name: str) -> Array | None:
         values = [record["rewards"][name][-1] for record in result.iterations]
     except (KeyError, IndexError, TypeError):
         raise ValueError(f"{result.run.journal}: an iteration has no reward {name!r}") from None
-    return np.array(values, dtype=float)  # null, where it was not finite, becomes NaN
+    return np.array(values, dtype=float)  # null stands for a value that was not finite
 
 
 def _seeds(
     axes: Axes, x: Sequence[Array], y: Sequence[Array], colour: str, label: str, window: int
 ) -> None:
-    """Every seed; the mean and the range of their running means where all of them have values."""
+    """Draw every seed, and the mean and range of their running means where all have values."""
     smooth = [_running_mean(values, window) for values in y]
     if len(x) > 1 or window > 1:
         for times, values in zip(x, y, strict=True):
@@ -119,12 +109,12 @@ def _seeds(
         axes.fill_between(grid, curves.min(0), curves.max(0), color=colour, alpha=0.15, linewidth=0)
     else:
         grid, curves = x[0], smooth[0][None]
-    single = "o" if len(grid) == 1 else None  # one point makes no line
+    single = "o" if len(grid) == 1 else None  # a line needs two points
     axes.plot(grid, curves.mean(0), color=colour, label=label, marker=single)
 
 
 def _running_mean(values: Array, window: int) -> Array:
-    """Centred means of `window` values, of fewer at the ends."""
+    """Centred means over `window` values, over fewer at the ends."""
     kernel = np.ones(window)
     counts = np.convolve(np.ones(len(values)), kernel, mode="same")
     means: Array = np.convolve(values, kernel, mode="same") / counts

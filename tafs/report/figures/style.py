@@ -1,4 +1,4 @@
-"""style."""
+"""The look of all figures: colours, markers, legends, and saving with equal bytes."""
 
 from __future__ import annotations
 
@@ -13,15 +13,13 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tafs.report.results import (
-    System,
-)
+from tafs.report.results import System
 
 DPI = 200
 
 
-# Okabe & Ito's colours, which colour-blind readers tell apart; a method looks the same everywhere,
-# but for the line, which tells the models apart on which it was trained.
+# Okabe & Ito's colours, which colour-blind readers can distinguish. A method looks the same in all
+# figures; the line style shows the model on which it was trained.
 LOOKS = {
     "base": ("#4d4d4d", "o"),
     "tafs_grpo": ("#d55e00", "D"),
@@ -31,8 +29,6 @@ LOOKS = {
     "rg_lcd": ("#e69f00", "P"),
     "reward_instruct": ("#56b4e9", "X"),
 }
-
-
 OTHERS = (
     ("#882255", "p"),
     ("#999933", "h"),
@@ -45,15 +41,11 @@ OTHERS = (
     ("#88ccee", "p"),
     ("#6699cc", "s"),
 )
-
-
 LINES = ("-", "--", "-.", ":")
-
-
 STYLE: dict[str, Any] = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib: the same on every machine
+    "font.family": "DejaVu Sans",  # part of matplotlib: the same on every machine
     "font.size": 8,
-    "text.parse_math": False,  # a prompt or a title may hold dollar signs
+    "text.parse_math": False,  # a prompt or a title may contain dollar signs
     "axes.titlesize": 9,
     "axes.labelsize": 8,
     "axes.spines.top": False,
@@ -79,8 +71,8 @@ STYLE: dict[str, Any] = {
 }
 
 
-def _line(look: Look) -> dict[str, Any]:
-    """matplotlib's properties of a line with markers, which are hollow on a broken line."""
+def line(look: Look) -> dict[str, Any]:
+    """matplotlib's properties of a line with markers; the markers of a broken line are hollow."""
     fill = {} if look.line == "-" else {"markerfacecolor": "white"}
     return {"color": look.colour, "marker": look.marker, "linestyle": look.line, **fill}
 
@@ -93,33 +85,32 @@ class Look(NamedTuple):
     line: str
 
 
-def _looks(systems: Sequence[System]) -> list[Look]:
-    """A look a system: the method's own, or the next free one; a line a trained model."""
-    trained = list(dict.fromkeys(s.info["backbone"] for s in systems if s.trained))
+def looks(systems: Sequence[System]) -> list[Look]:
+    """A look per system: a method's own colour and marker, and a line style per trained model."""
+    trained = list(dict.fromkeys(s.spec.backbone for s in systems if s.spec.trained))
     free = iter(OTHERS * len(systems))
     taken: dict[tuple[str, ...], tuple[str, str]] = {}
-    looks = []
-    for system in systems:
-        info = system.info
-        key: tuple[str, ...] = (system.results[0].variant, str(info.get("task")))
-        if not system.trained and info["backbone"] not in trained:
-            key = (str(info["backbone"]),)
+    found = []
+    for spec in (system.spec for system in systems):
+        key: tuple[str, ...] = (spec.variant, spec.task)
+        if not spec.trained and spec.backbone not in trained:
+            key = (spec.backbone,)
         if key not in taken:
-            own = LOOKS.get(str(info["method"]))
+            own = LOOKS.get(spec.method)
             taken[key] = own if own and own not in taken.values() else next(free)
-        place = trained.index(info["backbone"]) if info["backbone"] in trained else 0
-        looks.append(Look(*taken[key], LINES[place % len(LINES)]))
-    return looks
+        place = trained.index(spec.backbone) if spec.backbone in trained else 0
+        found.append(Look(*taken[key], LINES[place % len(LINES)]))
+    return found
 
 
-def _legend(figure: Figure, *panels: Axes, columns: int = 5) -> None:
+def legend(figure: Figure, *panels: Axes, columns: int = 5) -> None:
     """One legend for all panels, above them."""
     entries: dict[str, Artist] = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
     if max(map(len, entries), default=0) > 20:
-        columns = min(columns, 3)  # more long labels than that are wider than the panels
+        columns = min(columns, 3)  # more long labels would be wider than the panels
     rows = -(-len(entries) // columns)
     figure.legend(
         list(entries.values()),
@@ -132,17 +123,17 @@ def _legend(figure: Figure, *panels: Axes, columns: int = 5) -> None:
 
 
 @contextmanager
-def _style() -> Iterator[None]:
-    """Our style on matplotlib's own defaults, whatever a user's matplotlibrc says."""
+def style() -> Iterator[None]:
+    """Apply STYLE to matplotlib's defaults, ignoring the user's matplotlibrc."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        parameters: Any = matplotlib.rcParams  # its type knows every single key
+        parameters: Any = matplotlib.rcParams  # its type lists every key
         parameters.update(STYLE)
         yield
 
 
-def _save(figure: Figure, out_dir: Path | str, name: str, systems: Sequence[System]) -> list[Path]:
-    """Without dates and versions, so that equal figures are equal files."""
+def save(figure: Figure, out_dir: Path, name: str, systems: Sequence[System]) -> list[Path]:
+    """Write NAME.png and NAME.pdf without dates and versions: equal figures are equal files."""
     if any(result.random_weights for system in systems for result in system.results):
         width, height = figure.get_size_inches()
         figure.text(
@@ -156,9 +147,8 @@ def _save(figure: Figure, out_dir: Path | str, name: str, systems: Sequence[Syst
             color="#cc3311",
             alpha=0.3,
         )
-    folder = Path(out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"{name}.png", folder / f"{name}.pdf"]
+    out_dir.mkdir(parents=True, exist_ok=True)
+    files = [out_dir / f"{name}.png", out_dir / f"{name}.pdf"]
     figure.savefig(files[0], metadata={"Software": None})
     figure.savefig(files[1], metadata={"CreationDate": None, "Creator": None, "Producer": None})
     return files
