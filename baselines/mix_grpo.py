@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 
 from tafs.methods import PolicyGradient
-from tafs.models import sampling
-from tafs.models.base import Backbone
+from tafs.models import Backbone, sampling
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,8 +25,7 @@ import torch
 from torch import Tensor
 
 from tafs.methods import LossPart, Method, Trajectory, UpdateInputs
-from tafs.models import sampling
-from tafs.models.base import Backbone, Conditioning
+from tafs.models import Backbone, Conditioning, sampling
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import tafs  # isort: skip - before whatever imports torchvision
+import tafs.common.torchvision_patch  # noqa: F401  # isort: skip
 
 import diffusers
 import torch
@@ -47,11 +47,11 @@ from tafs.experiment import schema, validate
 from tafs.methods import registry as methods
 from tafs.methods.base import Method, Trajectory
 from tafs.methods.policy_gradient import PolicyGradient
-from tafs.models import catalog, flops
-from tafs.models.base import Conditioning, fast_dtype
+from tafs.models import Conditioning, catalog, flops
+from tafs.models.backbones.flux import FluxBackbone
+from tafs.models.backbones.sd3 import SD3Backbone
+from tafs.models.base import fast_dtype
 from tafs.models.flops import Architecture, Network, describe
-from tafs.models.flux import FluxBackbone
-from tafs.models.sd3 import SD3Backbone
 from tafs.rewards import registry
 from tafs.rewards.clip import CLIPScore, PickScore
 from tafs.rewards.registry import RewardSet
@@ -217,7 +217,7 @@ def build(
         resolution=size.resolution,
         dtype=getattr(torch, scale.dtype),
         device=device,
-        lora=scale.lora,
+        lora_rank=scale.lora.rank,
     )
     if checkpointing:
         for module in (backbone.transformer, backbone.pipeline.vae):

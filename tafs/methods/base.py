@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tafs.models.base import Backbone, Conditioning
+from tafs.models import Backbone, Conditioning
 
 
 @dataclass(frozen=True)

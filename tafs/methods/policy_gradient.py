@@ -10,8 +10,7 @@ from torch import Tensor
 
 from tafs.methods import grpo
 from tafs.methods.base import LossPart, Method, Trajectory, UpdateInputs
-from tafs.models import sampling
-from tafs.models.base import Backbone, Conditioning
+from tafs.models import Backbone, Conditioning, sampling
 from tafs.models.sampling import Transition
 
 

@@ -1,4 +1,4 @@
-"""What every backbone shares: prompts, decoding, the time grid, LoRA, saving and loading."""
+"""The base class of trainable models: prompts, network, decoding, time grid and LoRA adapters."""
 
 from __future__ import annotations
 
@@ -6,27 +6,32 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+import tafs.common.torchvision_patch  # noqa: F401  # isort: skip
 import torch
-from diffusers import DiffusionPipeline
-from diffusers.training_utils import _collate_lora_metadata
-from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tafs.models.conditioning import Conditioning
 from tafs.models.sampling import shifted
 
-KEPT_BYTES = 4 << 30  # of prompts' embeddings in host memory, for each process
-ADAPTER_NAME = re.compile(r"\.[^.]+\.weight$")  # peft's, which files do not have
-TIMESTEPS = 1000  # the networks read t in [0, 1] as a timestep in [0, 1000]
+# diffusers and peft are imported where they are used: they take seconds, and all methods import
+# this module.
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
-# The adapted layers: every projection of the joint attention, as in Flow-GRPO's public settings for
-# SD3.5-M (those for FLUX.1 add the double blocks' feed-forward layers). FLUX.1's single blocks have
-# no output projection of their own, and SD3.5-M's second attention, `attn2`, stays as it is.
+KEPT_BYTES = 4 << 30  # memory for prompt embeddings on the host, per process
+ADAPTER_NAME = re.compile(r"\.[^.]+\.weight$")  # peft's name of an adapter, which files lack
+TIMESTEPS = 1000  # many networks take t in [0, 1] as a timestep in [0, 1000]
+
+# The adapted layers of networks with joint attention: all of its projections, as in Flow-GRPO's
+# public settings for SD3.5-M (those for FLUX.1 add the feed-forward layers of the double blocks).
+# The single blocks of FLUX.1 have no attention output projection; the second attention of SD3.5-M,
+# `attn2`, is not adapted.
 ATTENTION = (
     "attn.add_k_proj",
     "attn.add_q_proj",
@@ -39,43 +44,26 @@ ATTENTION = (
 )
 
 
-@dataclass(frozen=True)
-class Conditioning:
-    """What the network is told about each prompt; every tensor's first dimension is the batch.
-
-    With classifier-free guidance the batch is the prompts', and the empty prompt's own
-    conditioning stands in `negative`.
-    """
-
-    embeds: Tensor  # [B, L, D] token embeddings
-    pooled: Tensor  # [B, P]
-    negative: Conditioning | None = None
-
-    def __getitem__(self, index: Any) -> Conditioning:
-        negative = None if self.negative is None else self.negative[index]
-        return Conditioning(self.embeds[index], self.pooled[index], negative)
-
-    @property
-    def nbytes(self) -> int:
-        """Of one batch, without `negative`."""
-        return self.embeds.nbytes + self.pooled.nbytes
-
-    def repeat_interleave(self, times: int) -> Conditioning:
-        """Each prompt `times` in a row, as a group's images are laid out."""
-        return self[torch.arange(len(self.embeds)).repeat_interleave(times)]
-
-
 class Backbone:
-    """A diffusers pipeline as reinforcement learning needs it.
+    """A diffusers pipeline with the interface that training needs.
 
-    Convention: t = 1 is noise, t = 0 is data, the network predicts v = e - x_0. The network and
-    the autoencoder stay on the device; the text encoders are there only while they encode.
+    Convention: t = 1 is noise, t = 0 is data, and the network predicts v = e - x_0. The network and
+    the autoencoder stay on the device; the text encoders are on it only while they encode.
+
+    A subclass sets `lora_targets`, implements `embed` and `network`, and overrides the properties
+    that differ for its architecture.
+
+    Args:
+        pipeline: the pipeline, all of whose modules are frozen.
+        resolution: of the images, in pixels.
+        guidance: the guidance scale.
+        max_sequence_length: of the long text encoder, in tokens.
 
     Raises:
-        ValueError: the resolution is no whole number of the network's patches; names both.
+        ValueError: the resolution is not a multiple of the patch size in pixels; names both.
     """
 
-    lora_targets: ClassVar[Sequence[str]]
+    lora_targets: ClassVar[Sequence[str]]  # names, or their last parts, of the adapted layers
 
     def __init__(
         self,
@@ -86,7 +74,7 @@ class Backbone:
         max_sequence_length: int,
     ) -> None:
         self.pipeline = pipeline
-        self.resolution = resolution  # of the images, in pixels
+        self.resolution = resolution
         self.guidance = guidance
         self.max_sequence_length = max_sequence_length
         self._kept: dict[str, Conditioning] = {}  # by prompt, batches of one in host memory
@@ -94,7 +82,7 @@ class Backbone:
         if resolution % patch:
             raise ValueError(
                 f"resolution: {resolution} is not a multiple of {patch}, "
-                "the pixels of one of this model's patches"
+                "the side of this model's patches in pixels"
             )
         for module in self._modules():
             module.eval().requires_grad_(False)
@@ -113,18 +101,22 @@ class Backbone:
         gradient_checkpointing: bool = False,
         compile: bool = False,
     ) -> Self:
-        """Read a diffusers pipeline folder of this backbone's kind; see `tafs.models.loading.load`.
+        """Load a diffusers pipeline folder; `tafs.models.loading.load` selects the subclass.
 
         Args:
-            dtype: of the network's and the text encoders' weights; an adapter is float32.
+            path: the folder.
+            resolution, guidance, max_sequence_length: as for the class.
+            device: of the network and the autoencoder.
+            dtype: of the network's and the text encoders' weights; adapters are float32.
             vae_dtype: of the autoencoder's weights; see also `decode`.
-            gradient_checkpointing: keep only the blocks' inputs for the backward pass, which
-                computes the rest again with the weights that it finds: an evaluation with
-                gradients must not stand inside `reference()`.
+            gradient_checkpointing: recompute the blocks in the backward pass. It uses the weights
+                of that moment, so evaluations with gradients are not allowed inside `reference()`.
             compile: compile the network's blocks at their first use. Evaluations with and without
-                gradients are compiled apart and may differ in rounding, so that the first ratios
-                of a policy are no longer exactly 1.
+                gradients are compiled separately and may round differently, so that the first
+                ratios of a policy are no longer exactly 1.
         """
+        from diffusers import DiffusionPipeline
+
         pipeline = DiffusionPipeline.from_pretrained(
             path,
             dtype={"default": dtype, "vae": vae_dtype},
@@ -132,7 +124,7 @@ class Backbone:
             use_safetensors=True,
         )
         pipeline.set_progress_bar_config(disable=True)
-        # Convolutions are faster so, on processors by a third.
+        # Convolutions are faster with channels last, on CPUs by a third.
         pipeline.vae.to(memory_format=torch.channels_last)
         backbone = cls(
             pipeline,
@@ -153,22 +145,22 @@ class Backbone:
 
     @property
     def negative_prompt(self) -> str | None:
-        """What classifier-free guidance points away from; None where there is no such guidance."""
+        """The negative prompt of classifier-free guidance; None without such guidance."""
         return None
 
     def embed(self, prompts: Sequence[str]) -> Conditioning:
-        """Run the text encoders, where they are, on one batch; differentiable.
+        """Run the text encoders on one batch, on their current device; differentiable.
 
         Returns:
-            Conditioning of the prompts, [len(prompts), ...], without `negative`.
+            The conditioning of the prompts, without `negative`.
         """
         raise NotImplementedError
 
     def prepare(self, prompts: Sequence[str]) -> None:
-        """Encode those of the prompts that are not kept, and keep them in host memory.
+        """Encode the prompts that are not cached yet, and cache them in host memory.
 
-        Other prompts are forgotten, the oldest first, where all together take more than
-        KEPT_BYTES: one of 512 tokens takes 4 MiB of FLUX.1-dev's embeddings in bfloat16.
+        Other prompts are dropped, the oldest first, while the cache exceeds KEPT_BYTES: a prompt of
+        512 tokens takes 4 MiB for FLUX.1-dev in bfloat16.
         """
         wanted = dict.fromkeys(self._with_negative(prompts))
         size = sum(kept.nbytes for kept in self._kept.values())
@@ -179,10 +171,10 @@ class Backbone:
         self._keep(list(wanted))
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Conditioning of the prompts on the device, [len(prompts), ...], without gradients.
+        """Return the conditioning of the prompts on the device, without gradients.
 
-        Each prompt was encoded in a batch of its own, so that the same prompt has the same bits
-        whatever else is encoded. Those that are not kept are encoded first, and kept.
+        Prompts that are not cached are encoded and cached first. Each prompt is encoded in its own
+        batch, so that its embeddings have the same bits whichever other prompts are encoded.
         """
         self._keep(self._with_negative(prompts))
         distinct = list(dict.fromkeys(prompts))
@@ -192,14 +184,9 @@ class Backbone:
             conditioning = conditioning[[place[prompt] for prompt in prompts]]
         if self.negative_prompt is None:
             return conditioning
-        negative = self._on_device([self.negative_prompt])
-        return replace(
-            conditioning,
-            negative=Conditioning(
-                negative.embeds.expand(len(prompts), -1, -1),
-                negative.pooled.expand(len(prompts), -1),
-            ),
-        )
+        one = self._on_device([self.negative_prompt])
+        negative = one.map(lambda tensor: tensor.expand(len(prompts), *tensor.shape[1:]))
+        return replace(conditioning, negative=negative)
 
     def _with_negative(self, prompts: Sequence[str]) -> list[str]:
         return [*prompts, *([] if self.negative_prompt is None else [self.negative_prompt])]
@@ -211,8 +198,7 @@ class Backbone:
             return
         with self._encoders_on_device():
             for prompt in missing:
-                embedded = self.embed([prompt])
-                self._kept[prompt] = Conditioning(_host(embedded.embeds), _host(embedded.pooled))
+                self._kept[prompt] = self.embed([prompt]).map(_host)
 
     @contextmanager
     def _encoders_on_device(self) -> Iterator[None]:
@@ -231,9 +217,8 @@ class Backbone:
 
     def _on_device(self, prompts: Sequence[str]) -> Conditioning:
         kept = [self._kept[prompt] for prompt in prompts]
-        return Conditioning(
-            torch.cat([one.embeds.to(self.device, non_blocking=True) for one in kept]),
-            torch.cat([one.pooled.to(self.device, non_blocking=True) for one in kept]),
+        return Conditioning.cat(
+            [one.map(lambda tensor: tensor.to(self.device, non_blocking=True)) for one in kept]
         )
 
     # -- the network ---------------------------------------------------------------------------
@@ -245,12 +230,12 @@ class Backbone:
     @property
     def blocks(self) -> list[nn.Module]:
         """The network's repeated blocks."""
-        raise NotImplementedError
+        return list(self.transformer.transformer_blocks)
 
     @property
     def patch_size(self) -> int:
-        """Side of a token's patch of latents."""
-        raise NotImplementedError
+        """The side of a token's patch, in latents."""
+        return self.transformer.config.patch_size
 
     @property
     def device(self) -> torch.device:
@@ -258,40 +243,73 @@ class Backbone:
 
     @property
     def latent_size(self) -> int:
-        """Side of the latents."""
+        """The height and width of an image's latents."""
         return self.resolution // self.pipeline.vae_scale_factor
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """Shape of one image's latents."""
+        """The shape of an image's latents, without the batch dimension."""
+        return (self.transformer.config.in_channels, self.latent_size, self.latent_size)
+
+    def network(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """Evaluate the network once, without classifier-free guidance.
+
+        Args:
+            x_t: [B, *latent_shape], float32.
+            t: [B] in (0, 1].
+            cond: of the B images; `negative` is ignored.
+
+        Returns:
+            The predicted velocity e - x_0, [B, *latent_shape], float32.
+        """
         raise NotImplementedError
 
     def velocity(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """v(x_t, t), float32 [B, ...]; t: [B] in (0, 1]."""
-        raise NotImplementedError
+        """Return v(x_t, t) with guidance, float32; arguments and shapes as for `network`.
+
+        With classifier-free guidance, both prompts are evaluated in one batch.
+        """
+        if cond.negative is None:
+            return self.network(x_t, t, cond)
+        both = Conditioning.cat([cond.negative, cond])
+        v = self.network(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
+        negative, positive = v.chunk(2)
+        return negative + self.guidance * (positive - negative)
 
     def decode(self, x_0: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Images of the latents, [B, 3, H, W] in [0, 1], float32; differentiable.
+        """Decode latents to images [B, 3, H, W] in [0, 1], float32; differentiable.
 
-        `dtype` is the precision of the decoder's convolutions, by default that of its weights.
+        Args:
+            x_0: [B, *latent_shape].
+            dtype: the precision of the decoder's convolutions; by default that of its weights.
         """
         vae = self.pipeline.vae
-        latents = x_0.float() / vae.config.scaling_factor + (vae.config.shift_factor or 0)
+        shift = getattr(vae.config, "shift_factor", None) or 0  # some autoencoders have no shift
+        latents = x_0.float() / vae.config.scaling_factor + shift
         with torch.autocast(latents.device.type, dtype, enabled=dtype is not None):
             decoded = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
         return (decoded.float() / 2 + 0.5).clamp(0, 1)
 
     def time_grid(self, steps: int) -> Tensor:
-        """The model's own grid, [steps + 1] from 1 to 0: uniform, then the scheduler's shift."""
-        return shifted(torch.linspace(1, 0, steps + 1), self.pipeline.scheduler.config.shift)
+        """Return the model's own time grid from 1 to 0, [steps + 1]: uniform, then shifted.
+
+        The shift is the scheduler's `shift`, or `flow_shift` of a multistep solver.
+        """
+        config = self.pipeline.scheduler.config
+        shift = config.shift if "shift" in config else config.flow_shift
+        return shifted(torch.linspace(1, 0, steps + 1), shift)
 
     # -- LoRA ----------------------------------------------------------------------------------
 
     def add_lora(self, rank: int, alpha: int, generator: torch.Generator) -> None:
-        """Attach a fresh adapter (B = 0, so the network is unchanged) in float32.
+        """Attach a new float32 adapter; its B matrices are 0, so that the output is unchanged.
 
-        `generator` is one of the CPU, so that the adapter is the same on every device.
+        Args:
+            rank, alpha: of the adapter.
+            generator: a CPU generator, so that the adapter is the same on all devices.
         """
+        from peft import LoraConfig
+
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(self.lora_targets))
         self.transformer.add_adapter(config)
         for name, parameter in self.lora_parameters().items():
@@ -302,13 +320,13 @@ class Backbone:
             parameter.data = values.to(parameter.device)
 
     def lora_parameters(self) -> dict[str, nn.Parameter]:
-        """The adapter's parameters by name, in a fixed order."""
+        """Return the adapter's parameters by name, in a fixed order."""
         named = self.transformer.named_parameters()
         return {name: p for name, p in named if "lora_" in name}
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """The base model: the adapter is off inside the block."""
+        """Evaluate the base model: the adapter is off inside the `with` block."""
         self.transformer.disable_adapters()
         try:
             yield
@@ -316,11 +334,14 @@ class Backbone:
             self.transformer.enable_adapters()
 
     def save_adapter(self, file: Path) -> None:
-        """Write the adapter as diffusers does, its alpha included."""
-        # Without the metadata diffusers forgets alpha and scales the adapter wrongly.
+        """Save the adapter in the format of diffusers, including its alpha."""
+        from diffusers.training_utils import _collate_lora_metadata
+        from peft import get_peft_model_state_dict
+
+        # Without the metadata, diffusers loads the adapter with another alpha.
         metadata = _collate_lora_metadata({"transformer": self.transformer})
         for values in metadata.values():
-            # A set's order changes from process to process.
+            # The order of a set differs between processes.
             values |= {key: sorted(v) for key, v in values.items() if isinstance(v, set)}
         self.pipeline.save_lora_weights(
             file.parent,
@@ -331,24 +352,25 @@ class Backbone:
         _sort_header(file)
 
     def load_adapter(self, file: Path) -> None:
-        """Load an adapter that `save_adapter` or diffusers wrote, for sampling alone.
+        """Load an adapter that `save_adapter` or diffusers wrote, for sampling only.
 
-        It is merged into the weights where they are float32, which saves its products at every
-        evaluation; in bfloat16 merging would round it.
+        It is merged into float32 weights, which makes sampling faster; bfloat16 weights would round
+        it, so there it stays separate.
 
         Raises:
-            FileNotFoundError, ValueError: there is none, or it is damaged; names the file.
+            FileNotFoundError: the file does not exist.
+            ValueError: the file is not a safetensors file.
         """
         if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such adapter")
+            raise FileNotFoundError(f"{file}: adapter not found; train the run first")
         try:
             with safe_open(file, framework="numpy"):
                 pass
         except SafetensorError as error:
             raise ValueError(
-                f"{file}: no safetensors file ({error}); train the run again"
+                f"{file}: is not a safetensors file ({error}); train the run again"
             ) from None
-        # Without `use_safetensors` diffusers would read it as something else.
+        # Without `use_safetensors`, diffusers could read the file as a pickle.
         self.pipeline.load_lora_weights(
             file.parent, weight_name=file.name, local_files_only=True, use_safetensors=True
         )
@@ -356,7 +378,7 @@ class Backbone:
             self.pipeline.fuse_lora(components=["transformer"])
             self.pipeline.unload_lora_weights()
             return
-        # diffusers reads it in the network's precision.
+        # diffusers loads it in the network's precision.
         saved = load_file(file)
         for name, parameter in self.lora_parameters().items():
             values = saved["transformer." + ADAPTER_NAME.sub(".weight", name)]
@@ -368,12 +390,12 @@ class Backbone:
 
 
 def _host(tensor: Tensor) -> Tensor:
-    """The tensor in host memory, pinned where it comes from a GPU."""
+    """Return the tensor in host memory, pinned if it was on a GPU."""
     return tensor.cpu().pin_memory() if tensor.is_cuda else tensor
 
 
 def _sort_header(file: Path) -> None:
-    """Give equal adapters equal bytes: safetensors writes its metadata in a random order."""
+    """Sort the metadata, which safetensors writes in random order, so that files are equal."""
     content = file.read_bytes()
     size = int.from_bytes(content[:8], "little")
     header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True).encode()
@@ -382,9 +404,9 @@ def _sort_header(file: Path) -> None:
 
 
 def fast_dtype(device: torch.device) -> torch.dtype | None:
-    """bfloat16 on a GPU that multiplies it in hardware, else None: the weights' own precision.
+    """Return bfloat16 for GPUs that support it in hardware, else None (the weights' precision).
 
-    Processors that have instructions for it still convolve faster in float32, and would differ.
+    CPUs with bfloat16 instructions still convolve faster in float32, and would give other results.
     """
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16

@@ -1,24 +1,24 @@
-"""The models that are trained or compared, as data: models.yaml beside this file."""
+"""The catalogue: all models that are trained or compared, from models.yaml and from plug-ins."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from tafs.common import yaml_files
+from tafs.common.plugins import Group
+from tafs.models.base import Backbone
+
 FILE = Path(__file__).parent / "models.yaml"
 
-Pipeline = Literal[
-    "StableDiffusion3Pipeline",
-    "FluxPipeline",
-    "SanaPipeline",
-    "SanaSprintPipeline",
-    "HiDreamImagePipeline",
-]
-Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,63}$")]  # dots part the names of runs
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,63}$")]  # dots separate parts of run names
 Resource = Annotated[str, Field(pattern=r"^[a-z][a-z0-9.-]{0,63}$")]  # of resources.yaml
+ClassName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,63}$")]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*\.safetensors$")]
 Count = Annotated[int, Field(ge=1)]
 
@@ -28,7 +28,7 @@ class _Strict(BaseModel):
 
 
 class Adapter(_Strict):
-    """A LoRA for the pipeline's transformer, merged into its weights."""
+    """A LoRA adapter that is merged into the transformer's weights."""
 
     resource: Resource
     file: FileName
@@ -36,13 +36,13 @@ class Adapter(_Strict):
 
 
 class Model(_Strict):
-    """One entry of models.yaml; its comments say what each key is."""
+    """One entry of models.yaml; the comments there explain the keys."""
 
     title: str
     short: str = ""
-    world: Literal["shapes", "hub"] = "hub"
+    assets: Literal["shapes", "hub"] = "hub"
     resource: Resource
-    pipeline: Pipeline
+    pipeline: ClassName
     lora: Adapter | None = None
     text_encoder: Resource | None = None
     trainable: bool = False
@@ -55,13 +55,18 @@ class Model(_Strict):
 
     @property
     def resources(self) -> tuple[str, ...]:
-        """The folders that it needs, the pipeline's own first."""
+        """The resources that the model needs, its pipeline's first."""
         lora = self.lora.resource if self.lora else None
         return tuple(name for name in (self.resource, lora, self.text_encoder) if name)
 
     def settings(self) -> dict[str, Any]:
-        """What run.json says of it: all that decides its images, but for a base model's steps."""
-        left_out = {"title", "short", "world", "licence"} | ({"steps"} if self.trainable else set())
+        """Return what run.json records: all that decides its images.
+
+        A trainable model's `steps` are left out: runs set their own.
+        """
+        left_out = {"title", "short", "assets", "licence"} | (
+            {"steps"} if self.trainable else set()
+        )
         return self.model_dump(mode="json", exclude=left_out)
 
 
@@ -69,24 +74,103 @@ class _Models(BaseModel):
     models: dict[Name, Model]
 
 
-@cache
-def read(path: Path = FILE) -> dict[str, Model]:
-    """Every model by name, in the file's order.
+@dataclass(frozen=True)
+class ModelPlugin:
+    """What a model plug-in adds: the object PLUGIN of its module.
+
+    Args:
+        models: entries of the catalogue, by name: a YAML file with the keys of models.yaml, or
+            its content.
+        backbones: the classes that train pipelines, by the name of the diffusers pipeline class.
+    """
+
+    models: Path | Mapping[str, Any] = field(default_factory=dict)
+    backbones: Mapping[str, type[Backbone]] = field(default_factory=dict)
+
+
+PLUGINS = Group(kind="model", attribute="PLUGIN", package="tafs.models.backbones")
+
+
+def plugins() -> dict[str, ModelPlugin]:
+    """Import all model plug-ins and return them by name.
 
     Raises:
-        config.ConfigError: one line that names the file, the model and the key.
+        ValueError: a plug-in cannot be imported or its PLUGIN is not a `ModelPlugin`; names it.
     """
-    from tafs.common import yaml_files
+    found = {name: PLUGINS.load(name) for name in PLUGINS.names()}
+    for name, plugin in found.items():
+        if not isinstance(plugin, ModelPlugin):
+            raise ValueError(
+                f"model plug-in {name!r}: PLUGIN in {PLUGINS.source(name)} is not a "
+                "tafs.models.ModelPlugin; create one there"
+            )
+    return found
 
+
+@cache
+def backbones() -> dict[str, type[Backbone]]:
+    """Return the backbone classes by the name of the diffusers pipeline class that they train.
+
+    Raises:
+        ValueError: as for `plugins`, or two plug-ins train the same pipeline class; names both.
+    """
+    found: dict[str, type[Backbone]] = {}
+    for name, plugin in plugins().items():
+        for pipeline, backbone in plugin.backbones.items():
+            other = found.setdefault(pipeline, backbone)
+            if other is not backbone:
+                raise ValueError(
+                    f"{pipeline} has two backbones, {other.__module__}.{other.__name__} and "
+                    f"{backbone.__module__}.{backbone.__name__} of the model plug-in {name!r}; "
+                    "remove one of them"
+                )
+    return found
+
+
+@cache
+def read() -> dict[str, Model]:
+    """Return all models by name: those of models.yaml in its order, then those of plug-ins.
+
+    Raises:
+        ValueError: an entry is wrong or defined twice, or a plug-in is broken; names it.
+    """
+    models = read_file(FILE)
+    source = dict.fromkeys(models, str(FILE))
+    for name, plugin in plugins().items():
+        if isinstance(plugin.models, Path):
+            where, found = str(plugin.models), read_file(plugin.models)
+        else:
+            where = f"{PLUGINS.source(name)}: models"
+            found = _parse(plugin.models, where)
+        for key in found:
+            if key in models:
+                raise yaml_files.ConfigError(
+                    f"{where}: {key!r} is also defined in {source[key]}; rename one of them"
+                )
+            source[key] = where
+        models |= found
+    for key, model in models.items():
+        if model.trainable and model.pipeline not in backbones():
+            raise yaml_files.ConfigError(
+                f"{source[key]}: {key}.trainable: no backbone trains a {model.pipeline} "
+                f"(available: {', '.join(sorted(backbones()))}); write one with "
+                "`python -m tafs.models.template`"
+            )
+    return models
+
+
+def read_file(path: Path) -> dict[str, Model]:
+    """Return the models of one YAML file, in the file's order.
+
+    Raises:
+        ConfigError: the file is not such a catalogue; one line that names the file and the key.
+    """
+    return _parse(yaml_files.load_yaml(path, dict), str(path))
+
+
+def _parse(content: Mapping[str, Any], where: str) -> dict[str, Model]:
     try:
-        return _Models(models=yaml_files.load_yaml(path, dict)).models
+        return _Models(models=dict(content)).models
     except ValidationError as error:
-        problem = yaml_files.first_problem(error, _known_keys(error)).replace("models.", "", 1)
-        raise yaml_files.ConfigError(f"{path}: {problem}") from None
-
-
-def _known_keys(error: ValidationError) -> list[str]:
-    """What is allowed where the first unknown key stands."""
-    unknown = (p["loc"] for p in error.errors() if p["type"] == "extra_forbidden")
-    inside_lora = "lora" in next(unknown, ())[2:-1]
-    return list((Adapter if inside_lora else Model).model_fields)
+        problem = yaml_files.first_problem(error, _Models).replace("models.", "", 1)
+        raise yaml_files.ConfigError(f"{where}: {problem}") from None

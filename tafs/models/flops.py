@@ -1,8 +1,8 @@
-"""What a network computes, counted without its weights.
+"""Parameters and FLOPs of a network, counted without its weights.
 
-A network is built on the device `meta` from its configuration alone: that of a pipeline folder, or
-the published one of a model that has not been fetched. Embeddings of prompts are drawn at random,
-in the shapes that the text encoders would give them.
+The network is built on the `meta` device from its configuration: that of a pipeline folder, or the
+published one of a model that is not downloaded. Prompt embeddings are random, with the shapes that
+the text encoders would give them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import tafs.common.torchvision_patch  # noqa: F401  # isort: skip
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -27,31 +28,31 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tafs.common import seeding
-from tafs.experiment import schema
 from tafs.models import catalog
-from tafs.models.base import Backbone, Conditioning
-from tafs.models.flux import FluxBackbone
-from tafs.models.sd3 import SD3Backbone
+from tafs.models.backbones.flux import FluxBackbone
+from tafs.models.backbones.sd3 import SD3Backbone
+from tafs.models.base import Backbone
+from tafs.models.conditioning import Conditioning
 
 META = torch.device("meta")
-CLIP_TOKENS = 77  # of a prompt, in Stable Diffusion 3's published text encoders
+CLIP_TOKENS = 77  # tokens per prompt of Stable Diffusion 3's CLIP text encoders
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a model's repository says in its configuration files."""
+    """The configuration files of a model's repository."""
 
     title: str
     transformer: Mapping[str, Any]
     vae: Mapping[str, Any]
     scheduler: Mapping[str, Any]
-    tokens: int  # of a prompt's embeddings
+    tokens: int  # length of a prompt's embeddings
 
 
 def vae(
     channels: Sequence[int], layers: int, groups: int, latents: Mapping[str, float]
 ) -> dict[str, Any]:
-    """An autoencoder's configuration; `latents` are their scaling_factor and shift_factor."""
+    """Return an AutoencoderKL's configuration; `latents` are scaling_factor and shift_factor."""
     return {
         "block_out_channels": tuple(channels),
         "down_block_types": ("DownEncoderBlock2D",) * len(channels),
@@ -115,7 +116,7 @@ SD35_MEDIUM = Architecture(
     },
     vae=vae(**PUBLISHED_VAE, latents=SD3_LATENTS),
     scheduler=SD3_SCHEDULER,
-    tokens=CLIP_TOKENS + 256,  # of the CLIPs and of the T5
+    tokens=CLIP_TOKENS + 256,  # CLIP and T5
 )
 SD35_LARGE = replace(
     SD35_MEDIUM,
@@ -129,7 +130,7 @@ SD35_LARGE = replace(
         "dual_attention_layers": (),
     },
 )
-# By the resource that a model of models.yaml is made of.
+# By the `resource` of a catalogue entry.
 PUBLISHED = {
     "flux-dev": FLUX_DEV,
     "flux-schnell": replace(
@@ -145,10 +146,10 @@ PUBLISHED = {
 
 
 def of_folder(folder: Path, model: catalog.Model) -> Architecture:
-    """The architecture that a pipeline folder's configuration files describe.
+    """Read the architecture from a pipeline folder's configuration files.
 
     Raises:
-        FileNotFoundError: the folder lacks one of them.
+        FileNotFoundError: the folder lacks one of the files.
     """
 
     def read(part: str) -> dict[str, Any]:
@@ -171,7 +172,7 @@ def of_folder(folder: Path, model: catalog.Model) -> Architecture:
 
 
 class Textless(Backbone):
-    """Random embeddings of prompts."""
+    """A backbone with random prompt embeddings instead of text encoders."""
 
     def __init__(self, pipeline: Any, *, tokens: int, **settings: Any) -> None:
         super().__init__(pipeline, **settings)
@@ -199,7 +200,7 @@ CLASSES: dict[str, type[Textless]] = {
     "FluxPipeline": TextlessFlux,
     "StableDiffusion3Pipeline": TextlessSD3,
 }
-# Of each pipeline its network's class, its own, and the components that are left out.
+# By pipeline class: the network's class, the pipeline's, and the components that are left out.
 PARTS: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
     "FluxPipeline": (
         FluxTransformer2DModel,
@@ -219,7 +220,7 @@ PARTS: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
 
 @contextmanager
 def made_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Inside, modules get their weights on the device and in this precision from the start."""
+    """Create modules directly on the device and in this precision inside the `with` block."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -237,20 +238,23 @@ def build(
     resolution: int,
     dtype: torch.dtype,
     device: torch.device,
-    lora: schema.Lora | None,
+    lora_rank: int | None,
 ) -> Kind:
-    """A backbone as `Backbone.load` gives it, but for what its weights are.
+    """Build a backbone like `Backbone.load`, with untrained weights.
 
     Args:
-        kind: of `CLASSES`, or derived from it.
+        kind: a class of `CLASSES`, or a subclass of one.
+        architecture: the configuration of all modules.
+        model: the catalogue's entry.
         resolution: of the images, in pixels.
         dtype: of the network's weights.
-        lora: the adapter that it gets; None: none.
+        device: of all modules.
+        lora_rank: the rank of the adapter to attach; None: no adapter.
     """
     transformer, pipeline, left_out = PARTS[model.pipeline]
     with made_on(device, dtype):
         network = transformer(**architecture.transformer)
-    for buffer in network.buffers():  # float32 whatever the default is
+    for buffer in network.buffers():  # diffusers creates them in float32
         buffer.data = buffer.to(dtype)
     with made_on(device, torch.float32):
         decoder = AutoencoderKL(**architecture.vae)
@@ -266,9 +270,9 @@ def build(
         guidance=model.guidance,
         max_sequence_length=model.max_sequence_length,
     )
-    if lora is not None:
-        backbone.add_lora(lora.rank, lora.alpha, seeding.generator(0, "lora"))
-        network.to(device)  # the adapter's weights, where the network's have no storage
+    if lora_rank is not None:
+        backbone.add_lora(lora_rank, lora_rank, seeding.generator(0, "lora"))
+        network.to(device)  # on the meta device, the adapter's weights are created elsewhere
     return backbone
 
 
@@ -277,17 +281,19 @@ def build(
 
 @dataclass(frozen=True)
 class Network:
-    """One evaluation of one image by the network with its adapter, guidance included."""
+    """The size of a network, and the FLOPs of one evaluation of one image with guidance."""
 
-    parameters: int  # without the adapter's
-    adapter: int
-    forward: float  # FLOPs
-    trained: float  # of forward and backward, where only the adapter has gradients
+    parameters: int  # without the adapter
+    adapter: int  # parameters of the adapter
+    forward: float  # FLOPs of the forward pass
+    trained: float  # FLOPs of forward and backward pass, with gradients for the adapter only
 
 
 def describe(backbone: Textless) -> Network:
-    """Counted on tensors without storage, so that neither the attention's kernel nor what gradient
-    checkpointing computes again plays a part; `backbone` lies on the device `meta`."""
+    """Count parameters and FLOPs of a backbone on the `meta` device.
+
+    There, the count does not depend on the attention kernel or on gradient checkpointing.
+    """
     adapter = sum(p.numel() for p in backbone.lora_parameters().values())
     everything = sum(p.numel() for p in backbone.transformer.parameters())
     return Network(
@@ -296,7 +302,7 @@ def describe(backbone: Textless) -> Network:
 
 
 def forward(backbone: Textless, *, backward: bool = False) -> float:
-    """FLOPs of one evaluation of one image, with its backward pass where that is asked for."""
+    """Return the FLOPs of one evaluation of one image, optionally with the backward pass."""
     one = backbone.embed([""])
     cond: Conditioning = one if backbone.negative_prompt is None else replace(one, negative=one)
     x: Tensor = torch.empty(1, *backbone.latent_shape, device=META)

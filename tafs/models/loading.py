@@ -1,35 +1,44 @@
-"""Flow-matching text-to-image models behind one interface: encode, velocity, decode, LoRA."""
+"""Load a pipeline folder with the backbone that trains its pipeline class."""
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from tafs.models.base import Backbone
+from tafs.models.base import Backbone
+from tafs.models.catalog import backbones
 
-# The pipeline that a folder's model_index.json names -> the module and class that drive it.
-CLASSES = {
-    "StableDiffusion3Pipeline": ("tafs.models.sd3", "SD3Backbone"),
-    "FluxPipeline": ("tafs.models.flux", "FluxBackbone"),
-}
+
+def pipeline_class(folder: Path) -> str:
+    """Return the name of the pipeline class in a folder's model_index.json.
+
+    Raises:
+        FileNotFoundError: the folder has no such file.
+    """
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise FileNotFoundError(
+            f"{index}: not found; {folder} is not a diffusers pipeline folder, download it again"
+        )
+    return str(json.loads(index.read_text(encoding="utf-8")).get("_class_name"))
 
 
 def load(path: Path, **settings: Any) -> Backbone:
-    """The backbone of a diffusers pipeline folder; `settings` as for `Backbone.load`.
+    """Load the backbone of a diffusers pipeline folder.
+
+    Args:
+        path: the folder.
+        settings: as for `Backbone.load`.
 
     Raises:
-        FileNotFoundError: the folder holds no pipeline; names the missing file.
-        ValueError: a pipeline of another kind; names it and those that can be used.
+        FileNotFoundError: the folder does not hold a pipeline.
+        ValueError: no backbone trains its pipeline class; names the class.
     """
-    index = path / "model_index.json"
-    if not index.is_file():
-        raise FileNotFoundError(f"{index}: not found; {path} is no diffusers pipeline folder")
-    kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-    if kind not in CLASSES:
-        raise ValueError(f"{index}: cannot drive a {kind!r} (available: {', '.join(CLASSES)})")
-    module, name = CLASSES[kind]
-    backbone: Backbone = getattr(importlib.import_module(module), name).load(path, **settings)
-    return backbone
+    kind = pipeline_class(path)
+    if kind not in backbones():
+        raise ValueError(
+            f"{path / 'model_index.json'}: no backbone trains a {kind!r} "
+            f"(available: {', '.join(sorted(backbones()))})"
+        )
+    return backbones()[kind].load(path, **settings)

@@ -1,25 +1,23 @@
-"""The models that are compared as they are: models.yaml -> a diffusers pipeline -> images.
-
-Their images come from the pipeline's own call with its own scheduler.
-"""
+"""Models that are compared as published: their own diffusers pipelines with their schedulers."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import tafs.common.torchvision_patch  # noqa: F401  # isort: skip
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from tafs.models.catalog import Model
+from tafs.models.loading import pipeline_class
 
-# What `ReferencePipeline.generate` gives every pipeline itself.
+# The arguments of a pipeline's call that `ReferencePipeline.generate` sets itself.
 GIVEN = (
     "prompt",
     "height",
@@ -33,7 +31,7 @@ GIVEN = (
 
 
 class ReferencePipeline:
-    """One loaded model."""
+    """A loaded model of the catalogue that is only sampled."""
 
     def __init__(self, model: Model, pipeline: DiffusionPipeline, resolution: int) -> None:
         self.model = model
@@ -50,18 +48,27 @@ class ReferencePipeline:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.bfloat16,
     ) -> Self:
-        """Read a model; `folders` are its resources' by name.
+        """Load a model.
+
+        Args:
+            model: the catalogue's entry.
+            folders: the folders of its resources, by name.
+            resolution: of the images, in pixels.
+            device: of all modules.
+            dtype: of all weights.
 
         Raises:
             FileNotFoundError: a resource has no folder, or the folder lacks a file; names it.
-            ValueError: the folder holds another pipeline than the model's, or the pipeline takes
-                none of its `arguments`; names them.
+            ValueError: the folder holds another pipeline than the entry says, or the pipeline does
+                not take an argument of the entry; names it.
         """
         for name in model.resources:
             if name not in folders:
-                raise FileNotFoundError(f"{name}: {model.title} needs this resource's folder")
+                raise FileNotFoundError(
+                    f"{name}: {model.title} needs this resource; add it to resources.yaml"
+                )
         folder = folders[model.resource]
-        _check_kind(folder, model.pipeline)
+        _check_kind(folder, model)
         _check_arguments(model)
         components = {}
         if model.text_encoder:
@@ -82,16 +89,16 @@ class ReferencePipeline:
         generators: Sequence[torch.Generator],
         steps: int | None = None,
     ) -> Tensor:
-        """Images of the prompts, [len(texts), 3, resolution, resolution] in [0, 1], float32.
+        """Generate an image per prompt, [len(texts), 3, resolution, resolution] in [0, 1].
 
         Args:
-            texts: prompts, an image each.
-            steps: by default the model's own number.
-            generators: of each image its own, from which all of its noise is drawn.
+            texts: the prompts.
+            generators: one per image, the source of all of its noise.
+            steps: the number of steps; by default that of the catalogue.
 
         Raises:
-            ValueError: the numbers of prompts and generators differ, or the pipeline draws at
-                other resolutions only; names it.
+            ValueError: the numbers of prompts and generators differ, or the pipeline generates
+                images of another resolution.
         """
         if len(texts) != len(generators):
             raise ValueError(f"{len(texts)} prompts and {len(generators)} generators")
@@ -110,42 +117,50 @@ class ReferencePipeline:
         height, width = images.shape[-2:]
         if (height, width) != (self.resolution, self.resolution):
             raise ValueError(
-                f"resolution: {self.model.title} draws {width} x {height} where {self.resolution} "
-                f"is asked; set it to {width}"
+                f"resolution: {self.model.title} generates {width} x {height} pixels instead of "
+                f"{self.resolution}; set its `resolution` to {width}"
             )
         return images.float()
 
 
-def _check_kind(folder: Path, kind: str) -> None:
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise FileNotFoundError(f"{index}: not found; {folder} is no diffusers pipeline folder")
-    found = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-    if found != kind:
-        raise ValueError(f"{index}: holds a {found!r} where models.yaml says {kind!r}")
+def _check_kind(folder: Path, model: Model) -> None:
+    found = pipeline_class(folder)
+    if found != model.pipeline:
+        raise ValueError(
+            f"{folder / 'model_index.json'}: holds a {found!r}, but `pipeline` of {model.title} is "
+            f"{model.pipeline!r}; correct the entry"
+        )
 
 
 def _check_arguments(model: Model) -> None:
-    known = inspect.signature(getattr(diffusers, model.pipeline).__call__).parameters
+    pipeline = getattr(diffusers, model.pipeline, None)
+    if pipeline is None:
+        raise ValueError(f"pipeline: diffusers has no {model.pipeline!r}; correct {model.title}")
+    known = inspect.signature(pipeline.__call__).parameters
+    for name in GIVEN:
+        if name not in known:
+            raise ValueError(
+                f"pipeline: a {model.pipeline} takes no {name!r}, which {model.title} needs"
+            )
     for name in model.arguments:
         if name not in known or name in GIVEN:
             raise ValueError(f"arguments: {name!r} cannot be set for a {model.pipeline}")
 
 
 def _fourth_text_encoder(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """HiDream-I1's Llama, which its own folder names but does not hold."""
+    """Load the Llama of HiDream-I1, which its pipeline folder names but does not hold."""
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
     config = folder / "config.json"
     if not config.is_file():
-        raise FileNotFoundError(f"{config}: not found; {folder} holds no text encoder")
+        raise FileNotFoundError(f"{config}: not found; {folder} does not hold a text encoder")
     return {
         "text_encoder_4": LlamaForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             local_files_only=True,
             use_safetensors=True,
-            # The pipeline asks for its attention maps, which only this implementation returns.
+            # The pipeline needs attention maps, which only this implementation returns.
             attn_implementation="eager",
         ),
         "tokenizer_4": PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True),
@@ -154,7 +169,7 @@ def _fourth_text_encoder(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
 
 def _merge(pipeline: Any, file: Path, scale: float) -> None:
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such adapter")
+        raise FileNotFoundError(f"{file}: adapter not found; download its resource again")
     pipeline.load_lora_weights(
         file.parent, weight_name=file.name, local_files_only=True, use_safetensors=True
     )
@@ -163,9 +178,9 @@ def _merge(pipeline: Any, file: Path, scale: float) -> None:
 
 
 def _draw_noise_from(scheduler: Any, generators: list[torch.Generator]) -> None:
-    """Let the scheduler's steps draw from the images' generators.
+    """Make the scheduler's steps draw from the images' generators.
 
-    Not every pipeline hands them on; HiDream-I1-Fast's noise would come from the global generator.
+    Some pipelines do not pass them on: HiDream-I1-Fast would draw from the global generator.
     """
     step = type(scheduler).step
     if "generator" in inspect.signature(step).parameters:

@@ -1,7 +1,7 @@
 """Samplers as Gaussian transitions x_s | x_t ~ N(mean, std^2 I), for times t > s.
 
-t = 1 is noise and t = 0 is data: x_t = (1 - t) x_0 + t e, and the network predicts v = e - x_0.
-Rollout and loss build the same Transition from the same function, so they cannot disagree.
+Convention: t = 1 is noise and t = 0 is data, x_t = (1 - t) x_0 + t e, and the network predicts
+v = e - x_0. Rollout and loss build their transitions with the same functions.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-Time: TypeAlias = "float | Tensor"  # one time for the batch, or [B]
+Time: TypeAlias = "float | Tensor"  # one time for the whole batch, or [B]
 
 
 @dataclass(frozen=True)
 class Transition:
-    """A Gaussian step. `mean` is float32 [B, ...]; `std` broadcasts against it."""
+    """A Gaussian step: `mean` is float32 [B, ...], `std` broadcasts against it."""
 
     mean: Tensor
     std: Tensor
 
     def sample(self, generator: torch.Generator) -> Tensor:
-        """One draw of x_s, [B, ...]; the mean itself where std is 0 everywhere."""
+        """Draw x_s, [B, ...]; if std is 0 everywhere, return the mean and draw nothing."""
         if not self.std.any():
             return self.mean
         noise = torch.randn(
@@ -34,39 +34,39 @@ class Transition:
         return self.mean + self.std * noise.to(self.mean.device)
 
     def log_prob(self, x_s: Tensor) -> Tensor:
-        """Log-density of x_s averaged over the non-batch elements, [B].
+        """Return the log-density of x_s, averaged over the non-batch elements, [B].
 
-        The average, not the sum, is what clip ranges of 1e-5 .. 1e-3 are relative to.
+        Clip ranges of 1e-5 to 1e-3 refer to this average; with a sum, ratios would be far larger.
 
         Raises:
             ValueError: the step is deterministic and has no density.
         """
         if not self.std.all():
             raise ValueError("a deterministic step (std = 0) has no density")
-        # Ratios live in the last digits: the quadratic form is taken in float32 whatever x_s is.
+        # Always in float32: ratios differ from 1 in the last digits.
         z = (x_s.float() - self.mean) / self.std
         log_density = -0.5 * z.square() - self.std.log() - 0.5 * math.log(2 * math.pi)
         return log_density.flatten(1).mean(1)
 
 
 def x0_estimate(x_t: Tensor, v: Tensor, t: Time) -> Tensor:
-    """The data that the velocity points to: x0_hat = x_t - t v."""
+    """Return the estimate of the data, x0_hat = x_t - t v."""
     return x_t.float() - _like(t, x_t) * v.float()
 
 
 def interpolate(x_0: Tensor, e: Tensor, t: Time) -> Tensor:
-    """The noised data x_t = (1 - t) x_0 + t e."""
+    """Return the noised data x_t = (1 - t) x_0 + t e."""
     t_ = _like(t, x_0)
     return (1 - t_) * x_0 + t_ * e
 
 
 def x1_estimate(x_t: Tensor, v: Tensor, t: Time) -> Tensor:
-    """The noise that the velocity points to: x1_hat = x_t + (1 - t) v."""
+    """Return the estimate of the noise, x1_hat = x_t + (1 - t) v."""
     return x_t.float() + (1 - _like(t, x_t)) * v.float()
 
 
 def ode(x_t: Tensor, v: Tensor, t: Time, s: Time) -> Transition:
-    """Euler's step along the probability-flow ODE; std = 0."""
+    """Euler step of the probability-flow ODE; std = 0."""
     t_, s_ = _like(t, x_t), _like(s, x_t)
     return Transition(x_t.float() + (s_ - t_) * v.float(), torch.zeros_like(s_))
 
@@ -74,7 +74,7 @@ def ode(x_t: Tensor, v: Tensor, t: Time, s: Time) -> Transition:
 def flow_sde(x_t: Tensor, v: Tensor, t: Time, s: Time, eta: float = 0.7) -> Transition:
     """Flow-GRPO's SDE step (Liu et al., 2025, Eq. 9), g = eta sqrt(t / (1 - t)).
 
-    At t = 1, where g diverges, 1 - t is taken at the next grid point, as published.
+    At t = 1 g diverges, so 1 - t is taken at the next grid point, as published.
     """
     t_, s_ = _like(t, x_t), _like(s, x_t)
     g = eta * (t_ / (1 - torch.where(t_ >= 1, s_, t_))).sqrt()
@@ -82,15 +82,15 @@ def flow_sde(x_t: Tensor, v: Tensor, t: Time, s: Time, eta: float = 0.7) -> Tran
 
 
 def dance_sde(x_t: Tensor, v: Tensor, t: Time, s: Time, eta: float = 0.3) -> Transition:
-    """DanceGRPO's SDE step (Xue et al., 2025): the same drift with a constant g = eta."""
+    """DanceGRPO's SDE step (Xue et al., 2025): as `flow_sde` with a constant g = eta."""
     t_, s_ = _like(t, x_t), _like(s, x_t)
     return _sde(x_t, v, t_, s_, torch.full_like(t_, eta))
 
 
 def renoise(x_t: Tensor, v: Tensor, t: Time, s: Time, eta: Time) -> Transition:
-    """x_s = (1 - s) x0_hat + s (sqrt(1 - eta^2) x1_hat + eta e): of the noise, eta^2 is fresh.
+    """Re-noising step x_s = (1 - s) x0_hat + s (sqrt(1 - eta^2) x1_hat + eta e).
 
-    eta = 0 is `ode`, eta = 1 is `anneal`.
+    eta = 0 equals `ode`, eta = 1 equals `anneal`.
     """
     s_, eta_ = _like(s, x_t), _like(eta, x_t)
     keep = (1 - eta_.square()).clamp(min=0).sqrt()
@@ -104,16 +104,16 @@ def cps(x_t: Tensor, v: Tensor, t: Time, s: Time, eta: float = 0.7) -> Transitio
 
 
 def anneal(x_t: Tensor, v: Tensor, t: Time, s: Time) -> Transition:
-    """TAFS re-noising (Yue et al., 2026, Eqs. 4-7): x_s = (1 - s) x0_hat + s e.
+    """TAFS re-noising step (Yue et al., 2026, Eqs. 4-7): x_s = (1 - s) x0_hat + s e.
 
-    With the signs of the convention above: Eq. 4 omits x_T and Eq. 5 omits the factor (1 - s).
+    The printed Eq. 4 omits x_T, and the printed Eq. 5 omits the factor (1 - s).
     """
     s_ = _like(s, x_t)
     return Transition((1 - s_) * x0_estimate(x_t, v, t), s_)
 
 
 def ode_to(x_t: Tensor, x0_hat: Tensor, t: Time, s: Time) -> Tensor:
-    """Euler's step to s, from the estimate of the data: x_s = x0_hat + (s / t) (x_t - x0_hat)."""
+    """Euler step from the estimate of the data: x_s = x0_hat + (s / t) (x_t - x0_hat)."""
     t_, s_ = _like(t, x_t), _like(s, x_t)
     return x0_hat + s_ / t_ * (x_t.float() - x0_hat)
 
@@ -121,10 +121,10 @@ def ode_to(x_t: Tensor, x0_hat: Tensor, t: Time, s: Time) -> Tensor:
 def dpm_solver_to(
     x_t: Tensor, x0_hat: Tensor, t: Time, s: Time, x0_before: Tensor, t_before: Time
 ) -> Tensor:
-    """DPM-Solver++(2M)'s step to s > 0 (Lu et al., 2022, Algorithm 2), for x_t = (1-t) x_0 + t e.
+    """DPM-Solver++(2M) step to s > 0 (Lu et al., 2022, Algorithm 2) for x_t = (1 - t) x_0 + t e.
 
     With lambda = log((1 - t) / t) and h = lambda_s - lambda_t, the data estimate is extrapolated
-    from this step and the one before: D = x0_hat + h / (2 h_before) (x0_hat - x0_before).
+    from the current and the previous step: D = x0_hat + h / (2 h_before) (x0_hat - x0_before).
     """
     t_, s_, u_ = _like(t, x_t), _like(s, x_t), _like(t_before, x_t)
     h = _half_log_snr(s_) - _half_log_snr(t_)
@@ -143,25 +143,25 @@ def _sde(x_t: Tensor, v: Tensor, t: Tensor, s: Tensor, g: Tensor) -> Transition:
 
 
 def _like(time: Time, x: Tensor) -> Tensor:
-    """The time as float32 that broadcasts against x: [B, 1, ..., 1] or a scalar."""
+    """Return the time as float32 that broadcasts against x: [B, 1, ..., 1] or a scalar."""
     value = torch.as_tensor(time, dtype=torch.float32, device=x.device)
     return value.view(-1, *[1] * (x.dim() - 1)) if value.dim() else value
 
 
 def uniform_grid(steps: int) -> Tensor:
-    """[steps + 1] equidistant times from 1 to 0: t_n = 1 - (n - 1) / N (Eq. 4)."""
+    """Return equidistant times from 1 to 0, [steps + 1]: t_n = 1 - (n - 1) / N (Eq. 4)."""
     return torch.linspace(1, 0, steps + 1)
 
 
 def shifted(t: Tensor, shift: float) -> Tensor:
-    """Times moved towards noise, t -> shift t / (1 + (shift - 1) t) (Esser et al., 2024)."""
+    """Shift times towards noise, t -> shift t / (1 + (shift - 1) t) (Esser et al., 2024)."""
     return shift * t / (1 + (shift - 1) * t)
 
 
 Step: TypeAlias = "Callable[[Tensor, Tensor, Tensor, Tensor], Transition]"
-SAMPLERS: dict[str, Step] = {"ode": ode, "anneal": anneal}  # evaluation
+SAMPLERS: dict[str, Step] = {"ode": ode, "anneal": anneal}  # for evaluation
 
-# Policies: samplers whose steps have a density, with the noise level of those that have one.
+# For policies: samplers whose steps have a density. The last argument is the noise level eta.
 TRANSITIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, float], Transition]] = {
     "anneal": lambda x_t, v, t, s, eta: anneal(x_t, v, t, s),
     "cps": cps,
@@ -177,12 +177,17 @@ def integrate(
     step: Step,
     generator: torch.Generator,
 ) -> Tensor:
-    """Walk the grid from noise to data with one sampler; len(grid) - 1 evaluations.
+    """Sample from noise to data with one sampler, with N network evaluations.
 
     Args:
-        velocity: (x_t [B, ...], t [B]) -> v.
-        noise: x_1, [B, ...]; grid: [N + 1] from 1 to 0.
-        generator: the stream of the steps' noise; it must not be the one that drew `noise`.
+        velocity: (x_t [B, ...], t [B]) -> v [B, ...].
+        noise: x_1, [B, ...].
+        grid: times from 1 to 0, [N + 1].
+        step: the sampler, a value of SAMPLERS.
+        generator: the source of the steps' noise; not the generator that drew `noise`.
+
+    Returns:
+        x_0, [B, ...].
     """
     x = noise
     for t, s in zip(grid[:-1], grid[1:], strict=True):

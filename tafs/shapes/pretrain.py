@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import tafs.common.torchvision_patch  # noqa: F401  # isort: skip
 import numpy as np
 import torch
 from diffusers import (

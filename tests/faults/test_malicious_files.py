@@ -221,7 +221,7 @@ def test_no_configuration_is_unpickled_or_runs_what_its_tags_name(tmp_path, tria
         claims.read,
         lockfile.read,
         lockfile.read_lock,
-        catalog.read,
+        catalog.read_file,
         prompts.read,
     )
     cases = [(text, reader) for text in texts for reader in readers]

@@ -67,7 +67,7 @@ def test_models_that_are_only_compared_have_their_published_sizes(name, paramete
         resolution=1024,
         dtype=torch.bfloat16,
         device=flops.META,
-        lora=None,
+        lora_rank=None,
     )
     assert sum(p.numel() for p in backbone.transformer.parameters()) == parameters
 

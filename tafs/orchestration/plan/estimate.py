@@ -76,7 +76,7 @@ class Networks:
         model = catalog.read()[name]
         if model.pipeline not in flops.CLASSES:
             return None
-        if model.world == "shapes":
+        if model.assets == "shapes":
             from tafs.shapes import weights
 
             architecture = flops.of_folder(weights.verify(model.resource), model)
@@ -91,7 +91,7 @@ class Networks:
             resolution=model.resolution or self.scale.resolution,
             dtype=getattr(torch, self.scale.dtype),
             device=flops.META,
-            lora=self.scale.lora if model.trainable else None,
+            lora_rank=self.scale.lora.rank if model.trainable else None,
         )
 
     def forward(self, name: str, resolution: int) -> float | None:

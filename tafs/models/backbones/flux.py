@@ -1,4 +1,4 @@
-"""FLUX.1's architecture (FLUX.1-dev and the embedded shapes-flux)."""
+"""FLUX.1 (Black Forest Labs, 2024): FLUX.1-dev and the embedded shapes-flux."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from tafs.models.base import ATTENTION, Backbone, Conditioning
+from tafs.models import ATTENTION, Backbone, Conditioning, ModelPlugin
 from tafs.models.sampling import shifted
 
 
 class FluxBackbone(Backbone):
-    """FluxTransformer2DModel: packed latents, guidance as an input, a CLIP text encoder and a T5.
+    """FluxTransformer2DModel with a CLIP text encoder and a T5; the guidance is a network input.
 
-    Latents keep their spatial shape outside; 2 x 2 patches are packed into tokens at the network.
+    Latents have the shape [B, channels, height, width]; `network` packs 2 x 2 patches into tokens.
     """
 
     lora_targets = ATTENTION
@@ -41,7 +41,7 @@ class FluxBackbone(Backbone):
         )
         return Conditioning(embeds, pooled)
 
-    def velocity(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    def network(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         batch, channels, height, width = x_t.shape
         device, dtype = x_t.device, self.transformer.dtype
         image_ids = self.pipeline._prepare_latent_image_ids(
@@ -66,7 +66,7 @@ class FluxBackbone(Backbone):
         return unpacked.float()
 
     def time_grid(self, steps: int) -> Tensor:
-        """Uniform, then the scheduler's shift for this number of image tokens."""
+        """Return a uniform grid shifted as the scheduler does for this number of image tokens."""
         config = self.pipeline.scheduler.config
         if not config.use_dynamic_shifting:
             return super().time_grid(steps)
@@ -76,3 +76,6 @@ class FluxBackbone(Backbone):
         )
         mu = config.base_shift + slope * (tokens - config.base_image_seq_len)
         return shifted(torch.linspace(1, 0, steps + 1), math.exp(mu))
+
+
+PLUGIN = ModelPlugin(backbones={"FluxPipeline": FluxBackbone})
