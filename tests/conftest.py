@@ -13,7 +13,7 @@ import hypothesis
 import pytest
 import torch
 
-import tafs  # noqa: F401 - it patches torchvision before any test imports diffusers
+import tafs.common.torchvision_patch  # noqa: F401 - before any test imports diffusers
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("tests", deadline=None)  # none depends on the machine's pace

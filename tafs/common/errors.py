@@ -1,4 +1,4 @@
-"""How a command ends that cannot do what it was asked for: one line, and an exit code."""
+"""Exit codes and one-line errors of the package's commands."""
 
 from __future__ import annotations
 
@@ -7,54 +7,65 @@ import sys
 from collections.abc import Callable
 
 BAD_INPUT = 2
-CONTINUE = 75  # sysexits.h's EX_TEMPFAIL: the same command, called again, goes on
+CONTINUE = 75  # EX_TEMPFAIL of sysexits.h: the same command continues the work
 
 
 class RunFailed(RuntimeError):
-    """Work stopped for a reason that its input alone does not show, in one line."""
+    """Work stopped for a reason that its input alone does not show; the message is one line."""
 
 
 class ToBeContinued(RuntimeError):
-    """Work stopped before its end with its state saved, in one line: the same command goes on."""
+    """Work stopped early with its state saved; the message is one line.
+
+    Running the same command again continues it.
+    """
+
+
+def exit_code(error: Exception) -> int | None:
+    """Return the exit code of an error with a one-line message; None for a programming error."""
+    if isinstance(error, ToBeContinued):
+        return CONTINUE
+    if isinstance(error, ValueError | FileNotFoundError):
+        return BAD_INPUT
+    return 1 if isinstance(error, RunFailed | OSError) else None
 
 
 def run_cli(
     what: str, work: Callable[[], None], note: Callable[[int, str], None] | None = None
 ) -> None:
-    """Do the work; a failure is one line and exit code 2 for bad input, 75 for what is to be
-    continued, else 1.
+    """Run `work`; print an expected failure as one line and exit with its code.
 
     Args:
-        note: called with the exit code and the line before the process ends.
+        what: the prefix of the line.
+        work: what the command does.
+        note: called with the exit code and the message before the process ends.
+
+    Raises:
+        SystemExit: `work` failed with an error that `exit_code` knows.
+        Exception: any other error of `work`, so that its traceback is printed.
     """
     try:
         work()
-    except ToBeContinued as error:
-        code, line = CONTINUE, str(error)
-    except (ValueError, FileNotFoundError) as error:
-        code, line = BAD_INPUT, str(error)
-    except (RunFailed, OSError) as error:
-        code, line = 1, str(error)
-    except Exception as error:  # a mistake in the code: its traceback says where
+    except Exception as error:
+        code = exit_code(error)
+        line = f"{type(error).__name__}: {error}" if code is None else str(error)
+        if code is not None:
+            print(f"{what}: {line}", file=sys.stderr)
         if note is not None:
-            note(1, f"{type(error).__name__}: {error}")
-        raise
-    else:
-        return
-    print(f"{what}: {line}", file=sys.stderr)
-    if note is not None:
-        note(code, line)
-    sys.exit(code)
+            note(code or 1, line)
+        if code is None:
+            raise
+        sys.exit(code)
 
 
 def one_line(text: str, longest: int = 300) -> str:
-    """The text with escapes for what cannot be printed, and cut where it is too long."""
+    """Return the text with unprintable characters escaped, cut to a length of `longest`."""
     cut = text if len(text) <= longest else f"{text[: longest - 3]}..."
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
 
 
 def shown(value: object) -> str:
-    """The value as Python writes it, in a few words."""
+    """Return `repr(value)`, shortened to at most 60 characters."""
     few = reprlib.Repr()
     few.maxstring = few.maxother = 60
     few.maxlevel = few.maxdict = few.maxlist = 3

@@ -1,4 +1,4 @@
-"""Files: their SHA-256, and writing them atomically."""
+"""SHA-256 of files, and atomic writes."""
 
 from __future__ import annotations
 
@@ -8,84 +8,66 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 import safetensors
 
 
 def sha256(file: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal.
+    """Return the SHA-256 of a file's content in hexadecimal.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 @contextmanager
-def _appearing_whole(file: Path) -> Iterator[BinaryIO]:
-    """A new file that is on the disk entirely or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        with temporary.open("w+b") as opened:
-            yield opened
-            opened.flush()
-            os.fsync(opened.fileno())
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+def atomic(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """Yield a temporary file beside `path`; rename it to `path` when the block ends without error.
 
+    `path` holds either its previous content or all of the new content, even after a crash of the
+    machine. The temporary name keeps the suffix, because some writers choose a format by it.
 
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path`, which is put there in one step when the block has ended well.
-
-    The temporary name keeps the suffix, by which some writers choose a format. `path` holds either
-    what it held before or all of the new content, also after a crash of the machine. What a killed
-    writer left is removed: no two processes may write one file at once.
+    Args:
+        path: the file to write; its folder is created.
+        shared: whether several processes may write `path` at once; the last one wins. Otherwise
+            temporary files that a killed writer left are removed.
 
     Raises:
-        OSError: the file could not be written, also by safetensors; any error of the block. `path`
-            is as it was.
+        OSError: the file cannot be written (safetensors' own error is converted).
+        Exception: any error of the block. `path` is unchanged.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".tmp-*-{glob.escape(path.name)}"):
-        left.unlink(missing_ok=True)
+    if not shared:
+        for left in path.parent.glob(f".tmp-*-{glob.escape(path.name)}"):
+            left.unlink(missing_ok=True)
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
         yield temporary
-        _fsync(temporary)
+        fsync(temporary)
         os.replace(temporary, path)
-    except safetensors.SafetensorError as error:  # is what it raises for a full disk
+    except safetensors.SafetensorError as error:  # raised for a full disk, among others
         raise OSError(f"{path}: cannot be written ({error})") from error
     finally:
         temporary.unlink(missing_ok=True)
-    _fsync(path.parent)
+    fsync(path.parent)
 
 
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
-    """`atomic`, where `write` fills the file.
-
-    Raises:
-        OSError: the file could not be written; any error of `write`. `path` is as it was.
-    """
+    """Call `write` with the temporary file of `atomic`."""
     with atomic(path) as temporary:
         write(temporary)
 
 
-def atomic_text(path: Path, text: str) -> None:
-    """`atomic_write` for a text, in UTF-8 and with its newlines as they are.
-
-    Raises:
-        OSError: the file could not be written.
-    """
-    atomic_write(path, lambda temporary: temporary.write_bytes(text.encode()))
+def atomic_text(path: Path, text: str, *, shared: bool = False) -> None:
+    """Write a text atomically, in UTF-8 and without newline conversion; see `atomic`."""
+    with atomic(path, shared=shared) as temporary:
+        temporary.write_bytes(text.encode())
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Flush a file or a directory to the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:

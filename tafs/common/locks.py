@@ -1,14 +1,13 @@
-"""One process at a time: a lock that ends with the process that holds it, also by `kill -9`.
+"""Locks that name their holder and end with its process, even after `kill -9`.
 
-A lock is a file that its holder keeps locked by flock(2), on one machine or over a file system that
-several share. The file stays; it says who holds it, or held it last:
-{"pid", "host", "job" (Slurm's, or ""), "since" (Unix seconds)}.
+A lock is a file that `filelock` locks with flock(2), on one machine or on a file system that
+several machines share. The file is kept; it holds the current or last holder as JSON:
+{"pid", "host", "job" (of Slurm, or ""), "since" (Unix seconds)}.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import socket
@@ -17,74 +16,70 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from tafs.common.errors import RunFailed
 
-NAMING = 20  # times that a holder is looked for who has just taken the lock
-POLL = 1.0  # s between two tries: not every network file system wakes those who wait
+READS = 20  # attempts to read a holder that has just taken the lock
+POLL = 1.0  # s between two attempts to take the lock
 
 
 class Busy(RunFailed):
-    """Another process holds the lock; says which."""
+    """Another process holds the lock; the message describes it."""
 
 
 @contextmanager
-def held(
-    file: Path, waiting: Callable[[str], None] | None = None, *, inherited: bool = False
-) -> Iterator[None]:
-    """The lock is this process's inside the block; its children do not inherit it.
+def held(file: Path, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Hold the lock inside the block. Child processes do not inherit it.
 
     Args:
-        waiting: called once with the holder in words where there is one, which is then waited for;
-            None does not wait.
-        inherited: it stays with this process where it becomes another program by exec.
+        file: the lock's file; its folder is created.
+        waiting: called once with a description of the holder if the lock is taken, before waiting
+            for it. None: do not wait.
 
     Raises:
-        Busy: another process holds it and `waiting` is None.
-        RunFailed: the file system has no locks.
+        Busy: another process holds the lock and `waiting` is None.
+        RunFailed: the file system does not support locks.
         OSError: the file cannot be written.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    os.set_inheritable(fd, inherited)
+    lock = FileLock(file, poll_interval=POLL, fallback_to_soft=False, on_acquired=_write_holder)
     try:
-        if not _taken(fd, file):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
             if waiting is None:
-                raise Busy(holder(file))
+                raise Busy(holder(file)) from None
             waiting(holder(file))
-            while not _taken(fd, file):
-                time.sleep(POLL)
-        place = {"pid": os.getpid(), "host": socket.gethostname()}
-        place |= {"job": os.environ.get("SLURM_JOB_ID", ""), "since": time.time()}
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, json.dumps(place).encode(), 0)
+            lock.acquire()
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise RunFailed(
+                f"{file}: the file system does not support locks, so two jobs could write one run; "
+                "mount it with flock, or set `results` to a folder elsewhere"
+            ) from None
+        raise
+    try:
         yield
     finally:
-        os.close(fd)
+        lock.release()
 
 
 def holder(file: Path) -> str:
-    """Who a lock's file says holds it, in words."""
-    for _ in range(NAMING):
+    """Describe the holder that a lock's file names."""
+    for _ in range(READS):
         try:
             place = json.loads(file.read_bytes())
             job = f" (Slurm job {place['job']})" if place["job"] else ""
             since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(place["since"]))
             return f"process {place['pid']} on {place['host']}{job}, since {since}"
-        except (OSError, ValueError, KeyError, TypeError):  # it is just being written
+        except (OSError, ValueError, KeyError, TypeError):  # it is being written
             time.sleep(0.05)
     return "another process"
 
 
-def _taken(fd: int, file: Path) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise RunFailed(
-                f"{file}: its file system has no locks, so that two jobs could write one run; "
-                "mount it with flock, or set `results` to a folder elsewhere"
-            ) from None
-        raise
-    return True
+def _write_holder(fd: int) -> None:
+    place = {"pid": os.getpid(), "host": socket.gethostname()}
+    place |= {"job": os.environ.get("SLURM_JOB_ID", ""), "since": time.time()}
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, json.dumps(place).encode(), 0)

@@ -1,4 +1,4 @@
-"""Explicit randomness: every stream of every step has a generator of its own."""
+"""Explicit randomness: a generator for every stream and step."""
 
 from __future__ import annotations
 
@@ -10,10 +10,16 @@ import torch
 def generator(
     seed: int, stream: str, *indices: int, device: str | torch.device = "cpu"
 ) -> torch.Generator:
-    """The generator of one stream, at one place.
+    """Return the generator of one stream at one position.
 
-    Streams are named ("start", "step", "prompts", ...) so that the start noise and the step noise
-    never share numbers, and a run resumed at iteration k draws what it would have drawn.
+    Streams are named ("start", "step", "prompts", ...), so that start noise and step noise never
+    share numbers. A run resumed at iteration k draws the numbers that it would have drawn.
+
+    Args:
+        seed: of the run.
+        stream: its name.
+        indices: the position in the stream, for example the iteration.
+        device: of the generator.
     """
     key = ":".join([str(seed), stream, *(str(i) for i in indices)])
     digest = hashlib.sha256(key.encode()).digest()

@@ -1,25 +1,29 @@
-"""torchvision_patch."""
+"""Let torchvision be imported beside a CPU-only torch.
+
+torchvision's wheel on PyPI is built for CUDA. Beside a CPU-only torch its compiled extension cannot
+be loaded, so importing it fails with "operator torchvision::nms does not exist". transformers,
+diffusers, peft, open_clip and timm import torchvision. Import this module before them.
+"""
 
 from __future__ import annotations
 
-from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-# A Library takes its schemas back when it is garbage-collected.
+# A library removes its schemas when it is garbage-collected.
 _schemas: list[torch.library.Library] = []
 
 
 def patch_torchvision() -> None:
-    """Declare the operators that torchvision needs in order to be imported beside a CPU torch.
+    """Declare the operators that torchvision registers fake kernels for when it is imported.
 
-    torchvision's wheel from PyPI is a CUDA build. Beside a CPU torch its extension cannot be
-    loaded, so `torchvision::nms`, for which it registers a fake kernel on import, does not exist.
+    Does nothing if torch has CUDA or torchvision's extension can be loaded.
     """
     if torch.version.cuda is not None or hasattr(torch.ops.torchvision, "nms"):
         return
-    if _load_torchvision_extension():
+    if _load_extension():
         return
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
@@ -27,10 +31,9 @@ def patch_torchvision() -> None:
     _schemas.append(library)
 
 
-def _load_torchvision_extension() -> bool:
+def _load_extension() -> bool:
     """Load torchvision's compiled operators without importing torchvision."""
-    # importlib.util would ask tafs' own finder too, which patches.
-    spec = PathFinder.find_spec("torchvision")
+    spec = find_spec("torchvision")
     if spec is None or spec.origin is None:
         return False
     for extension in Path(spec.origin).parent.glob("_C.*"):
@@ -40,3 +43,6 @@ def _load_torchvision_extension() -> bool:
             continue
         return True
     return False
+
+
+patch_torchvision()

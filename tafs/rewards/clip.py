@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import tafs.common.torchvision_patch  # noqa: F401  # isort: skip
 import torch
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import tafs.common.torchvision_patch  # noqa: F401  # isort: skip
 import torch
 from torch import Tensor
 

@@ -1,11 +1,11 @@
-"""The resume state of a training run, and files that appear whole or not at all.
+"""The resume state of a training run.
 
-Snakemake deletes declared outputs before every attempt, so the state lives beside them in a folder
-of its own (`<run>/.state/`). Layout, the highest number being the newest generation:
+Snakemake deletes declared outputs before every attempt, so the state is kept beside them, in its
+own folder (`<run>/.state/`). Layout, where the highest number is the newest generation:
 
     <folder>/000007/tensors.safetensors
                     values.json      fingerprint, iteration and the caller's values
-                    manifest.json    SHA-256 of both: safetensors loads a flipped bit silently
+                    manifest.json    SHA-256 of both; safetensors loads a flipped bit silently
 
 Two intact generations are kept. Nothing is ever unpickled.
 """
@@ -28,20 +28,17 @@ import torch
 from torch import Tensor
 
 from tafs.common.errors import one_line
-from tafs.common.files import _fsync, sha256
+from tafs.common.files import fsync, sha256
 
-KEPT = 2
-
-
+KEPT = 2  # intact generations
 TENSORS, VALUES, MANIFEST = "tensors.safetensors", "values.json", "manifest.json"
-
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class State:
-    """What `load` found; `notes` has a line for each newer state that could not be used."""
+    """A loaded resume state; `notes` has one line per newer state that could not be used."""
 
     iteration: int
     tensors: dict[str, Tensor]  # on the CPU
@@ -56,18 +53,21 @@ def save(
     tensors: Mapping[str, Tensor],
     values: Mapping[str, Any],
 ) -> None:
-    """Add a generation; a failure or a kill at any point leaves the earlier ones loadable.
+    """Add a generation. A failure or a kill at any point leaves the earlier ones loadable.
 
     Args:
-        tensors: on any device, of any dtype; `torch.get_rng_state()` is one too.
-        values: JSON. Tuples come back as lists, keys as strings.
+        folder: of the resume state; it is created.
+        fingerprint: identifies the run's configuration and method source.
+        iteration: the number of finished iterations.
+        tensors: of any device and dtype.
+        values: JSON. Tuples are loaded as lists and keys as strings.
 
     Raises:
-        OSError: the state could not be written (a full disk, say).
-        TypeError: `values` holds what JSON does not know.
+        OSError: the state could not be written, for example because the disk is full.
+        TypeError: `values` is not JSON.
     """
     folder = Path(folder)
-    # A clone, because safetensors refuses tensors that share memory.
+    # Cloned, because safetensors refuses tensors that share memory.
     copies = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
@@ -85,10 +85,10 @@ def save(
     try:
         for name, data in files.items():
             (incoming / name).write_bytes(data)
-            _fsync(incoming / name)
-        _fsync(incoming)
+            fsync(incoming / name)
+        fsync(incoming)
         os.replace(incoming, final)
-        _fsync(folder)
+        fsync(folder)
     except OSError:
         shutil.rmtree(incoming, ignore_errors=True)
         raise
@@ -104,13 +104,15 @@ def save(
 def load(
     folder: Path, fingerprint: str, lacks: Callable[[State], str] = lambda _: ""
 ) -> State | None:
-    """The newest intact state with this fingerprint, or None.
+    """Return the newest intact state with this fingerprint, or None.
 
-    A state that is damaged, belongs to another fingerprint or lacks something is passed over with a
-    line in the log and in `State.notes`; it stays on the disk until `save` or `clear` removes it.
+    A state that is damaged, incomplete or of another fingerprint is skipped with one line in the
+    log and in `State.notes`. It stays on the disk until `save` or `clear` removes it.
 
     Args:
-        lacks: what a state refers to that is not there, in words; "" if nothing.
+        folder: of the resume state.
+        fingerprint: of the run.
+        lacks: returns what a state refers to but is missing, in words, or "".
     """
     notes: list[str] = []
     for generation in _generations(Path(folder)):
@@ -129,14 +131,14 @@ def load(
                     found = content["fingerprint"]
                     reason = f"its fingerprint is {found}, the run's is {fingerprint}"
             except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-                reason = f"it is no state ({one_line(str(error))})"  # whoever wrote its manifest
+                reason = f"it is not a resume state ({one_line(str(error))})"
         notes.append(f"ignored the resume state {generation}: {reason}")
         logger.warning(notes[-1])
     return None
 
 
 def clear(folder: Path) -> None:
-    """Remove the resume state; no error if there is none."""
+    """Remove the resume state, if there is one."""
     if Path(folder).exists():
         shutil.rmtree(folder)
 
@@ -144,9 +146,9 @@ def clear(folder: Path) -> None:
 def pack_optimizer(
     optimizer: torch.optim.Optimizer, prefix: str = "optimizer"
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as copied tensors `<prefix>/<parameter>/<name>` and JSON `<prefix>`.
+    """Copy an optimizer's state to tensors `<prefix>/<parameter>/<name>` and JSON `<prefix>`.
 
-    Both are flat enough to be merged with others' and given to `save`.
+    Both can be merged with other entries and passed to `save`.
     """
     packed = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
@@ -167,12 +169,12 @@ def unpack_optimizer(
     values: Mapping[str, Any],
     prefix: str = "optimizer",
 ) -> None:
-    """Give an optimizer over the same parameters the state that `pack_optimizer` took, bit for bit.
+    """Restore the state that `pack_optimizer` copied into an optimizer over the same parameters.
 
-    Entries of `tensors` and `values` that other prefixes own are left alone.
+    The restored state is bit-identical. Entries with other prefixes are ignored.
 
     Raises:
-        KeyError: there is no state of this prefix.
+        KeyError: there is no state with this prefix.
         ValueError: the parameter groups differ.
     """
     packed = values[prefix]
@@ -183,7 +185,7 @@ def unpack_optimizer(
             state[int(index)][name] = tensor.clone()
     groups = [
         {
-            # JSON made lists of the tuples (betas).
+            # JSON turns tuples (betas) into lists.
             key: tuple(item) if isinstance(item, list) and key != "params" else item
             for key, item in group.items()
         }
@@ -193,23 +195,23 @@ def unpack_optimizer(
 
 
 def _generations(folder: Path) -> list[Path]:
-    """The generations in a folder, newest first."""
+    """Return the generations in a folder, newest first."""
     found = [path for path in folder.glob("*") if path.name.isdecimal()]
     return sorted(found, key=lambda path: int(path.name), reverse=True)
 
 
 def _damage(generation: Path) -> str:
-    """What is wrong with a generation's files, in a few words; empty if they are as written.
+    """Describe the damage to a generation's files; "" if they are as written.
 
     Raises:
-        OSError: they cannot be read.
+        OSError: the files cannot be read.
     """
     try:
         hashes = json.loads((generation / MANIFEST).read_bytes())["sha256"]
         for name in (TENSORS, VALUES):
             if sha256(generation / name) != hashes[name]:
                 return f"{name} is damaged"
-    # Another error does not say that the files are damaged: whoever begins anew would remove them.
+    # Any other OSError does not mean damage: starting over would delete a usable state.
     except (FileNotFoundError, NotADirectoryError) as error:
         return f"{Path(error.filename or generation).name}: {error.strerror}"
     except (ValueError, KeyError, TypeError):

@@ -1,15 +1,18 @@
-"""Which GPUs of this machine a job takes, where nothing else shares them out.
+"""Assigning the GPUs of a machine to jobs that run on it at the same time.
 
-Snakemake counts a machine's GPUs, so that no more jobs run than there are GPUs for, but does not
-say which job has which. Slurm does, and is left to it.
+Snakemake limits how many GPUs are used at once but does not say which job gets which. Each job
+therefore locks its GPUs. The locks of a Slurm job are its own: Slurm has assigned its GPUs, and
+numbers them from 0 in every job.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import re
 import stat
 import subprocess
+import sys
 import tempfile
 import time
 from contextlib import ExitStack
@@ -18,48 +21,45 @@ from pathlib import Path
 from tafs.common import locks
 from tafs.common.errors import RunFailed
 
-CLAIMED = "TAFS_CLAIMED"  # set for the processes that a job starts
-SHARED = "TAFS_SHARED"  # set by a workflow whose jobs share this machine, or a Slurm job of its own
-_held = ExitStack()  # the GPUs of this process, until it ends
+NAME = re.compile(r"\d+|(GPU|MIG)-[\w/.-]+")  # in CUDA_VISIBLE_DEVICES
+_held = ExitStack()  # this process's locks, until it ends
 
 
 def claim(count: int) -> None:
-    """Take so many GPUs for this process and those that it starts, and hide the others from them.
+    """Reserve `count` GPUs for this process until it ends, and hide all others from it.
 
-    Waits until so many are free at once: a job that was left behind may still have them. They are
-    this process's until it ends, also where it becomes another program by exec.
+    Waits until that many are free at once. Child processes see the same GPUs.
 
     Raises:
-        RunFailed: this machine has fewer, or cannot say how many, or the folder of the locks is
-            another user's.
+        RunFailed: the machine has fewer GPUs or cannot list them, or the locks' folder belongs to
+            another user.
     """
-    given = os.environ.get("SLURM_JOB_ID") and not os.environ.get(SHARED)
-    if given or os.environ.get(CLAIMED):
-        return
     known = _visible()
     if len(known) < count:
         raise RunFailed(f"the job needs {count} GPUs, and this machine shows {len(known)}")
-    folder = Path(tempfile.gettempdir()) / f"tafs-gpus-{os.getuid()}"
+    job = os.environ.get("SLURM_JOB_ID", "")
+    folder = Path(tempfile.gettempdir()) / f"tafs-gpus-{os.getuid()}{job and f'-{job}'}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    # Everybody may write beside it: a link in another user's folder would have us write elsewhere.
+    # The parent is writable by everybody: another user's folder could hold links to our files.
     there = folder.lstat()
     if not stat.S_ISDIR(there.st_mode) or there.st_uid != os.getuid() or there.st_mode & 0o022:
         raise RunFailed(f"{folder}: is not this user's own folder; delete it, or set TMPDIR")
-    while True:
-        taken = _free(folder, known, count)
-        if taken:
-            break
-        time.sleep(random.uniform(0.5, 1.5))  # two jobs that want all must not meet for ever
-    os.environ |= {"CUDA_VISIBLE_DEVICES": ",".join(taken), CLAIMED: "1"}
+    taken = _take(folder, known, count)
+    if not taken:
+        print(f"waits until {count} of {len(known)} GPUs are free", file=sys.stderr, flush=True)
+    while not taken:
+        time.sleep(random.uniform(0.5, 1.5))  # random, so that two waiting jobs avoid a livelock
+        taken = _take(folder, known, count)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(taken)
 
 
-def _free(folder: Path, known: list[str], count: int) -> list[str]:
-    """So many free GPUs, which are this process's now; [] if there are fewer."""
+def _take(folder: Path, known: list[str], count: int) -> list[str]:
+    """Lock `count` free GPUs and return their names; [] if fewer are free."""
     found: list[str] = []
     with ExitStack() as stack:
         for gpu in known:
             try:
-                stack.enter_context(locks.held(folder / gpu, inherited=True))
+                stack.enter_context(locks.held(folder / gpu.replace("/", "-")))
             except locks.Busy:
                 continue
             found.append(gpu)
@@ -70,10 +70,17 @@ def _free(folder: Path, known: list[str], count: int) -> list[str]:
 
 
 def _visible() -> list[str]:
-    """Of this machine, as CUDA_VISIBLE_DEVICES names them."""
+    """Return the machine's GPUs as CUDA_VISIBLE_DEVICES names them."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is not None:
-        return [name.strip() for name in given.split(",") if name.strip()]
+        names = [name.strip() for name in given.split(",") if name.strip()]
+        wrong = [name for name in names if not NAME.fullmatch(name)]
+        if wrong or len(set(names)) < len(names):
+            raise RunFailed(
+                f"CUDA_VISIBLE_DEVICES: {given!r} is not a list of different GPUs; give their "
+                "numbers or UUIDs, or unset it"
+            )
+        return names
     try:
         listed = subprocess.run(
             ["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=True, timeout=60

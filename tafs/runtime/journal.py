@@ -1,7 +1,7 @@
-"""The journal of a run: append-only JSON Lines, the truth that everything else mirrors.
+"""The journal of a run: append-only JSON Lines, the primary record of its training.
 
-A line counts once its newline is written, so a process killed in the middle of one loses that line
-and nothing else. Every record has a `kind` ("start", "resume", "iteration", "end") and a `time`.
+A line counts once its newline is written, so a process that is killed while writing loses that
+line only. Every record has a `kind` ("start", "resume", "iteration", "end") and a `time`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 
 class Journal:
-    """Appends records to one file, from one process at a time (rank 0)."""
+    """Appends records to a file, from one process (rank 0)."""
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
@@ -23,9 +23,14 @@ class Journal:
     def append(self, kind: str, **fields: Any) -> None:
         """Write one record and flush it to the disk.
 
-        Adds `time` (Unix seconds) unless `fields` holds one. NaN and infinities are written as
-        null. Tensors and other objects that JSON does not know are a TypeError, and nothing is
-        written. If the disk is full, OSError is raised and the file stays as it was.
+        Args:
+            kind: of the record.
+            fields: JSON; NaN and infinities are written as null. `time` (Unix seconds) is added
+                unless it is given.
+
+        Raises:
+            TypeError: a field is not JSON; nothing is written.
+            OSError: the record could not be written; the file is unchanged.
         """
         record = {"kind": kind, "time": time.time(), **fields}
         line = (json.dumps(_finite(record), allow_nan=False) + "\n").encode()
@@ -45,10 +50,11 @@ class Journal:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The records in the order in which they were written, without an unfinished last line.
+    """Read the records in the order of writing, without an unfinished last line.
 
     Raises:
-        ValueError: another line is not a record; the message names the file and the line.
+        FileNotFoundError: the file does not exist.
+        ValueError: a complete line is not a record; names the file and the line.
     """
     *lines, _ = Path(path).read_bytes().split(b"\n")
     records = []
@@ -64,19 +70,19 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def iterations(path: Path) -> list[dict[str, Any]]:
-    """The records of kind "iteration", one a number, sorted.
+    """Read the records of kind "iteration", sorted and without repetitions.
 
-    A run that was killed and resumed repeats iterations: the last record of a number counts.
+    A resumed run repeats iterations; the last record of each number is used.
 
     Raises:
-        ValueError: as `read`.
+        FileNotFoundError, ValueError: see `read`.
     """
     latest = {r["iteration"]: r for r in read(path) if r["kind"] == "iteration"}
     return [latest[number] for number in sorted(latest)]
 
 
 def _finite(value: Any) -> Any:
-    """A copy of a JSON value with null in place of the numbers that JSON cannot hold."""
+    """Copy a JSON value with None in place of NaN and infinities."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -87,7 +93,7 @@ def _finite(value: Any) -> Any:
 
 
 def _cut_unfinished_line(fd: int) -> int:
-    """Remove what follows the last newline, so that a new line is not glued to it; the size."""
+    """Truncate an unfinished last line and return the new size."""
     size = end = os.fstat(fd).st_size
     while end and os.pread(fd, 1, end - 1) != b"\n":
         end -= 1

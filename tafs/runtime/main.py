@@ -1,62 +1,95 @@
-"""main."""
+"""The entry point that the stages of a run share: `python -m tafs.ROOM.STAGE RUN_DIR`."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from torch.distributed.elastic.multiprocessing.errors import record
+
 from tafs.common import errors
-from tafs.common.env import whole_number
 from tafs.runtime import gpus
+from tafs.runtime.deadline import Deadline
 from tafs.runtime.run_dir import RunDir
+
+Work = Callable[[RunDir, Deadline], None]
 
 
 def limit_threads() -> None:
-    """One thread a process unless TAFS_THREADS says more: two jobs with one thread each do more
-    work than one job with two, and the sums do not depend on the machine's size.
+    """Use one CPU thread per process.
 
-    Raises:
-        ValueError: TAFS_THREADS is no whole number from 1; names it.
+    Two jobs with one thread each finish more work than one job with two, and the order of sums
+    does not depend on the machine.
     """
-    import torch
-
-    torch.set_num_threads(whole_number("TAFS_THREADS", "give how many", "1", 1))
+    torch.set_num_threads(1)
 
 
-def run_stage(stage: str, work: Callable[[RunDir], None]) -> None:
-    """`python -m tafs.STAGE RUN_DIR`, with one thread a process, and alone in that stage."""
-    if len(sys.argv) != 2:
-        print(f"usage: python -m tafs.{stage} RUN_DIR", file=sys.stderr)
-        sys.exit(2)
-    run = RunDir(Path(sys.argv[1]))
-    what = f"{stage} {run.folder}"
+def run_stage(stage: str, work: Work) -> None:
+    """Run one stage of the run that the command line names, as the only process in that stage.
+
+    Options: `--minutes`, the job's time limit, and `--started`, its start in Unix seconds. An
+    expected failure is one line, an exit code and the run's failure note. In a process that
+    `tafs.runtime.launch` started, the launcher reports the failure instead.
+    """
+    options = arguments(stage).parse_args()
+    run = RunDir(options.run_dir)
+    deadline = Deadline(60.0 * options.minutes or None, options.started)
     rank = os.environ.get("RANK", "0")
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        what += f" (process {rank})"
 
     def within_memory() -> None:
-        import torch
-
-        # A training's launcher has taken all of its.
-        if stage != "train" and run.description["settings"]["device"] == "cuda":
+        # The launcher has claimed the GPUs of a training.
+        if stage != "train" and run.device == "cuda":
             gpus.claim(1)
         try:
-            work(run)
+            work(run, deadline)
         except torch.OutOfMemoryError as error:
             raise errors.RunFailed(
-                "the GPU's memory does not suffice; lower micro_batch (training) or "
-                f"evaluation.batch in config.yaml ({str(error).splitlines()[0]})"
+                "out of GPU memory; lower micro_batch (training) or evaluation.batch in "
+                f"config.yaml ({str(error).splitlines()[0]})"
             ) from None
 
     def alone() -> None:
         limit_threads()
-        if rank != "0":  # the first process writes for all
+        if rank != "0":  # the first process writes the run's files
             within_memory()
             return
         with run.alone(stage):
             run.failure(stage).unlink(missing_ok=True)
             within_memory()
 
-    errors.run_cli(what, alone, lambda code, line: run.note_failure(stage, code, line))
+    def recorded() -> None:
+        try:
+            record(alone)()
+        except errors.ToBeContinued:
+            raise
+        except Exception as error:
+            code = errors.exit_code(error)
+            if code is None:
+                raise
+            sys.exit(code)
+
+    launched = "TORCHELASTIC_ERROR_FILE" in os.environ
+    note = None if launched else lambda code, line: run.note_failure(stage, code, line)
+    what = f"{stage} {run.folder}"
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        what += f" (process {rank})"
+    errors.run_cli(what, recorded if launched else alone, note)
+
+
+def arguments(stage: str) -> argparse.ArgumentParser:
+    """Return the parser of a stage's command line."""
+    parser = argparse.ArgumentParser(prog=stage, allow_abbrev=False)
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="results/SCALE/runs/NAME")
+    parser.add_argument("--minutes", type=_whole, default=0, help="time limit; 0: none")
+    parser.add_argument("--started", type=float, metavar="SECONDS", help="Unix time; default: now")
+    return parser
+
+
+def _whole(given: str) -> int:
+    if not given.isdecimal():
+        raise argparse.ArgumentTypeError(f"{given!r} is not a whole number")
+    return int(given)

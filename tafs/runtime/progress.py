@@ -1,8 +1,7 @@
-"""What a person sees while the workflow runs: every job's stage, run, progress and time left.
+"""The progress of running jobs.
 
-Training and evaluation write a small file each; the watcher reads them beside Snakemake's own
-account of its jobs and draws one live table on a terminal, or prints it now and then where there
-is none. Losing such a file loses nothing else.
+Training and evaluation each write a small file in the run's folder, which the live table and
+`tafs status` read. These files are informative only.
 """
 
 from __future__ import annotations
@@ -13,23 +12,22 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
-
+from typing import Any
 
 FOLDER = ".progress"
-
-
-STALE = 900.0  # s; a job that has been silent for longer is not shown
-
-
-MIN_INTERVAL = 0.5  # s between two writes of a job
+STALE = 900.0  # s; a job without a report for longer is not shown
+MIN_INTERVAL = 0.5  # s between two reports of a job
 
 
 class Reporter:
-    """A job's own account of its progress; `done` of `total` steps."""
+    """Writes the progress of a job to the run's folder.
+
+    Args:
+        folder: of the run.
+        stage: "train" or "evaluate", for example.
+        total: number of steps.
+        done: number of steps that earlier attempts have finished.
+    """
 
     def __init__(self, folder: Path, stage: str, total: int, done: int = 0) -> None:
         self.file = folder / FOLDER / f"{stage}.json"
@@ -46,13 +44,14 @@ class Reporter:
         self._write()
 
     def advance(self, note: str = "", steps: int = 1) -> None:
+        """Report finished steps, with a note to display."""
         self.record["done"] += steps
         self.record["note"] = note
         if time.time() - self._written >= MIN_INTERVAL:
             self._write()
 
     def finish(self) -> None:
-        """The job is over: nothing is left to show."""
+        """Remove the report of a finished job."""
         with suppress(OSError):
             self.file.unlink()
 
@@ -64,13 +63,13 @@ class Reporter:
             temporary.write_text(json.dumps({**self.record, "updated": self._written}))
             os.replace(temporary, self.file)
         except OSError:
-            # A full disk must not stop a run for the sake of its progress bar.
+            # Progress is informative: a full disk must not stop the run here.
             with suppress(OSError):
                 temporary.unlink()
 
 
 def active(runs: Path, now: float) -> list[dict[str, Any]]:
-    """The jobs that reported lately, in a stable order."""
+    """Return the recent reports of all jobs in a folder of runs, in a stable order."""
     found = []
     for file in sorted(runs.glob(f"*/{FOLDER}/*.json")):
         try:
@@ -83,7 +82,7 @@ def active(runs: Path, now: float) -> list[dict[str, Any]]:
 
 
 def seconds_left(record: dict[str, Any], now: float) -> float | None:
-    """Time left at the job's own pace so far; None before its first step."""
+    """Estimate the time left from the pace so far; None before the first step."""
     steps = record["done"] - record["first"]
     if steps <= 0:
         return None
@@ -92,14 +91,14 @@ def seconds_left(record: dict[str, Any], now: float) -> float | None:
 
 
 def cells(record: dict[str, Any], now: float) -> tuple[str, str, str]:
-    """Progress, time left and note of a job."""
+    """Return the progress, the time left and the note of a job as text."""
     left = seconds_left(record, now)
-    remaining = "" if left is None else f"{_clock(left)} left"
+    remaining = "" if left is None else f"{clock(left)} left"
     return f"{record['done']}/{record['total']}", remaining, record["note"]
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The rows as lines with columns of one width."""
+    """Format rows as lines with columns of equal width."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -108,7 +107,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """Two units: 42 s, 3 min 5 s, 2 h 10 min, 3 d 4 h."""
+    """Format a duration in its two largest units: 42 s, 3 min 5 s, 2 h 10 min, 3 d 4 h."""
     whole = max(0, round(seconds))
     for unit, name, part, small in ((86400, "d", 3600, "h"), (3600, "h", 60, "min")):
         if whole >= unit:
@@ -116,5 +115,6 @@ def duration(seconds: float) -> str:
     return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{whole} s"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Format a duration as minutes:seconds."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -1,9 +1,10 @@
-"""A run's folder: its description, its files, and the models and prompts that it names."""
+"""The folder of a run: its files, locks and failure notes."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -14,16 +15,14 @@ from typing import Any
 
 from tafs.common import locks
 from tafs.common.files import sha256
-from tafs.runtime import checkpoint, journal
+from tafs.runtime import journal
 
-BASE = "base"  # the untrained model's place among the methods
-
-
+BASE = "base"  # stands for the untrained model in place of a method
 SAMPLES_PER_TAG = 8  # prompts of each tag whose images samples.safetensors keeps
 
 
 class RunDir:
-    """results/SCALE/runs/NAME."""
+    """The folder `results/SCALE/runs/NAME`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -42,40 +41,46 @@ class RunDir:
 
     @cached_property
     def description(self) -> dict[str, Any]:
-        """run.json.
+        """The content of run.json.
 
         Raises:
-            FileNotFoundError, ValueError: it is missing or no JSON object; names the file.
+            FileNotFoundError, ValueError: the file is missing or not a JSON object; names it.
         """
         return read_json(self.folder / "run.json")
 
     @cached_property
     def evaluation(self) -> dict[str, Any]:
-        """evaluation.json: how the run is judged; see `experiment.specs.EvalSpec`.
+        """The content of evaluation.json: how the run is evaluated.
 
         Raises:
-            FileNotFoundError, ValueError: it is missing or no JSON object; names the file.
+            FileNotFoundError, ValueError: the file is missing or not a JSON object; names it.
         """
         return read_json(self.folder / "evaluation.json")
 
     def snapshot(self, iteration: int) -> Path:
-        """The adapter after so many iterations, one of run.json's `snapshots`."""
+        """Return the adapter's file after an iteration that run.json lists in `snapshots`."""
         return self.snapshots / f"{iteration}.safetensors"
 
     def kept_snapshot(self, iteration: int) -> Path:
-        """Where a snapshot lies until the training has ended."""
+        """Return where a snapshot is kept until the training has ended."""
         return self.state / "snapshots" / self.snapshot(iteration).name
 
     @property
+    def device(self) -> str:
+        """The device type of the run's models, cpu or cuda; "" where run.json does not say."""
+        return str(self.description.get("assets", {}).get("device", ""))
+
+    @property
     def trained(self) -> bool:
+        """Whether the run has a training; the base model has none."""
         return bool(self.description["method"] != BASE)
 
     def verified(self, iteration: int | None) -> Path:
-        """The adapter, or a snapshot, as training has left it.
+        """Return the adapter's file, or a snapshot's, after comparing it with the journal's hash.
 
         Raises:
-            FileNotFoundError: it is not there; names it.
-            ValueError: it has changed since; names it.
+            FileNotFoundError: the file is missing.
+            ValueError: the file has changed since training wrote it.
         """
         file = self.adapter if iteration is None else self.snapshot(iteration)
         if not file.is_file():
@@ -85,43 +90,47 @@ class RunDir:
             written |= record.get("sha256", {})
         if sha256(file) != written.get(file.name):
             raise ValueError(
-                f"{file}: is not what training wrote, by {self.journal.name}; remove it, and the "
+                f"{file}: does not match the SHA-256 in {self.journal.name}; delete it, and the "
                 "workflow trains the run again"
             )
         return file
 
     def forget_training(self) -> None:
-        """Remove the resume state of a run that has been trained, unless it is being trained.
+        """Remove the resume state of a finished training, unless it is being trained again.
 
         Raises:
-            FileNotFoundError, ValueError: its adapter is not there, or not what training wrote.
+            FileNotFoundError, ValueError: see `verified`.
         """
         self.verified(None)
         with suppress(locks.Busy), locks.held(self.lock("train")):
             self.clear_state()
 
     def clear_state(self) -> None:
-        checkpoint.clear(self.state)
+        """Remove the resume state, if there is one."""
+        if self.state.exists():
+            shutil.rmtree(self.state)
 
     def lock(self, stage: str) -> Path:
-        """Held by the one process that works on a stage of the run."""
+        """Return the lock that the process working on a stage of the run holds."""
         return self.folder / ".locks" / stage
 
     def failure(self, stage: str) -> Path:
-        """How the last try of a stage ended, if not well:
-        {"stage", "exit" (code), "message", "time" (Unix seconds), "seen" (by the workflow)}."""
+        """Return the file that describes how the last attempt of a stage failed.
+
+        {"stage", "exit" (code), "message", "time" (Unix seconds), "seen" (by the workflow)}.
+        """
         return self.folder / ".failed" / f"{stage}.json"
 
     @contextmanager
     def alone(self, stage: str) -> Iterator[None]:
-        """No other process works on this stage of the run inside the block.
+        """Hold the lock of a stage inside the block, after waiting for its present holder.
 
-        One that does is waited for: a job that a killed workflow left behind goes on, and what it
-        has done is continued and not done twice.
+        A job that a killed workflow left behind keeps running; waiting for it avoids doing its
+        work twice.
 
         Raises:
-            FileNotFoundError: there is no such run.
-            failures.RunFailed, OSError: as `locks.held`.
+            FileNotFoundError: the run's folder does not exist.
+            RunFailed, OSError: see `locks.held`.
         """
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{self.folder}: not found; snakemake writes it")
@@ -133,7 +142,7 @@ class RunDir:
             yield
 
     def note_failure(self, stage: str, code: int, message: str) -> None:
-        """Write `failure`'s file; a disk that has no room for it must not hide the failure."""
+        """Write the file of `failure`, unless the disk is full: that must not hide the failure."""
         record = {"stage": stage, "exit": code, "message": message, "time": time.time()}
         file = self.failure(stage)
         temporary = file.with_suffix(f".{os.getpid()}")
@@ -144,17 +153,17 @@ class RunDir:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object that snakemake wrote from config.yaml.
+    """Read a JSON object that snakemake wrote from config.yaml.
 
     Raises:
-        FileNotFoundError, ValueError: it is missing or no JSON object; names the file.
+        FileNotFoundError, ValueError: the file is missing or not a JSON object; names it.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file}: not found; snakemake writes it from config.yaml")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file}: is not JSON ({error})") from None
+        raise ValueError(f"{file}: is not JSON ({error}); delete it and run snakemake") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{file}: holds no JSON object")
+        raise ValueError(f"{file}: is not a JSON object; delete it and run snakemake")
     return content

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import tafs.common.torchvision_patch  # noqa: F401  # isort: skip
 import numpy as np
 import torch
 from diffusers import AutoencoderKL

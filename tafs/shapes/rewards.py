@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import tafs.common.torchvision_patch  # noqa: F401  # isort: skip
 import torch
 from torch import Tensor
 from transformers import CLIPTokenizer

@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import tafs.common.torchvision_patch  # noqa: F401  # isort: skip
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import tafs.common.torchvision_patch  # noqa: F401  # isort: skip
 from transformers import (
     CLIPPreTrainedModel,
     CLIPTextConfig,

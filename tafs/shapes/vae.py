@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import tafs.common.torchvision_patch  # noqa: F401  # isort: skip
 import numpy as np
 import torch
 from diffusers import AutoencoderKL

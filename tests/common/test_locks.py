@@ -1,20 +1,26 @@
-"""A lock is one process's at a time and ends with it."""
+"""A lock is held by one process at a time and ends with it."""
 
+from __future__ import annotations
+
+import errno
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tafs.common import locks
+from tafs.common.errors import RunFailed
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from tafs import locks
+from tafs.common import locks
 with locks.held(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
@@ -27,41 +33,49 @@ def file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def other(file):
+def other(file: Path) -> Iterator[subprocess.Popen[str]]:
     """A process that holds the lock."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(file)], stdout=subprocess.PIPE, text=True
     )
-    assert process.stdout.readline() == "held\n"
+    assert process.stdout and process.stdout.readline() == "held\n"
     yield process
     process.kill()
     process.wait()
 
 
-def test_a_lock_is_taken_once_and_again_when_it_is_free(file):
+def test_a_lock_can_be_taken_again_only_when_it_is_free(file: Path) -> None:
     with locks.held(file):
         assert json.loads(file.read_text())["pid"] == os.getpid()
         with pytest.raises(locks.Busy), locks.held(file):
             pass
+        assert json.loads(file.read_text())["pid"] == os.getpid()
     with locks.held(file):
         pass
 
 
-def test_the_holder_is_named(file, other, monkeypatch):
+def test_the_holder_is_named(file: Path, other: subprocess.Popen[str]) -> None:
     with pytest.raises(locks.Busy, match=f"^process {other.pid} on .*, since 20"), locks.held(file):
         pass
     file.write_text(json.dumps({"pid": 7, "host": "h100-3", "job": "4711", "since": 0}))
     assert locks.holder(file).startswith("process 7 on h100-3 (Slurm job 4711), since 19")
 
 
-def test_a_killed_process_leaves_no_lock(file, other):
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": 1}'])
+def test_a_holder_that_is_not_written_yet_is_another_process(file: Path, content: str) -> None:
+    file.parent.mkdir()
+    file.write_text(content)
+    assert locks.holder(file) == "another process"
+
+
+def test_a_killed_process_releases_its_lock(file: Path, other: subprocess.Popen[str]) -> None:
     other.send_signal(signal.SIGKILL)
     other.wait()
     with locks.held(file):
         pass
 
 
-def test_a_holder_is_waited_for(file, other):
+def test_waiting_for_a_holder_names_it_once(file: Path, other: subprocess.Popen[str]) -> None:
     told = []
 
     def waiting(text: str) -> None:
@@ -73,25 +87,38 @@ def test_a_holder_is_waited_for(file, other):
     assert [str(other.pid) in text for text in told] == [True]
 
 
-def test_children_do_not_inherit_the_lock(file):
+@pytest.mark.parametrize("fork", [True, False])
+def test_child_processes_do_not_inherit_the_lock(file: Path, fork: bool) -> None:
     with locks.held(file):
-        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        if fork:
+            pid = os.fork()
+            if not pid:
+                signal.pause()
+        else:
+            code = "import time; time.sleep(600)"
+            pid = subprocess.Popen([sys.executable, "-c", code]).pid
     try:
         with locks.held(file):
             pass
     finally:
-        child.kill()
-        child.wait()
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": 1}'])
-def test_a_holder_that_has_not_said_who_it_is_is_another_process(file, content):
-    file.parent.mkdir()
-    file.write_text(content)
-    assert locks.holder(file) == "another process"
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named(
+    file: Path, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    problem = f"^{file}: the file system does not support locks"
+    with pytest.raises(RunFailed, match=problem), locks.held(file):
+        pass
 
 
-def test_a_link_in_a_locks_place_is_not_followed(file, tmp_path):
+def test_a_symbolic_link_in_place_of_the_lock_is_not_followed(file: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.write_text("kept")
     file.parent.mkdir()

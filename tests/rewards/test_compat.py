@@ -16,7 +16,6 @@ import pytest
 import torch
 from PIL import Image
 
-from tafs.common import torchvision_patch
 from tafs.rewards import compat
 
 PROMPTS = ["a red square left of a blue circle", "Zwölf Boxkämpfer, it's 3 o'clock & more"]
@@ -78,49 +77,12 @@ def scorer(
     return imagereward.ImageReward(med_config=str(path)).eval()
 
 
-def extension_is_missing() -> bool:
-    import torchvision
-
-    return torch.version.cuda is None and not torchvision.extension._has_ops()
-
-
 def test_every_named_package_imports_in_one_process(hpsv2: Any, imagereward: Any) -> None:
     names = "torch torchvision diffusers transformers peft accelerate snakemake mlflow pandas"
     modules = [importlib.import_module(name) for name in f"{names} open_clip matplotlib".split()]
     modules += [hpsv2, imagereward]
     assert all(sys.modules[module.__name__] is module for module in modules)
     assert {"hpsv2", "ImageReward"} <= set(sys.modules)
-
-
-def test_torchvision_fails_beside_a_cpu_torch_unless_patched() -> None:
-    torchvision_patch.patch_torchvision()
-    if not extension_is_missing():
-        pytest.skip("this torchvision was built for this torch")
-    command = [sys.executable, "-c", "import torchvision"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert "operator torchvision::nms does not exist" in result.stderr
-
-
-def test_patching_torchvision_again_changes_nothing() -> None:
-    torchvision_patch.patch_torchvision()
-    import torchvision
-
-    before = list(torchvision_patch._schemas)
-    torchvision_patch.patch_torchvision()
-    assert torchvision_patch._schemas == before
-    assert bool(before) == extension_is_missing()
-    assert torchvision.transforms.functional.resize(torch.zeros(3, 8, 8), [4]).shape == (3, 4, 4)
-
-
-def test_torchvision_may_be_patched_before_anything_looks_for_it() -> None:
-    code = "from tafs import compat; compat.patch_torchvision(); import torchvision"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_torchvision_is_left_alone_where_torch_has_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.library, "Library", lambda *_: pytest.fail("declared a schema"))
-    torchvision_patch.patch_torchvision()
 
 
 def test_hpsv2_lacks_its_vocabulary_and_keeps_lacking_it(hpsv2: Any) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import tafs  # noqa: F401 - before anything imports torchvision
+import tafs.common.torchvision_patch  # noqa: F401 - before anything imports torchvision
 
 # isort: split
 import torch
