@@ -1,14 +1,13 @@
-"""What the paper's scale downloads: pinned to revisions, verified by SHA-256, then used offline.
+"""Pin and download the paper scale's models, rewards and prompts.
 
-resources.yaml names the repositories. Two commands need the network, jobs do not:
+resources.yaml names the repositories. These two commands need the network; jobs do not:
 
-    python -m tafs.assets.download lock [NAME...]     revisions and SHA-256 -> resources.lock.yaml
-    python -m tafs.assets.download fetch [NAME...]    the locked files -> Hugging Face's cache, verified
+    python -m tafs.assets.download lock [NAME...]     pin revisions and SHA-256 in the lock file
+    python -m tafs.assets.download fetch [NAME...]    download the pinned files and verify them
 
-Files of the hub lie in Hugging Face's own cache, those of GitHub in $HF_HOME/tafs/files; what was
-verified is noted in $HF_HOME/tafs/verified. HF_TOKEN, HF_HOME, HF_HUB_CACHE and HF_ENDPOINT mean
-what they mean to huggingface_hub. TAFS_GITHUB replaces github.com by a GitHub Enterprise Server,
-which has its API at /api/v3 and its files at /raw.
+The variables HF_TOKEN, HF_HOME, HF_HUB_CACHE and HF_ENDPOINT of huggingface_hub apply. TAFS_GITHUB
+is the URL of a GitHub Enterprise Server to use instead of github.com, with its API at /api/v3 and
+its files at /raw. `tafs.assets.cache` describes where the files are.
 """
 
 from __future__ import annotations
@@ -27,32 +26,27 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from pydantic import (
-    ValidationError,
-)
+from huggingface_hub import HfApi, constants, errors, get_session, snapshot_download
+from huggingface_hub.file_download import http_get
+from huggingface_hub.utils import hf_raise_for_status
+from huggingface_hub.utils.sha import git_hash
+from pydantic import ValidationError
 
-from tafs.assets.cache import _folder, _note, _state, _verified, _verify_changed
-from tafs.assets.lockfile import (
-    LOCK,
-    RESOURCES,
-    Locked,
-    LockedFile,
-    Resource,
-    Source,
-    _command,
-    _entry,
-    _write_lock,
-    read,
-    read_lock,
-)
-from tafs.common import errors as failures
-from tafs.common.files import _appearing_whole, sha256
+from tafs.assets import lockfile
+from tafs.assets.cache import Cached
+from tafs.assets.lockfile import LOCK, RESOURCES, Locked, LockedFile, Resource, Source
+from tafs.common.errors import RunFailed, run_cli
+from tafs.common.files import atomic, atomic_text, sha256
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def resolve(resource: Resource, random_weights: bool = False) -> Locked:
-    """The present commit of a resource's repository, with its files' sizes and SHA-256 (online).
+    """Pin a resource to the latest commit of its repository, with sizes and SHA-256 (online).
+
+    Args:
+        resource: the entry of resources.yaml.
+        random_weights: mark it as randomly initialised.
 
     Raises:
         ValueError: a cached file is altered.
@@ -71,14 +65,11 @@ def resolve(resource: Resource, random_weights: bool = False) -> Locked:
 
 
 def _resolve_hub(resource: Resource) -> tuple[str, dict[str, LockedFile]]:
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.utils.sha import git_hash
-
     repository = str(resource.hub)
     info: Any = HfApi().repo_info(repository, repo_type=resource.type, files_metadata=True)
     siblings = {sibling.rfilename: sibling for sibling in info.siblings or []}
     chosen = {name: siblings[name] for name in _select(resource.files, sorted(siblings))}
-    # The hub knows the SHA-256 of large files; of small ones only git's hash.
+    # The hub's API has the SHA-256 of large files and only git's hash of small ones.
     small = [name for name, sibling in chosen.items() if sibling.lfs is None]
     if small:
         folder = snapshot_download(
@@ -95,19 +86,21 @@ def _resolve_hub(resource: Resource) -> tuple[str, dict[str, LockedFile]]:
         file = Path(folder, name)
         content = file.read_bytes()
         if git_hash(content) != sibling.blob_id:
-            raise ValueError(f"{file} is not the hub's; delete {file.resolve()} and lock again")
+            raise ValueError(
+                f"{file} differs from the hub's; delete {file.resolve()} and lock again"
+            )
         digest = hashlib.sha256(content).hexdigest()
         files[name] = LockedFile(size=len(content), sha256=digest)
     return str(info.sha), files
 
 
 def _select(patterns: Iterable[str], names: Sequence[str]) -> list[str]:
-    """The names that a pattern matches, in their order."""
+    """The names that match a pattern, in their order."""
     chosen = set()
     for pattern in patterns:
         matches = [name for name in names if fnmatchcase(name, pattern)]
         if not matches:
-            raise failures.RunFailed(
+            raise RunFailed(
                 f"no file matches {pattern!r}; correct `files` in {RESOURCES} (there are: "
                 f"{', '.join(names[:20])}{', ...' if len(names) > 20 else ''})"
             )
@@ -116,9 +109,6 @@ def _select(patterns: Iterable[str], names: Sequence[str]) -> list[str]:
 
 
 def _resolve_github(resource: Resource) -> tuple[str, dict[str, LockedFile]]:
-    from huggingface_hub import get_session
-    from huggingface_hub.utils import hf_raise_for_status
-
     api, _ = _github()
     answer = get_session().get(
         f"{api}/repos/{resource.github}/commits/HEAD",
@@ -136,7 +126,7 @@ def _resolve_github(resource: Resource) -> tuple[str, dict[str, LockedFile]]:
 
 
 def _github() -> tuple[str, str]:
-    """The addresses of the API and of files."""
+    """URLs of the API and of files."""
     server = os.environ.get("TAFS_GITHUB", "").rstrip("/")
     if server:
         return f"{server}/api/v3", f"{server}/raw"
@@ -144,34 +134,34 @@ def _github() -> tuple[str, str]:
 
 
 def fetch(name: str, lock: Path = LOCK) -> Path:
-    """Download and verify what is missing of a locked resource (online); the folder of its files.
+    """Download the missing files of a pinned resource and verify all of them (online).
 
-    What an interrupted download completed is kept: within a file the client resumes, and a later
-    call gets the files that are still missing.
+    An interrupted download is continued by the next call, also within a file.
+
+    Returns:
+        The folder of the files.
 
     Raises:
-        ValueError: it is not locked, or a file is altered; names it and the remedy.
+        ValueError: the resource is not pinned, or a file is altered; names it and the remedy.
         RunFailed: it cannot be downloaded, or does not fit on the disk.
     """
-    locked = _entry(name, lock)
-    folder, verified = _folder(locked), _verified(name, locked)
-    missing = [file for file in locked.files if not (folder / file).exists()]
+    cached = Cached(name, lock)
+    locked, folder = cached.locked, cached.folder
+    missing = cached.missing()
     if missing:
         _check_space(folder, sum(locked.files[file].size for file in missing))
         with _in_one_line(locked):
             _download(locked, missing, folder)
-    for file, expected in locked.files.items():
-        if _state(folder / file, expected) is None:
-            remedy = _command("lock", name, lock)
-            raise ValueError(f"{folder / file} is not in the repository; run {remedy}")
-    states = _verify_changed(locked, verified, _command("fetch", name, lock))
+    for file in cached.missing():
+        remedy = lockfile.command("lock", name, lock)
+        raise ValueError(f"{folder / file} is not in the repository; run {remedy}")
+    states = cached.verify()
     if locked.hub is not None:
-        # Programs that open a repository by its name alone, offline, read the commit from here.
+        # Programs that open a repository by name while offline read the commit from this file.
         main = folder.parents[1] / "refs" / "main"
         if not main.is_file() or main.read_text() != locked.revision:
-            with _appearing_whole(main) as temporary:
-                temporary.write(locked.revision.encode())
-    _note(name, locked, verified, states)
+            atomic_text(main, locked.revision, shared=True)
+    cached.note(states)
     return folder
 
 
@@ -180,15 +170,13 @@ def _check_space(folder: Path, needed: int) -> None:
     disk = os.statvfs(existing)
     free = disk.f_bavail * disk.f_frsize
     if free < needed:
-        raise failures.RunFailed(
+        raise RunFailed(
             f"needs {_gigabytes(needed)}, but {existing} has only {_gigabytes(free)} free; "
             "make room or set HF_HOME to a folder on a larger disk"
         )
 
 
 def _download(locked: Locked, files: Sequence[str], folder: Path) -> None:
-    from huggingface_hub import snapshot_download
-
     if locked.hub is None:
         for file in files:
             size = locked.files[file].size
@@ -205,37 +193,31 @@ def _download(locked: Locked, files: Sequence[str], folder: Path) -> None:
 def _download_github(
     repository: str, revision: str, name: str, target: Path, size: int | None = None
 ) -> None:
-    from huggingface_hub.file_download import http_get
-
     _, files = _github()
-    # A compressed answer could not be resumed.
+    # A compressed response could not be resumed.
     headers = {"Accept-Encoding": "identity"}
-    with _appearing_whole(target) as temporary:
+    with atomic(target, shared=True) as path, path.open("wb") as temporary:
         url = f"{files}/{repository}/{revision}/{name}"
         http_get(url, temporary, headers=headers, expected_size=size)
 
 
 @contextmanager
 def _in_one_line(source: Source) -> Iterator[None]:
-    """Turn what huggingface_hub raises into a RunFailed that says what to do."""
-    from huggingface_hub import errors
-
-    # Its transport's errors and Xet's are no OSErrors.
+    """Convert errors of huggingface_hub to a RunFailed with a remedy."""
+    # Errors of its transport and of Xet are not OSErrors.
     caught = (errors.HTTPError, errors.XetDownloadError, OSError, RuntimeError)
     try:
         yield
-    except failures.RunFailed:
+    except RunFailed:
         raise
     except (ValidationError, json.JSONDecodeError) as error:
-        text = f"{_page(source)}: the answer is not a hub's ({_one_line(error)})"
-        raise failures.RunFailed(f"{text}; check the connection and its proxies") from None
+        text = f"{_page(source)}: the answer is not that of a hub ({_one_line(error)})"
+        raise RunFailed(f"{text}; check the connection and its proxies") from None
     except caught as error:
-        raise failures.RunFailed(_reason(error, _page(source))) from None
+        raise RunFailed(_reason(error, _page(source))) from None
 
 
 def _page(source: Source) -> str:
-    from huggingface_hub import constants
-
     if source.hub is None:
         return f"{_github()[1]}/{source.github}"
     kind = "datasets/" if source.type == "dataset" else ""
@@ -243,8 +225,6 @@ def _page(source: Source) -> str:
 
 
 def _reason(error: BaseException, page: str) -> str:
-    from huggingface_hub import constants, errors
-
     if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, errors.OfflineModeIsEnabled):
@@ -254,9 +234,9 @@ def _reason(error: BaseException, page: str) -> str:
     if isinstance(error, errors.RepositoryNotFoundError):
         return f"{page}: not found, or private; correct it in {RESOURCES} or set HF_TOKEN"
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"{page}: no longer has the locked revision; lock it again"
+        return f"{page}: the pinned revision no longer exists; lock it again"
     if isinstance(error, errors.HfHubHTTPError):
-        # What follows the path may be a signature.
+        # The query may contain a signature.
         url = str(error.response.url).partition("?")[0]
         status = error.response.status_code
         remedies = {
@@ -268,7 +248,7 @@ def _reason(error: BaseException, page: str) -> str:
     if isinstance(error, OSError) and error.errno in NO_SPACE:
         return (
             f"{error.filename or constants.HF_HUB_CACHE}: {error.strerror}; make room or set "
-            "HF_HOME to a folder on a larger disk, the same command continues"
+            "HF_HOME to a folder on a larger disk, then run the same command again"
         )
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
@@ -285,12 +265,12 @@ def _gigabytes(size: int) -> str:
 
 
 def _each(names: Iterable[str], work: Callable[[str], str]) -> None:
-    """Do the work for each name and print a line of it; exit with 1 if it fails for any."""
+    """Do the work for each name and print its result; exit with 1 if any of them fails."""
     failed = False
     for name in names:
         try:
             print(f"{name}: {work(name)}", flush=True)
-        except (ValueError, OSError, failures.RunFailed) as error:
+        except (ValueError, OSError, RunFailed) as error:
             print(f"{name}: {error}", file=sys.stderr, flush=True)
             failed = True
     if failed:
@@ -298,17 +278,17 @@ def _each(names: Iterable[str], work: Callable[[str], str]) -> None:
 
 
 def _lock(names: Sequence[str], lock: Path, random_weights: bool, update: bool) -> None:
-    resources = read()
+    resources = lockfile.read()
     for name in names:
         if name not in resources:
             raise ValueError(f"{RESOURCES}: has no {name!r} (available: {', '.join(resources)})")
-    earlier = read_lock(lock) if lock.is_file() else {}
-    # What cannot be resolved today stays pinned as it was.
+    earlier = lockfile.read_lock(lock) if lock.is_file() else {}
+    # Entries that cannot be resolved now stay pinned as before.
     kept = {name: entry for name, entry in earlier.items() if name in resources}
 
     def work(name: str) -> str:
         kept[name] = entry = resolve(resources[name], random_weights)
-        _write_lock(lock, kept)
+        lockfile.write(lock, kept)
         return f"{entry.revision}, {len(entry.files)} files, {_gigabytes(entry.size)}"
 
     def pinned(name: str) -> bool:
@@ -323,30 +303,36 @@ def _lock(names: Sequence[str], lock: Path, random_weights: bool, update: bool) 
     chosen = names or [name for name in sorted(resources) if update or not pinned(name)]
     _each(chosen, work)
     if not chosen:
-        print(f"{lock}: pins everything; --update pins what is there today")
+        print(f"{lock}: everything is pinned; --update pins the latest revisions")
 
 
 def _fetch(names: Sequence[str], lock: Path) -> None:
-    _each(names or sorted(read_lock(lock)), lambda name: f"verified in {fetch(name, lock)}")
+    _each(
+        names or sorted(lockfile.read_lock(lock)), lambda name: f"verified in {fetch(name, lock)}"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tafs.assets.download",
-        description="Pin and download the paper scale's models.",
+        description="Pin and download the paper scale's models, rewards and prompts.",
     )
     verbs = parser.add_subparsers(dest="verb", required=True)
-    lock = verbs.add_parser("lock", help=f"pin what {RESOURCES} names")
-    fetch = verbs.add_parser("fetch", help="download and verify what is pinned")
+    lock = verbs.add_parser("lock", help=f"pin the entries of {RESOURCES}")
+    fetch = verbs.add_parser("fetch", help="download and verify the pinned files")
     for verb in (lock, fetch):
-        verb.add_argument("names", nargs="*", metavar="NAME", help="default: all there is to do")
+        verb.add_argument(
+            "names", nargs="*", metavar="NAME", help="default: all that are not done yet"
+        )
         verb.add_argument("--lock", type=Path, default=LOCK, help=f"default: {LOCK}")
     lock.add_argument(
         "--random-weights",
         action="store_true",
-        help="mark the entries as randomly initialised, and so all results made with them",
+        help="mark the entries, and all results made with them, as randomly initialised",
     )
-    lock.add_argument("--update", action="store_true", help="pin again what is pinned already")
+    lock.add_argument(
+        "--update", action="store_true", help="also pin entries again that are already pinned"
+    )
     given = parser.parse_args()
 
     def work() -> None:
@@ -356,9 +342,9 @@ def main() -> None:
             _fetch(given.names, given.lock)
 
     try:
-        failures.run_cli(f"resources {given.verb}", work)
+        run_cli(f"resources {given.verb}", work)
     except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
+        print("interrupted; run the same command again to continue", file=sys.stderr)
         sys.exit(130)
 
 

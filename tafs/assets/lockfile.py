@@ -1,48 +1,39 @@
-"""lockfile."""
+"""resources.yaml, which names the published files, and the lock file, which pins them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import io
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, TypeVar
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
-    TypeAdapter,
     ValidationError,
     model_validator,
 )
+from ruamel.yaml import YAML
 
 from tafs.common import yaml_files
-from tafs.common.files import _appearing_whole
+from tafs.common.files import atomic_text
 
 RESOURCES = Path("resources.yaml")
-
-
 LOCK = Path("resources.lock.yaml")
-
-
-LONGEST = 1 << 20  # bytes of either file
 
 
 def _inside(path: str) -> str:
     parts = PurePosixPath(path).parts
     if not parts or ".." in parts or path.startswith("/") or "\\" in path:
-        raise ValueError("is no path inside a repository")
+        raise ValueError("is not a path inside a repository")
     return path
 
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
-
-
 Repository = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")]
-
-
 FilePath = Annotated[str, AfterValidator(_inside)]
 
 
@@ -51,7 +42,7 @@ class _Strict(BaseModel):
 
 
 class Source(_Strict):
-    """A repository, OWNER/NAME, on the Hugging Face hub or on GitHub."""
+    """A repository OWNER/NAME on the Hugging Face hub or on GitHub."""
 
     hub: Repository | None = None
     github: Repository | None = None
@@ -81,84 +72,99 @@ class Resource(Source):
 
 
 class LockedFile(_Strict):
+    """Size and SHA-256 of a file."""
+
     size: Annotated[int, Field(ge=0)]  # bytes
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class Locked(Source):
-    """An entry of resources.lock.yaml: a commit and the files of it that are used."""
+    """An entry of the lock file: a commit, and those of its files that are used."""
 
     revision: Annotated[str, Field(pattern="^[0-9a-f]{40}$")]
     files: Annotated[dict[FilePath, LockedFile], Field(min_length=1)]
-    weights: Literal["random"] | None = None  # results made with them are marked
+    weights: Literal["random"] | None = None  # randomly initialised; marks the results
 
     @property
     def size(self) -> int:
+        """Total size of the files in bytes."""
         return sum(file.size for file in self.files.values())
 
 
-Entry = TypeVar("Entry", bound=Source)
+class _Resources(BaseModel):
+    entries: dict[Name, Resource]
 
 
-ALL_RESOURCES = TypeAdapter(dict[Name, Resource])
+class _Locked(BaseModel):
+    entries: dict[Name, Locked]
 
 
-ALL_LOCKED = TypeAdapter(dict[Name, Locked])
+File = TypeVar("File", _Resources, _Locked)
 
 
 def read(file: Path = RESOURCES) -> dict[str, Resource]:
-    """resources.yaml.
+    """Read resources.yaml.
 
     Raises:
-        ConfigError: one line that names the file, the key and the remedy.
+        ConfigError: the file is missing or wrong; names the file, the key and the remedy.
     """
-    return _read(file, ALL_RESOURCES, list(Resource.model_fields))
+    return _read(file, _Resources).entries
 
 
 def read_lock(file: Path = LOCK) -> dict[str, Locked]:
-    """resources.lock.yaml.
+    """Read a lock file.
 
     Raises:
-        ConfigError: as `read`.
-        ValueError: there is none.
+        ConfigError: the file is wrong; names the file, the key and the remedy.
+        ValueError: there is no such file.
     """
     if not file.is_file():
-        raise ValueError(f"{file}: no such lock file; run `make lock` where there is a network")
+        raise ValueError(f"{file}: not found; run `make lock` on a machine with a network")
     return _read_lock(file, file.stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=4)
 def _read_lock(file: Path, _: int) -> dict[str, Locked]:
-    """Once for each state of the file: a plan asks for hundreds of entries."""
-    return _read(file, ALL_LOCKED, list(Locked.model_fields))
+    """Read a lock file once per modification time: a plan reads hundreds of its entries."""
+    return _read(file, _Locked).entries
 
 
-def _read(file: Path, kind: TypeAdapter[dict[str, Entry]], keys: Sequence[str]) -> dict[str, Entry]:
-    raw = yaml_files.load_yaml(file, dict, LONGEST)
+def _read(file: Path, kind: type[File]) -> File:
     try:
-        return kind.validate_python(raw)
+        return kind(entries=yaml_files.load_yaml(file, dict))
     except ValidationError as error:
-        raise yaml_files.ConfigError(f"{file}: {yaml_files.first_problem(error, keys)}") from None
+        problem = yaml_files.first_problem(error, kind).replace("entries.", "", 1)
+        raise yaml_files.ConfigError(f"{file}: {problem}") from None
 
 
-def _write_lock(file: Path, entries: Mapping[str, Locked]) -> None:
+def write(file: Path, entries: Mapping[str, Locked]) -> None:
+    """Write a lock file, sorted by name."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.width = 1000
     content = {
-        name: entry.model_dump(exclude_none=True, mode="json") for name, entry in entries.items()
+        name: entries[name].model_dump(exclude_none=True, mode="json") for name in sorted(entries)
     }
-    text = "# Written by `python -m tafs.assets.download lock` from resources.yaml.\n"
+    text = io.StringIO()
     if content:
-        text += yaml.safe_dump(content, width=1000)
-    with _appearing_whole(file) as temporary:
-        temporary.write(text.encode())
+        yaml.dump(content, text)
+    comment = "# Written by `python -m tafs.assets.download lock` from resources.yaml.\n"
+    atomic_text(file, comment + text.getvalue())
 
 
-def _entry(name: str, lock: Path) -> Locked:
+def entry(name: str, lock: Path = LOCK) -> Locked:
+    """A resource's entry in a lock file.
+
+    Raises:
+        ValueError: the lock file does not pin it; names the command that does.
+    """
     entries = read_lock(lock)
     if name not in entries:
-        raise ValueError(f"{lock}: has no {name!r}; run {_command('lock', name, lock)}")
+        raise ValueError(f"{lock}: {name!r} is not pinned; run {command('lock', name, lock)}")
     return entries[name]
 
 
-def _command(verb: str, name: str, lock: Path) -> str:
+def command(verb: str, name: str, lock: Path = LOCK) -> str:
+    """The command that pins ("lock") or downloads ("fetch") a resource, for messages."""
     option = "" if lock == LOCK else f" --lock {lock}"
     return f"`python -m tafs.assets.download {verb} {name}{option}`"

@@ -1,34 +1,33 @@
-"""What a scale's world offers: prompt sets, rewards, and models.
+"""The asset sources: the models, rewards and prompts that a scale's settings select.
 
-`shapes` is the embedded one, whose files ship with the package. `hub` is the paper's: models of
-resources.yaml, pinned by the scale's lock file and fetched beforehand.
+The source `shapes` is embedded: its files are shipped with the package. The source `hub` consists
+of the published models: the entries of resources.yaml, pinned by the scale's lock file and
+downloaded beforehand.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict
 
 from tafs.assets import cache
-from tafs.data import prompts
-from tafs.models import catalog
-
-if TYPE_CHECKING:  # what only writes descriptions needs no torch
-    from tafs.rewards.registry import RewardSet
-
-# Of each world, the prompt sets that its scales can cast, and the resources that they need.
-PROMPTS: dict[str, dict[str, tuple[str, ...]]] = {
-    "shapes": {"shapes": ()},
-    "hub": {"geneval": (), "pickapic": ("pickapic",)},
-}
-# How many GenEval's generator makes, as many as Flow-GRPO's public set, and from which seed.
-GENEVAL_TRAINING, GENEVAL_SEED = 50_000, 0
+from tafs.common.files import sha256
+from tafs.data.prompt_sets import prompt_set, prompt_sets
+from tafs.data.prompts import Prompt, digest
+from tafs.models import catalog, loading
+from tafs.models.catalog import Model
+from tafs.rewards import metrics
+from tafs.rewards.metrics import METRICS, Metric
+from tafs.rewards.registry import Reward, RewardSet, load
+from tafs.shapes import weights
 
 
 class AssetSettings(BaseModel):
@@ -43,89 +42,24 @@ class AssetSettings(BaseModel):
     gradient_checkpointing: bool
 
 
-class AssetSource(Protocol):
+class AssetSource(ABC):
     """The models, rewards and prompts of one source, at one scale's settings."""
 
-    @property
-    def device(self) -> str:
-        """Where models and rewards are put, in torch's words."""
-        ...
-
-    def metrics(self, prompt_set: str) -> tuple[str, ...]:
-        """Those of `rewards.METRICS` that an evaluation on a prompt set computes itself."""
-        ...
-
-    def prompts(self, prompt_set: str, split: str) -> list[prompts.Prompt]:
-        """The prompts of a set; `split` is train or test."""
-        ...
-
-    def shares(self, prompt_set: str) -> Mapping[str, float] | None:
-        """How often training draws each tag of a set's prompts; None: equally often."""
-        ...
-
-    def rewards(self, names: Sequence[str], *, strict_geneval: bool = False) -> RewardSet:
-        """Reward models on the settings' device.
-
-        Args:
-            names: of `rewards.METRICS`.
-            strict_geneval: GenEval's 0/1 verdict in place of the graded credit.
-
-        Raises:
-            ValueError: an unknown reward, or its weights are altered or missing; names it.
-        """
-        ...
-
-    def model(self, name: str, resolution: int) -> Any:
-        """A Backbone, or a ReferencePipeline where the model cannot be trained; its weights are verified.
-
-        Raises:
-            ValueError: no such model, or its weights are altered or missing; names it.
-        """
-        ...
-
-    @property
-    def pinned(self) -> bool:
-        """Whether the files are fixed; where they are not, runs can be planned but not made."""
-        ...
-
-    def digests(self, names: Sequence[str], prompt_sets: Sequence[str] = ()) -> dict[str, str]:
-        """SHA-256 of what models, rewards and prompt sets are made of, by its name.
-
-        Raises:
-            ValueError: something is not pinned; names it.
-        """
-        ...
-
-    def random(self, names: Sequence[str]) -> list[str]:
-        """Those of the models and rewards that are marked as randomly initialised."""
-        ...
-
-    @property
-    def golden_scores(self) -> Path | None:
-        """Where the stored scores of `rewards.canary` are; None: the rewards' tests are enough."""
-        ...
-
-    def reward_digest(self, name: str) -> str:
-        """SHA-256 of all that decides a reward's scores."""
-        ...
-
-
-def of(settings: AssetSettings, gpu: int = 0) -> AssetSource:
-    """The asset source of a run's settings.
-
-    Args:
-        gpu: index of this process's GPU, where the device is `cuda`.
-    """
-    source = {"shapes": ShapesAssets, "hub": HubAssets}[settings.assets]
-    return source(settings, gpu)
-
-
-class _Assets:
     def __init__(self, settings: AssetSettings, gpu: int) -> None:
         self.settings = settings
         self.gpu = gpu
 
-    @cached_property
+    @property
+    def pinned(self) -> bool:
+        """Whether all files are fixed; otherwise runs can be planned, but not trained."""
+        return True
+
+    @property
+    def golden_scores(self) -> Path | None:
+        """The file of the golden scores; None if they are not checked."""
+        return None
+
+    @functools.cached_property
     def device(self) -> str:
         """Device of the models and rewards.
 
@@ -134,171 +68,216 @@ class _Assets:
         """
         if self.settings.device != "cuda":
             return self.settings.device
-        import torch
-
         if torch.cuda.device_count() <= self.gpu:
             raise ValueError(
-                f"device: the scale's is 'cuda', but this machine shows "
-                f"{torch.cuda.device_count()} GPUs; run it where there is one for each process, "
-                "or set the scale's device to cpu"
+                f"device: the scale uses 'cuda', but this machine has {torch.cuda.device_count()} "
+                "GPUs; provide one GPU per process, or set the scale's device to cpu"
             )
         return f"cuda:{self.gpu}"
 
+    def metrics(self, prompts: str) -> tuple[str, ...]:
+        """The metrics that an evaluation on a prompt set computes in its own process."""
+        available = [metric for metric in METRICS.values() if self._scores(metric)]
+        metadata = prompt_set(prompts).metadata
+        return tuple(m.name for m in available if metadata or not m.metadata)
 
-class ShapesAssets(_Assets):
-    """The embedded models."""
+    def prompts(self, name: str, split: str) -> list[Prompt]:
+        """The prompts of a set's split, "train" or "test".
 
-    golden_scores = None
-    pinned = True
+        Raises:
+            ValueError: an unknown prompt set, or its files are missing or altered; names it.
+        """
+        return prompt_set(name).prompts(split, self.folder)
 
-    def metrics(self, prompt_set: str) -> tuple[str, ...]:
-        from tafs.rewards.metrics import METRICS
-
-        return tuple(METRICS)
-
-    def prompts(self, prompt_set: str, split: str) -> list[prompts.Prompt]:
-        from tafs.shapes.captions import DATA
-
-        return prompts.read(DATA / f"{split}.jsonl")
-
-    def shares(self, prompt_set: str) -> None:
-        return None
+    def shares(self, name: str) -> Mapping[str, float] | None:
+        """Probability with which training draws each tag of a prompt set; None: uniform."""
+        return prompt_set(name).shares
 
     def rewards(self, names: Sequence[str], *, strict_geneval: bool = False) -> RewardSet:
-        from tafs.rewards import registry
-        from tafs.shapes import rewards as shapes
+        """Load reward models.
 
-        return registry.load(names, partial(shapes.build, strict_geneval=strict_geneval))
+        Args:
+            names: keys of METRICS.
+            strict_geneval: the variants for evaluation: GenEval's 0/1 verdict instead of the
+                graded credit.
 
-    def model(self, name: str, resolution: int) -> Any:
-        from tafs.models import loading
-        from tafs.shapes import weights
+        Raises:
+            ValueError: an unknown reward, or its weights are altered or missing; names it.
+        """
+        return load(names, lambda name: self._reward(name, strict_geneval))
 
-        folder = weights.verify(catalog.read()[name].resource)
-        return loading.load(folder, **_settings(self.settings, name, resolution, self.device))
+    def digests(self, names: Sequence[str], prompts: Sequence[str] = ()) -> dict[str, str]:
+        """SHA-256 of everything that models, rewards and prompt sets consist of.
 
-    def digests(self, names: Sequence[str], prompt_sets: Sequence[str] = ()) -> dict[str, str]:
-        from tafs.shapes import weights
-
-        return {name: weights.digest(name) for name in names if name != "geneval"}
-
-    def random(self, names: Sequence[str]) -> list[str]:
-        return []
+        Raises:
+            ValueError: something is not pinned; names it.
+        """
+        found = self._file_digests(names, prompts)
+        for name in names:
+            if name in METRICS and name not in metrics.ORDER:  # code that others may change
+                found[f"rewards.{name}"] = sha256(metrics.PLUGINS.source(name))
+        for name in prompts:
+            if not prompt_set(name).resources:
+                found[f"prompts.{name}"] = _prompts_digest(name)
+        return found
 
     def reward_digest(self, name: str) -> str:
-        return "".join(self.digests([name]).values())
+        """SHA-256 of everything that determines a reward's scores."""
+        content = json.dumps(self.digests([name]), sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def random(self, names: Sequence[str]) -> list[str]:
+        """The resources of models and rewards that are marked as randomly initialised."""
+        return []
+
+    @abstractmethod
+    def folder(self, resource: str) -> Path:
+        """The folder of a resource's verified files.
+
+        Raises:
+            ValueError: the source does not have the resource, or files are missing or altered.
+        """
+
+    @abstractmethod
+    def model(self, name: str, resolution: int) -> Any:
+        """Load a model: a `Backbone`, or a `ReferencePipeline` if it cannot be trained.
+
+        Raises:
+            ValueError: its weights are altered or missing; names it.
+        """
+
+    @abstractmethod
+    def _scores(self, metric: Metric) -> bool:
+        """Whether the metric can be computed in an evaluation's own process."""
+
+    @abstractmethod
+    def _reward(self, name: str, strict: bool) -> Reward:
+        """Load a reward."""
+
+    @abstractmethod
+    def _file_digests(self, names: Sequence[str], prompts: Sequence[str]) -> dict[str, str]:
+        """SHA-256 of the files of models, rewards and prompt sets, by name."""
+
+    def _plugin(self, name: str, strict: bool) -> Reward:
+        plugin = metrics.plugin(name)
+        build = (plugin.build_strict if strict else None) or plugin.build
+        return build(self.device, self.folder)
+
+    def _loading(self, model: Model, resolution: int) -> dict[str, Any]:
+        """The arguments with which a backbone is loaded."""
+        return {
+            "resolution": resolution,
+            "guidance": model.guidance,
+            "max_sequence_length": model.max_sequence_length,
+            "device": self.device,
+            "dtype": getattr(torch, self.settings.dtype),
+            "gradient_checkpointing": self.settings.gradient_checkpointing,
+        }
 
 
-class HubAssets(_Assets):
-    """The paper's models."""
+class ShapesAssets(AssetSource):
+    """The embedded models and rewards, and plug-ins that need no downloads."""
+
+    def folder(self, resource: str) -> Path:
+        raise ValueError(
+            f"{resource}: the assets 'shapes' have no downloads; use a scale with assets: hub"
+        )
+
+    def model(self, name: str, resolution: int) -> Any:
+        model = catalog.read()[name]
+        return loading.load(weights.verify(model.resource), **self._loading(model, resolution))
+
+    def _scores(self, metric: Metric) -> bool:
+        return metric.name in metrics.ORDER or not (metric.resources or metric.served)
+
+    def _reward(self, name: str, strict: bool) -> Reward:
+        if name in metrics.ORDER:
+            from tafs.shapes import rewards
+
+            return rewards.build(name, strict_geneval=strict)
+        return self._plugin(name, strict)
+
+    def _file_digests(self, names: Sequence[str], prompts: Sequence[str]) -> dict[str, str]:
+        shipped = [name for name in names if name not in METRICS or name in metrics.ORDER]
+        return {name: weights.digest(name) for name in shipped if name != "geneval"}
+
+
+class HubAssets(AssetSource):
+    """The published models and rewards, pinned by a lock file."""
 
     @property
     def lock(self) -> Path:
         return Path(self.settings.lock)
 
-    def metrics(self, prompt_set: str) -> tuple[str, ...]:
-        from tafs.rewards.metrics import METRICS, SERVED
-
-        # Only GenEval's own prompts say what has to be in the image.
-        left_out = {SERVED} | ({"geneval"} if prompt_set != "geneval" else set())
-        return tuple(metric for metric in METRICS if metric not in left_out)
-
-    def prompts(self, prompt_set: str, split: str) -> list[prompts.Prompt]:
-        from tafs.data import geneval
-
-        if prompt_set == "geneval":
-            rows = (
-                geneval.evaluation_rows()
-                if split == "test"
-                else geneval.training_rows(GENEVAL_TRAINING, GENEVAL_SEED)
-            )
-        else:
-            folder = self.folder(prompt_set) / "dataset" / "pickscore"
-            rows = geneval.pickapic(folder, split)
-        return [prompts.Prompt(row["prompt"], row) for row in rows]
-
-    def shares(self, prompt_set: str) -> Mapping[str, float] | None:
-        from tafs.data import geneval
-
-        if prompt_set != "geneval":
-            return None
-        total = sum(geneval.SHARES.values())
-        return {tag: share / total for tag, share in geneval.SHARES.items()}
-
-    def rewards(self, names: Sequence[str], *, strict_geneval: bool = False) -> RewardSet:
-        from tafs.rewards import hub, registry
-
-        build = partial(
-            hub.build,
-            folder=self.folder,
-            device=self.device,
-            strict_geneval=strict_geneval,
-        )
-        return registry.load(names, build)
-
-    def model(self, name: str, resolution: int) -> Any:
-        model = catalog.read()[name]
-        resolution = model.resolution or resolution
-        settings = _settings(self.settings, name, resolution, self.device)
-        folders = {resource: self.folder(resource) for resource in model.resources}
-        if not model.trainable:
-            from tafs.models.pipelines import ReferencePipeline
-
-            kept = ("resolution", "device", "dtype")
-            return ReferencePipeline.load(model, folders, **{key: settings[key] for key in kept})
-        from tafs.models import loading
-
-        return loading.load(folders[model.resource], **settings)
-
-    def folder(self, resource: str) -> Path:
-        """A resource's verified files.
-
-        Raises:
-            ValueError: see `resources.path`.
-        """
-        return cache.path(resource, self.lock)
-
     @property
     def pinned(self) -> bool:
         return self.lock.is_file()
-
-    def digests(self, names: Sequence[str], prompt_sets: Sequence[str] = ()) -> dict[str, str]:
-        needed = resources_of(names, prompt_sets)
-        return {name: cache.digest(name, self.lock) for name in needed}
-
-    def random(self, names: Sequence[str]) -> list[str]:
-        return [name for name in resources_of(names) if cache.is_random(name, self.lock)]
 
     @property
     def golden_scores(self) -> Path:
         return self.lock.with_suffix(".golden.json")
 
-    def reward_digest(self, name: str) -> str:
-        content = json.dumps(self.digests([name]), sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()
+    def folder(self, resource: str) -> Path:
+        return cache.path(resource, self.lock)
+
+    def model(self, name: str, resolution: int) -> Any:
+        model = catalog.read()[name]
+        settings = self._loading(model, model.resolution or resolution)
+        folders = {resource: self.folder(resource) for resource in model.resources}
+        if model.trainable:
+            return loading.load(folders[model.resource], **settings)
+        from tafs.models.pipelines import ReferencePipeline
+
+        chosen = {key: settings[key] for key in ("resolution", "device", "dtype")}
+        return ReferencePipeline.load(model, folders, **chosen)
+
+    def random(self, names: Sequence[str]) -> list[str]:
+        return [name for name in resources_of(names) if cache.is_random(name, self.lock)]
+
+    def _scores(self, metric: Metric) -> bool:
+        return not metric.served
+
+    def _reward(self, name: str, strict: bool) -> Reward:
+        return self._plugin(name, strict)
+
+    def _file_digests(self, names: Sequence[str], prompts: Sequence[str]) -> dict[str, str]:
+        needed = resources_of(names, prompts)
+        return {name: cache.digest(name, self.lock) for name in needed}
 
 
-def resources_of(names: Sequence[str], prompt_sets: Sequence[str] = ()) -> list[str]:
-    """The entries of resources.yaml that models, rewards and prompt sets of the hub are made of."""
-    from tafs.rewards.metrics import RESOURCES
+def of(settings: AssetSettings, gpu: int = 0) -> AssetSource:
+    """The asset source of a run's settings.
 
-    known = catalog.read()
-    found = {r for name in prompt_sets for r in PROMPTS["hub"][name]}
+    Args:
+        settings: the settings.
+        gpu: index of this process's GPU, where the device is "cuda".
+    """
+    source = {"shapes": ShapesAssets, "hub": HubAssets}[settings.assets]
+    return source(settings, gpu)
+
+
+def prompt_sets_of(assets: str) -> tuple[str, ...]:
+    """The prompt sets that can be used with the assets "shapes" or "hub"."""
+    return tuple(name for name, found in prompt_sets().items() if assets in found.assets)
+
+
+def resources_of(names: Sequence[str], prompts: Sequence[str] = ()) -> list[str]:
+    """The entries of resources.yaml that models, rewards and prompt sets consist of, sorted."""
+    models = catalog.read()
+    found = {resource for name in prompts for resource in prompt_set(name).resources}
     for name in names:
-        found |= set(known[name].resources if name in known else RESOURCES[name])
+        found |= set((models[name] if name in models else METRICS[name]).resources)
     return sorted(found)
 
 
-def _settings(settings: AssetSettings, name: str, resolution: int, device: str) -> dict[str, Any]:
-    """How a backbone is loaded."""
-    import torch
+@functools.cache
+def _prompts_digest(name: str) -> str:
+    """SHA-256 of a prompt set without resources."""
 
-    model = catalog.read()[name]
-    return {
-        "resolution": resolution,
-        "guidance": model.guidance,
-        "max_sequence_length": model.max_sequence_length,
-        "device": device,
-        "dtype": getattr(torch, settings.dtype),
-        "gradient_checkpointing": settings.gradient_checkpointing,
-    }
+    def folder(resource: str) -> Path:
+        raise ValueError(
+            f"prompt set {name!r} reads the resource {resource!r}; add it to its `resources`"
+        )
+
+    chosen = prompt_set(name)
+    return digest([*chosen.prompts("train", folder), *chosen.prompts("test", folder)])
