@@ -1,15 +1,11 @@
-"""Every patch of a third-party package, so that all of them run in one environment.
+"""image-reward with the present transformers: patches of the package, in this process only.
 
-`patch_torchvision()` comes before the first import of torchvision, which open_clip, timm and
-transformers' image models import: tafs/__init__.py sees to it. `import_hpsv2()` and
-`import_imagereward()` replace `import hpsv2` and `import ImageReward`. Nothing is written into
-site-packages: the patches live in this process only.
+`import_imagereward()` replaces `import ImageReward`. Nothing is written into site-packages.
 """
 
 from __future__ import annotations
 
 import functools
-import gzip
 import importlib
 import logging
 import sys
@@ -21,55 +17,24 @@ from types import ModuleType
 from typing import Any, NoReturn
 from unittest import mock
 
+import tafs.common.torchvision_patch  # noqa: F401  # isort: skip
 import torch
 
-BPE_VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
-
-
 BERT_VOCABULARY_SIZE = 30522
-
-
-BLIP_HEAD_WIDTH = 64  # of the image encoder's attention, in both of BLIP's sizes
-
-
-@functools.cache
-def import_hpsv2() -> ModuleType:
-    """`import hpsv2`, with its tokenizer's vocabulary read from open_clip_torch.
-
-    hpsv2's wheel lacks the vocabulary that its bundled open_clip opens on import, at a path that
-    it computes from its own file, so only the opening can be redirected. open_clip_torch ships the
-    same bytes. And it imports a name that it does not use from turtle, which needs tkinter, which
-    many systems leave out of Python.
-    """
-    import open_clip
-
-    shipped = Path(open_clip.__file__).with_name(BPE_VOCABULARY)
-    gzip_open = gzip.open
-
-    def redirected(filename: Any, *args: Any, **kwargs: Any) -> Any:
-        path = str(filename)
-        missing = path.endswith(BPE_VOCABULARY) and not Path(path).exists()
-        return gzip_open(shipped if missing else filename, *args, **kwargs)
-
-    turtle: Any = ModuleType("turtle")
-    turtle.forward = _unsupported
-    with _quietly(), _offered([turtle]), mock.patch.object(gzip, "open", redirected):
-        # `import hpsv2` alone would put off what opens the vocabulary until gzip is itself again.
-        importlib.import_module("hpsv2.img_score")
-    return sys.modules["hpsv2"]
+BLIP_HEAD_WIDTH = 64  # width of an attention head of BLIP's image encoders
 
 
 @functools.cache
 def import_imagereward() -> ModuleType:
-    """`import ImageReward`, made to work with transformers 5 and without fairscale.
+    """Import ImageReward, which works with transformers 5 and without fairscale.
 
     As published, except: pruning of attention heads and gradient checkpointing raise.
     """
-    with _quietly(), _imagereward_imports():
+    with restored_logging(), _imagereward_imports():
         package = importlib.import_module("ImageReward")
         from ImageReward.models.BLIP import blip, blip_pretrain, med
 
-    # What transformers' PreTrainedModel no longer offers; only image-reward's own classes get it.
+    # Removed from transformers' PreTrainedModel; added to image-reward's own classes only.
     base = med.BertPreTrainedModel
     base.all_tied_weights_keys = {}
     base.get_head_mask = _no_head_mask
@@ -87,12 +52,20 @@ def build_imagereward(
     patch: int,
     device: torch.device | str,
 ) -> Any:
-    """An untrained ImageReward: BLIP's tokenizer from a folder, an image encoder of a given size.
+    """Build an untrained ImageReward with a tokenizer from a folder and an encoder of any size.
 
-    image-reward downloads the tokenizer by its name, and has its two sizes of the encoder only.
+    image-reward itself downloads the tokenizer and supports two sizes of the image encoder.
+
+    Args:
+        med_config: med_config.json of the text encoder.
+        tokenizer: folder of bert-base-uncased's tokenizer.
+        width: width of the image encoder.
+        depth: its number of layers.
+        patch: its patch size in pixels.
+        device: device of the model.
 
     Raises:
-        RuntimeError: the tokenizer is not complete.
+        RuntimeError: the tokenizer is incomplete.
     """
     package = import_imagereward()
     from ImageReward.models.BLIP import blip_pretrain, vit
@@ -117,10 +90,10 @@ def build_imagereward(
 
 @contextmanager
 def _imagereward_imports() -> Iterator[None]:
-    """While image-reward is imported, offer the names that have moved or vanished."""
+    """Provide the names that image-reward imports and that have moved or been removed."""
     from transformers import modeling_utils, pytorch_utils
 
-    # fairscale's source build would need its own torch, and only gradient checkpointing uses it.
+    # fairscale is built from source against its own torch; only checkpointing would use it.
     parents = ("fairscale", "fairscale.nn", "fairscale.nn.checkpoint")
     checkpointing: Any = ModuleType("fairscale.nn.checkpoint.checkpoint_activations")
     checkpointing.checkpoint_wrapper = _unsupported
@@ -130,15 +103,15 @@ def _imagereward_imports() -> Iterator[None]:
         "find_pruneable_heads_and_indices": _unsupported,
     }
     with (
-        _offered([*map(ModuleType, parents), checkpointing]),
+        stub_modules([*map(ModuleType, parents), checkpointing]),
         mock.patch.multiple(modeling_utils, create=True, **moved),
     ):
         yield
 
 
 @contextmanager
-def _offered(modules: Sequence[ModuleType]) -> Iterator[None]:
-    """Whatever is imported in the block finds these under their names, and nothing afterwards."""
+def stub_modules(modules: Sequence[ModuleType]) -> Iterator[None]:
+    """Make modules importable by their names inside the block only."""
     before = {module.__name__: sys.modules.get(module.__name__) for module in modules}
     sys.modules.update({module.__name__: module for module in modules})
     try:
@@ -151,8 +124,8 @@ def _offered(modules: Sequence[ModuleType]) -> Iterator[None]:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Undo what the packages do on import: silence all warnings, set levels of others' loggers."""
+def restored_logging() -> Iterator[None]:
+    """Restore warning filters and log levels, which image-reward and hpsv2 change on import."""
     from transformers.utils import logging as transformers_logging
 
     verbosity, level = transformers_logging.get_verbosity(), logging.root.level
@@ -166,7 +139,7 @@ def _quietly() -> Iterator[None]:
 
 
 def _unsupported(*_: object, **__: object) -> NoReturn:
-    raise NotImplementedError("scoring needs no head pruning, no checkpointing and no turtle")
+    raise NotImplementedError("head pruning and gradient checkpointing are not supported here")
 
 
 def _no_head_mask(_: object, head_mask: None, num_hidden_layers: int) -> list[None]:
@@ -175,23 +148,28 @@ def _no_head_mask(_: object, head_mask: None, num_hidden_layers: int) -> list[No
 
 
 def _invert_attention_mask(model: Any, mask: torch.Tensor) -> torch.Tensor:
-    """transformers 4's `invert_attention_mask`: 1 (attend) -> 0, 0 (ignore) -> the lowest number.
+    """transformers 4's `invert_attention_mask`: 1 (attend) -> 0, 0 (ignore) -> the dtype's minimum.
 
-    mask: [B, keys] or [B, queries, keys] -> [B, 1, 1 or queries, keys]
+    Args:
+        mask: [B, keys] or [B, queries, keys].
+
+    Returns:
+        [B, 1, 1 or queries, keys].
     """
     mask = mask[:, None, None, :] if mask.dim() == 2 else mask[:, None, :, :]
     return (1.0 - mask.to(model.dtype)) * torch.finfo(model.dtype).min
 
 
 def _blip_tokenizer(source: str = "bert-base-uncased") -> Any:
-    """BLIP's tokenizer: `additional_special_tokens_ids` is gone, so [ENC] is looked up by name.
+    """BLIP's tokenizer; `additional_special_tokens_ids` was removed, so [ENC] is found by name.
 
-    source: of bert-base-uncased's tokenizer, its name or a folder.
+    Args:
+        source: name or folder of bert-base-uncased's tokenizer.
     """
     from transformers import BertTokenizer
 
     tokenizer = BertTokenizer.from_pretrained(source)
-    # Without network and cache transformers returns a nearly empty tokenizer and says nothing.
+    # Without network and cache, transformers silently returns a nearly empty tokenizer.
     if len(tokenizer) < BERT_VOCABULARY_SIZE:
         raise RuntimeError(
             f"{source} has {len(tokenizer)} of {BERT_VOCABULARY_SIZE} tokens: "

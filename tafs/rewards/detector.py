@@ -1,10 +1,12 @@
-"""GenEval with a real detector: Mask2Former finds the objects, CLIP names their colours.
+"""GenEval with a real detector: Mask2Former finds the objects, CLIP classifies their colours.
 
-What the authors' evaluate_images.py (https://github.com/djghosh13/geneval) does with mmdetection
-and open_clip, with transformers' models: images resized to 800 x 1333 and normalised as
-mmdetection's COCO configurations do, its MaskFormer head's instances (the 100 best pairs of query
-and class; masks may overlap), objects above 0.3, or 0.9 where the task is counting, at most 16 of a
-class, none suppressed for overlapping another.
+Reproduces the authors' evaluate_images.py (https://github.com/djghosh13/geneval), which uses
+mmdetection and open_clip, with transformers' models:
+
+- images are resized to fit 800 x 1333 and normalised as in mmdetection's COCO configurations;
+- instances are those of its MaskFormer head: the 100 best pairs of query and class, whose masks
+  may overlap, without non-maximum suppression;
+- objects score above 0.3, or 0.9 in the task "counting"; at most 16 are kept per class.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import tafs.common.torchvision_patch  # noqa: F401  # isort: skip
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,9 +25,10 @@ from tafs.data.prompts import Prompt
 from tafs.rewards import learned
 from tafs.rewards.clip import CLIPScore
 from tafs.rewards.geneval import Detection, geneval_verdict
+from tafs.rewards.metrics import METRICS
 from tafs.rewards.registry import Reward, check_images
 
-# Labels of COCO checkpoints on the hub, some in the spelling of Pascal VOC, and GenEval's.
+# Labels of COCO checkpoints on the hub, some of them Pascal VOC's -> GenEval's class names.
 SPELLINGS = {
     "mouse": "computer mouse",
     "remote": "tv remote",
@@ -41,19 +45,19 @@ COLOR_TEMPLATES = (
     "a photo of a {color}-colored {name}",
     "a photo of a {color} object",
 )
-THRESHOLD = 0.3  # an object's score must be above it
+THRESHOLD = 0.3  # objects score above it
 COUNTING_THRESHOLD = 0.9  # in the task "counting"
-MAX_OBJECTS = 16  # of a class
-MAX_INSTANCES = 100  # of an image, before the threshold
-SHORT_EDGE, LONG_EDGE = 800, 1333  # what an image is resized to fit
-STRIDE = 32  # what the resized image is padded to
-MEAN = (123.675, 116.28, 103.53)  # ImageNet's, of 8-bit values
+MAX_OBJECTS = 16  # per class
+MAX_INSTANCES = 100  # per image, before the threshold
+SHORT_EDGE, LONG_EDGE = 800, 1333  # pixels; images are resized to fit
+STRIDE = 32  # the resized image is padded to a multiple of it
+MEAN = (123.675, 116.28, 103.53)  # ImageNet's mean and deviation of 8-bit values
 STD = (58.395, 57.12, 57.375)
-GREY = 153.0  # of the pixels around an object when its colour is asked
+GREY = 153.0  # value of the pixels around an object when its colour is classified
 
 
 class Instance(NamedTuple):
-    """One object: `label` indexes the detector's classes, `mask` [H, W] is boolean."""
+    """One object; `label` is an index of the detector's classes, `mask` [H, W] is boolean."""
 
     label: int
     score: float
@@ -62,9 +66,9 @@ class Instance(NamedTuple):
 
 
 class GenEval:
-    """The detector under GenEval's verdict: graded for training, 0/1 for evaluation."""
+    """GenEval's verdict on the detector's objects: graded for training, 0/1 for evaluation."""
 
-    name = "geneval"
+    metric = METRICS["geneval"]
 
     def __init__(self, detector: Mask2FormerDetector, *, strict: bool) -> None:
         self.detector = detector
@@ -74,45 +78,35 @@ class GenEval:
         """images [B, 3, H, W] in [0, 1] -> [B] float32 in [0, 1].
 
         Raises:
-            ValueError: images of another form, or a prompt without GenEval's metadata or with an
-                unknown class or colour.
+            ValueError: wrong images, or a prompt without GenEval's metadata or with an unknown
+                class or colour.
         """
-        check_images(self.name, images, prompts)
+        check_images(self.metric.name, images, prompts)
         found = self.detector.detect(images, prompts)
         verdicts = [geneval_verdict(d, p.row) for d, p in zip(found, prompts, strict=True)]
         scores = [float(v.correct) if self.strict else v.graded for v in verdicts]
         return torch.tensor(scores, dtype=torch.float32, device=images.device)
 
-    def report(self, scores: Tensor) -> Tensor:
-        """GenEval is published as it is."""
-        return scores
-
     def reward(self) -> Reward:
-        return Reward(self.name, self, self.report, differentiable=False, record=self.record)
-
-    def record(self) -> dict[str, str]:
-        """For a result's provenance."""
-        scale = "0 or 1" if self.strict else "mean credit of the requirements, 0-1"
-        version = f"{Mask2FormerDetector.version}, colours by {CLIPScore.version}"
-        return {"name": self.name, "scale": scale, "version": version}
+        verdict = "strict" if self.strict else "graded"
+        return Reward(self.metric, self, lambda: {"verdict": verdict})
 
 
 class Mask2FormerDetector:
-    """Objects of COCO's classes with the colours that prompts ask for.
+    """Detects objects of COCO's classes, and the colours that prompts ask for.
 
     Args:
         folder: Mask2FormerForUniversalSegmentation trained on COCO's instances, in the layout of
             facebook/mask2former-swin-small-coco-instance.
-        clip_folder: CLIP that classifies colours, in the layout of openai/clip-vit-large-patch14.
-        device: of both models.
-        batch: images in one forward pass.
+        clip_folder: the CLIP that classifies colours, in the layout of
+            openai/clip-vit-large-patch14.
+        device: device of both models.
+        batch: images per forward pass.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or damaged, or the model's classes are not
             COCO's; names it.
     """
-
-    version = "facebook/mask2former-swin-small-coco-instance"
 
     def __init__(
         self, folder: Path, clip_folder: Path, device: torch.device | str = "cpu", batch: int = 8
@@ -125,11 +119,12 @@ class Mask2FormerDetector:
 
     @torch.no_grad()
     def detect(self, images: Tensor, prompts: Sequence[Prompt]) -> list[list[Detection]]:
-        """The objects of each image, most confident first, judged by its own prompt's threshold.
+        """The objects of each image, most confident first.
 
         Args:
             images: [B, 3, H, W] in [0, 1].
-            prompts: with GenEval rows; only the objects whose colour a row asks get one.
+            prompts: with GenEval's metadata, which decides the threshold and which objects' colours
+                are classified.
 
         Raises:
             ValueError: a prompt asks for an unknown class or colour.
@@ -148,7 +143,7 @@ class Mask2FormerDetector:
         outputs = self.model(pixel_values=inputs)
         found: list[list[Detection]] = []
         crops: list[Tensor] = []
-        cropped: list[tuple[int, int]] = []  # image and object
+        cropped: list[tuple[int, int]] = []  # (image, object)
         for i, prompt in enumerate(prompts):
             objects = instances(
                 outputs.class_queries_logits[i],
@@ -171,7 +166,7 @@ class Mask2FormerDetector:
 
 
 class ColorClassifier:
-    """CLIP's zero-shot choice among COLORS; a class's text embeddings are computed once."""
+    """CLIP's zero-shot classifier of COLORS; the text embeddings of a class are cached."""
 
     def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
         self.clip = CLIPScore(folder, device)
@@ -179,19 +174,19 @@ class ColorClassifier:
 
     @torch.no_grad()
     def __call__(self, crops: Sequence[Tensor], names: Sequence[str]) -> list[str]:
-        """The colour of each crop [3, h, w] in [0, 1], an object of the class of the same place."""
+        """The colour of each crop [3, h, w] in [0, 1]; crops[i] shows class names[i]."""
         if not crops:
             return []
         resized = torch.cat([self.clip.resize(image[None]) for image in crops])
         embeddings = self.clip.embed_images((resized - self.clip.mean) / self.clip.std)
         weights = torch.stack([self.weights(name) for name in names])
-        # The embedding's length does not change which colour is closest.
+        # The norm of the image's embedding does not change the argmax.
         closest = torch.einsum("nd,ncd->nc", embeddings, weights).argmax(-1)
         return [COLORS[index] for index in closest.tolist()]
 
     @torch.no_grad()
     def weights(self, name: str) -> Tensor:
-        """[colours, D]: a colour's unit text embeddings, averaged and made unit again."""
+        """[colours, D]: the normalised mean of each colour's normalised text embeddings."""
         if name not in self._weights:
             texts = [t.format(color=c, name=name) for c in COLORS for t in COLOR_TEMPLATES]
             captions = torch.stack([self.clip.token_ids(text) for text in texts])
@@ -205,7 +200,7 @@ def class_names(id2label: Mapping[int, str], folder: Path) -> tuple[str, ...]:
     """GenEval's names of a checkpoint's labels, in the checkpoint's order.
 
     Raises:
-        ValueError: they are not COCO's 80 classes; names the folder and a label.
+        ValueError: the labels are not COCO's 80 classes; names the folder and a label.
     """
     names = tuple(SPELLINGS.get(id2label[i], id2label[i]) for i in sorted(id2label))
     wrong = sorted(set(names) ^ set(CLASSES))
@@ -216,7 +211,7 @@ def class_names(id2label: Mapping[int, str], folder: Path) -> tuple[str, ...]:
 
 
 def check_row(prompt: Prompt) -> None:
-    """Refuse a prompt that the detector cannot judge.
+    """Check that the detector knows a prompt's classes and colours.
 
     Raises:
         ValueError: an unknown class or colour; names it and the prompt.
@@ -235,7 +230,7 @@ def check_row(prompt: Prompt) -> None:
 
 
 def to_color(names: Sequence[str], row: Mapping[str, Any]) -> list[int]:
-    """Which of the objects' colours the row asks: the first `count` of each class with a colour."""
+    """Indices of the objects whose colour the row asks: the first `count` of each such class."""
     wanted: list[int] = []
     for item in row.get("include", ()):
         if "color" in item:
@@ -244,14 +239,14 @@ def to_color(names: Sequence[str], row: Mapping[str, Any]) -> list[int]:
 
 
 def prepare(pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """What the detector reads, as mmdetection's test pipeline makes it.
+    """Preprocess images as mmdetection's test pipeline does.
 
     Args:
         pixels: [B, 3, H, W], 8-bit values as floats.
 
     Returns:
-        Normalised images resized to fit 800 x 1333, keeping their aspect ratio, and zero-padded to
-        a multiple of 32; height and width without the padding.
+        Normalised images, resized to fit 800 x 1333 with their aspect ratio and zero-padded to a
+        multiple of 32; height and width without the padding.
     """
     height, width = pixels.shape[-2:]
     scale = min(LONG_EDGE / max(height, width), SHORT_EDGE / min(height, width))
@@ -275,22 +270,23 @@ def instances(
 ) -> list[Instance]:
     """One image's objects, most confident first, at most MAX_OBJECTS of a class.
 
-    A score is the class's probability times the mean probability of the mask's pixels; a box
-    reaches from the mask's first to behind its last row and column. Masks may overlap.
+    A score is the class's probability times the mean probability of the mask's pixels. A box spans
+    the mask's pixels, end exclusive. Masks may overlap.
 
     Args:
         class_logits: [Q, classes + 1], the last one for "no object".
         mask_logits: [Q, h, w] of the padded input.
-        padded: height and width of the input, and `inside` those without its padding.
-        size: height and width of the image, of masks and boxes.
-        threshold: scores must be above it.
+        padded: height and width of the input.
+        inside: height and width of the input without its padding.
+        size: height and width of the image, and of masks and boxes.
+        threshold: objects score above it.
     """
     from torchvision.ops import masks_to_boxes
 
     probabilities = class_logits.softmax(-1)[:, :-1]
     classes = probabilities.shape[1]
     best, index = probabilities.flatten().topk(min(MAX_INSTANCES, probabilities.numel()))
-    # A score is at most the class's probability: what is below the threshold needs no mask.
+    # A score is at most the class's probability, so the others need no mask.
     index, best = index[best > threshold], best[best > threshold]
     if len(index) == 0:
         return []
@@ -329,9 +325,9 @@ def crop(pixels: Tensor, instance: Instance) -> Tensor:
 
 
 def _load(folder: Path) -> Any:
-    """The frozen Mask2Former whose every weight comes from the folder, in float32."""
+    """Load the frozen Mask2Former in float32."""
     from transformers import Mask2FormerForUniversalSegmentation
 
-    learned.require(GenEval.name, folder / "config.json", folder / "model.safetensors")
-    model = learned.pretrained(GenEval.name, Mask2FormerForUniversalSegmentation, folder)
+    learned.require(GenEval.metric.name, folder / "config.json", folder / "model.safetensors")
+    model = learned.pretrained(GenEval.metric.name, Mask2FormerForUniversalSegmentation, folder)
     return model.eval().requires_grad_(False)

@@ -1,7 +1,7 @@
 """GenEval's verdict on detections (Ghosh et al., 2023) and the graded score used as a reward.
 
-The verdict needs objects with class, box and colour only, so the embedded world's detector and a
-real instance segmenter feed the same code.
+The verdict depends only on the class, box and colour of objects, so that the embedded detector
+and a real instance segmenter share this code.
 """
 
 from __future__ import annotations
@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-POSITION_THRESHOLD = 0.1  # share of the summed box sizes that does not count as an offset
-
-
-NO_OFFSET = 1e-3  # pixels; what is left of an offset below it is none
+POSITION_THRESHOLD = 0.1  # offsets up to this share of the summed box sizes are ignored
+NO_OFFSET = 1e-3  # pixels; smaller remaining offsets are zero
 
 
 class Detection(NamedTuple):
-    """One object; `box` is (x0, y0, x1, y1) in pixels, y downwards."""
+    """One object; `box` is (x0, y0, x1, y1) in pixels, with y pointing down."""
 
     label: str
     score: float
@@ -32,7 +30,7 @@ class Verdict(NamedTuple):
 
 
 def relations(a: Detection, b: Detection) -> set[str]:
-    """Where `a` lies relative to `b`, as GenEval decides it: centre offsets, small ones ignored."""
+    """The relations of `a` to `b` in GenEval, from the direction of the centres' offset."""
     centre_a = ((a.box[0] + a.box[2]) / 2, (a.box[1] + a.box[3]) / 2)
     centre_b = ((b.box[0] + b.box[2]) / 2, (b.box[1] + b.box[3]) / 2)
     offset = [centre_a[i] - centre_b[i] for i in (0, 1)]
@@ -62,17 +60,17 @@ def relations(a: Detection, b: Detection) -> set[str]:
 def geneval_verdict(detections: Sequence[Detection], row: Mapping[str, Any]) -> Verdict:
     """GenEval's strict verdict and the graded credit of one image.
 
+    The strict verdict is that of evaluate_images.py in https://github.com/djghosh13/geneval.
+    The graded score is the mean credit of the row's requirements: 1 - |n - k| / n where k of n
+    objects are found (a surplus counts only if the row excludes it), the share of correct colours,
+    and the share of correct relations.
+
     Args:
         detections: the image's objects, most confident first.
         row: metadata {tag, prompt, include: [{class, count, color?, position?}], exclude?}.
 
     Raises:
         ValueError: the row has no `include`; names the prompt.
-
-    The strict verdict is that of evaluate_images.py in https://github.com/djghosh13/geneval.
-    The graded score is the mean credit of the row's requirements: 1 - |n - k| / n for a count of k
-    objects where n are asked (a surplus only costs where the row excludes it), the share of right
-    colours, and 1 or the share of right relations.
     """
     if "include" not in row:
         raise ValueError(f"GenEval cannot judge {row.get('prompt', '')!r}: no 'include' metadata")

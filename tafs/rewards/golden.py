@@ -1,9 +1,9 @@
-"""Fixed images and captions whose scores tell whether a reward model is still the one it was.
+"""Golden scores: stored scores of fixed images, which detect changes of a reward model's output.
 
-`python -m tafs.evaluation.check_rewards RUN_DIR OUT` scores them with every reward of the run's world. The
-first scores of given weights are stored beside the lock file (keep them as the lock is kept); from
-then on a library, driver or precision that scores differently is found before a run is judged by
-it: this command fails, and every evaluation checks its own rewards again.
+`python -m tafs.evaluation.check_rewards RUN_DIR OUT` scores the images with every reward of the
+run's asset source. The first scores of a reward's weights are stored beside the lock file; keep
+both under version control. Later, this command and every evaluation compare with them and fail if
+a library, driver or precision changes a score.
 """
 
 from __future__ import annotations
@@ -20,19 +20,12 @@ from tafs.common import errors, files
 from tafs.data.prompts import Prompt
 from tafs.rewards.registry import Reward
 
-SIDE = 224
+SIDE = 224  # pixels
+TOLERANCE = 1e-3  # relative to the stored score
+NEAR_ZERO = 1e-4  # absolute, in units of the training score
+SERVED_TOLERANCE = 0.1  # half a grade: a server's output depends on how requests are batched
 
-
-TOLERANCE = 1e-3  # of the stored score
-
-
-NEAR_ZERO = 1e-4  # where a score lies about zero, so much in its own unit
-
-
-SERVED_TOLERANCE = 0.1  # half a grade: a server's batches decide where a sampled text goes
-
-
-# Captions with GenEval's metadata, of COCO's classes, so that every reward can score them.
+# Captions with GenEval's metadata and COCO's classes, which every reward can score.
 PROMPTS = {
     "gradient": Prompt(
         "a photo of a blue kite",
@@ -60,7 +53,7 @@ PROMPTS = {
 
 
 def images() -> dict[str, np.ndarray]:
-    """The images by name, in the order of PROMPTS; [SIDE, SIDE, 3] uint8 each."""
+    """The images [SIDE, SIDE, 3], uint8, by name in the order of PROMPTS."""
     y, x = np.mgrid[:SIDE, :SIDE]
 
     def disc(column: int, radius: int) -> np.ndarray:
@@ -79,7 +72,7 @@ def images() -> dict[str, np.ndarray]:
 
 
 def scores(reward: Reward, device: torch.device | str = "cpu") -> list[float]:
-    """The reward's scores of the images, in the order of PROMPTS, on the training scale."""
+    """Training-scale scores of the images, in the order of PROMPTS."""
     pixels = torch.from_numpy(np.stack(list(images().values()))).permute(0, 3, 1, 2) / 255
     with torch.no_grad():
         found = reward.score(pixels.to(device), list(PROMPTS.values()))
@@ -89,21 +82,23 @@ def scores(reward: Reward, device: torch.device | str = "cpu") -> list[float]:
 def check(
     name: str, scores: Sequence[float], stored: Mapping[str, float], tolerance: float = NEAR_ZERO
 ) -> None:
-    """Compare a reward's scores with those that are stored for its weights, by image.
+    """Compare a reward's scores with the stored ones.
 
     Args:
-        tolerance: in the score's own unit; TOLERANCE of the stored score is allowed in any case.
+        name: the reward.
+        scores: in the order of PROMPTS.
+        stored: expected scores by image.
+        tolerance: absolute tolerance; the relative TOLERANCE always applies too.
 
     Raises:
-        RunFailed: a score differs by more or has none stored; names reward, image, expected and
-            found.
+        RunFailed: a score differs by more, or none is stored; names reward, image and scores.
     """
     for image, found in zip(PROMPTS, scores, strict=True):
         expected = stored.get(image, math.nan)
         if not math.isclose(found, expected, rel_tol=TOLERANCE, abs_tol=tolerance):
             raise errors.RunFailed(
-                f"reward {name} scores the golden image {image!r} {found:.6g}, stored is "
-                f"{expected:.6g}: its model does not compute what it did"
+                f"reward {name}: the golden image {image!r} scores {found:.6g} instead of "
+                f"{expected:.6g}; restore the library, driver or precision that it was stored with"
             )
 
 
@@ -113,15 +108,17 @@ def verify(
     file: Path,
     device: torch.device | str = "cpu",
 ) -> None:
-    """Check the rewards by the scores that `file` has for their weights.
+    """Check rewards against the golden scores of their weights.
 
     Args:
-        digests: of each reward's weights, by the reward's name.
+        rewards: the rewards to check.
+        digests: SHA-256 of each reward's weights, by the reward's name.
         file: JSON, {reward: {digest: {image: score}}}.
+        device: device of the rewards.
 
     Raises:
-        RunFailed: as `check`, or nothing is stored for a reward's weights.
-        ValueError: the file is not JSON of that form; names it.
+        RunFailed: a score differs, or none is stored for a reward's weights.
+        ValueError: the file has another format; names it.
     """
     known = _read(file)
     for reward in rewards:
@@ -140,14 +137,18 @@ def record(
     file: Path,
     device: torch.device | str = "cpu",
 ) -> dict[str, dict[str, float]]:
-    """Check the rewards whose weights `file` knows, add the others to it, return all their scores.
+    """Check rewards whose golden scores are stored, and store those of the others.
 
     Args:
-        digests, file: as of `verify`; the file need not be there.
+        rewards, digests, device: as for `verify`.
+        file: as for `verify`; created if it does not exist.
+
+    Returns:
+        The scores {reward: {image: score}}.
 
     Raises:
-        RunFailed: as `check`, and where a new score is not finite.
-        ValueError: the file is not JSON of that form; names it.
+        RunFailed: a score differs, or a new score is not finite.
+        ValueError: the file has another format; names it.
     """
     known = _read(file)
     found: dict[str, dict[str, float]] = {}
@@ -161,7 +162,7 @@ def record(
             continue
         for image, score in found[name].items():
             if not math.isfinite(score):
-                raise errors.RunFailed(f"reward {name} scores the golden image {image!r} {score}")
+                raise errors.RunFailed(f"reward {name}: the golden image {image!r} scores {score}")
         added = True
         of_reward[digest] = found[name]
     if added:
@@ -170,11 +171,11 @@ def record(
 
 
 def _tolerance(reward: Reward) -> float:
-    return SERVED_TOLERANCE if reward.served else NEAR_ZERO
+    return SERVED_TOLERANCE if reward.metric.served else NEAR_ZERO
 
 
 def _read(file: Path) -> dict[str, dict[str, dict[str, float]]]:
-    """The stored scores; none where there is no file."""
+    """The stored scores; empty if there is no file."""
     if not file.exists():
         return {}
     try:
@@ -187,4 +188,6 @@ def _read(file: Path) -> dict[str, dict[str, dict[str, float]]]:
             for name, digests in known.items()
         }
     except (ValueError, AttributeError, TypeError):
-        raise ValueError(f"{file}: holds no golden scores; delete it to have them anew") from None
+        raise ValueError(
+            f"{file}: does not hold golden scores; delete it to store them again"
+        ) from None

@@ -65,7 +65,7 @@ class LearnedReward(ABC):
 
     @abstractmethod
     def match(self, pixels: Tensor, captions: Tensor, owner: Tensor) -> Tensor:
-        """Training-scale scores [B] of normalised pixels; image i has caption captions[owner[i]]."""
+        """Training-scale scores [B] of normalised pixels; captions[owner[i]] belongs to image i."""
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """images [B, 3, H, W] in [0, 1] on `device` -> [B] float32, differentiable.

@@ -116,14 +116,18 @@ def check_finite(name: str, images: Tensor) -> None:
 
 
 def check_images(name: str, images: Tensor, prompts: Sequence[Prompt]) -> None:
-    """Refuse images that a reward model would score without an error, but wrongly.
+    """Refuse images that a reward model would fail on or score wrongly.
 
     Raises:
-        ValueError: images are not [B, 3, H, W] with a prompt each, not finite or not in [0, 1];
-            names the reward.
+        ValueError: images are not [B, 3, H, W], B > 0, float32, with one prompt each, finite and in
+            [0, 1]; names the reward.
     """
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"reward {name}: images must be [B, 3, H, W], not {list(images.shape)}")
+    if images.dtype != torch.float32:
+        raise ValueError(f"reward {name}: images must be float32, not {images.dtype}")
+    if len(images) == 0:
+        raise ValueError(f"reward {name}: there are no images to score")
     if len(images) != len(prompts):
         raise ValueError(f"reward {name}: {len(images)} images, but {len(prompts)} prompts")
     check_finite(name, images)

@@ -1,6 +1,6 @@
-"""UnifiedReward (Wang et al., arXiv 2503.05236): a vision language model that grades from 1 to 5.
+"""Client of UnifiedReward (Wang et al., arXiv 2503.05236), a model that grades from 1 to 5.
 
-The model runs in a chat server of its own (vLLM or sglang, OpenAI's protocol); this is the client.
+The vision language model runs in a separate chat server (vLLM or sglang, OpenAI's protocol).
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from torch import Tensor
 
 from tafs.common.errors import RunFailed
 from tafs.data.prompts import Prompt
+from tafs.rewards.metrics import METRICS
 from tafs.rewards.registry import MISSING_SHARE, Reward, check_images
 
 GRADES = 5
-MODEL = "UnifiedReward-7b-v1.5"
-# The question for one image, as Flow-GRPO's reward asks it of this model (flow_grpo/rewards.py,
-# `unifiedreward_score_sglang`, in https://github.com/yifan123/flow_grpo); it is part of the metric.
+# The question of Flow-GRPO's reward (`unifiedreward_score_sglang` of flow_grpo/rewards.py in
+# https://github.com/yifan123/flow_grpo), except: without its leading "<image>\n", which marks the
+# image's place in a plain text prompt; here the image is a part of the message.
 QUESTION = (
     "You are given a text caption and a generated image based on that caption. Your task is to "
     "evaluate this image based on two key criteria:\n"
@@ -42,45 +43,44 @@ QUESTION = (
     "Your task is provided as follows:\n"
     "Text Caption: [{caption}]"
 )
-SIDE = 512  # pixels; Flow-GRPO shows the model images of this size
+SIDE = 512  # pixels; the size at which Flow-GRPO sends images
 MAX_TOKENS = 512
 MAX_ANSWER = 1_000_000  # bytes
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0  # seconds before the second try, doubled up to the longest
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0  # seconds between attempts, doubled each time
 
 _SCORE = re.compile(r"Final Score:\**\s*(\S+)")
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
-_PASSING = frozenset({429, 500, 502, 503, 504})
-_THIS_REQUEST = frozenset({400, 413, 422})  # another image or caption may be answered
+_TRANSIENT = frozenset({429, 500, 502, 503, 504})
+_REJECTED = frozenset({400, 413, 422})  # other images or captions may be accepted
 
 
 class Missing(Exception):
-    """An image has no score, for a reason in a word; no error of the run."""
+    """An image has no score; the message is the reason, in one word. The run goes on."""
 
 
 class UnifiedReward:
-    """Grades by a chat server, divided by 5; NaN where the server gives none.
+    """Grades of a chat server divided by 5; NaN where the server gives none.
 
     Args:
-        url: of the server, http://HOST:PORT; proxies of the environment are not used and redirects
-            not followed.
-        model: the name under which the server serves it.
-        workers: requests in flight.
-        timeout: seconds for an answer, and for connecting.
-        attempts: tries of a request that fails to connect, times out or is answered by 429 or 5xx.
-        missing_share: of the images that may stay without a score.
-        images: how many there are in all; None takes a call's own for all.
-        side: images are shown to the model at side x side pixels.
+        url: http://HOST:PORT of the server. Proxies are not used, redirects not followed.
+        model: the name under which the server serves the model.
+        workers: number of parallel requests.
+        timeout: seconds for connecting, and for an answer.
+        attempts: attempts of a request that cannot connect, times out or is answered by 429 or 5xx.
+        missing_share: share of the images that may have no score.
+        images: total number of images that `missing_share` refers to; None: those of each call.
+        side: images are sent at side x side pixels.
 
     Raises:
-        ValueError: a URL of another form.
+        ValueError: `url` has another format.
     """
 
-    name = "unifiedreward"
+    metric = METRICS["unifiedreward"]
 
     def __init__(
         self,
         url: str,
-        model: str = MODEL,
+        model: str = metric.version,
         *,
         workers: int = 64,
         timeout: float = 120.0,
@@ -102,13 +102,13 @@ class UnifiedReward:
         self.missing: Counter[str] = Counter()
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """images [B, 3, H, W] in [0, 1] -> [B] float32, the grade divided by 5 or NaN.
+        """images [B, 3, H, W] in [0, 1] -> [B] float32: the grade divided by 5, or NaN.
 
         Raises:
-            ValueError: images of another form.
-            RunFailed: no server, a server that refuses the request, or too many missing scores.
+            ValueError: wrong images.
+            RunFailed: there is no server, it refuses the request, or too many scores are missing.
         """
-        check_images(self.name, images, prompts)
+        check_images(self.metric.name, images, prompts)
         pixels = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
         arrays = pixels.permute(0, 2, 3, 1).cpu().numpy()
         of = self.images or len(prompts)
@@ -136,27 +136,19 @@ class UnifiedReward:
         if missing.total() > allowed:
             reasons = ", ".join(f"{count} {name}" for name, count in sorted(missing.items()))
             raise RunFailed(
-                f"unifiedreward: gave up on {self.url} after {missing.total()} of {of} images "
-                f"without a score ({reasons}); {allowed} may be missing"
+                f"unifiedreward: {missing.total()} of {of} images have no score from {self.url} "
+                f"({reasons}); at most {allowed} may be missing"
             )
         scores = torch.tensor(grades, dtype=torch.float32, device=images.device)
         return scores / GRADES
 
-    def report(self, scores: Tensor) -> Tensor:
-        """Training-scale scores as grades from 1 to 5."""
-        return GRADES * scores
-
     def reward(self) -> Reward:
-        return Reward(
-            self.name, self, self.report, differentiable=False, record=self.record, served=True
-        )
+        return Reward(self.metric, self, self.details)
 
-    def record(self) -> dict[str, str]:
-        """What scored, and of how many images it gave no score so far, by reason."""
+    def details(self) -> dict[str, str]:
+        """The model, and how many images have been sent and have no score, by reason."""
         counts = {f"missing.{reason}": str(n) for reason, n in sorted(self.missing.items())}
         return {
-            "name": self.name,
-            "scale": "1-5",
             "version": self.model,
             "asked": str(self.asked),
             "missing": str(self.missing.total()),
@@ -185,11 +177,11 @@ class UnifiedReward:
         }
 
     def _ask(self, body: bytes, stopped: threading.Event) -> bytes:
-        """The answer's body, after as many tries as it may take.
+        """The body of the answer; transient failures are retried.
 
         Raises:
-            Missing: every try failed, or the call has been given up.
-            RunFailed: nothing listens, or the server refuses every such request.
+            Missing: every attempt failed, or the call was stopped.
+            RunFailed: there is no server, or it would refuse every request.
         """
         pause = FIRST_PAUSE
         for left in reversed(range(self.attempts)):
@@ -210,9 +202,9 @@ class UnifiedReward:
             else:
                 if status == 200:
                     return answer
-                if status in _THIS_REQUEST:
+                if status in _REJECTED:
                     raise Missing(f"status_{status}")
-                if status not in _PASSING:
+                if status not in _TRANSIENT:
                     what = " ".join(answer[:200].decode(errors="replace").split())
                     raise RunFailed(
                         f"unifiedreward: {self.url} answers {status} to a request for the model "
@@ -233,11 +225,11 @@ class UnifiedReward:
 
 
 class _Unreachable(Exception):
-    """Nothing could be connected to."""
+    """The connection could not be opened."""
 
 
 class _Call:
-    """What the threads of one call share: missing scores, and when to give up."""
+    """State that the threads of one call share: missing scores, and whether to stop."""
 
     def __init__(self, images: int, allowed: int) -> None:
         self.images = images
@@ -247,7 +239,7 @@ class _Call:
         self._lock = threading.Lock()
 
     def miss(self, reason: str) -> None:
-        """Count it, unless the call has been given up: what is then missing was not tried."""
+        """Count a missing score; after a stop, the remaining images were not tried."""
         with self._lock:
             if not self.stopped.is_set():
                 self.missing[reason] += 1
@@ -256,29 +248,35 @@ class _Call:
 
 
 def grade(text: str) -> float:
-    """The grade in an answer.
+    """The grade in an answer: the number after "Final Score:".
 
     Raises:
-        Missing: it holds no number after "Final Score:", several different ones ("no_score"), or
-            one outside [1, 5] ("out_of_range").
+        Missing: there is no number or there are different ones ("no_score"), or it is outside
+            [1, 5] ("out_of_range").
     """
-    found = {match.strip("*").rstrip(".") for match in _SCORE.findall(text)}
-    if len(found) != 1:
+    answers = [match.strip("*").rstrip(".") for match in _SCORE.findall(text)]
+    if not all(_NUMBER.fullmatch(answer) for answer in answers):
         raise Missing("no_score")
-    [number] = found
-    if not _NUMBER.fullmatch(number):
+    grades = {float(answer) for answer in answers}
+    if len(grades) != 1:
         raise Missing("no_score")
-    if not 1 <= float(number) <= GRADES:
+    [found] = grades
+    if not 1 <= found <= GRADES:
         raise Missing("out_of_range")
-    return float(number)
+    return found
 
 
 def wait_ready(url: str, timeout: float, alive: Callable[[], bool] = lambda: True) -> None:
-    """Return once the server lists its models; it loads the weights before.
+    """Wait until the server has loaded its weights and lists its models.
+
+    Args:
+        url: http://HOST:PORT of the server.
+        timeout: seconds.
+        alive: whether the server's process still runs.
 
     Raises:
-        RunFailed: it does not within `timeout` seconds, or is no longer `alive`; names the URL.
-        ValueError: a URL of another form.
+        RunFailed: the server is not ready in time, or has ended; names the URL.
+        ValueError: `url` has another format.
     """
     address = _address(url)
     deadline = time.monotonic() + timeout
@@ -291,7 +289,7 @@ def wait_ready(url: str, timeout: float, alive: Callable[[], bool] = lambda: Tru
         except (_Unreachable, OSError, http.client.HTTPException, Missing) as error:
             problem = str(error)
         if not alive():
-            raise RunFailed(f"unifiedreward: the server at {url} has ended before it was ready")
+            raise RunFailed(f"unifiedreward: the server at {url} ended before it was ready")
         if time.monotonic() + 1 > deadline:
             raise RunFailed(f"unifiedreward: {url} is not ready after {timeout:g} s ({problem})")
         time.sleep(1)
@@ -322,13 +320,13 @@ def _request(
     body: bytes | None = None,
     headers: dict[str, str] | None = None,
 ) -> tuple[int, bytes]:
-    """Status and body of one exchange on a connection of its own.
+    """Status and body of one request on a new connection.
 
-    http.client reads no proxy from the environment and follows no redirect.
+    http.client ignores the environment's proxies and does not follow redirects.
 
     Raises:
-        _Unreachable: no connection.
-        TimeoutError, OSError, http.client.HTTPException: it broke.
+        _Unreachable: the connection could not be opened.
+        TimeoutError, OSError, http.client.HTTPException: the exchange failed.
         Missing: the body is longer than MAX_ANSWER ("too_long").
     """
     deadline = time.monotonic() + timeout
@@ -356,7 +354,7 @@ def _content(answer: bytes) -> str:
     """The text of a chat completion.
 
     Raises:
-        Missing: it is none ("malformed").
+        Missing: the answer is not a chat completion ("malformed").
     """
     try:
         content = json.loads(answer)["choices"][0]["message"]["content"]

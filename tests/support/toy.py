@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from tafs.data import prompts
+from tafs.data.plugins.shapes import FOLDER
 from tafs.methods.policy_gradient import PolicyGradient
 from tafs.methods.registry import method_class
 from tafs.models.base import Conditioning
+from tafs.rewards.metrics import Metric
 from tafs.rewards.registry import Reward, RewardSet
 from tafs.runtime.distributed import ALONE, Processes
-from tafs.shapes import captions
 from tafs.training.trainer import Trainer
 
 
@@ -63,7 +64,10 @@ def toy_rewards(names: Sequence[str] = ("clip",)) -> RewardSet:
     """Larger is better: the first coordinate of the image, then the second."""
     return RewardSet(
         [
-            Reward(name, lambda images, _, n=n: images[:, n], lambda s: s, differentiable=True)
+            Reward(
+                Metric(name, name, "score", digits=3, differentiable=True),
+                lambda images, _, n=n: images[:, n],
+            )
             for n, name in enumerate(names)
         ]
     )
@@ -99,7 +103,7 @@ def spoil(run: Trainer, values: Mapping[tuple[int, int], float], name: str = "cl
 
 def toy_trainer(description: dict, processes: Processes = ALONE) -> Trainer:
     """A toy run's training, on the embedded world's prompts."""
-    known = prompts.read(captions.DATA / "train.jsonl")
+    known = prompts.read(FOLDER / "train.jsonl")
     backbone: Any = ToyBackbone()
     rewards = toy_rewards(list(description["rewards"]))
     return Trainer(description, backbone, rewards, known, processes)
