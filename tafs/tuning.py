@@ -1,147 +1,159 @@
 """The hyperparameter search: `snakemake tune`, or `python -m tafs.tuning [--scale shapes]`.
 
-Every method gets the same number of trials over its grid in config.yaml's `tuning`, on a seed that
-no table uses. A trial's score is the mean total reward of its model at the tables' few steps on
-training prompts with noise of their own, so the held-out prompts take no part in the choice.
-Writes results/SCALE/tuning/METHOD.csv, and continues where it was stopped.
+Every method gets the same number of trials, the points of its grid in config.yaml's `tuning`, on a
+seed that no table uses. A trial's score is the mean total reward of its model at the tables' few
+steps, on training prompts with start noise from the tuning seed. The held-out prompts are not used.
+Writes results/SCALE/tuning/METHOD.csv and continues where it was stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import dataclasses
 import io
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tafs.assets import sources
-from tafs.common import errors, files, yaml_files
+from tafs import experiment
+from tafs.common import errors, files
+from tafs.common.yaml_files import ConfigError
 from tafs.data import prompts
-from tafs.experiment import runs, schema, validate
-from tafs.runtime import gpus, run_dir
-from tafs.runtime import main as main_
+from tafs.evaluation import generate
+from tafs.experiment import Plan, RunSpec, run_inputs
+from tafs.experiment.schema import Evaluation
+from tafs.experiment.specs import EvalSetting
+from tafs.runtime import gpus, journal
+from tafs.runtime.main import limit_threads
+from tafs.runtime.run_dir import RunDir
+from tafs.training import train
 
 VALIDATION_PROMPTS = 96
+IMAGES_PER_PROMPT = 2
 COLUMNS = ("method", "hyperparameters", "nfe", "score", "base_score", "iteration_s", "seed")
 
 
-def trials(settings: schema.Config) -> list[runs.Run]:
-    """Every (method, point of its grid) as a run on the tuning seed."""
-    if settings.tuning is None:
-        raise yaml_files.ConfigError("config.yaml: missing key 'tuning'")
+def trials(plan: Plan) -> list[RunSpec]:
+    """Every method at every point of its grid, on the tuning seed.
+
+    Raises:
+        ConfigError: config.yaml has no `tuning`.
+    """
+    tuning = plan.config.tuning
+    if tuning is None:
+        raise ConfigError("config.yaml: missing key 'tuning'")
     found = []
-    task = settings.tuning.task
-    for variant, grid in settings.tuning.grids.items():
+    for variant, grid in tuning.grids.items():
         base = next(
-            r for r in runs.runs(settings).values() if r.variant == variant and r.task == task
+            run for run in plan.runs.values() if (run.variant, run.task) == (variant, tuning.task)
         )
         for values in itertools.product(*grid.values()):
             point = dict(zip(grid, values, strict=True))
             label = "_".join(f"{key}-{value:g}" for key, value in point.items())
-            found.append(
-                dataclasses.replace(
-                    base,
-                    name=f"{variant}.{task}.{base.backbone}.tuning.{label}",
-                    seed=settings.tuning.seed,
-                    hyperparameters={**base.hyperparameters, **point},
-                    snapshots=(),
-                )
-            )
+            changes = {
+                "name": f"{variant}.{tuning.task}.{base.backbone}.tuning.{label}",
+                "seed": tuning.seed,
+                "hyperparameters": {**base.hyperparameters, **point},
+                "snapshots": (),
+            }
+            found.append(base.model_copy(update=changes))
     return found
 
 
-def score(description: dict[str, Any], nfe: int, batch: int, adapter: Path | None) -> float:
-    """Mean total reward on training prompts, of a trained model or of the base."""
-    from tafs.evaluation import generate
+def score(
+    trial: RunSpec, evaluation: Evaluation, adapter: Path | None = None, sampler: str = ""
+) -> float:
+    """The mean total reward on training prompts.
 
-    settings, prompt_set = description["settings"], description["prompts"]
-    world = sources.of(settings)
-    backbone = world.model(description["backbone"], settings["resolution"])
+    Args:
+        trial: the run.
+        evaluation: the number of steps and the batch size.
+        adapter: of the trained model; None: the untrained model.
+        sampler: by default the method's own.
+    """
+    source = run_inputs.asset_source(trial)
+    backbone = source.model(trial.backbone, trial.resolution)
     if adapter is not None:
         backbone.load_adapter(adapter)
-    rng = np.random.default_rng(description["seed"])
-    drawn = prompts.draw(world.prompts(prompt_set, "train"), VALIDATION_PROMPTS, rng)
-    images = generate.generate(
-        backbone,
-        [p.text for p in drawn],
-        generate.Setting(description["sampler"], nfe, images_per_prompt=2),
-        batch=batch,
-        seed=description["seed"],
+    rng = np.random.default_rng(trial.seed)
+    drawn = prompts.draw(source.prompts(trial.prompts, "train"), VALIDATION_PROMPTS, rng)
+    setting = EvalSetting(
+        sampler=sampler or trial.sampler,
+        nfe=evaluation.few_nfe,
+        images_per_prompt=IMAGES_PER_PROMPT,
     )
-    rewards = world.rewards(list(description["rewards"]))
-    scores = rewards.score(images, [p for p in drawn for _ in range(2)])
-    total = sum(weight * scores[name].mean() for name, weight in description["rewards"].items())
-    return float(total)
+    texts = [prompt.text for prompt in drawn]
+    images = generate.generate(backbone, texts, setting, batch=evaluation.batch, seed=trial.seed)
+    rewards = source.rewards(list(trial.rewards))
+    scores = rewards.score(images, [p for p in drawn for _ in range(IMAGES_PER_PROMPT)])
+    return float(sum(weight * scores[name].mean() for name, weight in trial.rewards.items()))
 
 
-def is_trained(run: run_dir.RunDir) -> bool:
-    """Whether the folder's adapter is of the present settings and method, not of earlier ones."""
-    from tafs.runtime import journal
-
+def is_trained(run: RunDir, trial: RunSpec) -> bool:
+    """Whether the folder's adapter was trained with the present settings and method."""
     if not (run.adapter.is_file() and run.journal.is_file()):
         return False
-    return bool(journal.read(run.journal)[0]["fingerprint"] == run.fingerprint())
-
-
-def score_base(trial: runs.Run, evaluation: schema.Evaluation) -> float:
-    """The score of the model that a trial starts from, by its scheduler's own steps."""
-    description = {**trial.describe(), "sampler": "ode"}
-    return score(description, evaluation.few_nfe, evaluation.batch, None)
+    fingerprint = journal.read(run.journal)[0]["fingerprint"]
+    return bool(fingerprint == run_inputs.training_fingerprint(trial))
 
 
 def run_trial(
-    trial: runs.Run, folder: Path, evaluation: schema.Evaluation, base_score: float
+    trial: RunSpec, folder: Path, evaluation: Evaluation, base_score: float
 ) -> dict[str, Any]:
-    """Train and score one point; a trial that was stopped continues."""
-    from tafs.runtime import journal
-    from tafs.training import train
+    """Train and score one point of a grid; a trial that was stopped continues.
 
-    description = trial.describe()
-    nfe, batch = evaluation.few_nfe, evaluation.batch
-    run = run_dir.RunDir(folder / trial.name)
-    files.atomic_text(run.folder / "run.json", runs.to_json(description))
+    Args:
+        trial: the run.
+        folder: the trials' folder.
+        evaluation: the number of steps and the batch size.
+        base_score: the score of the untrained model, which is recorded beside the trial's.
+
+    Returns:
+        COLUMNS.
+    """
+    run = RunDir(folder / trial.name)
+    files.atomic_text(run.folder / "run.json", trial.to_json())
     with run.alone("train"):
-        if not is_trained(run):
+        if not is_trained(run, trial):
             train.train(run)
         run.clear_state()
-    records = journal.iterations(run.journal)
+    seconds = [record["seconds"]["total"] for record in journal.iterations(run.journal)]
     return {
         "method": trial.variant,
-        "hyperparameters": runs.to_json(dict(trial.hyperparameters)).strip(),
-        "nfe": nfe,
-        "score": round(score(description, nfe, batch, run.adapter), 4),
+        "hyperparameters": json.dumps(trial.hyperparameters, sort_keys=True),
+        "nfe": evaluation.few_nfe,
+        "score": round(score(trial, evaluation, run.adapter), 4),
         "base_score": round(base_score, 4),
-        "iteration_s": round(float(np.median([r["seconds"]["total"] for r in records])), 2),
+        "iteration_s": round(float(np.median(seconds)), 2),
         "seed": trial.seed,
     }
 
 
-def search(settings: schema.Config, only: str | None) -> None:
-    """Run every trial, or one method's, and write the tables after each.
+def search(plan: Plan, only: str | None = None) -> None:
+    """Run the trials of all methods or of one; write the tables after each trial.
 
     Raises:
-        ConfigError: nothing is searched under that name.
+        ConfigError: `only` is not a method with a grid.
     """
-    known = trials(settings)
-    chosen = [t for t in known if only in (None, t.variant)]
+    known = trials(plan)
+    chosen = [trial for trial in known if only in (None, trial.variant)]
     if not chosen:
-        searched = ", ".join(dict.fromkeys(t.variant for t in known))
-        raise yaml_files.ConfigError(f"--only: no search of {only!r} (available: {searched})")
-    if settings.active.device == "cuda":
+        searched = ", ".join(dict.fromkeys(trial.variant for trial in known))
+        raise ConfigError(f"--only: {only!r} has no grid (available: {searched})")
+    scale = plan.config.active
+    if scale.device == "cuda":
         gpus.claim(1)
-    folder = Path(settings.results) / settings.scale / "tuning"
-    evaluation = settings.active.evaluation
+    folder = plan.root / "tuning"
     rows: dict[str, list[dict[str, Any]]] = {}
     base_score = 0.0
     for number, trial in enumerate(chosen, start=1):
         if trial.variant not in rows:
-            base_score = score_base(trial, evaluation)
+            base_score = score(trial, scale.evaluation, sampler="ode")
         found = rows.setdefault(trial.variant, [])
-        found.append(run_trial(trial, folder, evaluation, base_score))
+        found.append(run_trial(trial, folder, scale.evaluation, base_score))
         print(f"{number}/{len(chosen)} {found[-1]}", flush=True)
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
@@ -154,14 +166,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Search the methods' hyperparameters.")
     parser.add_argument("--scale", default="shapes")
     parser.add_argument("--results", help="default: config.yaml's")
-    parser.add_argument("--only", metavar="METHOD", help="one method")
-    arguments = parser.parse_args()
-    given = {"results": arguments.results} if arguments.results else {}
+    parser.add_argument("--only", metavar="METHOD", help="search one method only")
+    options = parser.parse_args()
+    overrides = {"scale": options.scale}
+    if options.results:
+        overrides["results"] = options.results
 
     def work() -> None:
-        main_.limit_threads()
-        settings = validate.read(Path("config.yaml"), {"scale": arguments.scale, **given})
-        search(settings, arguments.only)
+        limit_threads()
+        search(experiment.load(overrides), options.only)
 
     errors.run_cli("tune", work)
 

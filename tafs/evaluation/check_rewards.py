@@ -1,4 +1,8 @@
-"""check_rewards."""
+"""Checks rewards by their golden scores: `python -m tafs.evaluation.check_rewards RUN_DIR OUT`.
+
+Every reward of the run's asset source scores the golden images. Stored scores must be reproduced;
+the scores of new weights are stored. OUT is a JSON record of all of them. See `rewards.golden`.
+"""
 
 from __future__ import annotations
 
@@ -6,40 +10,55 @@ import json
 import sys
 from pathlib import Path
 
+from tafs.assets import sources
 from tafs.common import errors, files
-from tafs.rewards.golden import PROMPTS, record
+from tafs.evaluation import served
+from tafs.experiment import run_inputs
+from tafs.rewards import golden
 from tafs.rewards.metrics import METRICS
-from tafs.runtime import gpus, run_dir
-from tafs.runtime import main as main_
+from tafs.runtime import gpus
+from tafs.runtime.main import limit_threads
+from tafs.runtime.run_dir import RunDir
+
+
+def check_rewards(run: RunDir, out: Path) -> None:
+    """Check or store the golden scores of all rewards; write them to `out`.
+
+    Raises:
+        ValueError: the run's asset source has no golden scores.
+        RunFailed: a reward does not reproduce its golden scores, or the server failed.
+    """
+    spec, evaluation = run_inputs.run_spec(run), run_inputs.eval_spec(run)
+    source = run_inputs.asset_source(spec)
+    file = source.golden_scores
+    if file is None:
+        raise ValueError(f"{run.folder}: its assets {spec.assets.assets!r} have no golden scores")
+    known = {m for p in sources.prompt_sets_of(spec.assets.assets) for m in source.metrics(p)}
+    names = [name for name in METRICS if name in known]
+    rewards = [*source.rewards(names, strict_geneval=True).rewards]
+    digests = {name: source.reward_digest(name) for name in names}
+    found = golden.record(rewards, digests, file, source.device)
+    if evaluation.served:
+        with served.served_reward(run, spec, len(golden.PROMPTS)) as client:
+            reward = client.reward()
+            rewards.append(reward)
+            digests = {reward.name: source.reward_digest(reward.name)}
+            found |= golden.record([reward], digests, file)
+    records = {r.name: {**r.record(), "scores": found[r.name]} for r in rewards}
+    files.atomic_text(out, json.dumps(records, indent=1) + "\n")
 
 
 def main() -> None:
     if len(sys.argv) != 3:
         print("usage: python -m tafs.evaluation.check_rewards RUN_DIR OUT", file=sys.stderr)
-        sys.exit(2)
-    run, out = run_dir.RunDir(Path(sys.argv[1])), Path(sys.argv[2])
+        sys.exit(errors.BAD_INPUT)
+    run = RunDir(Path(sys.argv[1]))
 
     def work() -> None:
-        from tafs.assets import sources
-        from tafs.evaluation import served
-
-        main_.limit_threads()
-        if run.description["settings"]["device"] == "cuda":
+        limit_threads()
+        if run_inputs.run_spec(run).assets.device == "cuda":
             gpus.claim(1)
-        world = run.world
-        file = world.golden_scores
-        if file is None:
-            raise ValueError(f"{run.folder}: its asset source has no golden scores")
-        names = [n for n in METRICS if any(n in world.metrics(p) for p in sources.PROMPTS["hub"])]
-        rewards = [*world.rewards(names, strict_geneval=True).rewards]
-        found = record(rewards, {n: world.reward_digest(n) for n in names}, file, world.device)
-        if run.evaluation["server"]:
-            with served.served(run, len(PROMPTS)) as scorer:
-                digest = {scorer.name: world.reward_digest(scorer.name)}
-                rewards.append(scorer.reward())
-                found |= record(rewards[-1:], digest, file)
-        said = {r.name: {**r.record(), "scores": found[r.name]} for r in rewards}
-        files.atomic_text(out, json.dumps(said, indent=1) + "\n")
+        check_rewards(run, Path(sys.argv[2]))
 
     errors.run_cli(f"check_rewards {run.folder}", work)
 

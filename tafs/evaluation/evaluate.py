@@ -1,13 +1,16 @@
-"""Evaluation: `python -m tafs.evaluation.evaluate RUN_DIR` generates, scores and writes the run's long table.
+"""Evaluation: `python -m tafs.evaluation.evaluate RUN_DIR` generates and scores a run's images.
 
-Every run is judged on the same held-out prompts with the same start noise; the steps' noise of the
-annealed sampler comes from a stream of its own. scores.parquet has a row per (iteration, sampler,
-nfe, prompt, image, metric); samples.safetensors keeps the first image of the first prompts of each
-tag, for every setting of the final model. Where a metric's model is behind a server, all images go
-into images.zip, which `tafs.evaluation.served` reads.
+All runs are judged on the same held-out prompts with the same start noise; the step noise of the
+annealed sampler has its own stream. Outputs in RUN_DIR:
 
-What has been judged is kept in RUN_DIR/.judged every few minutes, so that a job that is killed or
-near its time limit is continued; it is deleted once the tables, or the server, have read the rest.
+- scores.parquet: a row per (iteration, sampler, nfe, prompt, image, metric);
+- samples.safetensors: the first image of a few prompts of each tag, for every setting of the final
+  model, with the prompts' texts;
+- images.zip: all images, if a server scores them too (`tafs.evaluation.served`).
+
+Scores are saved to RUN_DIR/.eval_state every few minutes, so that a job that was killed or has
+reached its time limit continues. The folder is deleted after the report, or the server's scores,
+have been written.
 """
 
 from __future__ import annotations
@@ -23,117 +26,134 @@ import torch
 
 from tafs.common import errors
 from tafs.data.prompts import Prompt, first_of_each
-from tafs.evaluation import image_archive
-from tafs.evaluation.generate import Setting, load_model, sample
-from tafs.evaluation.scores import PartialScores, write
+from tafs.evaluation import generate, image_archive, scores
+from tafs.evaluation.scores import PartialScores
+from tafs.experiment import run_inputs
+from tafs.experiment.specs import EvalSpec
 from tafs.rewards import golden
 from tafs.rewards.registry import RewardSet
-from tafs.runtime import main as main_
-from tafs.runtime import run_dir
 from tafs.runtime.deadline import Deadline
+from tafs.runtime.main import run_stage
 from tafs.runtime.progress import Reporter
+from tafs.runtime.run_dir import SAMPLES_PER_TAG, RunDir
 
-KEEP_S = 300.0  # of work that a kill may cost
+SAVE_EVERY_S = 300.0  # the work that a kill may cost
 
 
-def evaluate(run: run_dir.RunDir) -> None:
-    """Write the run's scores and samples, and its images where a server has to judge them.
+def evaluate(run: RunDir, deadline: Deadline | None = None) -> None:
+    """Write the run's scores and samples, and its images if a server scores them too.
+
+    Args:
+        run: the run's folder.
+        deadline: of the job; None: no time limit.
 
     Raises:
-        FileNotFoundError: a trained run has no adapter yet, or not one of its snapshots; names it.
-        ValueError: the adapter or a snapshot is not what training has written; names it.
-        failures.RunFailed: a reward does not pass its golden scores.
-        failures.ToBeContinued: the job's time is over; what has been judged is kept.
+        FileNotFoundError: a trained run has no adapter, or a snapshot is missing; names it.
+        ValueError: the adapter or a snapshot is not the one that training wrote; names it.
+        RunFailed: a reward does not reproduce its golden scores.
+        ToBeContinued: the job's time is nearly over, or a signal asked it to stop; the scores so
+            far are saved.
     """
-    description, evaluation = run.description, run.evaluation
-    if run.trained:
+    spec, evaluation = run_inputs.run_spec(run), run_inputs.eval_spec(run)
+    if spec.trained:
         run.forget_training()
-    prompts, measured = run.test_prompts(), run.world.metrics(description["prompts"])
-    metrics = run.world.rewards(measured, strict_geneval=True)
-    if run.world.golden_scores is not None:
-        digests = {name: run.world.reward_digest(name) for name in measured}
-        golden.verify(metrics.rewards, digests, run.world.golden_scores, run.world.device)
-    settings = [Setting(**setting) for setting in evaluation["settings"]]
+    source = run_inputs.asset_source(spec)
+    prompts, metrics = run_inputs.test_prompts(spec, evaluation), source.metrics(spec.prompts)
+    rewards = source.rewards(metrics, strict_geneval=True)
+    if source.golden_scores is not None:
+        digests = {name: source.reward_digest(name) for name in metrics}
+        golden.verify(rewards.rewards, digests, source.golden_scores, source.device)
+    settings = evaluation.settings
     reporter = Reporter(run.folder, "evaluate", sum(s.nfe for s in settings))
-    fingerprint = run.judging_fingerprint()
+    fingerprint = run_inputs.evaluation_fingerprint(run, spec, evaluation)
     found: list[PartialScores] = []
-    worked = False  # a job without time would be continued for ever
-    with Deadline.from_environment() as deadline:
+    worked = False
+    with deadline or Deadline() as deadline:
         for iteration, group in itertools.groupby(settings, lambda setting: setting.iteration):
-            after = description["iterations"] if iteration is None else iteration
+            after = spec.iterations if iteration is None else iteration
             model = None
             for setting in group:
-                judged = PartialScores(run, setting, after, fingerprint)
-                if judged.done < len(prompts) * setting.images_per_prompt:
+                partial = PartialScores(run, setting, after, fingerprint)
+                if partial.done < len(prompts) * setting.images_per_prompt:
+                    # Score at least one batch; otherwise a job with no time left requeues forever.
                     if worked and deadline.expired:
                         raise errors.ToBeContinued(
-                            f"saved before {judged.folder.name}, to be continued: {deadline.expired}"
+                            f"saved before {partial.folder.name}, to be continued: "
+                            f"{deadline.expired}"
                         )
                     worked = True
-                    model = model or load_model(run, iteration)
-                    score_setting(run, model, metrics, prompts, setting, judged, deadline)
-                found.append(judged)
-                name, parts = next(iter(judged.scores.items()))
+                    model = model or generate.load_model(run, spec, evaluation, iteration)
+                    score_setting(model, rewards, prompts, evaluation, partial, deadline)
+                found.append(partial)
+                name, parts = next(iter(partial.scores.items()))
                 mean = torch.cat(parts).mean()
                 reporter.advance(f"{setting.name}  {name} {mean:.3g}", setting.nfe)
-    write(run, prompts, settings, found, measured)
-    totals = {kind: sum(judged.seconds[kind] for judged in found) for kind in found[0].seconds}
+    scores.write(run, spec, prompts, found, metrics)
+    totals = {kind: sum(partial.seconds[kind] for partial in found) for kind in found[0].seconds}
     print(json.dumps({"evaluated": run.name, "seconds": totals}))
     reporter.finish()
 
 
 def score_setting(
-    run: run_dir.RunDir,
     model: Any,
-    metrics: RewardSet,
+    rewards: RewardSet,
     prompts: Sequence[Prompt],
-    setting: Setting,
-    judged: PartialScores,
+    evaluation: EvalSpec,
+    partial: PartialScores,
     deadline: Deadline,
 ) -> None:
-    """Sample and score the images of a setting that are not judged yet.
+    """Generate and score the images of a setting that have no scores yet.
+
+    Args:
+        model: the model of the setting's iteration.
+        rewards: the metrics' models.
+        prompts: the held-out prompts.
+        evaluation: the batch size, and whether images are kept for a server.
+        partial: the scores so far, to which the others are added.
+        deadline: of this job.
 
     Raises:
-        failures.ToBeContinued: the job's time is over; what has been judged is kept.
+        ToBeContinued: the job's time is nearly over; the scores so far are saved.
     """
-    shown = set(first_of_each(prompts, run_dir.SAMPLES_PER_TAG))
-    texts, batch = [prompt.text for prompt in prompts], run.evaluation["batch"]
-    batches = sample(model, texts, setting, batch, first=judged.done)
+    setting = partial.setting
+    shown = set(first_of_each(prompts, SAMPLES_PER_TAG))
+    texts = [prompt.text for prompt in prompts]
+    batches = generate.sample(model, texts, setting, evaluation.batch, first=partial.done)
     total = len(prompts) * setting.images_per_prompt
-    while judged.done < total:
-        file = judged.folder / f"{judged.done}.zip" if run.evaluation["server"] else None
+    while partial.done < total:
+        file = partial.folder / f"{partial.done}.zip" if evaluation.served else None
         with image_archive.writing(file) if file is not None else nullcontext() as archive:
             begun = time.monotonic()
-            while True:  # one batch at least, or a job without time would be continued for ever
+            while True:
                 clock = time.perf_counter()
-                part, drawn = next(batches)
+                keys, images = next(batches)
                 sampled = time.perf_counter()
-                scores = metrics.score(drawn, [prompts[p] for p, _ in part])
-                judged.add(metrics.report(scores))
-                judged.seconds["sample"] += sampled - clock
-                judged.seconds["reward"] += time.perf_counter() - sampled
-                for (p, image), pixels in zip(part, image_archive.pixels(drawn), strict=True):
+                found = rewards.score(images, [prompts[p] for p, _ in keys])
+                partial.add(rewards.report(found))
+                partial.seconds["sample"] += sampled - clock
+                partial.seconds["reward"] += time.perf_counter() - sampled
+                for (p, image), pixels in zip(keys, image_archive.pixels(images), strict=True):
                     if image == 0 and p in shown:
-                        judged.first[p] = pixels
+                        partial.first[p] = pixels
                     if archive is not None:
                         key = image_archive.Key(
-                            judged.after, setting.sampler, setting.nfe, p, image
+                            partial.after, setting.sampler, setting.nfe, p, image
                         )
                         archive.add(key, pixels)
                 deadline.tick()
-                due = time.monotonic() - begun >= KEEP_S
-                if due or judged.done == total or deadline.expired:
+                due = time.monotonic() - begun >= SAVE_EVERY_S
+                if due or partial.done == total or deadline.expired:
                     break
-        judged.save(file)
-        if deadline.expired and judged.done < total:
+        partial.save(file)
+        if deadline.expired and partial.done < total:
             raise errors.ToBeContinued(
-                f"saved after {judged.done} of {total} images of {judged.folder.name}, "
+                f"saved after {partial.done} of {total} images of {partial.folder.name}, "
                 f"to be continued: {deadline.expired}"
             )
 
 
 def main() -> None:
-    main_.run_stage("evaluate", evaluate)
+    run_stage("evaluate", evaluate)
 
 
 if __name__ == "__main__":

@@ -1,100 +1,116 @@
-"""generate."""
+"""Generates the images that a model is judged on."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tafs.common import seeding
+from tafs.experiment import run_inputs
+from tafs.experiment.specs import PIPELINE, EvalSetting, EvalSpec, RunSpec
 from tafs.models import sampling
-from tafs.runtime import run_dir
+from tafs.runtime.run_dir import RunDir
 
-# One seed for all: methods are compared on the same prompts and noise. It is no training seed.
+# All models are judged on the same start noise. It differs from the seed of every training run.
 EVALUATION_SEED = 1_000_003
 
-
-PIPELINE = "pipeline"  # the sampler of models that are compared as they are
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One way of sampling a model, and on how many images of a prompt it is judged."""
-
-    sampler: str
-    nfe: int
-    images_per_prompt: int
-    iteration: int | None = None  # a snapshot's; None: the final model
-
-    @property
-    def name(self) -> str:
-        return f"{self.sampler}-{self.nfe}"
+Keys = list[tuple[int, int]]  # (prompt, image) of a batch
 
 
 @torch.no_grad()
 def sample(
     model: Any,
     texts: Sequence[str],
-    setting: Setting,
+    setting: EvalSetting,
     batch: int,
     seed: int = EVALUATION_SEED,
     first: int = 0,
-) -> Iterator[tuple[list[tuple[int, int]], Tensor]]:
-    """Images in batches, a prompt's images in a row.
+) -> Iterator[tuple[Keys, Tensor]]:
+    """Generate images in batches; the images of a prompt are adjacent.
 
-    The start noise of image i of prompt p is the same in every setting of a backbone, also where a
-    setting draws fewer images of a prompt.
+    Image i of prompt p has the same start noise in every setting, also in settings with fewer
+    images per prompt.
 
     Args:
-        model: a Backbone, or a ReferencePipeline where the setting's sampler is the pipeline's own.
-        first: the image to begin with, a batch's first.
+        model: a Backbone; a ReferencePipeline if the setting's sampler is PIPELINE.
+        texts: the prompts.
+        setting: the sampler, its steps, and the number of images per prompt.
+        batch: images per batch.
+        seed: of all noise.
+        first: the index of the image to start with, the first one of a batch.
 
     Yields:
         ([(prompt, image)], images [b, 3, H, W] in [0, 1] on the model's device).
     """
     keys = list(itertools.product(range(len(texts)), range(setting.images_per_prompt)))
-    if setting.sampler == PIPELINE:
-        for low in range(first, len(keys), batch):
-            part = keys[low : low + batch]
-            generators = [seeding.generator(seed, "start", image, p) for p, image in part]
-            yield part, model.generate([texts[p] for p, _ in part], generators, setting.nfe)
-        return
+    starts = range(first, len(keys), batch)
+    draw = _pipeline if setting.sampler == PIPELINE else _backbone
+    yield from draw(model, texts, setting, seed, ((n, keys[n : n + batch]) for n in starts))
+
+
+def _pipeline(
+    model: Any,
+    texts: Sequence[str],
+    setting: EvalSetting,
+    seed: int,
+    batches: Iterator[tuple[int, Keys]],
+) -> Iterator[tuple[Keys, Tensor]]:
+    """Images of a ReferencePipeline."""
+    for _, keys in batches:
+        generators = [seeding.generator(seed, "start", image, p) for p, image in keys]
+        yield keys, model.generate([texts[p] for p, _ in keys], generators, setting.nfe)
+
+
+def _backbone(
+    model: Any,
+    texts: Sequence[str],
+    setting: EvalSetting,
+    seed: int,
+    batches: Iterator[tuple[int, Keys]],
+) -> Iterator[tuple[Keys, Tensor]]:
+    """Images of a Backbone."""
     shape = (len(texts), *model.latent_shape)
     noise = [
         torch.randn(shape, generator=seeding.generator(seed, "start", image))
         for image in range(setting.images_per_prompt)
     ]
-    # Euler walks the model's own grid; annealed sampling is defined on the uniform one (Eq. 4).
+    # The Euler sampler uses the model's own grid; annealed sampling has a uniform one (Eq. 4).
     uniform = setting.sampler == "anneal"
     grid = sampling.uniform_grid(setting.nfe) if uniform else model.time_grid(setting.nfe)
     model.prepare(texts)
-    for low in range(first, len(keys), batch):
-        part = keys[low : low + batch]
-        cond = model.encode([texts[p] for p, _ in part])
+    for first, keys in batches:
+        cond = model.encode([texts[p] for p, _ in keys])
         x_0 = sampling.integrate(
             lambda x, t, c=cond: model.velocity(x, t, c),  # type: ignore[misc]
-            torch.stack([noise[image][p] for p, image in part]).to(model.device),
+            torch.stack([noise[image][p] for p, image in keys]).to(model.device),
             grid.to(model.device),
             sampling.SAMPLERS[setting.sampler],
-            seeding.generator(seed, "step", setting.nfe, low),
+            seeding.generator(seed, "step", setting.nfe, first),
         )
-        yield part, model.decode(x_0)
+        yield keys, model.decode(x_0)
 
 
 def generate(
-    model: Any, texts: Sequence[str], setting: Setting, batch: int, seed: int = EVALUATION_SEED
+    model: Any, texts: Sequence[str], setting: EvalSetting, batch: int, seed: int = EVALUATION_SEED
 ) -> Tensor:
-    """All images of `sample` at once, [prompts x images_per_prompt, 3, H, W]."""
-    return torch.cat([drawn for _, drawn in sample(model, texts, setting, batch, seed)])
+    """All images of `sample`, [prompts x images_per_prompt, 3, H, W]."""
+    return torch.cat([images for _, images in sample(model, texts, setting, batch, seed)])
 
 
-def load_model(run: run_dir.RunDir, iteration: int | None) -> Any:
-    """The run's model after an iteration; None: as it was left, or the untrained model."""
-    model = run.world.model(run.description["backbone"], run.evaluation["resolution"])
-    if run.trained:
+def load_model(run: RunDir, spec: RunSpec, evaluation: EvalSpec, iteration: int | None) -> Any:
+    """The run's model after a number of training iterations.
+
+    Args:
+        iteration: of a snapshot; None: the final model, or the untrained one of a base run.
+
+    Raises:
+        FileNotFoundError, ValueError: the adapter or a model's file is missing or altered.
+    """
+    model = run_inputs.asset_source(spec).model(spec.backbone, evaluation.resolution)
+    if spec.trained:
         model.load_adapter(run.verified(iteration))
     return model

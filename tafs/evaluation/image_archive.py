@@ -1,4 +1,4 @@
-"""Generated images on disk, for rewards that judge them in another process: PNG files in a zip."""
+"""Generated images in a zip of PNG files, for rewards that score them in another process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tafs.common import files
 
 
 class Key(NamedTuple):
-    """Which image of a run it is."""
+    """Identifies an image of a run."""
 
     iteration: int
     sampler: str
@@ -28,11 +28,16 @@ class Key(NamedTuple):
 
     @property
     def member(self) -> str:
+        """The image's name in the archive."""
         return "/".join(str(part) for part in self) + ".png"
 
     @classmethod
     def of(cls, member: str) -> Key:
-        """Raises ValueError where the name is not one of `member`'s."""
+        """The key of a name that `member` gave.
+
+        Raises:
+            ValueError: it is another name.
+        """
         iteration, sampler, nfe, prompt, image = member.removesuffix(".png").split("/")
         return cls(int(iteration), sampler, int(nfe), int(prompt), int(image))
 
@@ -43,32 +48,32 @@ def pixels(images: Tensor) -> Tensor:
 
 
 class Archive:
-    """An archive that is being written."""
+    """An archive that is open for writing."""
 
     def __init__(self, archive: zipfile.ZipFile) -> None:
         self._archive = archive
 
     def add(self, key: Key, image: Tensor) -> None:
-        """image: uint8 [H, W, 3]."""
+        """Add an image, uint8 [H, W, 3]."""
         encoded = io.BytesIO()
         Image.fromarray(image.numpy()).save(encoded, "PNG", compress_level=1)
-        # A date of its own would make equal images different archives.
+        # ZipInfo has a fixed date, so that equal images give equal archives.
         self._archive.writestr(zipfile.ZipInfo(key.member), encoded.getvalue())
 
 
 @contextmanager
 def writing(file: Path) -> Iterator[Archive]:
-    """The file is there once the block has ended well, with all images in it."""
+    """Open an archive for writing; `file` appears when the block ends without an error."""
     # PNG is compressed already.
     with files.atomic(file) as path, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         yield Archive(archive)
 
 
 def join(archives: Sequence[Path], file: Path) -> None:
-    """One archive of the images of several, in their order.
+    """Write one archive with the images of several, in their order.
 
     Raises:
-        OSError, zipfile.BadZipFile: one of them cannot be read, or the file not be written.
+        OSError, zipfile.BadZipFile: an archive cannot be read, or `file` cannot be written.
     """
     with files.atomic(file) as path, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as joined:
         for archive in archives:
@@ -78,14 +83,14 @@ def join(archives: Sequence[Path], file: Path) -> None:
 
 
 def read(file: Path, batch: int) -> Iterator[tuple[list[Key], Tensor]]:
-    """The images in batches, in the order in which they were written.
+    """Read the images in batches, in the order in which they were written.
 
     Yields:
         (keys, images [b, 3, H, W] in [0, 1]).
 
     Raises:
-        FileNotFoundError, ValueError: it is missing or no archive of images; names the file.
-        OSError: it cannot be read.
+        FileNotFoundError, ValueError: the file is missing or not an archive of images; names it.
+        OSError: the file cannot be read.
     """
     if not file.is_file():
         raise FileNotFoundError(
@@ -100,9 +105,11 @@ def read(file: Path, batch: int) -> Iterator[tuple[list[Key], Tensor]]:
                 tensor = torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 255
                 yield [Key.of(member) for member in part], tensor
     except (zipfile.BadZipFile, OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno:  # the disk's; Pillow's errors have none
+        if isinstance(error, OSError) and error.errno:  # from the disk; Pillow's have no errno
             raise
-        raise ValueError(f"{file}: not an archive of images ({error})") from None
+        raise ValueError(
+            f"{file}: not an archive of images ({error}); delete it and evaluate the run again"
+        ) from None
 
 
 def _decoded(content: bytes) -> np.ndarray:

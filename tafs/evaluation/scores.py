@@ -1,7 +1,8 @@
-"""scores."""
+"""Scores of a run's images: the resumable state of each setting, and the tables made of them."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,22 +15,29 @@ from tafs.common import files
 from tafs.common.files import sha256
 from tafs.data.prompts import Prompt, first_of_each
 from tafs.evaluation import image_archive
-from tafs.evaluation.generate import Setting
-from tafs.runtime import checkpoint, run_dir
+from tafs.experiment.specs import EvalSetting, RunSpec
+from tafs.runtime import checkpoint
+from tafs.runtime.run_dir import SAMPLES_PER_TAG, RunDir
+
+CAPTIONS = "captions"  # the metadata entry of samples.safetensors with the prompts' texts
 
 
 class PartialScores:
-    """What is known of a setting's images so far, on the disk too.
+    """The scores of one setting so far, which a later job continues.
 
     Args:
-        fingerprint: of all that decides the scores.
+        run: the run's folder.
+        setting: the setting.
+        after: iterations of training of the setting's model.
+        fingerprint: of everything that decides the scores.
     """
 
-    def __init__(self, run: run_dir.RunDir, setting: Setting, after: int, fingerprint: str) -> None:
-        self.folder = run.judged / f"{setting.name}-{after}"
-        self.after = after  # iterations of training
+    def __init__(self, run: RunDir, setting: EvalSetting, after: int, fingerprint: str) -> None:
+        self.folder = run.eval_state / f"{setting.name}-{after}"
+        self.setting = setting
+        self.after = after
         self._fingerprint = fingerprint
-        state = checkpoint.load(self.folder, fingerprint, self._lacks)
+        state = checkpoint.load(self.folder, fingerprint, self._damaged_archive)
         self.done = 0 if state is None else state.iteration  # images
         kept = {} if state is None else state.tensors
         self.scores = {n[7:]: [t] for n, t in kept.items() if n.startswith("scores/")}
@@ -40,13 +48,17 @@ class PartialScores:
         )
 
     def add(self, scores: Mapping[str, Tensor]) -> None:
-        """A batch's, [b] each."""
+        """Add the scores of a batch, [b] each."""
         for name, values in scores.items():
             self.scores.setdefault(name, []).append(values.cpu())
         self.done += len(values)
 
     def save(self, archive: Path | None) -> None:
-        """Keep it, and the archive of the images since the last time."""
+        """Write the state.
+
+        Args:
+            archive: the images since the last call, if images are kept.
+        """
         if archive is not None:
             self.archives[archive.name] = sha256(archive)
         tensors = {f"scores/{name}": torch.cat(parts) for name, parts in self.scores.items()}
@@ -54,7 +66,8 @@ class PartialScores:
         values = {"archives": self.archives, "seconds": self.seconds}
         checkpoint.save(self.folder, self._fingerprint, self.done, tensors, values)
 
-    def _lacks(self, state: checkpoint.State) -> str:
+    def _damaged_archive(self, state: checkpoint.State) -> str:
+        """Name an archive that a state needs and that is damaged or missing; "" if none is."""
         for name, digest in state.values["archives"].items():
             file = self.folder / name
             if not file.is_file() or sha256(file) != digest:
@@ -63,40 +76,45 @@ class PartialScores:
 
 
 def write(
-    run: run_dir.RunDir,
+    run: RunDir,
+    spec: RunSpec,
     prompts: Sequence[Prompt],
-    settings: Sequence[Setting],
     found: Sequence[PartialScores],
-    measured: Sequence[str],
+    metrics: Sequence[str],
 ) -> None:
-    """Put what has been judged in its places."""
-    shown = first_of_each(prompts, run_dir.SAMPLES_PER_TAG)
+    """Write scores.parquet, samples.safetensors, and images.zip if images were kept.
+
+    samples.safetensors holds the first image of SAMPLES_PER_TAG prompts of each tag for every
+    setting of the final model, the indices of these prompts, and their texts in its metadata.
+    """
+    shown = first_of_each(prompts, SAMPLES_PER_TAG)
     samples = {"prompts": torch.tensor(shown)}
     tables = []
-    for setting, judged in zip(settings, found, strict=True):
-        scores = {name: torch.cat(judged.scores[name]) for name in measured}
-        tables.append(_long(scores, prompts, setting, judged.after))
-        if setting.iteration is None:
-            samples[setting.name] = torch.stack([judged.first[p] for p in shown])
-    if run.evaluation["server"]:
-        archives = [judged.folder / name for judged in found for name in judged.archives]
+    for scored in found:
+        scores = {name: torch.cat(scored.scores[name]) for name in metrics}
+        tables.append(_long(scores, prompts, scored.setting, scored.after))
+        if scored.setting.iteration is None:
+            samples[scored.setting.name] = torch.stack([scored.first[p] for p in shown])
+    archives = [scored.folder / name for scored in found for name in scored.archives]
+    if archives:
         image_archive.join(archives, run.images)
-    write_table(run, run.scores, pd.concat(tables, ignore_index=True))
-    files.atomic_write(run.samples, lambda path: save_file(samples, path))
+    write_table(run, spec, run.scores, pd.concat(tables, ignore_index=True))
+    metadata = {CAPTIONS: json.dumps([prompts[p].text for p in shown])}
+    files.atomic_write(run.samples, lambda path: save_file(samples, path, metadata))
 
 
-def write_table(run: run_dir.RunDir, file: Path, table: pd.DataFrame) -> None:
-    """A long table with the run's name, method and seed in front."""
-    for name in ("seed", "method", "run"):
-        table.insert(0, name, run.name if name == "run" else run.description[name])
+def write_table(run: RunDir, spec: RunSpec, file: Path, table: pd.DataFrame) -> None:
+    """Write a long table to `file`, with the run's name, method and seed as first columns."""
+    for column, value in (("seed", spec.seed), ("method", spec.method), ("run", run.name)):
+        table.insert(0, column, value)
     table = table.astype({n: "category" for n in ("run", "method", "tag", "sampler", "metric")})
     files.atomic_write(file, lambda path: table.to_parquet(path, index=False))
 
 
 def _long(
-    scores: Mapping[str, Tensor], prompts: Sequence[Prompt], setting: Setting, iteration: int
+    scores: Mapping[str, Tensor], prompts: Sequence[Prompt], setting: EvalSetting, iteration: int
 ) -> pd.DataFrame:
-    """A setting's scores [prompts x images], a row each."""
+    """A row per metric and image; scores are [prompts x images] each."""
     count = setting.images_per_prompt
     axes = {
         "prompt": [i for i in range(len(prompts)) for _ in range(count)],

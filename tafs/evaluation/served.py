@@ -1,7 +1,8 @@
-"""Metrics behind a server: `python -m tafs.evaluation.served RUN_DIR` scores the images of an evaluation.
+"""Scores from a chat server: `python -m tafs.evaluation.served RUN_DIR` scores images.zip.
 
-The command of the environment variable TAFS_SERVER is started on a free port of 127.0.0.1 and
-stopped at the end. Reads images.zip and writes served_scores.parquet, in the layout of scores.parquet.
+The server's command comes from the environment variable TAFS_SERVER. The server is started on a
+free port of 127.0.0.1 and stopped at the end. served_scores.parquet has the layout of
+scores.parquet.
 """
 
 from __future__ import annotations
@@ -19,31 +20,34 @@ from socket import socket
 
 import pandas as pd
 
-from tafs.assets import cache
 from tafs.common import errors
-from tafs.evaluation import image_archive
-from tafs.evaluation import scores as scores_
-from tafs.rewards import golden, unifiedreward
-from tafs.rewards.metrics import RESOURCES, SERVED
-from tafs.runtime import checkpoint, run_dir
-from tafs.runtime import main as main_
+from tafs.evaluation import image_archive, scores
+from tafs.experiment import run_inputs
+from tafs.experiment.specs import RunSpec
+from tafs.rewards import golden
+from tafs.rewards.unifiedreward import UnifiedReward, wait_ready
+from tafs.runtime import checkpoint
+from tafs.runtime.main import run_stage
 from tafs.runtime.progress import Reporter
+from tafs.runtime.run_dir import RunDir
 
-START_TIMEOUT_S = 1800  # a 7B model is read from disk and compiled
-PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
-AT_ONCE = 64  # images in flight
+START_TIMEOUT_S = 1800  # reading and compiling a 7B model
+STOP_TIMEOUT_S = 30
+PR_SET_PDEATHSIG = 1  # of prctl(2) on Linux
+BATCH = 64  # images in flight
 
 
 @contextmanager
 def serving(command: Sequence[str], folder: Path, log: Path) -> Iterator[str]:
-    """The server's address, as long as the block lasts.
+    """Run a server inside the block; yield its URL.
 
     Args:
-        command: {folder} and {port} are filled in.
-        log: what it says.
+        command: {folder} and {port} in it are replaced.
+        folder: the model's files.
+        log: the file for the server's output.
 
     Raises:
-        failures.RunFailed: it did not start, or ended early; with its last line.
+        RunFailed: the server could not be started, or ended early; quotes its last line.
     """
     with socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -63,91 +67,99 @@ def serving(command: Sequence[str], folder: Path, log: Path) -> Iterator[str]:
             raise errors.RunFailed(f"{filled[0]}: cannot be started ({error.strerror})") from None
         try:
             try:
-                unifiedreward.wait_ready(url, START_TIMEOUT_S, alive=lambda: server.poll() is None)
+                wait_ready(url, START_TIMEOUT_S, alive=lambda: server.poll() is None)
             except errors.RunFailed as error:
                 output.seek(0)
-                said = output.read()[-2000:].decode(errors="replace").strip().splitlines()
-                raise errors.RunFailed(f"{error}; it said: {said[-1] if said else ''}") from None
+                lines = output.read()[-2000:].decode(errors="replace").strip().splitlines()
+                last = errors.one_line(lines[-1]) if lines else ""
+                raise errors.RunFailed(f"{error}; its last line in {log}: {last}") from None
             yield url
         finally:
-            _end(server, signal.SIGTERM)
+            _signal_group(server, signal.SIGTERM)
             try:
-                server.wait(timeout=30)
+                server.wait(STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
-                _end(server, signal.SIGKILL)
+                _signal_group(server, signal.SIGKILL)
                 server.wait()
 
 
 def _end_with_parent() -> None:
-    """Have the kernel end this process where the one that started it is killed (Linux)."""
+    """Ask the kernel to end this process when its parent is killed (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _end(server: subprocess.Popen[bytes], how: signal.Signals) -> None:
-    """The server and the processes that it has started, as far as they are still there."""
+def _signal_group(server: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    """Signal the server and the processes that it started."""
     with suppress(ProcessLookupError):
-        os.killpg(server.pid, how)
+        os.killpg(server.pid, number)
 
 
 @contextmanager
-def served(run: run_dir.RunDir, images: int) -> Iterator[unifiedreward.UnifiedReward]:
-    """The reward behind the server of TAFS_SERVER, for so many images, while the block lasts."""
-    lock = Path(run.description["settings"]["lock"])
-    folders = [cache.path(resource, lock) for resource in RESOURCES[SERVED]]
+def served_reward(run: RunDir, spec: RunSpec, images: int) -> Iterator[UnifiedReward]:
+    """The reward of the server, which runs inside the block.
+
+    Args:
+        images: the total number of images to score.
+    """
+    source = run_inputs.asset_source(spec)
+    folders = [source.folder(resource) for resource in UnifiedReward.metric.resources]
     with serving(_command(), folders[0], run.folder / "server.log") as url:
-        yield unifiedreward.UnifiedReward(url, images=images)
+        yield UnifiedReward(url, images=images)
 
 
 def _command() -> list[str]:
-    """The server's command, a JSON list: the workflow takes it from config.yaml."""
+    """The server's command from TAFS_SERVER.
+
+    Raises:
+        ValueError: it is not a JSON list of strings.
+    """
     try:
         command = json.loads(os.environ.get("TAFS_SERVER", ""))
     except ValueError:
         command = None
     if not isinstance(command, list) or not all(isinstance(part, str) for part in command):
         raise ValueError(
-            "TAFS_SERVER: holds no command as a JSON list; snakemake sets it from "
+            "TAFS_SERVER: not a command as a JSON list of strings; snakemake sets it from "
             "evaluation.server in config.yaml"
         )
     return command
 
 
-def score_served(run: run_dir.RunDir) -> None:
-    """Write the run's served_scores.
+def score_served(run: RunDir) -> None:
+    """Write the run's served_scores.parquet.
 
     Raises:
         FileNotFoundError: the run has no images; names the file.
-        failures.RunFailed: the server failed, left too many images without a score, or fails its golden scores.
+        RunFailed: the server failed, left too many images without a score, or does not reproduce
+            its golden scores.
     """
-    evaluation, prompts, world = run.evaluation, run.test_prompts(), run.world
-    total = sum(s["images_per_prompt"] for s in evaluation["settings"]) * len(prompts)
+    spec, evaluation = run_inputs.run_spec(run), run_inputs.eval_spec(run)
+    prompts, source = run_inputs.test_prompts(spec, evaluation), run_inputs.asset_source(spec)
+    total = sum(s.images_per_prompt for s in evaluation.settings) * len(prompts)
     reporter = Reporter(run.folder, "score_served", total)
     rows = []
-    with served(run, total) as scorer:
-        reward = scorer.reward()
-        if world.golden_scores is not None:
-            golden.verify(
-                [reward], {reward.name: world.reward_digest(reward.name)}, world.golden_scores
-            )
-        for keys, batch in image_archive.read(run.images, AT_ONCE):
+    with served_reward(run, spec, total) as client:
+        reward = client.reward()
+        if source.golden_scores is not None:
+            digests = {reward.name: source.reward_digest(reward.name)}
+            golden.verify([reward], digests, source.golden_scores)
+        for keys, images in image_archive.read(run.images, BATCH):
             image_prompts = [prompts[key.prompt] for key in keys]
-            scores = reward.report(reward.score(batch, image_prompts))
+            values = reward.report(reward.score(images, image_prompts)).double().tolist()
             rows += [
-                {**key._asdict(), "tag": owner.tag, "metric": reward.name, "value": value}
-                for key, owner, value in zip(
-                    keys, image_prompts, scores.double().tolist(), strict=True
-                )
+                {**key._asdict(), "tag": prompt.tag, "metric": reward.name, "value": value}
+                for key, prompt, value in zip(keys, image_prompts, values, strict=True)
             ]
             reporter.advance(steps=len(keys))
-        print(json.dumps(scorer.record()))
-    scores_.write_table(run, run.served_scores, pd.DataFrame(rows))
-    checkpoint.clear(run.judged)
+        print(json.dumps(reward.record()))
+    scores.write_table(run, spec, run.served_scores, pd.DataFrame(rows))
+    checkpoint.clear(run.eval_state)
     reporter.finish()
 
 
 def main() -> None:
-    main_.run_stage("score_served", score_served)
+    run_stage("score_served", lambda run, _: score_served(run))
 
 
 if __name__ == "__main__":

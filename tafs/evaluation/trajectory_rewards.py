@@ -1,8 +1,8 @@
-"""Rewards of the images along the way: `python -m tafs.evaluation.trajectory_rewards RUN_DIR` (the paper's Table 7).
+"""Rewards along annealed trajectories: `python -m tafs.evaluation.trajectory_rewards RUN_DIR`.
 
-Annealed sampling sees an image at every evaluation. trajectory_rewards.parquet holds the rewards R^1..R^N
-of one trajectory of each training prompt, a row per (prompt, step, metric): the table correlates
-the early ones with that of the final image.
+Annealed sampling estimates an image at every network evaluation. trajectory_rewards.parquet holds
+the rewards R^1..R^N of one trajectory per training prompt, with a row per (prompt, step, metric).
+The paper's Table 7 correlates the early rewards with that of the final image.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from torch import Tensor
 
 from tafs.common import files, seeding
 from tafs.evaluation import generate
+from tafs.experiment import run_inputs
 from tafs.models import sampling
 from tafs.models.base import Backbone
-from tafs.runtime import main as main_
-from tafs.runtime import run_dir
+from tafs.runtime.main import run_stage
 from tafs.runtime.progress import Reporter
+from tafs.runtime.run_dir import RunDir
 
 
 @torch.no_grad()
-def images_along(
+def trajectory_images(
     backbone: Backbone, texts: list[str], steps: int, generator: torch.Generator
 ) -> Tensor:
-    """The images x0_hat^1..x0_hat^N of one annealed trajectory a prompt (Eqs. 4-7).
+    """Decode the estimates x0_hat^1..x0_hat^N of one annealed trajectory per prompt (Eqs. 4-7).
 
     Returns:
         [steps, prompts, 3, H, W] in [0, 1].
@@ -42,46 +43,50 @@ def images_along(
     return torch.stack(images)
 
 
-def write(run: run_dir.RunDir) -> None:
-    """Write the run's trajectory_rewards.parquet, of distinct training prompts.
+def write(run: RunDir) -> None:
+    """Write the run's trajectory_rewards.parquet.
 
     Raises:
-        ValueError: there are not so many training prompts.
+        ValueError: there are fewer training prompts than `correlation_prompts`.
     """
-    description, evaluation = run.description, run.evaluation
-    world, prompt_set, seed = run.world, description["prompts"], generate.EVALUATION_SEED
-    backbone = generate.load_model(run, None)
-    rewards = world.rewards(world.metrics(prompt_set))
-    steps, batch = evaluation["correlation"]["nfe"], evaluation["batch"]
-    count, known = evaluation["correlation"]["prompts"], world.prompts(prompt_set, "train")
+    spec, evaluation = run_inputs.run_spec(run), run_inputs.eval_spec(run)
+    source, seed = run_inputs.asset_source(spec), generate.EVALUATION_SEED
+    backbone = generate.load_model(run, spec, evaluation, None)
+    rewards = source.rewards(source.metrics(spec.prompts))
+    steps, count = evaluation.trajectories.nfe, evaluation.trajectories.prompts
+    known = source.prompts(spec.prompts, "train")
     if count > len(known):
-        raise ValueError(f"correlation_prompts: {count}, but there are {len(known)} of training")
+        raise ValueError(
+            f"correlation_prompts: {count} is more than the {len(known)} training prompts; choose "
+            "a smaller number in config.yaml"
+        )
     chosen = np.random.default_rng(seed).choice(len(known), count, replace=False)
     drawn = [known[i] for i in sorted(chosen)]
+    batch = evaluation.batch
     reporter = Reporter(run.folder, "trajectory_rewards", -(-len(drawn) // batch))
-    parts = []
+    tables = []
     backbone.prepare([prompt.text for prompt in drawn])
     for low in range(0, len(drawn), batch):
         part = drawn[low : low + batch]
         generator = seeding.generator(seed, "correlate", low)
-        images = images_along(backbone, [prompt.text for prompt in part], steps, generator)
+        images = trajectory_images(backbone, [prompt.text for prompt in part], steps, generator)
         scores = rewards.report(rewards.score(images.flatten(0, 1), part * steps))
         index = {
             "prompt": np.tile(np.arange(low, low + len(part)), steps),
             "step": np.repeat(np.arange(1, steps + 1), len(part)),
         }
-        parts += [
+        tables += [
             pd.DataFrame({**index, "metric": metric, "value": values.double().cpu().numpy()})
             for metric, values in scores.items()
         ]
         reporter.advance(f"{low + len(part)} prompts")
-    table = pd.concat(parts, ignore_index=True).astype({"metric": "category"})
+    table = pd.concat(tables, ignore_index=True).astype({"metric": "category"})
     files.atomic_write(run.trajectory_rewards, lambda path: table.to_parquet(path, index=False))
     reporter.finish()
 
 
 def main() -> None:
-    main_.run_stage("trajectory_rewards", write)
+    run_stage("trajectory_rewards", lambda run, _: write(run))
 
 
 if __name__ == "__main__":

@@ -1,33 +1,34 @@
-"""Where a result came from: code, data, weights, versions and machine."""
+"""The origin of a result: code, data, weights, package versions and machine."""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import os
 import platform
 import subprocess
-from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from tafs.assets import sources
-from tafs.data.prompts import Prompt
+from tafs.data.prompts import digest
+from tafs.experiment import run_inputs
+from tafs.experiment.specs import RunSpec
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy")
+ROOT = Path(__file__).resolve().parents[2]
 
 
-def collect(description: dict[str, Any]) -> dict[str, Any]:
-    """Facts that journal, tables and tracking repeat; nothing from the environment's variables."""
-    root = Path(__file__).resolve().parents[2]
-    world, prompt_set = sources.of(description["settings"]), description["prompts"]
+def collect(spec: RunSpec) -> dict[str, Any]:
+    """Collect what the journal, the tables and the tracking server record.
+
+    No environment variable is recorded, since some hold secrets.
+    """
+    source = run_inputs.asset_source(spec)
     return {
-        "git_commit": _git(root, "rev-parse", "HEAD"),
-        "git_changed": bool(_git(root, "status", "--porcelain", "--untracked-files=no")),
-        "weights": description["weights"],
-        "random_weights": description["random_weights"],
+        **code(ROOT),
+        "weights": spec.weights,
+        "random_weights": spec.random_weights,
         "prompts": {
-            split: _digest(world.prompts(prompt_set, split)) for split in ("train", "test")
+            split: digest(source.prompts(spec.prompts, split)) for split in ("train", "test")
         },
         "versions": {name: metadata.version(name) for name in PACKAGES},
         "python": platform.python_version(),
@@ -35,17 +36,31 @@ def collect(description: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _digest(found: Sequence[Prompt]) -> str:
-    """SHA-256 of a prompt set's rows."""
-    rows = "".join(json.dumps(prompt.row, sort_keys=True) + "\n" for prompt in found)
-    return hashlib.sha256(rows.encode()).hexdigest()
+def code(root: Path) -> dict[str, Any]:
+    """Return the commit of the code in `root` and whether tracked files differ from it.
+
+    Both are None unless `root` is the top level of a checkout: the commit of a repository that only
+    surrounds the code, or that GIT_DIR names, says nothing about it.
+    """
+    top = _git(root, "rev-parse", "--show-toplevel")
+    commit = _git(root, "rev-parse", "HEAD")
+    status = _git(root, "status", "--porcelain", "--untracked-files=no")
+    if top is None or commit is None or status is None or Path(top).resolve() != root.resolve():
+        return {"git_commit": None, "git_changed": None}
+    return {"git_commit": commit, "git_changed": bool(status)}
 
 
 def _git(root: Path, *arguments: str) -> str | None:
-    """Git's answer, or None outside a checkout."""
+    """Git's answer about the repository around `root`; None if git refuses or is not installed."""
+    # Variables such as GIT_DIR and GIT_WORK_TREE would name another repository.
+    environment = {name: value for name, value in os.environ.items() if name[:4] != "GIT_"}
     try:
         done = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
+            ["git", "-C", str(root), *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
         )
     except (OSError, subprocess.CalledProcessError):
         return None

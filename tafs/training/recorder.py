@@ -1,4 +1,4 @@
-"""recorder."""
+"""The files of a run in training: journal, snapshots, resume state and adapter."""
 
 from __future__ import annotations
 
@@ -9,61 +9,65 @@ from typing import Any
 
 from tafs.common import files
 from tafs.common.files import sha256
-from tafs.runtime import checkpoint, run_dir
+from tafs.runtime import checkpoint
 from tafs.runtime.journal import Journal
 from tafs.runtime.progress import Reporter
+from tafs.runtime.run_dir import RunDir
 from tafs.training import provenance
 from tafs.training.trainer import Trainer
 
 
 class RunRecorder:
-    """The files of a run in training, which one process writes for all."""
+    """Writes a run's files; only the first process has one.
+
+    Args:
+        run: the run's folder.
+        trainer: its trainer, restored from `state`.
+        fingerprint: what the resume state must match.
+        state: where training continues; None: at the beginning.
+    """
 
     def __init__(
-        self,
-        run: run_dir.RunDir,
-        trainer: Trainer,
-        fingerprint: str,
-        state: checkpoint.State | None,
+        self, run: RunDir, trainer: Trainer, fingerprint: str, state: checkpoint.State | None
     ) -> None:
         self.run = run
         self.trainer = trainer
         self.fingerprint = fingerprint
         self.journal = Journal(run.state / "journal.jsonl")
         if state is None:
-            # Nothing to continue: a journal that is there belongs to a run with other settings.
+            # A journal that exists now belongs to a run with other settings.
             run.clear_state()
-            facts = {"run": run.name, "fingerprint": fingerprint}
-            self.journal.append("start", **facts, provenance=provenance.collect(run.description))
+            origin = provenance.collect(trainer.spec)
+            self.journal.append("start", run=run.name, fingerprint=fingerprint, provenance=origin)
         else:
             self.journal.append("resume", iteration=state.iteration, notes=state.notes)
         self.seconds: float = 0.0 if state is None else state.values["seconds"]
         self.snapshots: dict[str, str] = {} if state is None else state.values["snapshots"]
-        self.saved = done = 0 if state is None else state.iteration
-        self.reporter = Reporter(run.folder, "train", trainer.iterations, done)
+        self.saved = 0 if state is None else state.iteration
+        self.reporter = Reporter(run.folder, "train", trainer.iterations, self.saved)
 
     def keep(self, record: Mapping[str, Any]) -> None:
-        """Write what is due after an iteration."""
+        """Write an iteration's record, and the snapshot and resume state if they are due."""
         run, trainer = self.run, self.trainer
         self.seconds += record["seconds"]["total"]
         self.journal.append("iteration", **record)
         self.reporter.advance(_headline(record["rewards"]))
         done = record["iteration"] + 1
-        if done in run.description["snapshots"]:
+        if done in trainer.spec.snapshots:
             kept = run.kept_snapshot(done)
             trainer.export(kept)
             self.snapshots[kept.name] = sha256(kept)
-        every = run.description["settings"]["checkpoint_every"]
-        if done % every == 0 or done == trainer.iterations:
+        if done % trainer.checkpoint_every == 0 or done == trainer.iterations:
             self.save(done)
 
     def save(self, done: int) -> None:
-        facts = {"seconds": self.seconds, "snapshots": self.snapshots}
-        self.trainer.save(self.run.checkpoints, self.fingerprint, done, facts)
+        """Write the resume state after `done` iterations."""
+        values = {"seconds": self.seconds, "snapshots": self.snapshots}
+        self.trainer.save(self.run.checkpoints, self.fingerprint, done, values)
         self.saved = done
 
     def pause(self, done: int, reason: str) -> str:
-        """Save the state after `done` iterations, for another job to go on; the line to say so."""
+        """Save the state after `done` iterations for another job; return the message for the log."""
         if self.saved != done:
             self.save(done)
         self.journal.append("pause", iteration=done, reason=reason)
@@ -72,20 +76,20 @@ class RunRecorder:
         return f"saved after {done} of {total} iterations, to be continued: {reason}"
 
     def finish(self) -> None:
-        """Put the finished run's files in their places."""
+        """Write the finished run's adapter and journal, and move its snapshots in place."""
         run = self.run
         run.snapshots.mkdir(exist_ok=True)
-        for iteration in run.description["snapshots"]:
+        for iteration in self.trainer.spec.snapshots:
             copy = partial(shutil.copyfile, run.kept_snapshot(iteration))
             files.atomic_write(run.snapshot(iteration), copy)
         self.trainer.export(run.adapter)
         digests = {**self.snapshots, run.adapter.name: sha256(run.adapter)}
-        facts = {"iterations": self.trainer.iterations, "seconds": self.seconds}
-        self.journal.append("end", **facts, sha256=digests)
+        iterations = self.trainer.iterations
+        self.journal.append("end", iterations=iterations, seconds=self.seconds, sha256=digests)
         files.atomic_text(run.journal, self.journal.path.read_text(encoding="utf-8"))
         self.reporter.finish()
 
 
-def _headline(rewards: dict[str, list[float]]) -> str:
-    """The last scored step's rewards, for the person who watches."""
+def _headline(rewards: Mapping[str, list[float]]) -> str:
+    """The rewards of the last scored step, for the progress display."""
     return "  ".join(f"{name} {values[-1]:.3g}" for name, values in rewards.items())

@@ -1,19 +1,20 @@
-"""The one training loop: `python -m tafs.training.train RUN_DIR` trains what RUN_DIR/run.json describes.
+"""The training loop: `python -m tafs.training.train RUN_DIR` trains the run of RUN_DIR/run.json.
 
-Writes adapter.safetensors, journal.jsonl and, after the iterations that run.json names, snapshots/.
-Until then all of it and the resume state live in RUN_DIR/.state, which outlives a kill and is
-refused when the run's fingerprint has changed. It is deleted when the run is evaluated and not
-before: a workflow that was killed before it heard of a training's end calls for that training
-again, which then has nothing left to do. All randomness comes from streams of (seed, name,
-iteration), so a resumed run draws what an undisturbed one draws.
+It writes adapter.safetensors, journal.jsonl and snapshots/, which holds the adapter after the
+iterations that run.json lists. During training, all of them and the resume state are in
+RUN_DIR/.state, which survives a kill and is ignored if the run's fingerprint has changed. The
+evaluation deletes that folder, not the training: Snakemake repeats a training whose end it did not
+see, and the repeated training then finds nothing left to do. All randomness comes from streams
+of (seed, name, iteration), so a resumed run draws the same numbers as an uninterrupted one.
 
-`torchrun --standalone --nproc-per-node=8 -m tafs.training.train RUN_DIR` trains the same run on eight GPUs,
-and either command continues what the other began. Each process takes an equal part of the groups of
-every optimiser step. Prompts and start noise are drawn for the whole iteration, the steps' noise
-for each micro-batch by the place of its first image in the iteration; so where `micro_batch`
-divides a process's images of a step, the draws do not depend on the number of processes, and what
-is trained depends on it by the rounding of sums alone. The first process writes all files, and all
-processes read the resume state: RUN_DIR must be on a file system that they share.
+`torchrun --standalone --nproc-per-node=8 -m tafs.training.train RUN_DIR` trains the same run on
+eight GPUs, and either command continues what the other started. Each process has an equal share of
+the groups of every optimiser step. Prompts and start noise are drawn for the whole iteration, and
+the noise of the sampling steps for each micro-batch, from a stream named after the index of its
+first image in the iteration. If `micro_batch` divides a process's images of an update, the draws do
+not depend on the number of processes, and the adapter depends on it only through the rounding of
+sums. The first process writes all files, and all processes read the resume state, so RUN_DIR must
+be on a file system that they share.
 """
 
 from __future__ import annotations
@@ -25,50 +26,69 @@ import torch
 
 from tafs.common import errors
 from tafs.common.files import sha256
-from tafs.runtime import checkpoint, distributed, run_dir
-from tafs.runtime import main as main_
+from tafs.experiment import run_inputs
+from tafs.runtime import checkpoint, distributed
 from tafs.runtime.deadline import Deadline
 from tafs.runtime.distributed import Processes
+from tafs.runtime.main import run_stage
+from tafs.runtime.run_dir import RunDir
 from tafs.training.recorder import RunRecorder
 from tafs.training.trainer import trainer_of
 
 
-def train(run: run_dir.RunDir, processes: Processes = distributed.ALONE) -> None:
-    """Train a run from its newest usable state to its adapter, in each of its processes."""
-    trainer = trainer_of(run.description, processes)
-    fingerprint = run.fingerprint()
+def train(
+    run: RunDir, processes: Processes = distributed.ALONE, deadline: Deadline | None = None
+) -> None:
+    """Train a run from its newest usable state to its adapter, in each of its processes.
+
+    Args:
+        run: the run's folder.
+        processes: this process's place among those that train together.
+        deadline: of this job; None: no time limit.
+
+    Raises:
+        NonFinite: too many rewards are missing, or another number is not finite.
+        RunFailed: the processes do not see the same resume state.
+        ToBeContinued: the job's time is nearly over, or a signal asked it to stop; the state is
+            saved. The other processes exit with the same code instead.
+        FileNotFoundError, ValueError: run.json, or a model, reward or prompt set that it names, is
+            missing or wrong.
+    """
+    spec = run_inputs.run_spec(run)
+    trainer = trainer_of(spec, processes)
+    fingerprint = run_inputs.training_fingerprint(spec)
     state = checkpoint.load(run.checkpoints, fingerprint, partial(_missing_snapshot, run))
     done = 0 if state is None else state.iteration
     found = processes.all_gather(torch.tensor([done]), dim=0).tolist()
     if len(set(found)) > 1:
         raise errors.RunFailed(
-            f"{run.checkpoints}: the processes found states of different iterations ({found}, in "
-            f"order of rank); put the run on a file system that they share"
+            f"{run.checkpoints}: the processes found states of different iterations ({found}, by "
+            "rank); put the run on a file system that they share"
         )
     if state is not None:
         trainer.restore(state)
-    keeper = RunRecorder(run, trainer, fingerprint, state) if processes.leads else None
-    with Deadline.from_environment() as deadline:
+    recorder = RunRecorder(run, trainer, fingerprint, state) if processes.leads else None
+    with deadline or Deadline() as deadline:
         for iteration in range(done, trainer.iterations):
             record = trainer.iterate(iteration)
-            if keeper is not None:
-                keeper.keep(record)
+            if recorder is not None:
+                recorder.keep(record)
             deadline.tick()
             done = iteration + 1
             if processes.any(bool(deadline.expired)) and done < trainer.iterations:
                 reason = deadline.expired or "another process was asked to stop"
-                line = "" if keeper is None else keeper.pause(done, reason)
-                # torchrun ends the others soon after the first: not before the state is saved.
+                line = "" if recorder is None else recorder.pause(done, reason)
+                # The launcher ends all processes after the first exit, so wait for the save.
                 processes.any(False)
-                if keeper is None:
+                if recorder is None:
                     sys.exit(errors.CONTINUE)
                 raise errors.ToBeContinued(line)
-        if keeper is not None:
-            keeper.finish()
+        if recorder is not None:
+            recorder.finish()
 
 
-def _missing_snapshot(run: run_dir.RunDir, state: checkpoint.State) -> str:
-    """Which snapshot that was taken before a state is not as it was written; "" if all are."""
+def _missing_snapshot(run: RunDir, state: checkpoint.State) -> str:
+    """Name a snapshot of an earlier iteration that is damaged or missing; "" if there is none."""
     for name, digest in state.values["snapshots"].items():
         kept = run.state / "snapshots" / name
         if not kept.is_file() or sha256(kept) != digest:
@@ -76,14 +96,14 @@ def _missing_snapshot(run: run_dir.RunDir, state: checkpoint.State) -> str:
     return ""
 
 
-def train_together(run: run_dir.RunDir) -> None:
-    """`train` in this process and in those that torchrun started beside it."""
-    with distributed.connected(run.description["settings"]["device"]) as processes:
-        train(run, processes)
+def train_together(run: RunDir, deadline: Deadline) -> None:
+    """Run `train` in this process and in those that the launcher started with it."""
+    with distributed.connected(run_inputs.run_spec(run).assets.device) as processes:
+        train(run, processes, deadline)
 
 
 def main() -> None:
-    main_.run_stage("train", train_together)
+    run_stage("train", train_together)
 
 
 if __name__ == "__main__":
