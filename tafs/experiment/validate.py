@@ -235,7 +235,7 @@ def _scale_problems(config: Config, key: str, scale: Scale) -> Iterator[str]:
         )
     if scale.evaluation.server and scale.assets != "hub":
         yield f"{where}.evaluation.server: the assets {scale.assets!r} need no server"
-    sets = sources.prompt_sets(scale.assets)
+    sets = sources.prompt_sets_of(scale.assets)
     yield from _unknown(f"{where}.prompts", "prompt set", scale.prompts.values(), sets)
 
 
