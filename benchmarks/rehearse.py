@@ -48,8 +48,8 @@ from tafs.methods import registry as methods
 from tafs.methods.base import Method, Trajectory
 from tafs.methods.policy_gradient import PolicyGradient
 from tafs.models import Conditioning, catalog, flops
-from tafs.models.backbones.flux import FluxBackbone
-from tafs.models.backbones.sd3 import SD3Backbone
+from tafs.models.plugins.flux import FluxBackbone
+from tafs.models.plugins.sd3 import SD3Backbone
 from tafs.models.base import fast_dtype
 from tafs.models.flops import Architecture, Network, describe
 from tafs.rewards import registry

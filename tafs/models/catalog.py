@@ -88,7 +88,7 @@ class ModelPlugin:
     backbones: Mapping[str, type[Backbone]] = field(default_factory=dict)
 
 
-PLUGINS = Group(kind="model", attribute="PLUGIN", package="tafs.models.backbones")
+PLUGINS = Group(kind="model", attribute="PLUGIN", package="tafs.models.plugins")
 
 
 def plugins() -> dict[str, ModelPlugin]:

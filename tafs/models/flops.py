@@ -29,10 +29,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tafs.common import seeding
 from tafs.models import catalog
-from tafs.models.backbones.flux import FluxBackbone
-from tafs.models.backbones.sd3 import SD3Backbone
 from tafs.models.base import Backbone
 from tafs.models.conditioning import Conditioning
+from tafs.models.plugins.flux import FluxBackbone
+from tafs.models.plugins.sd3 import SD3Backbone
 
 META = torch.device("meta")
 CLIP_TOKENS = 77  # tokens per prompt of Stable Diffusion 3's CLIP text encoders

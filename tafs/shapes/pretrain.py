@@ -32,8 +32,8 @@ from tafs.data import prompts
 from tafs.data.geneval_rows import TASKS
 from tafs.data.plugins.shapes import FOLDER
 from tafs.models import loading
-from tafs.models.backbones.flux import FluxBackbone
-from tafs.models.backbones.sd3 import SD3Backbone
+from tafs.models.plugins.flux import FluxBackbone
+from tafs.models.plugins.sd3 import SD3Backbone
 from tafs.models.base import Backbone
 from tafs.rewards.geneval import geneval_verdict
 from tafs.shapes import cards, pretrain_rewards, text, vae, weights

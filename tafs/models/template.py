@@ -1,0 +1,157 @@
+"""`python -m tafs.models.template NAME` writes a model plug-in that runs as it is.
+
+The file tafs/models/plugins/NAME.py adds an entry to the catalogue; for a pipeline class that no
+backbone trains yet it also holds a backbone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from tafs.common import errors
+from tafs.models import catalog
+
+FOLDER = Path("tafs/models/plugins")
+PIPELINE = "StableDiffusion3Pipeline"
+
+HEAD = '''"""{title} (authors, year, arXiv number).
+
+Card of OWNER/REPOSITORY on huggingface.co: steps, guidance, tokens.
+"""
+
+from __future__ import annotations
+'''
+IMPORTS = """
+from tafs.models import ModelPlugin
+"""
+BACKBONE = '''
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from tafs.models import TIMESTEPS, Backbone, Conditioning, ModelPlugin
+
+
+class {title}Backbone(Backbone):
+    """(The network, its text encoders, and how it is guided.)
+
+    Written for networks with cross-attention to one text encoder, an attention mask, and
+    classifier-free guidance. Compare with the call of {pipeline} in diffusers.
+    """
+
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+
+    @property
+    def negative_prompt(self) -> str | None:
+        return "" if self.guidance > 1 else None
+
+    def embed(self, prompts: Sequence[str]) -> Conditioning:
+        embeds, mask, *_ = self.pipeline.encode_prompt(
+            list(prompts),
+            do_classifier_free_guidance=False,
+            device=self.pipeline.text_encoder.device,
+            max_sequence_length=self.max_sequence_length,
+        )
+        return Conditioning(embeds, embeds.new_zeros(len(prompts), 0), mask=mask)
+
+    def network(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        output = self.transformer(
+            hidden_states=x_t.to(self.transformer.dtype),
+            encoder_hidden_states=cond.embeds,
+            encoder_attention_mask=cond.mask,
+            timestep=t * TIMESTEPS,
+            return_dict=False,
+        )
+        return output[0].float()
+'''
+PLUGIN = """
+
+PLUGIN = ModelPlugin(
+    # The keys are explained in tafs/models/models.yaml.
+    models={{
+        "{name}": {{
+            "title": "{title}",
+            "resource": "{resource}",  # an entry of resources.yaml
+            "pipeline": "{pipeline}",
+            "trainable": True,
+            "steps": {steps},
+            "guidance": {guidance},
+            "max_sequence_length": {max_sequence_length},
+            "licence": "{licence}",
+        }},
+    }},
+{backbones})
+"""
+
+
+def write(name: str, pipeline: str = PIPELINE, folder: Path = FOLDER) -> Path:
+    """Write the plug-in and return its file.
+
+    The entry has the values of the catalogue's first model with this pipeline class, if any.
+
+    Args:
+        name: of the model, as in config.yaml.
+        pipeline: the diffusers pipeline class.
+        folder: where the file is written.
+
+    Raises:
+        ValueError: a name is invalid or taken, or the folder does not exist.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name) or len(name) > 64:
+        raise ValueError(
+            f"{errors.shown(name)} is not a valid name: use lower-case letters, digits and hyphens"
+        )
+    if not re.fullmatch(r"[A-Z][A-Za-z0-9]*Pipeline", pipeline):
+        raise ValueError(
+            f"--pipeline {errors.shown(pipeline)}: is not a pipeline class of diffusers, like "
+            f"{PIPELINE}"
+        )
+    models = catalog.read()
+    module = name.replace("-", "_")
+    if name in models or module in catalog.PLUGINS.names():
+        raise ValueError(f"{name!r} is taken; choose another name")
+    if not folder.is_dir():
+        raise ValueError(f"{folder}/ does not exist; run this command in the project's folder")
+    like = next((model for model in models.values() if model.pipeline == pipeline), None)
+    title = "".join(part.capitalize() for part in name.split("-"))
+    trained = pipeline in catalog.backbones()
+    template = HEAD + (IMPORTS if trained else BACKBONE) + PLUGIN
+    text = template.format(
+        name=name,
+        title=title,
+        pipeline=pipeline,
+        resource=like.resource if like else name,
+        steps=like.steps if like else 28,
+        guidance=like.guidance if like else 4.5,
+        max_sequence_length=like.max_sequence_length if like else 256,
+        licence=like.licence if like else "(the name of the licence)",
+        backbones="" if trained else f'    backbones={{"{pipeline}": {title}Backbone}},\n',
+    )
+    file = folder / f"{module}.py"
+    with file.open("x", encoding="utf-8") as out:
+        out.write(text)
+    return file
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m tafs.models.template")
+    parser.add_argument("name", metavar="NAME", help="of the model: lower-case, with hyphens")
+    parser.add_argument("--pipeline", default=PIPELINE, help="diffusers class (%(default)s)")
+    options = parser.parse_args()
+
+    def work() -> None:
+        file = write(options.name, options.pipeline)
+        print(
+            f"Wrote {file}. Next (docs/adding-a-model.md):\n"
+            f"  1. Add its repository to resources.yaml and correct the values in {file.name}.\n"
+            f"  2. python -m pytest tests/models -k {file.stem}\n"
+            f"  3. Set it in config.yaml: scales, model_roles."
+        )
+
+    errors.run_cli("tafs.models.template", work)
+
+
+if __name__ == "__main__":
+    main()
