@@ -27,7 +27,8 @@ from tafs.methods.policy_gradient import PolicyGradient
 from tafs.rewards import unifiedreward
 from tafs.rewards.unifiedreward import UnifiedReward
 from tafs.runtime import checkpoint, run_dir
-from tafs.training.trainer import NonFinite, Trainer, tolerated
+from tafs.training.rewards import NonFinite, tolerated
+from tafs.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = list(registry.sources())
@@ -41,10 +42,8 @@ UPDATES = 2
 
 def trainer(name: str, group_size: int = 16, **hyperparameters: object) -> Trainer:
     """Of 64 images in groups."""
-    description = toy_run(name, **hyperparameters)
     sizes = {"group_size": group_size, "prompts_per_iteration": IMAGES // group_size}
-    settings = {**description["settings"], **sizes}
-    return toy_trainer({**description, "settings": settings, "rewards": REWARDS})
+    return toy_trainer(toy_run(name, rewards=REWARDS, training=sizes, **hyperparameters))
 
 
 def weights(run: Trainer) -> dict[str, torch.Tensor]:

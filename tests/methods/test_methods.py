@@ -16,7 +16,8 @@ from tafs.methods import base, registry
 from tafs.methods.base import Method
 from tafs.methods.policy_gradient import PolicyGradient
 from tafs.runtime import checkpoint
-from tafs.training.trainer import NonFinite, Trainer, tolerated
+from tafs.training.rewards import NonFinite, tolerated
+from tafs.training.trainer import Trainer
 
 NAMES = list(registry.sources())
 POLICIES = [n for n in NAMES if issubclass(registry.method_class(n), PolicyGradient)]
@@ -275,8 +276,7 @@ def stops(run: Trainer, iteration: int = 0) -> str:
 
 
 def two_rewards(name: str, **hyperparameters: object) -> Trainer:
-    description = toy_run(name, **hyperparameters)
-    return toy_trainer({**description, "rewards": {"clip": 1.0, "pickscore": 0.5}})
+    return toy_trainer(toy_run(name, rewards={"clip": 1.0, "pickscore": 0.5}, **hyperparameters))
 
 
 @pytest.mark.parametrize("bad", BAD)
@@ -366,12 +366,11 @@ def test_more_images_without_a_reward_than_tolerated_stop_before_the_update():
 
 def test_a_small_batch_may_lack_one_reward():
     """Of eight images, of which one is more than a tenth; its group of two is left with one."""
-    description = toy_run("tafs_grpo")
-    description["settings"] |= {"group_size": 2}
-    run = toy_trainer(description)
+    spec = toy_run("tafs_grpo", training={"group_size": 2})
+    run = toy_trainer(spec)
     spoil(run, {call_of(run, 0): float("nan")})
     assert run.iterate(0)["invalid"] == 1
-    run = toy_trainer(description)
+    run = toy_trainer(spec)
     spoil(run, {call_of(run, 0): float("nan"), call_of(run, 1): float("nan")})
     assert stops(run).endswith(
         "; 2 of 8 images (25.0%) lack a finite reward, at most 1 may (10%, or one)"

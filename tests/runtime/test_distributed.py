@@ -195,14 +195,13 @@ def test_a_failed_job_is_continued_by_one_process_and_by_two(broken, alone, tmp_
 
 
 def trainer(processes: Processes, variant: str = "tafs_grpo") -> trainer_.Trainer:
-    description = toy_run(variant, updates=2)
-    description["settings"] |= {"prompts_per_iteration": 8, "micro_batch": 8}
-    return toy_trainer(description, processes)
+    sizes = {"prompts_per_iteration": 8, "micro_batch": 8}
+    return toy_trainer(toy_run(variant, training=sizes, updates=2), processes)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_processes_share_each_updates_groups_equally(size):
-    own = [trainer(Processes(rank, size)).own for rank in range(size)]
+    own = [trainer(Processes(rank, size)).local_groups for rank in range(size)]
     assert sorted(sum(own, [])) == list(range(8))
     for groups in own:
         assert len(groups) == 8 // size

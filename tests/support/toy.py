@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tafs.assets.sources import AssetSettings
 from tafs.data import prompts
 from tafs.data.plugins.shapes import FOLDER
+from tafs.experiment.specs import LoraSpec, RunSpec, TrainingSpec
 from tafs.methods.policy_gradient import PolicyGradient
 from tafs.methods.registry import method_class
 from tafs.models.base import Conditioning
@@ -101,31 +103,54 @@ def spoil(run: Trainer, values: Mapping[tuple[int, int], float], name: str = "cl
     )
 
 
-def toy_trainer(description: dict, processes: Processes = ALONE) -> Trainer:
-    """A toy run's training, on the embedded world's prompts."""
+def toy_trainer(spec: RunSpec, processes: Processes = ALONE) -> Trainer:
+    """The trainer of a toy run, on the embedded training prompts."""
     known = prompts.read(FOLDER / "train.jsonl")
     backbone: Any = ToyBackbone()
-    rewards = toy_rewards(list(description["rewards"]))
-    return Trainer(description, backbone, rewards, known, processes)
+    return Trainer(spec, backbone, toy_rewards(list(spec.rewards)), known, processes)
 
 
-def toy_run(method: str, **hyperparameters: object) -> dict:
-    """The description of a toy run: seconds of work."""
+def toy_run(
+    method: str,
+    *,
+    rewards: Mapping[str, float] | None = None,
+    training: Mapping[str, int] | None = None,
+    **hyperparameters: Any,
+) -> RunSpec:
+    """A toy run, which trains in seconds.
+
+    Args:
+        method: its name.
+        rewards: weights by name; by default those of "clip" alone.
+        training: fields of `TrainingSpec` to replace.
+        hyperparameters: of the method.
+    """
     policy = issubclass(method_class(method), PolicyGradient)
     clipping = {"clip_range": 0.2} if policy else {}
-    return {
-        "name": f"{method}.toy",
-        "method": method,
-        "seed": 0,
-        "rewards": {"clip": 1.0},
-        "hyperparameters": {"learning_rate": 0.02, **clipping, **hyperparameters},
-        "settings": {
-            "world": "shapes",
-            "iterations": 30,
-            "prompts_per_iteration": 4,
-            "group_size": 16,
-            "micro_batch": 32,
-            "checkpoint_every": 5,
-            "lora": {"rank": 1, "alpha": 1},
-        },
+    settings = {
+        "iterations": 30,
+        "prompts_per_iteration": 4,
+        "group_size": 16,
+        "micro_batch": 32,
+        "checkpoint_every": 5,
     }
+    return RunSpec(
+        name=f"{method}.toy",
+        variant=method,
+        method=method,
+        title=method,
+        task="toy",
+        prompts="shapes",
+        backbone="toy",
+        model={},
+        seed=0,
+        scale="toy",
+        assets=AssetSettings(
+            assets="shapes", lock="", device="cpu", dtype="float32", gradient_checkpointing=False
+        ),
+        resolution=1,
+        training=TrainingSpec(**{**settings, **(training or {})}, lora=LoraSpec(rank=1, alpha=1)),
+        rewards=dict(rewards or {"clip": 1.0}),
+        hyperparameters={"learning_rate": 0.02, **clipping, **hyperparameters},
+        sampler="ode",
+    )
