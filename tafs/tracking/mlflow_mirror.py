@@ -1,85 +1,59 @@
-"""A copy of the runs for browsing in MLflow: `python -m tafs.tracking.cli sync|ui`.
+"""Mirror runs to MLflow: into a local SQLite store, or to a running MLflow server.
 
-The journals are the truth and nothing reads from here, so a store that is lost or damaged can be
-deleted and synced again. A sync may be repeated at any time, also while runs train: what the store
-already holds is left alone. Layout of a store, which may be moved as a whole:
+A sync adds what MLflow does not have yet, so it can be repeated at any time, also while runs train.
 
-    <store>/mlflow.db    experiments (a task each), runs, parameters, curves
-            artifacts/   <task>/<MLflow's run id>/artifacts/...
+    <store>/mlflow.db    experiments (one per task), runs, parameters, curves
+            artifacts/   <task>/<MLflow run id>/artifacts/...
             .lock        held by the one process that writes
 
-With `--server URL` the copy is a running MLflow server's instead, and of the store only the lock is
-used. MLflow's own variables (MLFLOW_TRACKING_USERNAME, _PASSWORD, _TOKEN) hold its credentials.
+MLflow records absolute paths of artifacts, and the store is only a copy: a store that was moved or
+is damaged is deleted and synced again.
 """
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import math
 import os
 import re
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import urlsplit
+from typing import Any
 
+from alembic.util import CommandError
+from filelock import FileLock
+from mlflow.db import commands
+from mlflow.entities import Param, Run, RunTag
+from mlflow.tracking import MlflowClient
+
+from tafs.common.errors import one_line
 from tafs.common.files import sha256
-
-if TYPE_CHECKING:
-    from mlflow.entities import Run
-    from mlflow.tracking import MlflowClient
-from tafs.tracking.run_view import Mirror, _entity, _status, pictures, read_run
+from tafs.runtime.run_dir import RunDir
+from tafs.tracking.run_view import RunView, read_run, sample_images, valid_key
 
 DEFAULT_STORE = Path("results/mlflow")
-
-
 DATABASE, ARTIFACTS = "mlflow.db", "artifacts"
-
-
-ENVIRONMENT = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
-}
-
-
-METRICS_PER_BATCH, ENTRIES_PER_BATCH = 1000, 100
-
-
-HOST = "127.0.0.1"
-
-
-# A server that is gone would be waited for by MLflow's client for minutes; the next sync does it.
-TIMEOUT, REQUEST_SECONDS, PROBE_SECONDS = "MLFLOW_HTTP_REQUEST_TIMEOUT", 30, 10
-
-
-ATTEMPTS = 3  # at a run: files move while it trains, and hosts without a common lock meet
-
-
-SHOWN_COLUMNS = 4  # of sampled images in a picture, and as many rows
-
-
-# Tags by which a sync knows what the store holds.
-KEY, RUN, CURVES, SCORES = "tafs.key", "tafs.run", "tafs.next_iteration", "tafs.scores_sha256"
-
-
-UPLOADED = "tafs.sha256/"  # of an artifact's source, on a server
+ATTEMPTS = 3  # per run: training moves files, and another host may create the same run
+BATCH_SIZES = {"metrics": 1000, "params": 100, "tags": 100}  # MLflow's limits per request
+KEY_TAG, SCORES_TAG, DIGEST_TAG = "tafs.key", "tafs.scores_sha256", "tafs.sha256/"
+REBUILD = "it is only a copy: delete {} and sync again"
+RESTART = (
+    "start it with --artifacts-destination, or correct --server or its credentials "
+    "(MLFLOW_TRACKING_USERNAME and _PASSWORD, or MLFLOW_TRACKING_TOKEN), and sync again"
+)
+logging.getLogger("mlflow").setLevel(logging.WARNING)  # also if it was imported before
 
 
 class SyncError(RuntimeError):
     """Some runs could not be mirrored; one line that names the first and counts the others."""
 
 
-class ServerError(RuntimeError):
-    """The server cannot be used now; one line that names it and what to do."""
+class UnavailableError(RuntimeError):
+    """The store or server cannot be used now; one line that names it and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -87,393 +61,221 @@ class Summary:
     """What one sync did."""
 
     runs: int  # mirrored, new or known
-    points: int  # new in the store
-    skipped: int  # values of these runs that are no finite numbers
+    points: int  # new in MLflow
+    skipped: int  # values of these runs that are not finite
     waiting: int  # run folders in which nothing has started
 
 
-class Copy(Protocol):
-    """Where the runs are mirrored to."""
-
-    client: MlflowClient
-
-    def artifact_location(self, task: str) -> str | None:
-        """Of a task's experiment; None where the server chooses."""
-
-    def place(self, run: Run, name: str, source: Path, write: Callable[[Path], object]) -> None:
-        """Make an artifact by `write`, which fills a path, unless the source is unchanged."""
-
-    def verify(self) -> None:
-        """Raise ServerError if nothing can be mirrored now."""
-
-
 Signature = tuple[object, ...]
+Seen = dict[Path, Signature]  # runs as they were mirrored
 
 
 def sync(
-    run_dirs: list[Path],
-    store: Path,
-    server: str | None = None,
-    seen: dict[Path, Signature] | None = None,
+    run_dirs: Sequence[Path], store: Path, server: str | None = None, seen: Seen | None = None
 ) -> Summary:
-    """Bring the store, or the server's copy, up to date with the runs.
+    """Bring the store, or the server, up to date with the runs. A failed run stops no other.
 
-    A run that fails does not keep back the others. `seen` holds what the runs' files were like when
-    they were mirrored: such runs are passed over, and those mirrored now are added.
+    Args:
+        store: with a server, only its lock is used.
+        seen: runs to skip while they are unchanged; the runs of this sync are added.
 
     Raises:
         SyncError: a run could not be mirrored.
-        ServerError: the server cannot be used; what it lacks is sent by the next sync.
-        OSError, ValueError: the store cannot be opened.
+        UnavailableError: the store or server cannot be used.
+        OSError, ValueError: the store cannot be written.
     """
     seen = {} if seen is None else seen
-    # Before the files are read, so that what changes meanwhile is mirrored by the next sync.
+    # Taken before the files are read: later changes are left to the next sync.
     signatures = {folder: _signature(folder, store, server) for folder in run_dirs}
     changed = [folder for folder in run_dirs if seen.get(folder) != signatures[folder]]
-    runs = points = skipped = waiting = 0
     if not changed:
-        return Summary(runs, points, skipped, waiting)
+        return Summary(0, 0, 0, 0)
+    views, points, failures = [], 0, []
     store.mkdir(parents=True, exist_ok=True)
-    failures = []
-    with _locked(store):
-        copy = Server(server) if server else Local(store)
+    with FileLock(store / ".lock"):
+        mirror = Mirror(store, server)
         for folder in changed:
             try:
-                mirror, new = _mirror(copy, folder)
-            except ServerError as error:
-                seen.clear()  # it may come back as another one, with less in it
-                raise ServerError(f"{error} ({runs} of {len(changed)} runs mirrored)") from None
-            # MLflow lets errors of several packages through; all mean "not mirrored".
-            except Exception as error:
-                failures.append(f"{folder}: {_one_line(error)}")
+                view, new = mirror.update(folder)
+            except UnavailableError:
+                seen.clear()  # it may come back with less in it
+                raise
+            except Exception as error:  # MLflow passes on the errors of several packages
+                failures.append(f"{folder}: {brief(error)}")
                 continue
             seen[folder] = signatures[folder]
-            if mirror is None:
-                waiting += 1
-                continue
-            runs += 1
+            views += [view] if view else []
             points += new
-            skipped += mirror.skipped
     if failures:
         others = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
         raise SyncError(f"{len(failures)} of {len(changed)} runs failed: {failures[0]}{others}")
-    return Summary(runs, points, skipped, waiting)
+    skipped = sum(view.skipped for view in views)
+    return Summary(len(views), points, skipped, waiting=len(changed) - len(views))
 
 
-def _mirror(copy: Copy, folder: Path) -> tuple[Mirror | None, int]:
-    """A run, mirrored, and how many points were new; None where nothing has started yet."""
-    for _ in range(ATTEMPTS - 1):
+def open_store(store: Path) -> MlflowClient:
+    """Open a store whose lock is held; create it, or upgrade it to this MLflow's schema.
+
+    Raises:
+        UnavailableError: it is damaged, or written by a newer MLflow.
+        ValueError: MLflow cannot open its path.
+    """
+    database = (store / DATABASE).resolve()
+    if "?" in str(database):
+        raise ValueError(f"{store}: MLflow cannot open a path with a question mark")
+    # A new database is renamed when it is complete: a partial one could not be opened again.
+    made = database if database.exists() else database.with_name(f"incoming-{DATABASE}")
+    try:
+        if made == database:
+            # MLflow would try to open a damaged file for minutes.
+            with closing(sqlite3.connect(f"{made.as_uri()}?mode=rw", uri=True)) as opened:
+                (verdict,) = opened.execute("PRAGMA quick_check(1)").fetchone()
+            if verdict != "ok":
+                raise sqlite3.DatabaseError(verdict)
+        else:
+            made.unlink(missing_ok=True)
+        commands.main(["upgrade", f"sqlite:///{made}"], standalone_mode=False)
+    except (sqlite3.DatabaseError, CommandError) as error:
+        reason = f"damaged, or written by a newer MLflow ({brief(error)})"
+        raise UnavailableError(f"{database}: {reason}; {REBUILD.format(store)}") from None
+    os.replace(made, database)
+    return MlflowClient(f"sqlite:///{database}")
+
+
+class Mirror:
+    """An open store, or the server if one is given."""
+
+    def __init__(self, store: Path, server: str | None) -> None:
+        self._place = server or str(store)
+        self._remedy = RESTART if server else REBUILD.format(store)
+        self._artifacts = None if server else store.resolve() / ARTIFACTS
+        self._client = MlflowClient(server) if server else open_store(store)
+        self._check()
+
+    def _check(self) -> None:
+        """Raise UnavailableError if nothing can be mirrored now."""
         try:
-            return _mirror_once(copy, folder)
-        except Exception:
-            copy.verify()
-    return _mirror_once(copy, folder)
+            self._client.search_experiments(max_results=1)
+        except Exception as error:
+            cause: BaseException = error  # the first one is the operating system's
+            while inner := cause.__cause__ or cause.__context__:
+                cause = inner
+            reason = f"MLflow cannot use it ({brief(cause, 100)})"
+            raise UnavailableError(f"{self._place}: {reason}; {self._remedy}") from None
 
+    def update(self, folder: Path) -> tuple[RunView | None, int]:
+        """Mirror a run; returns its view (None if nothing has started) and the new points."""
+        for _ in range(ATTEMPTS - 1):
+            try:
+                return self._update(read_run(folder))
+            except Exception:
+                self._check()
+        return self._update(read_run(folder))
 
-def _mirror_once(copy: Copy, folder: Path) -> tuple[Mirror | None, int]:
-    mirror = read_run(folder)
-    return mirror, 0 if mirror is None else _push(copy, mirror)
+    def _update(self, view: RunView | None) -> tuple[RunView | None, int]:
+        if view is None:
+            return None, 0
+        run = self._find_or_create(view)
+        run_id, known = run.info.run_id, run.data.tags
+        # A resumed training repeats iterations at other times: new are steps after a curve's last.
+        last = {metric.key: metric.step for metric in run.data.to_proto().metrics}
+        points = [p for p in view.curves if p.step > last.get(p.key, -1)]
+        if view.scores_sha256 != known.get(SCORES_TAG, ""):
+            held = {}
+            for key in {point.key for point in view.scores} & last.keys():
+                history = self._client.get_metric_history(run_id, key)
+                for point in sorted(history, key=lambda point: point.timestamp):
+                    held[key, point.step] = point.value
+            points += [p for p in view.scores if held.get((p.key, p.step)) != p.value]
+        params = [Param(k, v) for k, v in view.parameters.items() if k not in run.data.params]
+        self._log(run_id, metrics=points, params=params)
+        self._copy_files(run, view)
+        # Last, so that the next sync completes one that was interrupted.
+        tags = {**view.tags, SCORES_TAG: view.scores_sha256}
+        self._log(run_id, tags=[RunTag(k, v) for k, v in tags.items() if known.get(k) != v])
+        if view.ended_ms is not None and run.info.status != "FINISHED":
+            self._client.set_terminated(run_id, "FINISHED", end_time=view.ended_ms)
+        return view, len(points)
+
+    def _log(self, run_id: str, **entities: list[Any]) -> None:
+        for kind, values in entities.items():
+            for low in range(0, len(values), size := BATCH_SIZES[kind]):
+                batch: dict[str, Any] = {kind: values[low : low + size]}
+                self._client.log_batch(run_id, **batch)
+
+    def _find_or_create(self, view: RunView) -> Run:
+        """Get the MLflow run of a training. A new one ends unfinished trainings of the same run."""
+        experiment = self._experiment(view.task)
+        query = f"tags.`{KEY_TAG}` = '{view.key}'"
+        if not self._client.search_runs([experiment], query):
+            for run in self._client.search_runs([experiment], "attributes.status = 'RUNNING'"):
+                if all(run.data.tags.get(t) == view.tags.get(t) for t in ("tafs.run", "scale")):
+                    self._client.set_terminated(run.info.run_id, "KILLED", view.started_ms)
+            tags = {**view.tags, KEY_TAG: view.key}
+            self._client.create_run(experiment, view.started_ms, tags, view.name)
+        # Hosts that share no lock may each have created one; all of them keep the same one.
+        found = self._client.search_runs([experiment], query)
+        kept, *twins = sorted(found, key=lambda run: run.info.run_id)
+        for twin in twins:
+            self._client.delete_run(twin.info.run_id)
+        return kept
+
+    def _experiment(self, task: str) -> str:
+        """Get the id of a task's experiment, which is created, or restored if it was deleted."""
+        client, location = self._client, None
+        if self._artifacts:
+            location = (self._artifacts / re.sub(r"[^a-zA-Z0-9_-]", "_", task)).as_uri()
+        experiment = client.get_experiment_by_name(task)
+        if experiment is None:
+            experiment = client.get_experiment(client.create_experiment(task, location))
+        # A folder on a server's own machine, or where a store was before it was moved.
+        found = experiment.artifact_location
+        if found != location and (location or re.match(r"file:|/", found)):
+            raise ValueError(f"{self._place}: keeps artifacts in {found}; {self._remedy}")
+        if experiment.lifecycle_stage == "deleted":
+            client.restore_experiment(experiment.experiment_id)
+        return str(experiment.experiment_id)
+
+    def _copy_files(self, run: Run, view: RunView) -> None:
+        """Log the files and sample images that are new or have changed."""
+        run_id = run.info.run_id
+        samples = {view.samples.name: view.samples} if view.samples else {}
+        for name, source in (view.files | samples).items():
+            tag, digest = valid_key(DIGEST_TAG + name), sha256(source)
+            if run.data.tags.get(tag) == digest:
+                continue
+            if source == view.samples:
+                self._log_images(run_id, view)
+            else:
+                # From a copy, because a journal may grow while it is sent.
+                with tempfile.TemporaryDirectory() as folder:
+                    copy = shutil.copyfile(source, Path(folder) / name)
+                    self._client.log_artifact(run_id, str(copy))
+            self._client.set_tag(run_id, tag, digest)
+
+    def _log_images(self, run_id: str, view: RunView) -> None:
+        """Log the images that an interrupted sync has not logged yet."""
+        logged = [file.path for file in self._client.list_artifacts(run_id, "images")]
+        complete = [path for path in logged if path.endswith(".webp")]  # the thumbnail comes last
+        for key, image, step, time in sample_images(view):
+            prefix = f"images/{key.replace('/', '~')}+step+{step}+timestamp+{time}+"
+            if not any(path.startswith(prefix) for path in complete):
+                self._client.log_image(run_id, image, key=key, step=step, timestamp=time)
 
 
 def _signature(folder: Path, store: Path, server: str | None) -> Signature:
-    """Changes with every file that is mirrored, and with the database that it is mirrored to."""
-    database = None if server else _status(store / DATABASE)
-    names = ["run.json", "journal.jsonl", ".state/journal.jsonl", "adapter.safetensors"]
-    names += ["scores.parquet", "served_scores.parquet", "samples.safetensors"]
-    files = [folder / name for name in names] + pictures(folder)
-    found = [(str(file), _status(file)) for file in files]
-    described = [
-        (name, status.st_size, status.st_mtime_ns) for name, status in found if status is not None
-    ]
-    return (server or (database and database.st_ino), *described)
+    """Change with every file that is mirrored, and with the store or server."""
+
+    def state(file: Path) -> tuple[int, ...]:
+        found = file.stat() if file.exists() else None
+        return (found.st_ino, found.st_size, found.st_mtime_ns) if found else ()
+
+    run = RunDir(folder)
+    files = [folder / "run.json", run.journal, run.state / "journal.jsonl", run.adapter]
+    files += [run.scores, run.served_scores, run.samples]
+    return server or state(store / DATABASE)[:1], *map(state, files)
 
 
-@contextmanager
-def _locked(store: Path) -> Iterator[None]:
-    """One writer at a time: processes that create a store together would break it."""
-    with (store / ".lock").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _uri(database: Path) -> str:
-    path = str(database.resolve())
-    if "?" in path:
-        raise ValueError(f"{database}: MLflow cannot open a path with a question mark")
-    return f"sqlite:///{path}"
-
-
-def _open(store: Path) -> MlflowClient:
-    """A client of the store, which is created or brought to this MLflow's schema."""
-    database = store / DATABASE
-    new = not database.exists()
-    if not new:
-        _check_database(database)
-    os.environ.update(ENVIRONMENT)
-    from mlflow.db import commands
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-    from mlflow.tracking import MlflowClient
-
-    # The environment's level counts only where nothing imported mlflow before.
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
-    # A new one gets its name when it is complete: a half-made one could not be opened again.
-    target = store / f"incoming-{DATABASE}" if new else database
-    for left_over in store.glob("incoming-*"):
-        left_over.unlink()
-    commands.main(["upgrade", _uri(target)], standalone_mode=False)
-    # mlflow-artifacts:/ is resolved by the server, so that no absolute path enters the store.
-    created = SqlAlchemyStore(_uri(target), "mlflow-artifacts:/")
-    # Also of a known one: this process may hold connections to a deleted file of this name.
-    created.engine.dispose()
-    if new:
-        os.replace(target, database)
-        SqlAlchemyStore(_uri(database), "mlflow-artifacts:/").engine.dispose()
-    return MlflowClient(tracking_uri=_uri(database))
-
-
-def _check_database(database: Path) -> None:
-    """Raise ValueError for a damaged file, which MLflow would try to open for minutes."""
-    try:
-        with closing(sqlite3.connect(f"{database.resolve().as_uri()}?mode=rw", uri=True)) as found:
-            (verdict,) = found.execute("PRAGMA quick_check(1)").fetchone()
-    except sqlite3.DatabaseError as error:
-        verdict = str(error)
-    if verdict != "ok":
-        raise ValueError(
-            f"{database}: {_one_line(verdict)}; it is only a copy: delete {database.parent} and "
-            "sync again"
-        )
-
-
-class Local:
-    """The store's own database and files, written without a server."""
-
-    def __init__(self, store: Path) -> None:
-        self.client = _open(store)
-        self._artifacts = store / ARTIFACTS
-
-    def artifact_location(self, task: str) -> str:
-        return f"mlflow-artifacts:/{re.sub(r'[^a-zA-Z0-9_-]', '_', task)}"
-
-    def place(self, run: Run, name: str, source: Path, write: Callable[[Path], object]) -> None:
-        # Directly and not by the client, which would need a running server to resolve the address.
-        folder = self._artifacts / urlsplit(run.info.artifact_uri).path.lstrip("/")
-        _place(folder / name, source, write)
-
-    def verify(self) -> None:
-        """It was opened, and its errors are a run's."""
-
-
-class Server:
-    """A running MLflow server.
-
-    Raises:
-        ServerError: it does not answer, or refuses.
-    """
-
-    def __init__(self, url: str) -> None:
-        os.environ.update(ENVIRONMENT)
-        # A request that MLflow's client repeats could make a run twice; a sync repeats it instead.
-        os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
-        os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
-        os.environ.setdefault(TIMEOUT, str(REQUEST_SECONDS))
-        from mlflow.tracking import MlflowClient
-
-        logging.getLogger("mlflow").setLevel(logging.WARNING)
-        self.url = url
-        self.client = MlflowClient(tracking_uri=url)
-        self.verify()
-
-    def artifact_location(self, task: str) -> None:
-        return None
-
-    def place(self, run: Run, name: str, source: Path, write: Callable[[Path], object]) -> None:
-        uri = run.info.artifact_uri
-        if urlsplit(uri).scheme in ("", "file"):
-            raise ValueError(
-                f"{self.url} keeps artifacts in {uri}, a folder of its own machine: start it with "
-                "--serve-artifacts and --artifacts-destination, and no --default-artifact-root"
-            )
-        # Before the file is sent: one that changes meanwhile is sent again by the next sync.
-        digest = sha256(source)
-        tag = _entity(f"{UPLOADED}{name}")
-        if run.data.tags.get(tag) == digest:
-            return
-        parent, _, last = name.rpartition("/")
-        # From a copy, because a journal may grow while it is sent.
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / last
-            write(path)
-            self.client.log_artifact(run.info.run_id, str(path), parent or None)
-        self.client.set_tag(run.info.run_id, tag, digest)
-
-    def verify(self) -> None:
-        patience = os.environ[TIMEOUT]
-        os.environ[TIMEOUT] = str(PROBE_SECONDS)
-        try:
-            self.client.search_experiments(max_results=1)
-        except Exception as error:
-            reason, remedy = _reason(error), "start it or correct --server"
-            if getattr(error, "error_code", "") in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
-                remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or _TOKEN"
-            raise ServerError(
-                f"{self.url}: no MLflow server that can be used ({reason}): {remedy}, and sync "
-                "again; nothing is lost"
-            ) from None
-        finally:
-            os.environ[TIMEOUT] = patience
-
-
-def _reason(error: BaseException) -> str:
-    """The system's word for what went wrong with a connection, or the error's own text."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-        cause = cause.__cause__ or cause.__context__
-    return _one_line(error, 100)
-
-
-def _push(copy: Copy, mirror: Mirror) -> int:
-    """Add what the copy lacks of one run; how many points that were."""
-    from mlflow.entities import Metric, Param, RunTag
-
-    client = copy.client
-    run = _find_or_create(copy, mirror)
-    run_id, known = run.info.run_id, run.data.tags
-
-    first = int(known.get(CURVES, 0))
-    # Curves are sent in order, so a key's last step says what of it had arrived before a cut.
-    last = {metric.key: metric.step for metric in run.data.to_proto().metrics}
-    points = [p for p in mirror.curves if p.step >= first and p.step > last.get(p.key, -1)]
-    if mirror.scores_sha256 != known.get(SCORES, ""):
-        held = _last_values(client, run_id, {p.key for p in mirror.scores} & last.keys())
-        points += [p for p in mirror.scores if held.get((p.key, p.step)) != p.value]
-    metrics = [Metric(*point) for point in points]
-    for low in range(0, len(metrics), METRICS_PER_BATCH):
-        client.log_batch(run_id, metrics=metrics[low : low + METRICS_PER_BATCH])
-
-    missing = [Param(k, v) for k, v in mirror.parameters.items() if k not in run.data.params]
-    for low in range(0, len(missing), ENTRIES_PER_BATCH):
-        client.log_batch(run_id, params=missing[low : low + ENTRIES_PER_BATCH])
-    _copy_artifacts(copy, run, mirror)
-
-    # Last, so that what was cut short is done again.
-    tags = {
-        **mirror.tags,
-        CURVES: str(max(first, mirror.next_iteration)),
-        SCORES: mirror.scores_sha256,
-    }
-    changed = [RunTag(key, value) for key, value in tags.items() if known.get(key) != value]
-    for low in range(0, len(changed), ENTRIES_PER_BATCH):
-        client.log_batch(run_id, tags=changed[low : low + ENTRIES_PER_BATCH])
-    if mirror.ended_ms is not None and run.info.status != "FINISHED":
-        client.set_terminated(run_id, "FINISHED", end_time=mirror.ended_ms)
-    return len(points)
-
-
-def _last_values(client: MlflowClient, run_id: str, keys: set[str]) -> dict[tuple[str, int], float]:
-    """The newest value of every step of these curves."""
-    values = {}
-    for key in sorted(keys):
-        history = client.get_metric_history(run_id, key)
-        for metric in sorted(history, key=lambda metric: metric.timestamp):
-            values[key, metric.step] = metric.value
-    return values
-
-
-def _find_or_create(copy: Copy, mirror: Mirror) -> Run:
-    """The MLflow run of this training; a new one closes the unfinished ones of the same run."""
-    client = copy.client
-    experiment_id = _experiment(copy, mirror.task)
-    found = _runs_of(client, experiment_id, mirror.key)
-    if not found:
-        for run in client.search_runs([experiment_id], "attributes.status = 'RUNNING'"):
-            tags = run.data.tags
-            same = (tags.get(RUN), tags.get("scale")) == (mirror.name, mirror.tags.get("scale"))
-            if same and tags.get(KEY) != mirror.key:
-                client.set_terminated(run.info.run_id, "KILLED", end_time=mirror.started_ms)
-        tagged = {**mirror.tags, KEY: mirror.key}
-        client.create_run(experiment_id, mirror.started_ms, tagged, mirror.name)
-        found = _runs_of(client, experiment_id, mirror.key)
-    # Hosts without a common lock may each have made one; all of them keep the same one.
-    for twin in found[1:]:
-        client.delete_run(twin.info.run_id)
-    return found[0]
-
-
-def _experiment(copy: Copy, task: str) -> str:
-    """The id of a task's experiment, which may be new or come back from the deleted ones."""
-    from mlflow.exceptions import MlflowException
-
-    experiment = copy.client.get_experiment_by_name(task)
-    if experiment is None:
-        try:
-            return copy.client.create_experiment(task, copy.artifact_location(task))
-        except MlflowException as error:
-            # Another host was faster.
-            experiment = copy.client.get_experiment_by_name(task)
-            if error.error_code != "RESOURCE_ALREADY_EXISTS" or experiment is None:
-                raise
-    if experiment.lifecycle_stage == "deleted":
-        copy.client.restore_experiment(experiment.experiment_id)
-    return experiment.experiment_id
-
-
-def _runs_of(client: MlflowClient, experiment_id: str, key: str) -> list[Run]:
-    found = client.search_runs([experiment_id], f"tags.`{KEY}` = '{key}'")
-    return sorted(found, key=lambda run: run.info.run_id)
-
-
-def _copy_artifacts(copy: Copy, run: Run, mirror: Mirror) -> None:
-    """Place the run's files that are new or have changed, and pictures of its sampled images."""
-    sources = [mirror.folder / "run.json", mirror.folder / "adapter.safetensors"]
-    copies = {source.name: source for source in sources if source.exists()}
-    if mirror.journal:
-        copies["journal.jsonl"] = mirror.journal
-    for image in pictures(mirror.folder):
-        copies[str(image.relative_to(mirror.folder))] = image
-    for name, source in copies.items():
-        copy.place(run, name, source, partial(shutil.copyfile, source))
-    samples = mirror.folder / "samples.safetensors"
-    if samples.exists():
-        from safetensors import safe_open
-
-        with safe_open(samples, "numpy") as images:
-            # `prompts` says which prompts the images are of.
-            for name in sorted(set(images.keys()) - {"prompts"}):
-                draw = partial(_draw, images, name)
-                copy.place(run, f"samples/{_entity(name)}.png", samples, draw)
-
-
-def _draw(images: Any, name: str, path: Path) -> None:
-    """A picture of the first images of a sampler, uint8 [images, height, width, 3]."""
-    from PIL import Image
-
-    stored = images.get_slice(name)
-    count = min(stored.get_shape()[0], SHOWN_COLUMNS**2)
-    shown = stored[:count]
-    _, height, width, _ = shown.shape
-    rows = math.ceil(count / SHOWN_COLUMNS)
-    grid = Image.new("RGB", (SHOWN_COLUMNS * width, rows * height))
-    for index, image in enumerate(shown):
-        row, column = divmod(index, SHOWN_COLUMNS)
-        grid.paste(Image.fromarray(image), (column * width, row * height))
-    grid.save(path, format="PNG")
-
-
-def _place(path: Path, source: Path, write: Callable[[Path], object]) -> None:
-    """Fill a file in one step unless it is up to date, which its source's time on it tells."""
-    modified = source.stat().st_mtime_ns
-    if path.exists() and path.stat().st_mtime_ns == modified:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}")
-    write(temporary)
-    os.utime(temporary, ns=(modified, modified))
-    os.replace(temporary, path)
-
-
-def _one_line(error: object, length: int = 300) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= length else f"{text[:length]}..."
+def brief(error: object, length: int = 300) -> str:
+    """An error's text in one line."""
+    return one_line(" ".join(str(error).split()) or type(error).__name__, length)

@@ -1,193 +1,172 @@
-"""run_view."""
+"""What MLflow shows of a run folder: parameters, tags, curves, scores, sample images and files."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
+import numpy as np
+import pandas as pd
+from mlflow.entities import Metric as Point
+from safetensors import safe_open
+
+from tafs.rewards.metrics import METRICS, Metric
 from tafs.runtime import journal
+from tafs.runtime.run_dir import RunDir
 
-if TYPE_CHECKING:
-    pass
-from tafs.tracking.mlflow_mirror import RUN
-
-# MLflow's limits; it cuts longer parameters without a word.
+# MLflow silently cuts longer values; older servers allow tags of 5000 characters.
 PARAMETER_LENGTH, TAG_LENGTH = 6000, 5000
-
-
-class Point(NamedTuple):
-    """One value of a curve."""
-
-    key: str
-    value: float
-    timestamp_ms: int
-    step: int
+SHOWN_PROMPTS = 6  # of which images are shown, per sampler and number of steps
 
 
 @dataclass(frozen=True)
-class Mirror:
+class RunView:
     """A run folder in MLflow's terms."""
 
-    folder: Path
     name: str
     task: str
-    key: str  # of this one training of this run
+    key: str  # changes when the run is trained again
     parameters: dict[str, str]
     tags: dict[str, str]
-    curves: list[Point]
-    next_iteration: int
-    scores: list[Point]
-    scores_sha256: str
+    curves: list[Point]  # of the journal's iterations, in their order
+    scores: list[Point]  # means of the score tables
+    scores_sha256: str  # of the score tables; "" without any
     started_ms: int
-    ended_ms: int | None
-    skipped: int
-    journal: Path | None
+    ended_ms: int | None  # None while the run trains
+    skipped: int  # values that are not finite
+    files: dict[str, Path]  # to copy, by their names in MLflow
+    samples: Path | None
 
 
-def read_run(folder: Path) -> Mirror | None:
-    """What MLflow shall show of a run folder; None where nothing has started yet.
+def read_run(folder: Path) -> RunView | None:
+    """Read a run folder; None if nothing has started in it yet.
 
     Raises:
-        OSError: run.json or another file cannot be read.
-        ValueError: run.json, the journal or the scores are damaged; names the file.
+        OSError, ValueError: run.json, the journal or a score table cannot be read; names the file.
     """
-    description = _read_description(folder / "run.json")
-    # While a run trains, its journal lies with its resume state.
-    journals = [folder / ".state" / "journal.jsonl", folder / "journal.jsonl"]
-    path = next((p for p in journals if p.exists()), None)
+    run = RunDir(folder)
+    description = dict(run.description)
+    # While a run trains, its journal is next to its checkpoints.
+    path = next((p for p in (run.state / "journal.jsonl", run.journal) if p.exists()), None)
     records = journal.read(path) if path else []
-    files = [folder / "scores.parquet", folder / "served_scores.parquet"]
-    score_files = [file for file in files if file.exists()]
-    if not records and not score_files:
+    tables = [file for file in (run.scores, run.served_scores) if file.exists()]
+    if not records and not tables:
         return None
 
     start: dict[str, Any] = next((r for r in reversed(records) if r["kind"] == "start"), {})
-    fingerprint = start.get("fingerprint", description.get("fingerprint", ""))
-    facts = description.get("provenance", {}) | start.get("provenance", {})
-    described = {k: v for k, v in description.items() if k not in ("fingerprint", "provenance")}
-    parameters = {
-        _entity(key): _shorten(_text(value), PARAMETER_LENGTH) for key, value in _flatten(described)
-    }
+    provenance = start.get("provenance", {})
     name = str(description.get("name", folder.resolve().name))
-    tags = {_entity(key): _text(value) for key, value in _flatten({"provenance": facts})}
-    tags |= {k: str(description[k]) for k in ("method", "title", "scale") if k in description}
-    tags |= {"fingerprint": fingerprint, RUN: name}
-    if facts.get("git_commit"):
-        tags["mlflow.source.git.commit"] = facts["git_commit"]
-
-    iterations = journal.iterations(path) if path else []
-    curves: list[Point] = []
-    skipped = 0
-    for record in iterations:
-        found, bad = _curve_points(record)
-        curves += found
-        skipped += bad
-    next_iteration = iterations[-1]["iteration"] + 1 if iterations else 0
+    curves, skipped = _curves(journal.iterations(path)) if path else ([], 0)
     scores: list[Point] = []
-    for file in score_files:
-        found, bad = _score_points(file)
-        scores += found
-        skipped += bad
-    content = b"".join(file.read_bytes() for file in score_files)
-    scores_sha256 = hashlib.sha256(content).hexdigest() if score_files else ""
-    started = int(records[0]["time"] * 1000) if records else _modified_ms(score_files[0])
+    for table in tables:
+        points, left_out = _scores(table)
+        scores, skipped = scores + points, skipped + left_out
+    tags: dict[str, Any] = {key: description.get(key, "") for key in ("method", "title", "scale")}
+    tags |= {"fingerprint": start.get("fingerprint", ""), "tafs.run": name}
+    tags |= {"tafs.skipped_values": skipped, **dict(_flatten({"provenance": provenance}))}
+    if provenance.get("git_commit"):
+        tags["mlflow.source.git.commit"] = provenance["git_commit"]
+    parameters = _texts(_flatten(description), PARAMETER_LENGTH)
+    # An untrained model has no journal, only scores.
+    started = int(records[0]["time"] * 1000) if records else _modified_ms(tables[0])
     ended = next((int(r["time"] * 1000) for r in records if r["kind"] == "end"), None)
-    tags["tafs.skipped_values"] = str(skipped)
-    # The start's time, because a run that is trained anew draws curves of its own.
-    identity = json.dumps([name, fingerprint, started if records else 0, parameters])
-    return Mirror(
-        folder=folder,
+    identity = [name, start.get("fingerprint", ""), started if records else 0, parameters]
+    files = [file for file in (folder / "run.json", run.adapter, path) if file and file.exists()]
+    return RunView(
         name=name,
         task=str(description.get("task") or "base"),
-        key=hashlib.sha256(identity.encode()).hexdigest(),
+        key=_sha256(json.dumps(identity).encode()),
         parameters=parameters,
-        tags={key: _shorten(value, TAG_LENGTH) for key, value in tags.items()},
+        tags=_texts(tags.items(), TAG_LENGTH),
         curves=curves,
-        next_iteration=next_iteration,
         scores=scores,
-        scores_sha256=scores_sha256,
+        scores_sha256=_sha256(b"".join(file.read_bytes() for file in tables)) if tables else "",
         started_ms=started,
         ended_ms=ended if records else started,
         skipped=skipped,
-        journal=path,
+        files={file.name: file for file in files},
+        samples=run.samples if run.samples.exists() else None,
     )
 
 
-def _read_description(file: Path) -> dict[str, Any]:
-    try:
-        description = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file}: not JSON ({error})") from error
-    if not isinstance(description, dict):
-        raise ValueError(f"{file}: holds no JSON object")
-    return description
+def sample_images(view: RunView) -> Iterator[tuple[str, np.ndarray, int, int]]:
+    """Yield key, image (uint8 [height, width, 3]), iteration and time (ms) of sample images.
 
-
-def _curve_points(record: Mapping[str, Any]) -> tuple[list[Point], int]:
-    """An iteration's points, and how many of its values are no finite numbers.
-
-    A list is indexed by step: `rewards: {toy: [a, b]}` becomes reward/toy/step_0, reward/toy/step_1
-    and reward/toy/last, which methods with different numbers of scored steps share.
+    The keys are `samples/SAMPLER-NFE/prompt_INDEX`: MLflow's image grid compares the runs' images
+    of one prompt.
     """
-    values = {k: v for k, v in record.items() if k not in ("kind", "time", "iteration", "rewards")}
-    values["reward"] = record.get("rewards", {})
-    timestamp, step = int(record["time"] * 1000), record["iteration"]
+    if view.samples is None:
+        return
+    iteration = max((point.step for point in view.scores), default=0)
+    with safe_open(view.samples, "numpy") as stored:
+        prompts = stored.get_tensor("prompts")
+        # Prompts are sorted by tag: every so many of them, so that each tag is shown.
+        rows = range(0, len(prompts), math.ceil(len(prompts) / SHOWN_PROMPTS) or 1)
+        for name in sorted(set(stored.keys()) - {"prompts"}):
+            images = stored.get_slice(name)
+            for row in rows:
+                key = valid_key(f"samples/{name}/prompt_{prompts[row]}").replace(":", "_")
+                yield key, images[row], iteration, _modified_ms(view.samples)
+
+
+def _curves(iterations: list[dict[str, Any]]) -> tuple[list[Point], int]:
+    """Points of the journal's iterations, and the number of values that are not finite.
+
+    A list has a value per sampling step: `rewards: {toy: [a, b]}` becomes `reward/toy/step_0`,
+    `reward/toy/step_1` and `reward/toy/last`, which methods with other steps have too.
+    """
     points, skipped = [], 0
-    for key, leaf in _flatten(values):
-        named = {key: leaf}
-        if isinstance(leaf, list):
-            named = {f"{key}/step_{i}": value for i, value in enumerate(leaf)}
-            if leaf:
-                named[f"{key}/last"] = leaf[-1]
-        for name, value in named.items():
-            if value is None or (isinstance(value, float) and not math.isfinite(value)):
-                skipped += 1
-            elif isinstance(value, int | float):
-                points.append(Point(_entity(name), float(value), timestamp, step))
+    for record in iterations:
+        values = {k: v for k, v in record.items() if k not in ("kind", "time", "iteration")}
+        values["reward"] = values.pop("rewards", {})
+        for key, leaf in _flatten(values):
+            named = {key: leaf}
+            if isinstance(leaf, list):
+                named = {f"{key}/step_{i}": value for i, value in enumerate(leaf)}
+                named |= {f"{key}/last": leaf[-1]} if leaf else {}
+            for name, value in named.items():
+                if value is None or (isinstance(value, float) and not math.isfinite(value)):
+                    skipped += 1  # the journal holds null for NaN
+                elif isinstance(value, int | float):
+                    time, step = int(record["time"] * 1000), record["iteration"]
+                    points.append(Point(valid_key(name), float(value), time, step))
     return points, skipped
 
 
-def _score_points(file: Path) -> tuple[list[Point], int]:
-    """score/METRIC/SAMPLER/nfe_N: means over the images, GenEval's as 100 x the mean of its tags'.
-
-    A snapshot's point stands at its iteration, so that the last point is the final model's.
+def _scores(file: Path) -> tuple[list[Point], int]:
+    """`score/METRIC/SAMPLER/nfe_N` as the tables show it, at the iteration of the scored model.
 
     Raises:
-        ValueError: the file is no table of scores.
+        ValueError: the file is not a score table.
     """
-    import pandas as pd
-
+    columns = ["metric", "sampler", "nfe", "iteration", "tag", "value"]
     try:
-        columns = ["tag", "iteration", "sampler", "nfe", "metric", "value"]
         table = pd.read_parquet(file, columns=columns)
-    except Exception as error:  # pyarrow has no common class for what a damaged file raises
-        raise ValueError(f"{file}: not a table of scores ({error})") from error
+    except Exception as error:  # pyarrow's errors have no common class
+        raise ValueError(f"{file}: not a score table ({error})") from error
     points, skipped = [], 0
-    for keys, rows in table.groupby(["metric", "sampler", "nfe", "iteration"], observed=True):
-        metric, sampler, nfe, iteration = keys
-        if metric == "geneval":
-            tags = rows.groupby("tag", observed=True)["value"]
-            value = 100 * tags.mean(skipna=False).mean(skipna=False)
-        else:
-            # A server's missing grades are counted in the tables.
-            value = rows["value"].mean(skipna=file.stem == "served_scores")
+    for (name, sampler, nfe, step), rows in table.groupby(columns[:4], observed=True):
+        metric = METRICS.get(name) or Metric(name, name, "", 3)  # a plug-in that is not installed
+        if metric.macro:
+            rows = rows.groupby("tag", observed=True)[["value"]].mean(skipna=False)
+        # A server may fail to score single images, which are NaN in its table.
+        value = metric.factor * rows["value"].mean(skipna=metric.served)
         if math.isfinite(value):
-            key = _entity(f"score/{metric}/{sampler}/nfe_{nfe}")
-            points.append(Point(key, float(value), _modified_ms(file), int(iteration)))
+            key = valid_key(f"score/{metric.title}/{sampler}/nfe_{nfe}")
+            points.append(Point(key, float(value), _modified_ms(file), int(step)))
         else:
             skipped += 1
     return points, skipped
 
 
 def _flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested mappings with keys such as `seconds/total`."""
+    """Yield the leaves of nested mappings with keys such as `seconds/total`."""
     for key, item in value.items():
         if isinstance(item, Mapping):
             yield from _flatten(item, f"{prefix}{key}/")
@@ -195,38 +174,24 @@ def _flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", item
 
 
-def _entity(key: str) -> str:
-    """A key without the characters that MLflow refuses."""
+def valid_key(key: str) -> str:
+    """Replace the characters that MLflow rejects in keys, and cut the key at MLflow's limit."""
     return re.sub(r"[^\w./: -]", "_", key, flags=re.ASCII)[:250]
 
 
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+def _texts(values: Iterable[tuple[str, Any]], length: int) -> dict[str, str]:
+    """Keys and values as MLflow takes them; a longer value ends with its number of characters."""
+    found = {}
+    for key, value in values:
+        text = value if isinstance(value, str) else json.dumps(value)
+        note = f"... ({len(text)} characters)"
+        found[valid_key(key)] = text if len(text) <= length else text[: length - len(note)] + note
+    return found
 
 
-def _shorten(text: str, length: int) -> str:
-    if len(text) <= length:
-        return text
-    note = f"... ({len(text)} characters)"
-    return text[: length - len(note)] + note
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _modified_ms(file: Path) -> int:
     return file.stat().st_mtime_ns // 1_000_000
-
-
-def pictures(folder: Path) -> list[Path]:
-    """The PNG files in a run's folder, but for its hidden ones, which are works in progress and may
-    be gone before they have been looked through."""
-    found: list[Path] = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(parent) / name for name in files if name.endswith(".png")]
-    return sorted(found)
-
-
-def _status(file: Path) -> os.stat_result | None:
-    try:
-        return file.stat()
-    except FileNotFoundError:
-        return None

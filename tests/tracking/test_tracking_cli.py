@@ -1,0 +1,176 @@
+"""`python -m tafs.tracking.cli`: exit codes, one-line errors, and repeated syncs."""
+
+from __future__ import annotations
+
+import http.server
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.mirrored_runs import describe, runs, trained_run
+
+from tafs.tracking import cli
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained_run(tmp_path_factory.mktemp("runs") / "tafs_grpo.text.sd3.3")
+
+
+def line(arguments: list[Any], capsys: pytest.CaptureFixture[str], code: int = 1) -> str:
+    """The one line that a command prints to stderr, and nothing to stdout."""
+    assert cli.main([str(argument) for argument in arguments]) == code
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n"), err[:10]) == ("", 1, "tracking: ")
+    return err[10:-1]
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        ([], "no runs: give their folders"),
+        (["--runs", "nowhere"], "--runs nowhere: no such folder"),
+        (["run", "--every", "0"], "--every 0.0: not a number of seconds above 0"),
+        (["run", "--every", "nan"], "--every nan: not a number of seconds above 0"),
+        *(
+            (["run", "--server", url], "argument --server: not an address such as http")
+            for url in ("sqlite:///mlflow.db", "file:///mlruns", "databricks", "http://")
+            + ("http://host:port", "http://me:secret@host:5000", "http://host/?token=secret")
+        ),
+    ],
+)
+def test_bad_arguments_are_one_line_and_exit_code_2(
+    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["sync", *arguments])
+    err = capsys.readouterr().err
+    assert (ended.value.code, err.count("\n")) == (2, 1)
+    assert err.startswith(f"tracking: {complaint}")
+    assert "secret" not in err
+
+
+def test_a_broken_run_is_named_and_the_others_are_mirrored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing, broken, whole = (tmp_path / name for name in ("missing", "broken", "whole"))
+    describe(broken)
+    (broken / "journal.jsonl").write_text("no JSON\n")
+    trained_run(whole)
+    sync = ["sync", broken, missing, whole, "--store", tmp_path / "store"]
+    said = line(sync, capsys)
+    assert said.startswith(f"2 of 3 runs failed: {broken}: {broken}/journal.jsonl, line 1")
+    assert said.endswith(" (and 1 more)")
+    assert len(runs(tmp_path / "store", "whole")) == 1
+    # A workflow's copy must not fail the workflow.
+    assert line([*sync, "--best-effort"], capsys, code=0) == said
+
+
+def test_a_store_that_cannot_be_written_is_one_line(
+    tmp_path: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert str(tmp_path / "file") in line(
+        ["sync", finished, "--store", tmp_path / "file" / "x"], capsys
+    )
+    assert "question mark" in line(["sync", finished, "--store", tmp_path / "a?b"], capsys)
+
+
+class Refusing(http.server.BaseHTTPRequestHandler):
+    """A server that requires credentials."""
+
+    def do_GET(self) -> None:
+        self.send_error(401)
+
+    do_POST = do_GET
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+@contextmanager
+def place(kind: str) -> Iterator[int]:
+    """The port of a server that cannot be used."""
+    if kind == "refuses":
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+            threading.Thread(target=server.serve_forever).start()
+            yield server.server_port
+            server.shutdown()
+        return
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if kind == "never answers":
+            server.listen()
+        yield server.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    "kind, reason",
+    [("refuses", "401"), ("never answers", "timed out"), ("is gone", "Connection refused")],
+)
+def test_a_server_that_cannot_be_used_costs_seconds_and_is_one_line_without_credentials(
+    finished: Path,
+    tmp_path: Path,
+    kind: str,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "secret")
+    began = time.monotonic()
+    with place(kind) as port:
+        url = f"http://127.0.0.1:{port}"
+        said = line(["sync", finished, "--store", tmp_path, "--server", url], capsys)
+    assert time.monotonic() - began < 10
+    assert said.startswith(f"{url}: MLflow cannot use it (")
+    assert reason in said
+    assert "MLFLOW_TRACKING_USERNAME" in said and "secret" not in said
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_repeated_syncs_find_new_runs_and_end_cleanly(tmp_path: Path, end: signal.Signals) -> None:
+    folder, store = tmp_path / "later", tmp_path / "store"
+    first, second = (trained_run(tmp_path / "made" / name) for name in ("first", "second"))
+    command = [sys.executable, "-m", "tafs.tracking.cli", "sync", "--every", "0.1"]
+    loop = subprocess.Popen(
+        [*command, "--store", str(store), "--runs", str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert loop.stdout is not None and loop.stderr is not None
+        folder.mkdir()
+        first.rename(folder / first.name)
+        assert loop.stdout.readline().startswith(f"1 runs in {store} (")
+        # A round that fails prints a line, and the next ones go on.
+        describe(folder / "broken")
+        (folder / "broken" / "journal.jsonl").write_text("no JSON\n")
+        assert f"runs failed: {folder}/broken" in loop.stderr.readline()
+        second.rename(folder / second.name)
+        while not runs(store, second.name):
+            time.sleep(0.05)
+        loop.send_signal(end)
+        _, err = loop.communicate()
+    finally:
+        loop.kill()
+    assert loop.returncode == 0
+    assert all(said.startswith("tracking: 1 of ") for said in err.splitlines())
+
+
+def test_the_browser_needs_a_store_that_mlflow_can_open(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "nothing is tracked yet" in line(["ui", "--store", tmp_path], capsys)
+    (tmp_path / "mlflow.db").write_bytes(b"no database" * 100)
+    assert "damaged" in line(["ui", "--store", tmp_path], capsys)
