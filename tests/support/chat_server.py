@@ -1,4 +1,4 @@
-"""A chat server on 127.0.0.1 that grades images by their mean brightness, and can misbehave.
+"""A chat server on 127.0.0.1 that grades images by their mean brightness and can fail on purpose.
 
 `with ChatServer(faults={"status_500": 0.3}) as server:` serves at server.url, or from a shell:
 `python tests/support/chat_server.py PORT [FAULT=SHARE ...]`.
@@ -37,11 +37,10 @@ class ChatServer(ThreadingHTTPServer):
     """Grades from 1 to 5.
 
     Args:
-        port: 0 takes a free one.
-        model: the only one served; another is answered by 404.
-        faults: of FAULTS, the share of requests that meets each; spread evenly over the requests.
-        delay: seconds that a slow answer takes.
-        chatty: the grade follows an analysis, as the model's does.
+        port: 0 selects a free one.
+        model: the only model; requests for others are answered by 404.
+        faults: fault of FAULTS -> share of the requests, spread evenly.
+        delay: seconds of a slow answer.
     """
 
     daemon_threads = True
@@ -53,7 +52,6 @@ class ChatServer(ThreadingHTTPServer):
         model: str = "UnifiedReward-7b-v1.5",
         faults: Mapping[str, float] | None = None,
         delay: float = 5.0,
-        chatty: bool = True,
     ) -> None:
         unknown = set(faults or {}) - set(FAULTS)
         if unknown:
@@ -62,7 +60,6 @@ class ChatServer(ThreadingHTTPServer):
         self.model = model
         self.faults = dict(faults or {})
         self.delay = delay
-        self.chatty = chatty
         self.requests: list[dict[str, Any]] = []
         self.met: Counter[str] = Counter()
         self.in_flight = 0
@@ -127,7 +124,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(404, {"error": {"message": message}})
             return
         fault = self.server.next_fault(request)
-        with self.server.counted():  # not while answering: a client goes on before that returns
+        with self.server.counted():  # answers are not counted: clients go on before they return
             if fault == "slow":
                 time.sleep(self.server.delay)
             value = brightness_grade(decode(request))
@@ -146,8 +143,7 @@ class Handler(BaseHTTPRequestHandler):
         elif fault == "out_of_range":
             self.reply("Final Score: 7.5")
         else:
-            words = "dog (object): 1\ncolor (attribute): 0\n" if self.server.chatty else ""
-            self.reply(f"{words}Final Score: {value}")
+            self.reply(f"dog (object): 1\ncolor (attribute): 0\nFinal Score: {value}")
 
     def reply(self, text: str) -> None:
         message = {"role": "assistant", "content": text}
@@ -164,11 +160,11 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)
-        except (BrokenPipeError, ConnectionResetError):  # the client has given up waiting
+        except (BrokenPipeError, ConnectionResetError):  # the client timed out
             self.close_connection = True
 
     def log_message(self, format: str, *args: object) -> None:
-        """Silent: the tests' output is their own."""
+        """Log nothing."""
 
 
 def decode(request: Mapping[str, Any]) -> np.ndarray:

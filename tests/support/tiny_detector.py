@@ -1,7 +1,7 @@
-"""Tiny random checkpoints of GenEval's two models in the layouts of the real repositories.
+"""A tiny random checkpoint of GenEval's detector.
 
-facebook/mask2former-swin-small-coco-instance and openai/clip-vit-large-patch14: the same classes,
-file names and configuration fields with small numbers; the real vocabulary.
+It has the classes, file names and configuration fields of
+facebook/mask2former-swin-small-coco-instance.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from support import tiny_rewards
 from transformers import (
     Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
@@ -19,7 +18,7 @@ from transformers import (
 
 from tafs.rewards import detector
 
-LABELS = [  # the hub's spelling, in part Pascal VOC's
+LABELS = [  # as spelled on the hub, partly like Pascal VOC
     {name: label for label, name in detector.SPELLINGS.items()}.get(name, name)
     for name in detector.CLASSES
 ]
@@ -51,14 +50,8 @@ def mask2former(folder: Path, seed: int = 0) -> Path:
         label2id={label: i for i, label in enumerate(LABELS)},
     )
     model = Mask2FormerForUniversalSegmentation(config).eval()
-    with torch.no_grad():  # sure enough of something for objects above the threshold
+    with torch.no_grad():  # confident predictions, above the threshold
         model.class_predictor.weight.normal_(std=3.0)
     model.save_pretrained(folder)
     Mask2FormerImageProcessor(size={"height": 384, "width": 384}).save_pretrained(folder)
-    return folder
-
-
-def clip(folder: Path) -> Path:
-    """A CLIP with the real vocabulary, as the learned rewards' tests make it."""
-    tiny_rewards.clip(folder)
     return folder

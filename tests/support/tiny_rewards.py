@@ -1,4 +1,4 @@
-"""Random checkpoints of the published reward models: their files and layout, tiny sizes."""
+"""Tiny random checkpoints of the published reward models, with their files and layout."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import open_clip
 import torch
+from support.hpsv2_package import SHIPPED
 from torch import nn
 from transformers import BertTokenizer, CLIPConfig, CLIPModel, CLIPTokenizer
 
@@ -20,7 +21,7 @@ from tafs.rewards import compat
 IMAGE = 224  # pixels, as in the published models
 PATCH = 56
 
-# The published preprocessor_config.json, in the form of its time.
+# The published preprocessor_config.json, in its old format.
 PREPROCESSOR = {
     "crop_size": IMAGE,
     "do_center_crop": True,
@@ -49,7 +50,7 @@ HPSV2 = {
         "layers": 2,
     },
 }
-# The widths that the published med_config.json and image-reward's MLP fix stay.
+# The published med_config.json; its widths are required by image-reward's MLP.
 MED_CONFIG = {
     "architectures": ["BertModel"],
     "attention_probs_dropout_prob": 0.1,
@@ -74,9 +75,8 @@ MED_CONFIG = {
 def clip_processor(folder: Path) -> None:
     """Image processor and tokenizer, as in laion/CLIP-ViT-H-14-laion2B-s32B-b79K."""
     start, end = "<|startoftext|>", "<|endoftext|>"
-    packed = Path(open_clip.__file__).with_name(compat.BPE_VOCABULARY).read_bytes()
     known = open_clip.SimpleTokenizer().encoder
-    lines = gzip.decompress(packed).decode("utf-8").split("\n")
+    lines = gzip.decompress(SHIPPED.read_bytes()).decode("utf-8").split("\n")
     merges: Any = [tuple(line.split()) for line in lines[1 : len(known) - 2 * 256 - 2 + 1]]
     vocabulary = {word: row for row, word in enumerate([*list(known)[:-2], start, end])}
     tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
@@ -99,7 +99,7 @@ def clip_model(folder: Path, activation: str, seed: int) -> None:
         "hidden_act": activation,
         "projection_dim": 32,
     }
-    # The published text configurations have these ids, which are not the tokenizer's.
+    # These ids of the published text configurations differ from the tokenizer's.
     text = {"vocab_size": 49408, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
     config = CLIPConfig(
         text_config=size | text,
@@ -118,7 +118,7 @@ def clip(folder: Path) -> None:
 
 
 def pickscore(folder: Path) -> None:
-    """yuvalkirstain/PickScore_v1; its processor lies elsewhere."""
+    """yuvalkirstain/PickScore_v1, which has no processor."""
     clip_model(folder, "gelu", seed=1)
 
 
@@ -131,7 +131,7 @@ def hpsv2(file: Path) -> None:
 
 
 def bert_tokenizer(folder: Path) -> None:
-    """Of bert-base-uncased, with as many tokens; any text is spelled out in the first 200."""
+    """bert-base-uncased's tokenizer with as many tokens; the first 200 spell any text."""
     letters = string.ascii_lowercase + string.digits + string.punctuation
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters]
     words += [f"##{letter}" for letter in letters if letter.isalnum()]
@@ -150,7 +150,7 @@ def imagereward(folder: Path, tokenizer: Path) -> None:
         model = compat.build_imagereward(
             config, tokenizer, width=64, depth=2, patch=PATCH, device="cpu"
         )
-        # As it comes the head's answer hardly depends on what it reads.
+        # The initial head is almost constant.
         for module in model.mlp.modules():
             if isinstance(module, nn.Linear):
                 nn.init.orthogonal_(module.weight)
@@ -159,7 +159,7 @@ def imagereward(folder: Path, tokenizer: Path) -> None:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Inside, torch draws from a seed of its own."""
+    """Seed torch inside the block and restore its generator afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
