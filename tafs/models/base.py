@@ -109,8 +109,9 @@ class Backbone:
             device: of the network and the autoencoder.
             dtype: of the network's and the text encoders' weights; adapters are float32.
             vae_dtype: of the autoencoder's weights; see also `decode`.
-            gradient_checkpointing: recompute the blocks in the backward pass. It uses the weights
-                of that moment, so evaluations with gradients are not allowed inside `reference()`.
+            gradient_checkpointing: recompute the blocks of the network, and of the autoencoder if
+                it supports that, in the backward pass. This uses the weights of that moment, so
+                evaluations with gradients are not allowed inside `reference()`.
             compile: compile the network's blocks at their first use. Evaluations with and without
                 gradients are compiled separately and may round differently, so that the first
                 ratios of a policy are no longer exactly 1.
@@ -134,8 +135,10 @@ class Backbone:
         )
         for module in (pipeline.transformer, pipeline.vae):
             module.to(device)
-            if gradient_checkpointing:
-                module.enable_gradient_checkpointing()
+        if gradient_checkpointing:
+            pipeline.transformer.enable_gradient_checkpointing()
+            if pipeline.vae._supports_gradient_checkpointing:  # AutoencoderDC does not
+                pipeline.vae.enable_gradient_checkpointing()
         if compile:
             for block in backbone.blocks:
                 block.compile()

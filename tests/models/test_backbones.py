@@ -1,276 +1,370 @@
-"""The backbones on the embedded models: diffusers' own pipelines are the reference."""
+"""The contract of every backbone that is found, and of the stub for a new pipeline class."""
 
-import tempfile
+import importlib.util
+from collections import Counter
 from functools import cache
 from pathlib import Path
+from tempfile import mkdtemp
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
-from torch import nn
+from diffusers import DiffusionPipeline
+from support import tiny_pipelines
+from support.checkpoints import PROMPTS, STEPS, Checkpoint, noise_for, our_images, their_images
+from torch import Tensor
 
 from tafs.common import seeding
-from tafs.models import base, loading, sampling
-from tafs.models.base import Backbone, Conditioning
-from tafs.shapes import pretrain, text, weights
+from tafs.models import Conditioning, base, catalog, loading, sampling, template
+from tafs.shapes import text, weights
 from tafs.shapes.scenes import IMAGE_SIZE
 
-PROMPTS = ["a red ring left of a blue square", "two crosses"]
-
-
-NAMES = ("shapes-sd3", "shapes-flux")
+FOUND = {
+    f"{name}-{pipeline}": (pipeline, backbone)
+    for name, plugin in catalog.plugins().items()
+    for pipeline, backbone in plugin.backbones.items()
+}
+EMBEDDED = ("shapes-sd3", "shapes-flux")
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @cache
-def folder(name: str) -> Path:
-    """The shipped model, or an untrained one of its layout where none is shipped."""
-    if (weights.ROOT / name).is_dir():
-        return weights.verify(name)
-    autoencoder = AutoencoderKL.from_pretrained(
-        weights.verify("shapes-sd3") / "vae", local_files_only=True, dtype=torch.float32
-    )
-    torch.manual_seed(0)
-    untrained = pretrain.BASES[name].build(autoencoder)
-    nn.init.normal_(untrained.transformer.proj_out.weight, std=0.1)
-    place = Path(tempfile.mkdtemp()) / name
-    weights.save_pipeline(untrained.pipeline, place)
-    return place
-
-
-def load(name: str, guidance: float = 1.0) -> Backbone:
-    return loading.load(
-        folder(name),
-        resolution=IMAGE_SIZE,
-        guidance=guidance,
-        max_sequence_length=text.MAX_TOKENS,
-    )
-
-
-@pytest.fixture(scope="module", params=NAMES)
-def backbone(request) -> Backbone:
-    return load(request.param)
-
-
-@pytest.fixture
-def adapted(backbone) -> Backbone:
-    """A model with an adapter that changes its output."""
-    fresh = load(name_of(backbone))
-    fresh.add_lora(4, 8, seeding.generator(0, "lora"))
-    with torch.no_grad():
-        for name, parameter in fresh.lora_parameters().items():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1, generator=seeding.generator(1, name))
-    return fresh
-
-
-def name_of(backbone: Backbone) -> str:
-    return {"SD3Backbone": "shapes-sd3", "FluxBackbone": "shapes-flux"}[type(backbone).__name__]
-
-
-def noise_for(backbone: Backbone) -> torch.Tensor:
-    generator = seeding.generator(0, "start")
-    return torch.randn(len(PROMPTS), *backbone.latent_shape, generator=generator)
-
-
-def our_images(backbone: Backbone, steps: int = 6) -> torch.Tensor:
-    cond = backbone.encode(PROMPTS)
-    with torch.no_grad():
-        x_0 = sampling.integrate(
-            lambda x, t: backbone.velocity(x, t, cond),
-            noise_for(backbone),
-            backbone.time_grid(steps),
-            sampling.ode,
-            torch.Generator(),
+def checkpoint_of(name: str) -> Checkpoint:
+    """A tiny random checkpoint for a backbone, the stub's for SANA, or an embedded model."""
+    folder = Path(mkdtemp())
+    if name in EMBEDDED:
+        shipped = weights.verify(name)
+        settings = {"resolution": IMAGE_SIZE, "guidance": 3.0, "max_sequence_length": 10}
+        return Checkpoint(catalog.backbones()[loading.pipeline_class(shipped)], shipped, settings)
+    if name == "stub":
+        file = template.write("my-sana", "SanaPipeline", folder)
+        spec = importlib.util.spec_from_file_location("my_sana", file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        [(pipeline, backbone)] = module.PLUGIN.backbones.items()
+    else:
+        pipeline, backbone = FOUND[name]
+    if pipeline not in tiny_pipelines.PIPELINES:
+        pytest.fail(
+            f"{pipeline}: add a function that writes a tiny random checkpoint to PIPELINES in "
+            "tests/support/tiny_pipelines.py"
         )
-        return backbone.decode(x_0)
+    return Checkpoint(backbone, tiny_pipelines.PIPELINES[pipeline](folder / "checkpoint"))
 
 
-def their_images(backbone: Backbone, pipeline: DiffusionPipeline, guidance: float = 1.0):
-    latents = noise_for(backbone)
-    if name_of(backbone) == "shapes-flux":
-        latents = pipeline._pack_latents(latents, *latents.shape)
-    return pipeline(
-        PROMPTS,
-        num_inference_steps=6,
-        sigmas=[1 - n / 6 for n in range(6)],
-        guidance_scale=guidance,
-        height=IMAGE_SIZE,
-        width=IMAGE_SIZE,
-        latents=latents,
-        max_sequence_length=text.MAX_TOKENS,
-        output_type="pt",
-    ).images
+@pytest.fixture(params=[*FOUND, "stub"])
+def checkpoint(request) -> Checkpoint:
+    return checkpoint_of(request.param)
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-@pytest.mark.parametrize("name", NAMES)
-def test_images_equal_those_of_diffusers_own_pipeline(name, guidance):
-    backbone = load(name, guidance)
-    theirs = their_images(backbone, backbone.pipeline, guidance)
-    torch.testing.assert_close(our_images(backbone), theirs, atol=1e-4, rtol=1e-4)
+@pytest.fixture(params=[*FOUND, "stub", *EMBEDDED])
+def any_checkpoint(request) -> Checkpoint:
+    return checkpoint_of(request.param)
 
 
-def test_a_saved_adapter_gives_identical_images_in_a_plain_pipeline(adapted, tmp_path):
-    ours = our_images(adapted)
-    file = tmp_path / "adapter.safetensors"
-    adapted.save_adapter(file)
-    pipeline = DiffusionPipeline.from_pretrained(
-        folder(name_of(adapted)), dtype=torch.float32, local_files_only=True
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    base = their_images(adapted, pipeline)
-    pipeline.load_lora_weights(tmp_path, weight_name=file.name)
-    theirs = their_images(adapted, pipeline)
+# -- shapes and sampling ---------------------------------------------------------------------------
+
+
+def test_shapes_and_types_are_those_of_the_interface(any_checkpoint):
+    backbone = any_checkpoint.load()
+    cond, x_t = backbone.encode(PROMPTS), noise_for(backbone)
+    assert len(cond.embeds) == len(cond.pooled) == len(PROMPTS)
+    with torch.no_grad():
+        v = backbone.velocity(x_t, torch.tensor([1.0, 0.3]), cond)
+        images = backbone.decode(x_t)
+    assert (v.shape, v.dtype) == (x_t.shape, torch.float32)
+    assert images.shape == (len(PROMPTS), 3, backbone.resolution, backbone.resolution)
+    assert images.dtype == torch.float32
+    assert images.min() >= 0 and images.max() <= 1
+    grid = backbone.time_grid(5)
+    assert len(grid) == 6 and grid[0] == 1 and grid[-1] == 0
+    assert (grid.diff() < 0).all()
+
+
+@pytest.mark.parametrize("guidance", [1.0, None])
+def test_images_equal_those_of_diffusers_own_pipeline(any_checkpoint, guidance):
+    backbone = any_checkpoint.load(**({} if guidance is None else {"guidance": guidance}))
+    ours = our_images(backbone)
+    theirs = their_images(backbone, any_checkpoint.pipeline())
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
-    assert (theirs - base).abs().max() > 0.05
+    assert ours.std() > 0.01
 
 
-def test_a_saved_adapter_loads_into_the_backbone(adapted, tmp_path):
-    file = tmp_path / "adapter.safetensors"
-    adapted.save_adapter(file)
-    fresh = load(name_of(adapted))
-    fresh.load_adapter(file)
-    torch.testing.assert_close(our_images(fresh), our_images(adapted), atol=1e-5, rtol=1e-5)
+def test_images_depend_on_the_guidance(checkpoint):
+    without = checkpoint.load(guidance=1.0)
+    assert without.encode(PROMPTS).negative is None
+    assert (our_images(without) - our_images(checkpoint.load())).abs().max() > 1e-4
 
 
-def test_the_reference_is_the_model_without_its_adapter(adapted, backbone):
-    with adapted.reference():
-        torch.testing.assert_close(our_images(adapted), our_images(backbone))
-    assert (our_images(adapted) - our_images(backbone)).abs().max() > 0.05
+def test_a_resolution_that_splits_a_patch_is_refused(any_checkpoint):
+    backbone = any_checkpoint.load()
+    patch = backbone.patch_size * backbone.pipeline.vae_scale_factor
+    with pytest.raises(
+        ValueError, match=f"resolution: {3 * patch + 1} is not a multiple of {patch}"
+    ):
+        any_checkpoint.load(resolution=3 * patch + 1)
 
 
-def test_a_fresh_adapter_changes_nothing(backbone):
-    fresh = load(name_of(backbone))
-    fresh.add_lora(4, 8, seeding.generator(0, "lora"))
-    torch.testing.assert_close(our_images(fresh), our_images(backbone))
-
-
-def test_the_same_seed_gives_the_same_adapter(backbone):
-    parameters = []
-    for _ in range(2):
-        fresh = load(name_of(backbone))
-        fresh.add_lora(4, 8, seeding.generator(3, "lora"))
-        parameters.append(fresh.lora_parameters())
-    assert all(torch.equal(parameters[0][n], parameters[1][n]) for n in parameters[0])
-
-
-@pytest.fixture(scope="module", params=NAMES)
-def guided(request) -> Backbone:
-    """With classifier-free guidance where the architecture has it."""
-    return load(request.param, guidance=3.0)
+# -- prompts ---------------------------------------------------------------------------------------
 
 
 def same(a: Conditioning, b: Conditioning) -> bool:
-    """Bit for bit."""
-    return torch.equal(a.embeds, b.embeds) and torch.equal(a.pooled, b.pooled)
+    """Whether they are equal bit for bit."""
+    return (
+        torch.equal(a.embeds, b.embeds)
+        and torch.equal(a.pooled, b.pooled)
+        and (a.mask is b.mask is None or torch.equal(a.mask, b.mask))
+    )
 
 
-def test_a_prompt_has_the_same_conditioning_whatever_is_encoded_beside_it(guided):
-    together = guided.encode(PROMPTS)
-    fresh = load(name_of(guided), guidance=3.0)
+def test_a_prompt_has_the_same_conditioning_whichever_others_are_encoded(any_checkpoint):
+    backbone = any_checkpoint.load()
+    together = backbone.encode(PROMPTS)
+    fresh = any_checkpoint.load()
     fresh.prepare(["a green cross", PROMPTS[1], "three rings"])
     alone = fresh.encode([PROMPTS[1]])
     assert same(alone, together[1:])
+    assert not alone.embeds.requires_grad
+    assert (alone.negative is None) == (backbone.negative_prompt is None)
     if alone.negative is not None:
         assert same(alone.negative, together.negative[1:])
+        assert same(together.negative, backbone.encode([backbone.negative_prompt] * 2))
 
 
-def test_conditioning_is_that_of_the_text_encoders(backbone):
-    cond, theirs = backbone.encode(PROMPTS), backbone.embed(PROMPTS)
-    torch.testing.assert_close(cond.embeds, theirs.embeds, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(cond.pooled, theirs.pooled, atol=1e-5, rtol=1e-5)
-    assert not cond.embeds.requires_grad
+def test_conditioning_is_that_of_the_text_encoders(any_checkpoint):
+    backbone = any_checkpoint.load()
+    ours, theirs = backbone.encode(PROMPTS), backbone.embed(PROMPTS)
+    torch.testing.assert_close(ours.embeds, theirs.embeds, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.pooled, theirs.pooled, atol=1e-5, rtol=1e-5)
 
 
-def test_guidance_points_away_from_the_empty_prompt(guided):
-    negative = guided.encode(PROMPTS).negative
-    assert (negative is None) == (name_of(guided) == "shapes-flux")
-    if negative is not None:
-        assert same(negative, guided.encode(["", ""]))
+def test_a_repeated_prompt_is_a_repeated_row(checkpoint):
+    backbone = checkpoint.load()
+    cond = backbone.encode([PROMPTS[1], PROMPTS[0], PROMPTS[1]])
+    assert same(cond, backbone.encode(PROMPTS)[[1, 0, 1]])
+    assert same(backbone.encode(PROMPTS).repeat_interleave(2)[1:3], backbone.encode(PROMPTS))
 
 
-def test_a_repeated_prompt_is_a_repeated_row(guided):
-    cond = guided.encode([PROMPTS[1], PROMPTS[0], PROMPTS[1]])
-    assert same(cond, guided.encode(PROMPTS)[[1, 0, 1]])
-    assert same(guided.encode(PROMPTS).repeat_interleave(2)[1:3], guided.encode(PROMPTS))
-
-
-def test_a_prompt_is_encoded_once_while_there_is_room_for_it(monkeypatch):
-    backbone, calls = load("shapes-sd3"), []
+def test_a_prompt_is_encoded_once_while_the_cache_has_room(checkpoint, monkeypatch):
+    backbone, calls = checkpoint.load(), []
     backbone.pipeline.text_encoder.register_forward_pre_hook(lambda *_: calls.append(1))
-    backbone.encode(PROMPTS)
-    backbone.encode(PROMPTS)
-    backbone.prepare(PROMPTS[:1])
-    backbone.encode(PROMPTS)
-    assert len(calls) == 2
+    negative = backbone.negative_prompt is not None
+    for _ in range(2):
+        backbone.prepare(PROMPTS)
+        backbone.encode([PROMPTS[0], PROMPTS[0]])
+    assert len(calls) == 2 + negative
     monkeypatch.setattr(base, "KEPT_BYTES", 0)
     backbone.prepare(PROMPTS[:1])
     backbone.encode(PROMPTS[:1])
-    assert len(calls) == 2
+    assert len(calls) == 2 + negative
     backbone.encode(PROMPTS)
-    assert len(calls) == 3
-    backbone.prepare([])
-    backbone.encode(PROMPTS)
-    assert len(calls) == 5
+    assert len(calls) == 3 + negative
 
 
-def test_the_text_encoders_can_be_trained():
-    backbone = load("shapes-sd3")
+def test_the_text_encoders_are_differentiable():
+    """Pretraining of the embedded models trains the CLIP text encoder."""
+    backbone = checkpoint_of("shapes-sd3").load()
     weight = backbone.pipeline.text_encoder.text_projection.weight.requires_grad_()
     backbone.embed(PROMPTS).pooled.sum().backward()
     assert weight.grad.abs().max() > 0
 
 
-def test_a_resolution_that_splits_a_patch_is_refused():
-    for name, patch in (("shapes-sd3", 4), ("shapes-flux", 8)):
-        with pytest.raises(ValueError, match=f"resolution: 25 is not a multiple of {patch}"):
-            loading.load(folder(name), resolution=25, guidance=1.0, max_sequence_length=10)
+@on_a_gpu
+def test_only_network_and_autoencoder_stay_on_the_gpu(checkpoint):
+    backbone = checkpoint.load(device="cuda", dtype=torch.bfloat16)
+    cond = backbone.encode(PROMPTS)
+    modules = {
+        n: m for n, m in backbone.pipeline.components.items() if isinstance(m, torch.nn.Module)
+    }
+    on_cpu = {name for name, module in modules.items() if module.device.type == "cpu"}
+    assert on_cpu == {name for name in modules if name.startswith("text_encoder")}
+    assert cond.embeds.is_cuda and cond.pooled.is_cuda
+    assert all(kept.embeds.is_pinned() for kept in backbone._kept.values())
 
 
-def test_only_the_adapter_is_trained(adapted):
-    trained = {n for n, p in adapted.transformer.named_parameters() if p.requires_grad}
-    assert trained == set(adapted.lora_parameters())
+# -- precision and gradients -----------------------------------------------------------------------
 
 
-def test_every_word_of_the_world_is_one_token_in_both_tokenizers():
+def gradients(backbone: base.Backbone) -> dict[str, Tensor]:
+    """Gradients of the adapter, through network and decoder."""
+    x_t, t = noise_for(backbone), torch.full((len(PROMPTS),), 0.6)
+    v = backbone.velocity(x_t, t, backbone.encode(PROMPTS))
+    backbone.decode(sampling.x0_estimate(x_t, v, t)).square().sum().backward()
+    return {name: p.grad for name, p in backbone.lora_parameters().items()}
+
+
+def flat(tensors: dict[str, Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors.values()])
+
+
+def test_a_bfloat16_network_takes_and_returns_float32(checkpoint):
+    backbone, reference = (
+        checkpoint.load(dtype=dtype) for dtype in (torch.bfloat16, torch.float32)
+    )
+    assert backbone.transformer.dtype == torch.bfloat16
+    assert backbone.pipeline.text_encoder.dtype == torch.bfloat16
+    assert backbone.pipeline.vae.dtype == torch.float32
+    x_t, t = noise_for(backbone), torch.tensor([0.9, 0.4])
+    with torch.no_grad():
+        v, exact = (b.velocity(x_t, t, b.encode(PROMPTS)) for b in (backbone, reference))
+    assert v.dtype == torch.float32
+    assert (v - exact).norm() < 0.1 * exact.norm()
+
+
+def test_the_autoencoder_has_its_own_precision(checkpoint):
+    backbone, reference = checkpoint.load(vae_dtype=torch.bfloat16), checkpoint.load()
+    assert backbone.transformer.dtype == torch.float32
+    with torch.no_grad():
+        coarse, fine = (b.decode(noise_for(b)) for b in (backbone, reference))
+        mixed = reference.decode(noise_for(reference), torch.bfloat16)
+    assert coarse.dtype == mixed.dtype == torch.float32
+    for images in (coarse, mixed):
+        assert 0 < (images - fine).abs().max() < 0.1
+
+
+def test_gradients_reach_a_float32_adapter_through_a_bfloat16_network(checkpoint):
+    exact, coarse = (
+        gradients(checkpoint.adapted(dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert {gradient.dtype for gradient in coarse.values()} == {torch.float32}
+    assert torch.cosine_similarity(flat(exact), flat(coarse), dim=0) > 0.98
+
+
+def test_checkpointing_recomputes_blocks_and_changes_neither_outputs_nor_gradients(checkpoint):
+    """The ratio of new to old densities starts at exactly 1."""
+    results = []
+    for choice in (False, True):
+        backbone, calls = checkpoint.adapted(gradient_checkpointing=choice), Counter()
+        for block in (backbone.blocks[0], backbone.pipeline.vae.decoder):
+            block.register_forward_pre_hook(lambda module, _, c=calls: c.update([type(module)]))
+        our_images(backbone)
+        assert calls[type(backbone.blocks[0])] == STEPS
+        cond, x_t, t = backbone.encode(PROMPTS), noise_for(backbone), torch.tensor([0.9, 0.4])
+        with torch.no_grad():
+            sampled = backbone.velocity(x_t, t, cond)
+        assert torch.equal(backbone.velocity(x_t, t, cond), sampled)
+        calls.clear()
+        results.append(gradients(backbone))
+        assert calls[type(backbone.blocks[0])] == (2 if choice else 1)
+    assert flat(results[0]).norm() > 0
+    for name, gradient in results[0].items():
+        torch.testing.assert_close(results[1][name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_blocks_are_compiled_on_request(checkpoint):
+    for choice in (False, True):
+        blocks = checkpoint.load(compile=choice).blocks
+        assert {block._compiled_call_impl is not None for block in blocks} == {choice}
+
+
+@on_a_gpu
+def test_compiled_blocks_compute_the_same(checkpoint):
+    velocities = []
+    for choice in (False, True):
+        backbone = checkpoint.load(device="cuda", compile=choice)
+        x_t, t = noise_for(backbone).cuda(), torch.tensor([0.9, 0.4]).cuda()
+        with torch.no_grad():
+            velocities.append(backbone.velocity(x_t, t, backbone.encode(PROMPTS)))
+    torch.testing.assert_close(*velocities, atol=1e-3, rtol=1e-3)
+
+
+# -- adapters --------------------------------------------------------------------------------------
+
+
+def test_a_new_adapter_changes_nothing_and_is_the_only_part_that_is_trained(checkpoint):
+    plain, fresh = checkpoint.load(), checkpoint.load()
+    fresh.add_lora(4, 8, seeding.generator(0, "lora"))
+    torch.testing.assert_close(our_images(fresh), our_images(plain))
+    trained = {n for n, p in fresh.transformer.named_parameters() if p.requires_grad}
+    assert trained == set(fresh.lora_parameters()) != set()
+    assert {p.dtype for p in fresh.lora_parameters().values()} == {torch.float32}
+
+
+def test_the_same_seed_gives_the_same_adapter(checkpoint):
+    first, second = (checkpoint.adapted().lora_parameters() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_reference_is_the_model_without_its_adapter(any_checkpoint):
+    adapted, plain = any_checkpoint.adapted(), any_checkpoint.load()
+    with adapted.reference():
+        torch.testing.assert_close(our_images(adapted), our_images(plain))
+    assert (our_images(adapted) - our_images(plain)).abs().max() > 1e-3
+
+
+def test_a_saved_adapter_gives_the_same_images_in_the_backbone_and_in_a_plain_pipeline(
+    any_checkpoint, tmp_path
+):
+    adapted = any_checkpoint.adapted()
+    file = tmp_path / "adapter.safetensors"
+    adapted.save_adapter(file)
+    ours = our_images(adapted)
+    loaded = any_checkpoint.load()
+    loaded.load_adapter(file)
+    torch.testing.assert_close(our_images(loaded), ours, atol=1e-5, rtol=1e-5)
+    pipeline = any_checkpoint.pipeline()
+    plain = their_images(adapted, pipeline)
+    pipeline.load_lora_weights(tmp_path, weight_name=file.name)
+    (config,) = pipeline.transformer.peft_config.values()
+    assert (config.r, config.lora_alpha) == (4, 8)
+    theirs = their_images(adapted, pipeline)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    assert (theirs - plain).abs().max() > 1e-3
+
+
+def test_a_bfloat16_network_samples_with_the_adapter_that_it_was_trained_with(checkpoint, tmp_path):
+    trained = checkpoint.adapted(dtype=torch.bfloat16)
+    file = tmp_path / "adapter.safetensors"
+    trained.save_adapter(file)
+    loaded = checkpoint.load(dtype=torch.bfloat16)
+    loaded.load_adapter(file)
+    assert {p.dtype for p in loaded.lora_parameters().values()} == {torch.float32}
+    assert torch.equal(our_images(loaded), our_images(trained))
+
+
+@on_a_gpu
+def test_an_adapter_starts_equal_on_all_devices(checkpoint):
+    adapters = []
+    for device in ("cpu", "cuda"):
+        backbone = checkpoint.load(device=device, dtype=torch.bfloat16)
+        backbone.add_lora(4, 8, seeding.generator(0, "lora"))
+        adapters.append({n: p.detach().cpu() for n, p in backbone.lora_parameters().items()})
+    assert all(torch.equal(adapters[0][n], adapters[1][n]) for n in adapters[0])
+
+
+# -- loading ---------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_loaded_with_the_backbone_of_its_pipeline_class(any_checkpoint, tmp_path):
+    if type(any_checkpoint.backbone).__module__ != "my_sana":
+        kind = loading.pipeline_class(any_checkpoint.folder)
+        if kind in catalog.backbones():
+            loaded = loading.load(any_checkpoint.folder, **any_checkpoint.settings)
+            assert type(loaded) is any_checkpoint.backbone
+
+
+def test_a_folder_that_no_backbone_can_load_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="model_index.json: not found"):
+        loading.load(tmp_path)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "OtherPipeline"}')
+    message = "model_index.json: no backbone trains a 'OtherPipeline' .*FluxPipeline"
+    with pytest.raises(ValueError, match=message):
+        loading.load(tmp_path)
+
+
+# -- the embedded models ---------------------------------------------------------------------------
+
+
+def test_each_word_of_the_embedded_captions_is_one_token_in_both_tokenizers():
     clip, t5 = text.clip_tokenizer(), text.t5_tokenizer()
     assert {len(clip(word).input_ids) for word in text.words()} == {3}
     assert {len(t5(word).input_ids) for word in text.words()} == {2}
     assert len({tuple(clip(word).input_ids) for word in text.words()}) == len(text.words())
 
 
-def test_shipped_tokenizers_are_those_that_the_code_makes(backbone):
-    components = backbone.pipeline.components
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_shipped_tokenizers_are_those_that_the_code_builds(name):
+    components = checkpoint_of(name).load().pipeline.components
     t5 = components.get("tokenizer_3") or components["tokenizer_2"]
     for prompt in PROMPTS:
         assert components["tokenizer"](prompt).input_ids == text.clip_tokenizer()(prompt).input_ids
         assert t5(prompt).input_ids == text.t5_tokenizer()(prompt).input_ids
-
-
-def test_a_folder_without_a_pipeline_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="model_index.json"):
-        loading.load(tmp_path)
-
-
-def test_a_pipeline_of_another_kind_is_named(tmp_path):
-    (tmp_path / "model_index.json").write_text('{"_class_name": "SanaPipeline"}')
-    with pytest.raises(ValueError, match="cannot drive a 'SanaPipeline'.*FluxPipeline"):
-        loading.load(tmp_path)
-
-
-def test_an_altered_weight_file_is_refused_and_named(tmp_path):
-    import shutil
-
-    root = tmp_path / "weights"
-    shutil.copytree(weights.ROOT / "clip", root / "clip")
-    weights.write_manifest(root)
-    assert weights.verify("clip", root) == root / "clip"
-    file = root / "clip" / "model.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(ValueError, match="model.safetensors: altered"):
-        weights.verify("clip", root)
-    file.unlink()
-    with pytest.raises(ValueError, match="model.safetensors: missing"):
-        weights.verify("clip", root)

@@ -14,7 +14,7 @@ from tafs.common import seeding
 from tafs.common.yaml_files import ConfigError
 from tafs.models import catalog, pipelines
 
-MODELS = {name: model for name, model in catalog.read().items() if model.world == "hub"}
+MODELS = {name: model for name, model in catalog.read().items() if model.assets == "hub"}
 PROMPTS = ["a photo of a bench", "a photo of two clocks"]
 STEPS = 4  # at most: a tiny model's images show nothing more after forty
 # HiDream's pipeline draws at its own resolution only.

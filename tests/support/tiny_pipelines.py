@@ -386,7 +386,14 @@ def llama(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-# Of each resource that models.yaml names, what writes its folder.
+# By the pipeline class that a backbone trains.
+PIPELINES: Mapping[str, Callable[[Path], Path]] = {
+    "FluxPipeline": flux,
+    "StableDiffusion3Pipeline": sd3,
+    "SanaPipeline": sana,
+    "HiDreamImagePipeline": hidream,
+}
+# By the resource that models.yaml names.
 RESOURCES: Mapping[str, Callable[[Path], Path]] = {
     "flux-dev": flux,
     "flux-schnell": flux_schnell,
