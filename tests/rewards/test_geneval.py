@@ -69,7 +69,10 @@ def test_swapped_colours_are_wrong():
         "include": [include("ring", color="red"), include("cross", color="blue")],
     }
     assert geneval_verdict([thing("ring", color="red"), thing("cross", color="blue")], row).correct
-    assert geneval_verdict([thing("ring", color="blue"), thing("cross", color="red")], row) == (False, 0.5)
+    assert geneval_verdict([thing("ring", color="blue"), thing("cross", color="red")], row) == (
+        False,
+        0.5,
+    )
 
 
 def test_only_the_most_confident_objects_of_a_class_are_judged():

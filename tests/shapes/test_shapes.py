@@ -1,11 +1,12 @@
-"""The embedded world: captions, scenes, renderer and detector agree with each other."""
+"""Captions, scenes, renderer and detector of the embedded models agree with each other."""
 
 import numpy as np
 import pytest
 import torch
 
-from tafs.data import geneval_rows, prompts
-from tafs.data.geneval_rows import TASKS
+from tafs.data import prompts
+from tafs.data.geneval_rows import TASKS, objects
+from tafs.data.plugins.shapes import FOLDER
 from tafs.rewards.geneval import geneval_verdict
 from tafs.shapes import annotators, captions, scenes
 from tafs.shapes.detector import detect
@@ -14,12 +15,12 @@ from tafs.shapes.render import UNIT_AREA, coverage, render
 
 @pytest.fixture(scope="module")
 def splits() -> dict[str, list[prompts.Prompt]]:
-    return {split: prompts.read(captions.DATA / f"{split}.jsonl") for split in ("train", "test")}
+    return {split: prompts.read(FOLDER / f"{split}.jsonl") for split in ("train", "test")}
 
 
 @pytest.fixture(scope="module")
 def rendered(splits):
-    """5,000 scenes of all prompts, each as often as any other."""
+    """5,000 scenes; all prompts are equally likely."""
     rng = np.random.default_rng(11)
     everything = splits["train"] + splits["test"]
     drawn = [everything[i] for i in rng.integers(len(everything), size=5000)]
@@ -27,28 +28,28 @@ def rendered(splits):
     return drawn, drawn_scenes, render(drawn_scenes)
 
 
-def test_the_shipped_split_is_the_one_that_the_code_makes(splits):
+def test_the_shipped_split_is_reproduced_by_the_code(splits):
     train, test = captions.split()
     assert [p.row for p in splits["train"]] == train
     assert [p.row for p in splits["test"]] == test
 
 
-def test_there_are_a_thousand_distinct_prompts_of_six_tasks(splits):
+def test_there_are_at_least_1000_distinct_prompts_of_six_tasks(splits):
     texts = [p.text for p in splits["train"] + splits["test"]]
     assert len(texts) == len(set(texts)) >= 1000
     for split in splits.values():
         assert {p.tag for p in split} == set(TASKS)
 
 
-def test_no_test_content_is_in_training_under_any_wording(splits):
+def test_no_test_content_is_in_the_training_split_under_any_wording(splits):
     def contents(split):
-        return {geneval_rows.content(p.row) for p in splits[split] if p.tag != "single_object"}
+        return {objects(p.row) for p in splits[split] if p.tag != "single_object"}
 
     assert not contents("train") & contents("test")
     assert not {p.text for p in splits["train"]} & {p.text for p in splits["test"]}
 
 
-def test_mirrored_relations_are_the_same_content():
+def test_mirrored_relations_have_the_same_content():
     row = {
         "include": [
             {"class": "ring", "count": 1},
@@ -61,11 +62,11 @@ def test_mirrored_relations_are_the_same_content():
             {"class": "ring", "count": 1, "position": ["right of", 0]},
         ]
     }
-    assert geneval_rows.content(row) == geneval_rows.content(mirrored)
+    assert objects(row) == objects(mirrored)
 
 
 @pytest.mark.parametrize("shape", scenes.SHAPES)
-def test_coverage_adds_up_to_the_shapes_area(shape):
+def test_coverage_sums_to_the_area_of_the_shape(shape):
     r = 4.0
     covered = coverage(
         torch.tensor([scenes.SHAPES.index(shape)]), *(torch.tensor([v]) for v in (12.3, 11.6, r))
@@ -73,7 +74,7 @@ def test_coverage_adds_up_to_the_shapes_area(shape):
     assert covered.sum().item() == pytest.approx(UNIT_AREA[shape] * r**2, rel=0.03)
 
 
-def test_glyphs_lie_inside_and_do_not_touch(rendered):
+def test_glyphs_are_inside_the_image_and_do_not_touch(rendered):
     for scene in rendered[1]:
         for i, a in enumerate(scene):
             assert a.r <= a.x <= scenes.IMAGE_SIZE - a.r and a.r <= a.y <= scenes.IMAGE_SIZE - a.r
@@ -90,7 +91,7 @@ def test_the_detector_is_right_on_all_5000_scenes(rendered, noise):
         for prompt, scene, found in zip(
             drawn, drawn_scenes, detect(images + noise * grain), strict=True
         )
-        if not judge(found, prompt.row).correct
+        if not geneval_verdict(found, prompt.row).correct
         or sorted((d.label, d.color) for d in found) != sorted((g.shape, g.color) for g in scene)
     ]
     assert not wrong
@@ -102,17 +103,17 @@ def test_detection_does_not_depend_on_the_batch(rendered):
     assert detect(images) == alone
 
 
-def test_an_empty_picture_holds_nothing():
+def test_an_empty_image_has_no_objects():
     assert detect(torch.ones(2, 3, 24, 24)) == [[], []]
 
 
-def test_the_detector_refuses_other_sizes_by_naming_them():
+def test_the_detector_refuses_images_of_other_sizes():
     with pytest.raises(ValueError, match=r"\[1, 3, 32, 32\]"):
         detect(torch.ones(1, 3, 32, 32))
 
 
-def test_geneval_does_not_notice_a_faint_checkerboard(rendered):
-    """Reward hacking must be possible: what the detector overlooks, a held-out metric may see."""
+def test_geneval_ignores_a_faint_checkerboard(rendered):
+    """Reward hacking must be possible; held-out metrics detect it."""
     drawn, _, images = rendered
     y, x = np.mgrid[:24, :24]
     board = torch.tensor((x + y) % 2).float() * 0.08
@@ -122,12 +123,12 @@ def test_geneval_does_not_notice_a_faint_checkerboard(rendered):
 
 
 @pytest.mark.parametrize("tag", TASKS)
-def test_an_altered_row_asks_for_something_else(splits, tag):
+def test_an_altered_row_has_other_requirements(splits, tag):
     rng = np.random.default_rng(0)
     rows = [p.row for p in splits["train"] if p.tag == tag][:40]
     for row in rows:
         altered = annotators.alter(dict(row), rng)
         assert altered["include"] != row["include"]
         scene = scenes.sample_scene(altered, rng)
-        if tag != "position":  # a diagonal scene satisfies two relations
-            assert not judge(annotators.boxes(scene), row).correct
+        if tag != "position":  # a diagonal offset satisfies two relations
+            assert not geneval_verdict(annotators.boxes(scene), row).correct
