@@ -67,7 +67,7 @@ class RunRecorder:
         self.saved = done
 
     def pause(self, done: int, reason: str) -> str:
-        """Save the state after `done` iterations for another job; return the message for the log."""
+        """Save the state after `done` iterations for another job; return a message."""
         if self.saved != done:
             self.save(done)
         self.journal.append("pause", iteration=done, reason=reason)

@@ -14,7 +14,7 @@ from tafs.rewards.registry import MISSING_SHARE
 
 
 class NonFinite(errors.RunFailed):
-    """An image, reward, loss or gradient is NaN or infinite; the update it belongs to was not made."""
+    """An image, reward, loss or gradient is NaN or infinite; its update was not made."""
 
 
 @dataclass
@@ -34,9 +34,9 @@ class IterationRewards:
 
     @property
     def spread(self) -> float:
-        """The standard deviation of the total within a group at the last step, averaged over groups.
+        """The mean over groups of the total's standard deviation within a group at the last step.
 
-        Only valid images count, and only groups with at least two of them; NaN without such a group.
+        Only valid images count, and only groups with two or more of them; NaN without such a group.
         """
         last = self.total[-1]
         std = last.std(-1)
