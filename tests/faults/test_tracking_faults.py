@@ -1,4 +1,4 @@
-"""Whatever dies between runs and MLflow: trainings do not notice, and nothing is lost or twice."""
+"""Whatever dies between the runs and MLflow: training continues, and nothing is lost or twice."""
 
 from __future__ import annotations
 
@@ -6,72 +6,70 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.forked_processes import Contents, Nursery, Server, contents, once_a_step
-from test_tracking import begin, describe, iterate, trained_run
-from test_train import prepare
+from support.forked_processes import Server, start_sync
+from support.mirrored_runs import (
+    Contents,
+    begin,
+    contents,
+    describe,
+    iterate,
+    once_per_step,
+    trained_run,
+)
 
+from tafs.experiment import plan
 from tafs.runtime.journal import Journal
 from tafs.runtime.run_dir import RunDir
 from tafs.tracking import cli, mlflow_mirror
 from tafs.training import train
 
+ROOT = Path(__file__).resolve().parents[2]
 JOBS = 16
-PATIENCE = 120  # seconds, for what comes in a second when nothing else runs
+PATIENCE = 120  # s, for what takes one second on an idle machine
 Trials = Callable[[str, int, int], Iterator[int]]
-Sign = Callable[[], bool]
-
-
-def mirrored(store: Path) -> Contents:
-    return contents(store / "mlflow.db", store / "artifacts")
-
-
-@pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    nursery = Nursery()
-    yield nursery
-    nursery.close()
+Condition = Callable[[], bool]
+Mirrored = Callable[[list[Path]], Contents]
 
 
 @pytest.fixture(scope="module")
 def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A database without runs."""
     folder = tmp_path_factory.mktemp("empty")
-    mlflow_mirror.Local(folder)
+    mlflow_mirror.open_store(folder)
     return folder / "mlflow.db"
 
 
 @pytest.fixture
-def server(nursery: Nursery, empty: Path, tmp_path: Path) -> Iterator[Server]:
-    """Not started, and killed in the end."""
-    server = Server(nursery, tmp_path / "server", empty)
+def server(empty: Path, tmp_path: Path) -> Iterator[Server]:
+    """Not started; killed at the end."""
+    server = Server(tmp_path / "server", empty)
     yield server
     server.kill()
 
 
 @pytest.fixture(scope="module")
-def undisturbed(
-    empty: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[list[Path]], Contents]:
-    """What a copy of runs is like that nothing disturbed."""
+def undisturbed(empty: Path, tmp_path_factory: pytest.TempPathFactory) -> Mirrored:
+    """What a store holds of runs if nothing fails."""
 
     def mirror(runs: list[Path]) -> Contents:
         store = tmp_path_factory.mktemp("undisturbed")
         shutil.copyfile(empty, store / "mlflow.db")
         mlflow_mirror.sync(runs, store)
-        return mirrored(store)
+        return contents(store)
 
     return mirror
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Finished ones, and one that trains and has more points than a request may hold."""
+    """Finished runs, and one that trains and has more points than one request may hold."""
     folder = tmp_path_factory.mktemp("runs")
     training = folder / "training"
     describe(training)
@@ -83,25 +81,25 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def expected(runs: list[Path], undisturbed: Callable[[list[Path]], Contents]) -> Contents:
-    copy = undisturbed(runs)
-    assert len(copy) == len(runs)
-    assert all(run["artifacts"] and run["metrics"] for run in copy.values())
-    return copy
+def expected(runs: list[Path], undisturbed: Mirrored) -> Contents:
+    found = undisturbed(runs)
+    assert len(found) == len(runs)
+    assert all(run["files"] and run["metrics"] for run in found.values())
+    return found
 
 
-def wait_for(sign: Sign, pause: float = 0.002) -> None:
+def wait_for(condition: Condition, pause: float = 0.002) -> None:
     deadline = time.monotonic() + PATIENCE
-    while not sign():
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(pause)
 
 
-def after(sign: Sign, seconds: float, action: Callable[[], None]) -> threading.Thread:
-    """Act in the background, so long after the sign."""
+def after(condition: Condition, seconds: float, action: Callable[[], object]) -> threading.Thread:
+    """Act in the background, so many seconds after the condition is met."""
 
     def act() -> None:
-        wait_for(sign)
+        wait_for(condition)
         time.sleep(seconds)
         action()
 
@@ -110,9 +108,7 @@ def after(sign: Sign, seconds: float, action: Callable[[], None]) -> threading.T
     return thread
 
 
-def written(file: Path) -> Sign:
-    """The sign that a file is no longer as it was."""
-
+def changed(file: Path) -> Condition:
     def state() -> int:
         return file.stat().st_mtime_ns if file.exists() else 0
 
@@ -120,69 +116,60 @@ def written(file: Path) -> Sign:
     return lambda: state() != before
 
 
-def test_a_server_killed_in_the_middle_of_a_sync_lacks_nothing_after_the_next(
+def test_the_next_sync_completes_one_whose_server_was_killed(
     trials: Trials,
     server: Server,
     runs: list[Path],
     expected: Contents,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    cut = 0
+    interrupted = 0
+    arguments = ["sync", "--store", str(server.folder), "--server", server.url, *map(str, runs)]
     for number in trials("tracking: server killed in the middle of a sync", 2, 20):
         server.forget()
         server.start()
-        arguments = ["sync", "--store", str(server.folder), "--server", server.url]
-        arguments += map(str, runs)
-        # The first right at the beginning, so that one at least is cut.
+        # The first kill is immediate, so that at least one sync is interrupted.
         delay = random.Random(number).uniform(0, 1.5) if number else 0
-        killer = after(written(server.database), delay, server.kill)
+        killer = after(changed(server.database), delay, server.kill)
         code = cli.main(arguments)
         killer.join()
         out, err = capsys.readouterr()
         if code:
-            cut += 1
+            interrupted += 1
             assert (code, out, err.count("\n")) == (1, "", 1)
-            assert err.startswith(f"tracking: {server.url}: no MLflow server that can be used (")
+            assert err.startswith(f"tracking: {server.url}: MLflow cannot use it (")
         server.start()
-        assert cli.main(arguments) == 0
-        assert server.contents() == expected
-        capsys.readouterr()
-        uploaded = {file: file.stat().st_mtime_ns for file in server.artifacts.rglob("*")}
-        assert cli.main(arguments) == 0
+        for _ in range(2):
+            assert cli.main(arguments) == 0
+            assert contents(server.folder) == expected
         assert f"{len(runs)} runs in {server.url} (0 new points" in capsys.readouterr().out
-        assert server.contents() == expected
-        assert {f: f.stat().st_mtime_ns for f in server.artifacts.rglob("*")} == uploaded
-    assert cut
+    assert interrupted
 
 
-def test_a_sync_killed_in_the_middle_is_completed_by_the_next(
-    trials: Trials,
-    nursery: Nursery,
-    server: Server,
-    runs: list[Path],
-    expected: Contents,
-    tmp_path: Path,
+def test_the_next_sync_completes_one_that_was_killed(
+    trials: Trials, server: Server, runs: list[Path], expected: Contents, tmp_path: Path
 ) -> None:
-    """To a server and into a store, also while it is created, in turn."""
-    cut = 0
-    for number in trials("tracking: sync killed in the middle", 2, 20):
+    """In turn to a server and into a store, also while the store is created."""
+    interrupted = 0
+    for number in trials("tracking: sync killed in the middle", 4, 20):
         store = tmp_path / f"store-{number}"
-        arguments = ["sync", "--store", str(store)]
-        sign, latest = written(store / ".lock"), 4.0
+        arguments = ["--store", str(store)]
+        condition, latest = changed(store / ".lock"), 3.0
         if to_server := number % 2 == 0:
             server.forget()
             server.start()
             arguments += ["--server", server.url]
-            sign, latest = written(server.database), 1.5
+            condition, latest = changed(server.database), 1.5
         arguments += map(str, runs)
         delay = random.Random(number).uniform(0, latest) if number else 0
-        pid = nursery.start("tracking", arguments, tmp_path / "log")
-        after(sign, delay, lambda pid=pid: os.kill(pid, signal.SIGKILL)).join()
-        cut += nursery.wait(pid) == -signal.SIGKILL
+        process = start_sync(arguments, tmp_path / "log")
+        after(condition, delay, process.kill).join()
+        process.join()
+        interrupted += process.exitcode == -signal.SIGKILL
         for _ in range(2):
-            assert cli.main(arguments) == 0
-            assert (server.contents() if to_server else mirrored(store)) == expected
-    assert cut
+            assert cli.main(["sync", *arguments]) == 0
+            assert contents(server.folder if to_server else store) == expected
+    assert interrupted
 
 
 @pytest.fixture(scope="module")
@@ -191,112 +178,144 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [trained_run(folder / f"job-{number}") for number in range(JOBS)]
 
 
-@pytest.fixture(scope="module")
-def one_by_one(jobs: list[Path], undisturbed: Callable[[list[Path]], Contents]) -> Contents:
-    copy = undisturbed(jobs)
-    assert {experiment for experiment, _ in copy} == {"text"}
-    assert len(copy) == JOBS
-    return copy
-
-
 @pytest.mark.parametrize(
-    "place, few", [("one store", 0), ("one server", 1), ("one server from several hosts", 0)]
+    "place, few", [("one store", 1), ("one server", 0), ("one server from several hosts", 1)]
 )
-def test_jobs_that_start_at_once_make_one_experiment_with_a_run_each(
+def test_jobs_that_start_together_create_one_experiment_with_one_run_each(
     trials: Trials,
-    nursery: Nursery,
     server: Server,
     jobs: list[Path],
-    one_by_one: Contents,
+    undisturbed: Mirrored,
     tmp_path: Path,
     place: str,
     few: int,
 ) -> None:
     """Hosts that share no store share no lock."""
     for number in trials(f"tracking: {JOBS} jobs start at once, {place}", few, 3):
-        server.forget()
-        server.start()
-        pids = []
-        for job in jobs:
-            shared = "host" if place != "one server from several hosts" else job.name
-            arguments = ["sync", "--store", str(tmp_path / f"{shared}-{number}"), str(job)]
-            arguments += ["--server", server.url] if place != "one store" else []
-            pids.append(nursery.start("tracking", arguments, tmp_path / "log"))
-        ended = [nursery.wait(pid) for pid in pids]
-        assert ended == [0] * JOBS, (tmp_path / "log").read_text()
         store = tmp_path / f"host-{number}"
-        at_once = mirrored(store) if place == "one store" else server.contents()
-        assert at_once == one_by_one
+        server.forget()
+        if place != "one store":
+            server.start()
+        processes = []
+        for job in jobs:
+            own = tmp_path / f"{job.name}-{number}"
+            arguments = ["--store", str(own if "several" in place else store), str(job)]
+            arguments += ["--server", server.url] if place != "one store" else []
+            processes.append(start_sync(arguments, tmp_path / "log"))
+        for process in processes:
+            process.join()
+        ended = [process.exitcode for process in processes]
+        assert ended == [0] * JOBS, (tmp_path / "log").read_text()
+        assert contents(store if place == "one store" else server.folder) == undisturbed(jobs)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """The folder of a file system of 8 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=8M", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("only root may mount a small disk")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_one_line_and_the_next_sync_completes_the_store(
+    trials: Trials,
+    disk: Path,
+    runs: list[Path],
+    expected: Contents,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["sync", "--store", str(disk / "store"), *map(str, runs)]
+    full = 0
+    for number in trials("tracking: disk full during a sync", 4, 20):
+        shutil.rmtree(disk / "store", ignore_errors=True)
+        # From no room at all to room for most of the store.
+        room = int(random.Random(number).uniform(0, 1.8e6)) if number else 0
+        with (disk / "ballast").open("wb") as ballast:
+            free = shutil.disk_usage(disk).free
+            os.posix_fallocate(ballast.fileno(), 0, max(1, free - room))
+        code = cli.main(arguments)
+        out, err = capfd.readouterr()
+        if code:
+            full += 1
+            assert (code, out, err.count("\n")) == (1, "", 1)
+            assert err.startswith("tracking: ")
+        (disk / "ballast").unlink()
+        assert cli.main(arguments) == 0
+        assert contents(disk / "store") == expected
+        capfd.readouterr()
+    assert full
+
+
+def prepare(folder: Path) -> RunDir:
+    """A short run of the smoke scale."""
+    specs = plan.load({"scale": "smoke"}, ROOT / "config.yaml").runs.values()
+    spec = next(spec for spec in specs if spec.variant == "tafs_grpo")
+    assert spec.training is not None
+    training = spec.training.model_copy(update={"iterations": 8})
+    run = RunDir(folder / spec.name)
+    run.folder.mkdir(parents=True)
+    spec = spec.model_copy(update={"training": training})
+    (run.folder / "run.json").write_text(spec.to_json())
+    return run
 
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """Of a training that nothing tracks."""
+    """The result of a training that is not tracked."""
     run = prepare(tmp_path_factory.mktemp("untracked"))
     train.train(run)
     return run.adapter.read_bytes()
 
 
-class Loop:
-    """`sync --every` to a server, beside a training."""
-
-    def __init__(self, nursery: Nursery, server: Server, folder: Path) -> None:
-        self.nursery, self.log = nursery, folder / "log"
-        self.run: RunDir = prepare(folder / "runs")
-        arguments = ["sync", "--every", "0.1", "--server", server.url, "--store", str(folder)]
-        arguments += ["--runs", str(folder / "runs")]
-        self.pid = nursery.start("tracking", arguments, self.log)
-
-    def lines(self, start: str) -> int:
-        return sum(line.startswith(start) for line in self.log.read_text().splitlines())
-
-    def end(self) -> None:
-        os.kill(self.pid, signal.SIGTERM)
-        assert self.nursery.wait(self.pid) == 0
-        # And nothing but its own lines.
-        assert self.lines("tracking: http") + self.lines("1 runs in http") == self.lines("")
-
-
 @pytest.mark.parametrize(
-    "fault, few",
-    [
-        ("server gone at the start", 1),
-        ("server killed while a run trains", 0),
-        ("server gone for good", 0),
-    ],
+    "fault, few", [("gone at the start", 1), ("killed while a run trains", 1), ("gone", 0)]
 )
-def test_a_training_does_not_notice_its_tracking(
+def test_training_does_not_notice_a_server_that_fails(
     trials: Trials,
-    nursery: Nursery,
     server: Server,
     adapter: bytes,
-    undisturbed: Callable[[list[Path]], Contents],
+    undisturbed: Mirrored,
     tmp_path: Path,
     fault: str,
     few: int,
 ) -> None:
-    for number in trials(f"tracking: {fault}", few, 5):
+    for number in trials(f"tracking: server {fault}", few, 5):
+        folder, log = tmp_path / str(number), tmp_path / f"log-{number}"
+        run = prepare(folder / "runs")
         server.forget()
-        if fault == "server killed while a run trains":
+        arguments = ["--every", "0.1", "--server", server.url, "--store", str(folder)]
+        killed = fault == "killed while a run trains"
+        if killed:
             server.start()
-        loop = Loop(nursery, server, tmp_path / str(number))
-        if fault == "server killed while a run trains":
-            journal = loop.run.state / "journal.jsonl"
+        loop = start_sync([*arguments, "--runs", str(folder / "runs")], log)
+
+        def failures(log: Path = log) -> int:
+            return log.read_text().count("tracking: http") if log.exists() else 0
+
+        if killed:
             delay = random.Random(number).uniform(0, 2)
-            killer = after(journal.exists, delay, server.kill)
-            train.train(loop.run)
+            killer = after((run.state / "journal.jsonl").exists, delay, server.kill)
+            train.train(run)
             killer.join()
         else:
-            wait_for(lambda loop=loop: loop.lines("tracking: http"))
-            train.train(loop.run)
-        assert loop.run.adapter.read_bytes() == adapter
+            wait_for(lambda: failures() > 0)
+            train.train(run)
+        assert run.adapter.read_bytes() == adapter
 
-        expected = undisturbed([loop.run.folder])
-        assert all(once_a_step(run) for run in expected.values())
-        if fault == "server gone for good":
-            known = loop.lines("tracking: http")
-            wait_for(lambda loop=loop, known=known: loop.lines("tracking: http") > known)
+        if fault == "gone":
+            known = failures()
+            wait_for(lambda known=known: failures() > known)
         else:
             server.start()
-            wait_for(lambda expected=expected: server.contents() == expected, 0.2)
-        loop.end()
+            expected = undisturbed([run.folder])
+            assert all(once_per_step(found) for found in expected.values())
+            wait_for(lambda expected=expected: contents(server.folder) == expected, 0.2)
+        loop.terminate()
+        loop.join(PATIENCE)
+        assert loop.exitcode == 0
+        lines = log.read_text().splitlines()
+        assert all(line.startswith(("tracking: http", "1 runs in http")) for line in lines)
