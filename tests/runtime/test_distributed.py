@@ -1,9 +1,10 @@
-"""Training by several processes: the same run, whatever their number, also when one of them fails.
+"""Several processes train the same run as one process, whatever their number, and report failures.
 
-Run by torchrun, this file is one of the processes that the tests watch.
+Started by the launcher or by torchrun, this file is one of the processes that the tests watch.
 """
 
-import json
+from __future__ import annotations
+
 import math
 import multiprocessing
 import os
@@ -14,51 +15,42 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.killable_training import prepare
 from support.toy import call_of, spoil, toy_run, toy_trainer
 
-from tafs.experiment import runs as runs_
-from tafs.experiment import validate
 from tafs.rewards.registry import RewardSet
-from tafs.runtime import distributed, journal, main, run_dir
+from tafs.runtime import distributed, journal, main
 from tafs.runtime.distributed import Processes
+from tafs.runtime.run_dir import RunDir, read_json
 from tafs.training import train
-from tafs.training import trainer as trainer_
+from tafs.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
-# Advantages within groups; one standard deviation for all groups; the rewards' own gradients.
+# Advantages within groups; one standard deviation over all groups; gradients of the rewards.
 VARIANTS = ("tafs_grpo", "flow_grpo", "reward_instruct", "rg_lcd")
 ITERATIONS = 3
 GROUP = 2
+HYPERPARAMETERS = {"updates": 2, "learning_rate": 3e-4}
 SETTINGS = {
-    "iterations": ITERATIONS,
     "prompts_per_iteration": 8,
     "group_size": GROUP,
-    "micro_batch": GROUP,  # divides what one of four processes has of an update
+    "micro_batch": GROUP,  # divides one of four processes' share of an update
 }
 
 
-def prepare(folder: Path, variant: str) -> run_dir.RunDir:
-    runs = runs_.runs(validate.read(ROOT / "config.yaml", {"scale": "smoke"}))
-    description = next(r for r in runs.values() if r.variant == variant).describe()
-    description["settings"] = {**description["settings"], **SETTINGS}
-    # The paper's learning rate.
-    own = {"updates": 2, "learning_rate": 3e-4}
-    description["hyperparameters"] = {**description["hyperparameters"], **own}
-    description["snapshots"] = [1, ITERATIONS]
-    run = run_dir.RunDir(folder)
-    run.folder.mkdir(parents=True)
-    (run.folder / "run.json").write_text(json.dumps(description))
-    return run
+def prepared(folder: Path, variant: str) -> RunDir:
+    return prepare(folder, ITERATIONS, variant, HYPERPARAMETERS, **SETTINGS)
 
 
-def stop_before(iteration: int, run: run_dir.RunDir) -> None:
-    """Train alone, and stop before an iteration as Ctrl-C does."""
-    iterate = trainer_.Trainer.iterate
+def stop_before(iteration: int, run: RunDir) -> None:
+    """Train in one process, and stop before an iteration as Ctrl-C does."""
+    iterate = Trainer.iterate
 
     def stopping(self, number):
         if number == iteration:
@@ -66,12 +58,12 @@ def stop_before(iteration: int, run: run_dir.RunDir) -> None:
         return iterate(self, number)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(trainer_.Trainer, "iterate", stopping)
+        patch.setattr(Trainer, "iterate", stopping)
         train.train(run)
 
 
-def assert_same_training(run: run_dir.RunDir, other: run_dir.RunDir) -> None:
-    """Up to the rounding of sums that are taken in another order."""
+def assert_same_training(run: RunDir, other: RunDir) -> None:
+    """Compare up to the rounding of sums in another order."""
     for name in ("adapter.safetensors", "snapshots/1.safetensors"):
         found, expected = load_file(run.folder / name), load_file(other.folder / name)
         assert any(tensor.any() for key, tensor in expected.items() if "lora_B" in key)
@@ -87,13 +79,12 @@ def assert_same_training(run: run_dir.RunDir, other: run_dir.RunDir) -> None:
             assert record[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
 
 
-def torchrun(processes: int, *command: str) -> subprocess.CompletedProcess[str]:
-    """Far under the time that the processes would wait for each other."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+def command(*arguments: str, mode: str = "") -> subprocess.CompletedProcess[str]:
+    """Run Python; the timeout is far below the time that processes wait for each other."""
     return subprocess.run(
-        [*launcher, f"--nproc-per-node={processes}", *command],
+        [sys.executable, *arguments],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "MODE": mode},
         capture_output=True,
         text=True,
         timeout=240,
@@ -101,88 +92,108 @@ def torchrun(processes: int, *command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def launched(run: RunDir, mode: str) -> subprocess.CompletedProcess[str]:
+    """Launch two processes of this file instead of trainings."""
+    code = "from tafs.runtime import launch; launch.MODULE = 'runtime.test_distributed'"
+    return command("-c", f"{code}; launch.main()", str(run.folder), "--processes=2", mode=mode)
+
+
+def own_lines(run: RunDir, done: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line for line in done.stderr.splitlines() if line.startswith(f"train {run.folder}")]
+
+
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> dict[str, run_dir.RunDir]:
-    """Every variant, trained by one process; the first one also as it was after an iteration."""
+def alone(tmp_path_factory) -> dict[str, RunDir]:
+    """Every variant trained by one process, and the first one stopped after an iteration."""
     folder = tmp_path_factory.mktemp("alone")
-    runs = {variant: prepare(folder / variant, variant) for variant in VARIANTS}
+    runs = {variant: prepared(folder / variant, variant) for variant in VARIANTS}
     stop_before(1, runs[VARIANTS[0]])
     stopped = shutil.copytree(runs[VARIANTS[0]].folder, folder / "stopped")
     for run in runs.values():
         train.train(run)
-    return {**runs, "stopped": run_dir.RunDir(stopped)}
+    return {**runs, "stopped": RunDir(stopped)}
 
 
 @pytest.fixture(scope="module")
-def by_four(alone, tmp_path_factory) -> dict[str, run_dir.RunDir]:
-    """Every variant anew, and the stopped run continued, by four processes."""
+def by_four(alone, tmp_path_factory) -> dict[str, RunDir]:
+    """Every variant, and the stopped run continued, by four processes."""
     folder = tmp_path_factory.mktemp("four")
-    runs = {variant: prepare(folder / variant, variant) for variant in VARIANTS}
-    stopped = run_dir.RunDir(shutil.copytree(alone["stopped"].folder, folder / "stopped"))
-    done = torchrun(4, __file__, "each", str(folder))
+    runs = {variant: prepared(folder / variant, variant) for variant in VARIANTS}
+    stopped = RunDir(shutil.copytree(alone["stopped"].folder, folder / "stopped"))
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4")
+    done = command(*torchrun, __file__, str(folder), mode="each")
     assert done.returncode == 0, done.stderr
     return {**runs, "stopped": stopped}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_four_processes_train_what_one_trains(by_four, alone, variant):
+def test_four_processes_train_the_same_as_one(by_four, alone, variant):
     assert_same_training(by_four[variant], alone[variant])
 
 
-def test_four_processes_continue_what_one_began(by_four, alone):
+def test_four_processes_continue_the_run_of_one(by_four, alone):
     run = by_four["stopped"]
     assert_same_training(run, alone[VARIANTS[0]])
     kinds = [record["kind"] for record in journal.read(run.journal)]
     assert kinds == ["start", "iteration", "resume", "iteration", "iteration", "end"]
 
 
-def test_one_process_of_several_writes_the_files(by_four):
+def test_only_the_first_process_writes_files(by_four):
     for run in (by_four[variant] for variant in VARIANTS):
         kinds = [record["kind"] for record in journal.read(run.journal)]
         assert kinds == ["start", *["iteration"] * ITERATIONS, "end"]
-        assert {file.name for file in run.folder.iterdir()} == {
-            "run.json",
-            "adapter.safetensors",
-            "journal.jsonl",
-            "snapshots",
-            ".progress",
-            ".state",
-        }
+        names = ["run.json", "adapter.safetensors", "journal.jsonl", "snapshots"]
+        assert {f.name for f in run.folder.iterdir()} == {*names, ".progress", ".state"}
         assert not any((run.folder / ".progress").iterdir())
 
 
 @pytest.fixture(scope="module")
-def broken(tmp_path_factory) -> tuple[run_dir.RunDir, subprocess.CompletedProcess[str]]:
-    """Two processes, of which the second one's rewards are broken in iteration 1: half of all."""
-    run = prepare(tmp_path_factory.mktemp("broken") / VARIANTS[0], VARIANTS[0])
-    return run, torchrun(2, __file__, "broken", str(run.folder))
+def broken(tmp_path_factory) -> tuple[RunDir, subprocess.CompletedProcess[str]]:
+    """Two processes; the second one's rewards, half of all, are NaN in iteration 1."""
+    run = prepared(tmp_path_factory.mktemp("broken") / VARIANTS[0], VARIANTS[0])
+    return run, launched(run, "broken")
 
 
-def test_a_failure_of_one_process_ends_the_job_with_its_own_line(broken):
+def test_a_failure_of_all_processes_is_reported_once(broken):
     run, done = broken
-    assert done.returncode != 0
-    lines = [line for line in done.stderr.splitlines() if line.startswith(f"train {run.folder}")]
     # The second process has the images 4 to 7 of the first update's 0 to 7. Both processes know all
     # rewards and stop, and either may be the first.
-    assert len(lines) == 1
+    [line] = own_lines(run, done)
     assert re.fullmatch(
-        rf"train {re.escape(str(run.folder))} \(process [01]\): iteration 1: reward 'pickscore' is "
+        rf"train {re.escape(str(run.folder))}: process [01]: iteration 1: reward 'pickscore' is "
         r"nan for image 4, scored step 1 of 3; 8 of 16 images \(50.0%\) lack a finite reward, "
         r"at most 1 may \(10%, or one\)",
-        lines[0],
+        line,
     )
-    assert "another process" not in done.stderr
+    assert done.returncode == read_json(run.failure("train"))["exit"] == 1
+    assert read_json(run.failure("train"))["message"] in line
     command_lines = [p.info["cmdline"] or [] for p in psutil.process_iter(["cmdline"])]
-    assert not any(str(run.folder) in line for line in command_lines)
+    assert not any(str(run.folder) in words for words in command_lines)
+
+
+@pytest.mark.parametrize(
+    ("mode", "code", "message"),
+    [
+        ("wrong", 2, "process 1: the learning rate is wrong"),
+        ("mistake", 1, "process 1: KeyError: 'missing'"),
+        ("killed", 1, "process 1: ended by SIGKILL"),
+    ],
+)
+def test_the_failing_process_is_named_and_not_those_that_wait_for_it(mode, code, message, tmp_path):
+    run = prepared(tmp_path / "run", VARIANTS[0])
+    done = launched(run, mode)
+    assert done.returncode == code
+    assert own_lines(run, done) == [f"train {run.folder}: {message}"]
+    assert read_json(run.failure("train"))["message"] == message
+    assert ("Traceback" in done.stderr) == (mode == "mistake")
 
 
 def test_a_failed_job_is_continued_by_one_process_and_by_two(broken, alone, tmp_path):
-    """By the command that a user calls."""
     run, _ = broken
     assert run.checkpoints.exists()
     assert not (run.adapter.exists() or run.journal.exists() or run.snapshots.exists())
-    copy = run_dir.RunDir(shutil.copytree(run.folder, tmp_path / "copy"))
-    done = torchrun(2, "-m", "tafs.training.train", str(run.folder))
+    copy = RunDir(shutil.copytree(run.folder, tmp_path / "copy"))
+    done = command("-m", "tafs.runtime.launch", str(run.folder), "--processes=2")
     assert done.returncode == 0, done.stderr
     train.train(copy)
     for continued in (run, copy):
@@ -194,37 +205,16 @@ def test_a_failed_job_is_continued_by_one_process_and_by_two(broken, alone, tmp_
 # -- sharing out -----------------------------------------------------------------------------------
 
 
-def trainer(processes: Processes, variant: str = "tafs_grpo") -> trainer_.Trainer:
+def trainer(processes: Processes, variant: str = "tafs_grpo") -> Trainer:
     sizes = {"prompts_per_iteration": 8, "micro_batch": 8}
     return toy_trainer(toy_run(variant, training=sizes, updates=2), processes)
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_processes_share_each_updates_groups_equally(size):
-    own = [trainer(Processes(rank, size)).local_groups for rank in range(size)]
-    assert sorted(sum(own, [])) == list(range(8))
-    for groups in own:
-        assert len(groups) == 8 // size
-        assert sum(group < 4 for group in groups) == 4 // size
-
-
-@pytest.mark.parametrize("size", [2, 4])
-def test_processes_begin_micro_batches_where_one_process_does(size):
-    """The steps' noise is drawn from a stream that this place names."""
-
-    def places(processes: Processes) -> list[int]:
-        run = trainer(processes)
-        return [run._place(part.start) for part in run.micro_batches()]
-
-    shared = [places(Processes(rank, size)) for rank in range(size)]
-    assert sorted(sum(shared, [])) == places(Processes())
-
-
-def test_prompts_that_processes_cannot_share_are_refused():
+def test_a_number_of_processes_that_does_not_divide_the_prompts_is_refused():
     with pytest.raises(ValueError) as raised:
         trainer(Processes(0, 3))
     assert str(raised.value) == (
-        "prompts_per_iteration: 8 prompts in 2 updates cannot be shared by 3 processes; "
+        "prompts_per_iteration: 8 prompts in 2 updates cannot be divided among 3 processes; "
         "choose a divisor of 4"
     )
 
@@ -233,7 +223,7 @@ def test_prompts_that_processes_cannot_share_are_refused():
 
 
 def in_two_processes(work: Callable[[Processes], object]) -> list[int]:
-    """Exit codes of two connected processes that do the work."""
+    """Return the exit codes of two connected processes that run `work`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -246,7 +236,7 @@ def in_two_processes(work: Callable[[Processes], object]) -> list[int]:
         with distributed.connected() as processes:
             work(processes)
 
-    context = multiprocessing.get_context("fork")  # what is imported need not be imported again
+    context = multiprocessing.get_context("fork")  # avoids importing again
     processes = [context.Process(target=run, args=(rank,)) for rank in range(2)]
     for process in processes:
         process.start()
@@ -269,8 +259,8 @@ def test_tensors_are_gathered_in_order_of_rank_and_summed():
 
 
 @pytest.mark.parametrize("variant", ["tafs_grpo", "flow_grpo"])
-def test_an_image_without_a_reward_is_masked_for_all_processes(variant):
-    """The second process scores it; the first one's images are normalised without it too."""
+def test_an_image_without_a_reward_is_masked_in_all_processes(variant):
+    """The second process scores it; normalisation in the first process ignores it too."""
     sound, lacking = (trainer(Processes(), variant) for _ in range(2))
     sound.iterate(0)
     spoil(lacking, {call_of(lacking, 2 * 16 + 3): math.nan})
@@ -292,23 +282,22 @@ def test_an_image_without_a_reward_is_masked_for_all_processes(variant):
     assert in_two_processes(work) == [0, 0]
 
 
-def test_processes_that_see_different_states_do_not_train(alone, tmp_path, monkeypatch, capfd):
-    """As when each of two machines has a disk of its own."""
+def test_processes_that_see_different_states_do_not_train(alone, tmp_path, capfd):
+    """This happens when two machines do not share the results folder."""
     folders = [tmp_path / "first" / "run", tmp_path / "second" / "run"]
     shutil.copytree(alone["stopped"].folder, folders[0])
-    prepare(folders[1], VARIANTS[0])
-    monkeypatch.setattr(distributed, "GRACE", 0.0)
+    prepared(folders[1], VARIANTS[0])
 
     def work(processes: Processes) -> None:
-        train.train(run_dir.RunDir(folders[processes.rank]), processes)
+        train.train(RunDir(folders[processes.rank]), processes)
 
     assert in_two_processes(work) == [1, 1]
     problem = "the processes found states of different iterations ([1, 0], in order of rank)"
     assert problem in capfd.readouterr().err
-    assert run_dir.RunDir(folders[0]).checkpoints.exists()
+    assert RunDir(folders[0]).checkpoints.exists()
 
 
-def test_one_process_keeps_its_tensors_as_they_are():
+def test_with_one_process_the_methods_return_their_arguments():
     processes, tensor = Processes(), torch.tensor([1.0, 2.0])
     assert processes.all_gather(tensor, dim=0) is tensor
     processes.sum_([tensor])
@@ -321,72 +310,63 @@ def test_one_process_keeps_its_tensors_as_they_are():
 @pytest.mark.parametrize(
     ("environment", "problem"),
     [
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: 'two' is no whole number from 1; torchrun sets it"),
-        ({"WORLD_SIZE": "0"}, "WORLD_SIZE: '0' is no whole number from 1; torchrun sets it"),
-        ({"WORLD_SIZE": "2"}, "RANK: '' is no whole number from 0; torchrun sets it"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: 'two' is not a whole number from 1"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE: '0' is not a whole number from 1"),
+        ({"WORLD_SIZE": "2"}, "RANK: '' is not a whole number from 0"),
         (
             {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "-1"},
-            "LOCAL_RANK: '-1' is no whole number from 0; torchrun sets it",
-        ),
-        (
-            {
-                "WORLD_SIZE": "2",
-                "RANK": "1",
-                "LOCAL_RANK": "1",
-                "TAFS_DISTRIBUTED_TIMEOUT": "for ever",
-            },
-            "TAFS_DISTRIBUTED_TIMEOUT: 'for ever' is no whole number from 1; give seconds",
-        ),
-        (
-            {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "TAFS_DISTRIBUTED_TIMEOUT": "0"},
-            "TAFS_DISTRIBUTED_TIMEOUT: '0' is no whole number from 1; give seconds",
+            "LOCAL_RANK: '-1' is not a whole number from 0",
         ),
     ],
 )
-def test_a_wrong_environment_is_refused_by_name(environment, problem, monkeypatch):
+def test_a_wrong_environment_variable_is_named(environment, problem, monkeypatch):
     for name in ("RANK", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError) as raised, distributed.connected():
+    with pytest.raises(ValueError, match=f"^{problem}; torchrun sets"), distributed.connected():
         pass
-    assert str(raised.value) == problem
 
 
 def test_the_rank_on_a_machine_is_not_the_rank_in_the_job(monkeypatch):
-    """The second process of the second machine."""
     for name, value in {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
-    processes = distributed.from_environment()
-    assert processes == Processes(rank=3, size=4, local_rank=1)
-    assert not processes.leads
+    assert distributed.from_environment() == Processes(rank=3, size=4, local_rank=1)
 
 
 # -- one process of several ------------------------------------------------------------------------
 
 
-def train_each(folder: run_dir.RunDir) -> None:
-    """Train every run of a folder in turn: starting a process takes longer than its training."""
+def train_each(folder: RunDir, _: object) -> None:
+    """Train every run of a folder in turn, because starting a process takes longer."""
     with distributed.connected() as processes:
         for run in sorted(folder.folder.glob("[!.]*")):
-            train.train(run_dir.RunDir(run), processes)
+            train.train(RunDir(run), processes)
 
 
-def train_with_broken_rewards() -> None:
-    """`python -m tafs.training.train`, but from iteration 1 on one process's rewards are no numbers."""
-    iterate, score = trainer_.Trainer.iterate, RewardSet.score
+def break_rewards() -> None:
+    """All of this process's rewards are NaN from now on."""
+    score = RewardSet.score
+    RewardSet.score = lambda *given: {n: r * math.nan for n, r in score(*given).items()}
 
-    def breaking(self, iteration):
-        if iteration == 1 and self.processes.rank == 1:
-            RewardSet.score = lambda *given: {n: r * math.nan for n, r in score(*given).items()}
-        return iterate(self, iteration)
 
-    trainer_.Trainer.iterate = breaking
-    train.main()
+def fail(mode: str) -> None:
+    """Fail as `mode` says, while the other process waits."""
+    if mode == "killed":
+        os.kill(os.getpid(), 9)
+    raise ValueError("the learning rate is wrong") if mode == "wrong" else KeyError("missing")
 
 
 if __name__ == "__main__":
-    if sys.argv.pop(1) == "each":
+    mode, iterate = os.environ["MODE"], Trainer.iterate
+
+    def disturbed(self: Trainer, iteration: int) -> Any:
+        if iteration == 1 and self.processes.rank == 1:
+            break_rewards() if mode == "broken" else fail(mode)
+        return iterate(self, iteration)
+
+    if mode == "each":
         main.run_stage("train", train_each)
     else:
-        train_with_broken_rewards()
+        Trainer.iterate = disturbed
+        train.main()

@@ -1,8 +1,11 @@
-"""Jobs of one machine take different GPUs, and give them back by ending."""
+"""Jobs on one machine use different GPUs and release them when they end."""
+
+from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,34 +13,29 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 CLAIM = """
 import os, sys, time
-from tafs import failures, gpus
+from tafs.common import errors
+from tafs.runtime import gpus
 
-def work():
-    gpus.claim(int(sys.argv[1]))
-
-failures.run_cli("claim", work)
-say = "import os, time; print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True); time.sleep(600)"
-os.execv(sys.executable, [sys.executable, "-c", say])
+errors.run_cli("claim", lambda: gpus.claim(int(sys.argv[1])))
+print(os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
+time.sleep(600)
 """
+Start = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture
-def environment(tmp_path) -> dict[str, str]:
-    """Three GPUs, by number and by name, and no Slurm."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "TAFS_"))}
-    known = {"CUDA_VISIBLE_DEVICES": "0,3,GPU-7f"}
-    return {**kept, **known, "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-
-
-@pytest.fixture
-def start(environment):
-    """Starts a job that claims GPUs, becomes another program and says which it has."""
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start a job that claims GPUs of a machine with three and prints them."""
     started = []
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+    environment |= {"CUDA_VISIBLE_DEVICES": "0,3,GPU-7f", "TMPDIR": str(tmp_path)}
+    environment |= {"PYTHONPATH": str(ROOT)}
 
-    def job(count: int, **changes: str) -> subprocess.Popen[str]:
+    def job(count: int, **changes: str | None) -> subprocess.Popen[str]:
+        changed = {**environment, **changes}
         process = subprocess.Popen(
             [sys.executable, "-c", CLAIM, str(count)],
-            env={**environment, **changes},
+            env={name: value for name, value in changed.items() if value is not None},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -51,49 +49,60 @@ def start(environment):
         process.communicate()
 
 
-def said(process: subprocess.Popen[str]) -> str:
-    return process.stdout.readline().strip()
+def said(process: subprocess.Popen[str]) -> list[str]:
+    assert process.stdout
+    return process.stdout.readline().strip().split(",")
 
 
-def test_jobs_take_different_gpus_and_a_killed_ones_are_free_again(start):
+def refused(process: subprocess.Popen[str]) -> str:
+    assert process.wait() == 1
+    assert process.stderr
+    [line] = process.stderr.read().splitlines()
+    return line.removeprefix("claim: ")
+
+
+def test_jobs_use_different_gpus_and_wait_for_free_ones(start: Start) -> None:
     first, second = start(2), start(1)
-    taken = said(first).split(",") + said(second).split(",")
-    assert sorted(taken) == ["0", "3", "GPU-7f"]
+    assert sorted(said(first) + said(second)) == ["0", "3", "GPU-7f"]
     waiting = start(2)
+    assert waiting.stderr
+    assert waiting.stderr.readline() == "waits until 2 of 3 GPUs are free\n"
     first.kill()
     first.wait()
-    assert len(said(waiting).split(",")) == 2
+    assert len(said(waiting)) == 2
 
 
-def test_what_slurm_or_the_jobs_launcher_has_given_stays(start):
-    assert said(start(1, SLURM_JOB_ID="17")) == "0,3,GPU-7f"
-    assert said(start(3)) == said(start(3, TAFS_CLAIMED="1")) == "0,3,GPU-7f"
+def test_slurm_jobs_do_not_share_locks_and_the_jobs_inside_one_do(start: Start) -> None:
+    """Slurm numbers the GPUs of every job from 0."""
+    assert said(start(3)) == said(start(3, SLURM_JOB_ID="17")) == ["0", "3", "GPU-7f"]
+    inside = [said(start(n, SLURM_JOB_ID="18")) for n in (1, 2)]
+    assert sorted(sum(inside, [])) == ["0", "3", "GPU-7f"]
 
 
-def test_jobs_of_a_workflow_inside_a_slurm_job_share_what_it_has(start):
-    inside = {"SLURM_JOB_ID": "17", "TAFS_SHARED": "1"}
-    assert sorted([said(start(1, **inside)), *said(start(2, **inside)).split(",")]) == [
-        *("0", "3", "GPU-7f")
-    ]
+@pytest.mark.parametrize(
+    ("visible", "shown"), [("0,3,GPU-7f", 3), ("", 0), ("MIG-GPU-5c/7/0", 1), ("0, 1,", 2)]
+)
+def test_a_machine_with_too_few_gpus_is_refused(start: Start, visible: str, shown: int) -> None:
+    line = refused(start(4, CUDA_VISIBLE_DEVICES=visible))
+    assert line == f"the job needs 4 GPUs, and this machine shows {shown}"
 
 
-def test_a_machine_with_fewer_gpus_is_one_line(start):
-    process = start(4)
-    assert process.wait() == 1
-    assert process.stderr.read() == "claim: the job needs 4 GPUs, and this machine shows 3\n"
+@pytest.mark.parametrize("visible", ["0,0", "-1", "NoDevFiles", "../x"])
+def test_a_wrong_list_of_gpus_is_refused(start: Start, visible: str) -> None:
+    assert refused(start(1, CUDA_VISIBLE_DEVICES=visible)) == (
+        f"CUDA_VISIBLE_DEVICES: {visible!r} is not a list of different GPUs; give their numbers or "
+        "UUIDs, or unset it"
+    )
 
 
-def test_a_machine_that_cannot_count_its_gpus_is_one_line(start, tmp_path, environment):
-    del environment["CUDA_VISIBLE_DEVICES"]
-    process = start(1, PATH=str(tmp_path))
-    assert process.wait() == 1
-    [line] = process.stderr.read().splitlines()
-    assert line.startswith("claim: this machine's GPUs cannot be counted: ")
+def test_gpus_that_cannot_be_counted_are_refused(start: Start, tmp_path: Path) -> None:
+    line = refused(start(1, CUDA_VISIBLE_DEVICES=None, PATH=str(tmp_path)))
+    assert line.startswith("this machine's GPUs cannot be counted: ")
 
 
 @pytest.mark.parametrize("kind", ["link", "writable"])
-def test_a_folder_that_others_may_have_made_is_refused(start, tmp_path, kind):
-    """Whoever puts links in it would have this user's jobs write over this user's files."""
+def test_a_lock_folder_of_another_user_is_refused(start: Start, tmp_path: Path, kind: str) -> None:
+    """Links in such a folder would make jobs write over this user's files."""
     locks = tmp_path / f"tafs-gpus-{os.getuid()}"
     theirs = tmp_path / "theirs"
     theirs.mkdir()
@@ -102,9 +111,6 @@ def test_a_folder_that_others_may_have_made_is_refused(start, tmp_path, kind):
     else:
         locks.mkdir()
         locks.chmod(0o777)
-    process = start(1)
-    assert process.wait() == 1
-    assert process.stderr.read() == (
-        f"claim: {locks}: is not this user's own folder; delete it, or set TMPDIR\n"
-    )
+    line = f"{locks}: is not this user's own folder; delete it, or set TMPDIR"
+    assert refused(start(1)) == line
     assert list(theirs.iterdir()) == []

@@ -1,30 +1,27 @@
-"""How a training's processes are started."""
+"""Starting the processes of a training, and finding the failure that ended them."""
 
+from __future__ import annotations
+
+import json
+import signal
 import subprocess
 import sys
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from tafs.common import errors
 from tafs.runtime import launch
 
 
-def test_one_process_needs_no_launcher():
-    assert launch.command("runs/x", 1, 1) == [sys.executable, "-m", "tafs.training.train", "runs/x"]
-
-
-def test_several_processes_are_started_by_torchrun():
-    found = launch.command("runs/x", 8, 1)
-    assert found[1:5] == ["-m", "torch.distributed.run", "--nnodes=1", "--nproc-per-node=8"]
-    assert found[5:] == ["--standalone", "-m", "tafs.training.train", "runs/x"]
-
-
-def test_several_machines_get_one_torchrun_each_and_meet_on_the_first(monkeypatch):
+def test_several_machines_start_one_launcher_each_and_meet_on_the_first(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "17")
-    found = launch.command("runs/x", 16, 2, "node-3")
-    assert found[:4] == ["srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1"]
-    assert "--nproc-per-node=8" in found
-    assert {"--rdzv-id=17", "--rdzv-backend=c10d", "--rdzv-endpoint=node-3:29517"} < set(found)
+    found = launch.on_machines(16, 2, "node-3", ["runs/x", "--minutes=5"])
+    assert found == [
+        *("srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1"),
+        *(sys.executable, "-m", "tafs.runtime.launch", "runs/x", "--minutes=5"),
+        *("--processes=16", "--nodes=2", "--meet=node-3:29517"),
+    ]
 
 
 def test_several_machines_without_slurm_are_refused(monkeypatch):
@@ -33,16 +30,39 @@ def test_several_machines_without_slurm_are_refused(monkeypatch):
         launch.first_machine()
 
 
-@pytest.mark.parametrize("given", ["0", "-1", "two", ""])
-def test_what_are_no_processes_is_one_line_and_exit_code_2(given):
+@pytest.mark.parametrize("given", ["--processes=0", "--nodes=2", "--processes=3 --nodes=2"])
+def test_processes_that_machines_cannot_share_are_refused(given):
     done = subprocess.run(
-        [sys.executable, "-m", "tafs.runtime.launch", "runs/x"],
-        env={"TAFS_PROCESSES": given},
+        [sys.executable, "-m", "tafs.runtime.launch", "runs/x", *given.split()],
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 2
-    assert done.stderr == (
-        f"train runs/x: TAFS_PROCESSES: {given!r} is no whole number from 1; the workflow sets it\n"
-    )
+    assert done.stderr.endswith("--processes must be a positive multiple of --nodes\n")
+
+
+@pytest.mark.parametrize(
+    ("processes", "expected"),
+    [
+        # A lost peer is never the cause, even where its time is earlier.
+        ({0: (1, "PeerLost: another process has ended"), 1: (1, "NonFinite: nan")}, "1: nan"),
+        ({0: (1, "PeerLost: another process has ended"), 1: (-9, "")}, "1: ended by SIGKILL"),
+        ({0: (1, "PeerLost: another process has ended")}, "0: another process has ended"),
+        # Nor is a process that the agent has ended.
+        ({0: (-signal.SIGTERM, ""), 1: (7, "")}, "1: ended with exit code 7"),
+        ({0: (1, "OSError: disk full"), 1: (1, "PeerLost: ended")}, "0: OSError: disk full"),
+        ({0: (2, "ValueError: seed: wrong")}, "0: seed: wrong"),
+    ],
+)
+def test_the_cause_of_a_failure_is_named(processes, expected, tmp_path):
+    failures = {}
+    for rank, (code, message) in processes.items():
+        file = tmp_path / f"{rank}.json"
+        if message:
+            extra = {"extraInfo": {"py_callstack": "", "timestamp": str(100 + rank)}}
+            file.write_text(json.dumps({"message": {"message": message, **extra}}))
+        failures[rank] = ProcessFailure(rank, 4000 + rank, code, str(file))
+    error = launch.cause(failures)
+    assert str(error) == f"process {expected}"
+    assert errors.exit_code(error) == (2 if "seed" in expected else 1)

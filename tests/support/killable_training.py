@@ -1,51 +1,65 @@
-"""Trainings in processes of their own, which can be killed, and what two of them must share.
+"""Trainings in forked processes that tests can kill, and the comparison of two trainings.
 
-The processes are forks, which need not import what is imported here.
+Forks need not import again what the test process has imported.
 """
 
 from __future__ import annotations
 
 import io
-import json
 import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
-from tafs.experiment import runs as runs_
-from tafs.experiment import validate
-from tafs.runtime import checkpoint, distributed, journal, main, run_dir
+from tafs import experiment
+from tafs.experiment import run_inputs
+from tafs.runtime import checkpoint, journal, main
+from tafs.runtime.run_dir import RunDir
 from tafs.training import train
 
 ROOT = Path(__file__).resolve().parents[2]
-WRITE = os.write  # the work may have spoilt it: it must not keep a fork from ending
-TOLD = ("time", "seconds", "images_per_s")  # of a record: how long it took, and not what was done
+WRITE = os.write  # tests make os.write fail in the fork, which must still report
+TIMES = ("time", "seconds", "images_per_s")  # keys of a record that differ between equal runs
 
 
 def prepare(
-    folder: Path, iterations: int, variant: str = "flow_grpo", **settings: Any
-) -> run_dir.RunDir:
-    """A run of smoke scale, by default of a method whose model is an average over its updates."""
-    runs = runs_.runs(validate.read(ROOT / "config.yaml", {"scale": "smoke"}))
-    description = next(r for r in runs.values() if r.variant == variant).describe()
-    description["settings"] = {**description["settings"], "iterations": iterations, **settings}
-    description["snapshots"] = [1, iterations // 2]
-    run = run_dir.RunDir(folder)
+    folder: Path,
+    iterations: int,
+    variant: str = "flow_grpo",
+    hyperparameters: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> RunDir:
+    """Write run.json of a smoke-scale run; by default its model is an average over its updates.
+
+    Args:
+        hyperparameters: added to the variant's.
+        settings: fields of `TrainingSpec`.
+    """
+    runs = experiment.load({"scale": "smoke"}, ROOT / "config.yaml").runs.values()
+    spec = next(run for run in runs if run.variant == variant)
+    assert spec.training is not None
+    changed = {
+        "training": spec.training.model_copy(update={"iterations": iterations, **settings}),
+        "hyperparameters": {**spec.hyperparameters, **(hyperparameters or {})},
+        "snapshots": tuple(sorted({1, iterations // 2})),
+    }
+    run = RunDir(folder)
     run.folder.mkdir(parents=True)
-    (run.folder / "run.json").write_text(json.dumps(description))
+    (run.folder / "run.json").write_text(spec.model_copy(update=changed).to_json())
     return run
 
 
 class Process:
-    """A fork that does some work and can be killed.
+    """A fork that runs `work` and can be killed.
 
     Args:
-        environment: of it, on top of this process's.
+        work: ends with an exit code by `sys.exit`, or 0.
+        environment: added to this process's.
     """
 
     def __init__(self, work: Callable[[], None], environment: dict[str, str] | None = None) -> None:
@@ -62,7 +76,7 @@ class Process:
                 code = 0
             except SystemExit as end:
                 code = end.code if isinstance(end.code, int) else 1
-            except BaseException as error:  # what would be a traceback
+            except BaseException as error:
                 said.write(f"Traceback: {type(error).__name__}: {error}\n")
             finally:
                 try:
@@ -78,7 +92,7 @@ class Process:
         os.kill(self.pid, signal.SIGKILL)
 
     def wait(self) -> int:
-        """Its exit code, negative that of a signal; what it said is in `said`."""
+        """Return its exit code, or minus the signal that ended it; `said` is its stderr."""
         if self.code is None:
             with os.fdopen(self._read, "rb") as pipe:
                 self.said = pipe.read().decode()
@@ -87,67 +101,64 @@ class Process:
         return self.code
 
 
-def stage(name: str, work: Callable[[run_dir.RunDir], None], run: run_dir.RunDir) -> None:
-    """As `python -m tafs.NAME RUN_DIR`."""
-    sys.argv = [f"tafs.{name}", str(run.folder)]
+def stage(name: str, work: main.Work, run: RunDir, options: Sequence[str] = ()) -> None:
+    """Run a stage as its command `python -m ... RUN_DIR OPTIONS` does."""
+    sys.argv = [name, str(run.folder), *options]
     main.run_stage(name, work)
 
 
-def training(
-    run: run_dir.RunDir, processes: int = 1, environment: dict[str, str] | None = None
-) -> list[Process]:
-    """The processes that train a run, as torchrun would have started them."""
+def training(run: RunDir, processes: int = 1, options: Sequence[str] = ()) -> list[Process]:
+    """Start the processes that train a run together."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-
-    def work() -> None:
-        distributed.GRACE = 0.5
-        stage("train", train.train_together, run)
-
     server = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
-    server |= environment or {}
     return [
-        Process(work, {**server, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        Process(
+            lambda: stage("train", train.train_together, run, options),
+            {**server, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
         for rank in range(processes)
     ]
 
 
-def trained(run: run_dir.RunDir, processes: int = 1) -> run_dir.RunDir:
-    """The run, once it is trained."""
+def trained(run: RunDir, processes: int = 1) -> RunDir:
+    """Train a run to its end."""
     started = training(run, processes)
     codes = [process.wait() for process in started]
     assert codes == [0] * processes, [process.said for process in started]
     return run
 
 
-def iterations(run: run_dir.RunDir) -> int:
-    """How many the training has recorded."""
+def iterations(run: RunDir) -> int:
+    """Count the iterations that the training has recorded."""
     try:
         return len(journal.iterations(run.state / "journal.jsonl"))
-    except FileNotFoundError:  # also where it is just begun anew
+    except FileNotFoundError:  # not started yet
         return 0
 
 
-def wait_for(run: run_dir.RunDir, count: int, process: Process) -> None:
-    """Until the training has recorded so many iterations or ended."""
+def wait_for(run: RunDir, count: int, process: Process) -> None:
+    """Wait until the training has recorded `count` iterations or ended."""
     while iterations(run) < count and not os.waitid(
         os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT
     ):
         time.sleep(0.001)
 
 
-def assert_same_training(run: run_dir.RunDir, other: run_dir.RunDir) -> None:
-    """Adapter, snapshots, optimiser, averages and journal, bit for bit.
+def assert_same_training(run: RunDir, other: RunDir) -> None:
+    """Compare adapters, snapshots, optimisers, averages and journals bit for bit.
 
-    Random numbers come from streams of (seed, name, iteration) that have no state to be kept: what
-    they are shows in all of these.
+    Random streams have no state; equal numbers show in all of these.
     """
     assert run.adapter.read_bytes() == other.adapter.read_bytes()
-    for iteration in other.description["snapshots"]:
+    for iteration in run_inputs.run_spec(other).snapshots:
         assert run.snapshot(iteration).read_bytes() == other.snapshot(iteration).read_bytes()
-    assert facts(run) == facts(other)
-    states = [checkpoint.load(r.checkpoints, r.fingerprint()) for r in (run, other)]
+    assert records(run) == records(other)
+    states = [
+        checkpoint.load(r.checkpoints, run_inputs.training_fingerprint(run_inputs.run_spec(r)))
+        for r in (run, other)
+    ]
     found, expected = (
         {name: tensor.numpy().tobytes() for name, tensor in state.tensors.items()}
         for state in states
@@ -158,7 +169,7 @@ def assert_same_training(run: run_dir.RunDir, other: run_dir.RunDir) -> None:
     assert kept[0] == kept[1]
 
 
-def facts(run: run_dir.RunDir) -> list[dict[str, Any]]:
-    """What the journal says of every iteration, but for times."""
+def records(run: RunDir) -> list[dict[str, Any]]:
+    """Return the journal's record of every iteration without times."""
     records = journal.iterations(run.journal)
-    return [{k: v for k, v in record.items() if k not in TOLD} for record in records]
+    return [{k: v for k, v in record.items() if k not in TIMES} for record in records]
