@@ -47,11 +47,11 @@ from tafs.experiment import schema, validate
 from tafs.methods import registry as methods
 from tafs.methods.base import Method, Trajectory
 from tafs.methods.policy_gradient import PolicyGradient
-from tafs.models import Conditioning, catalog, flops
+from tafs.models import Conditioning, architectures, catalog, flops
 from tafs.models.plugins.flux import FluxBackbone
 from tafs.models.plugins.sd3 import SD3Backbone
 from tafs.models.base import fast_dtype
-from tafs.models.flops import Architecture, Network, describe
+from tafs.models.flops import Network, describe
 from tafs.rewards import registry
 from tafs.rewards.clip import CLIPScore, PickScore
 from tafs.rewards.registry import RewardSet
@@ -113,7 +113,7 @@ TINY_VAE = {"channels": (8, 8), "layers": 1, "groups": 4}
 SIZES = {
     "full": Size(
         resolution=512,
-        backbones={"flux": flops.FLUX_DEV, "sd3": flops.SD35_MEDIUM},
+        backbones={"flux": architectures.FLUX_DEV, "sd3": architectures.SD35_MEDIUM},
         rewards={
             "pickscore": _clip(
                 "gelu", 1024, (1024, 24, 16), (1280, 32, 16), image_size=224, patch_size=14
@@ -141,8 +141,8 @@ SIZES = {
                     "guidance_embeds": True,
                     "axes_dims_rope": (4, 6, 6),
                 },
-                vae=flops.vae(**TINY_VAE, latents=flops.FLUX_LATENTS),
-                scheduler=flops.FLUX_SCHEDULER,
+                vae=architectures.vae(**TINY_VAE, latents=architectures.FLUX_LATENTS),
+                scheduler=architectures.FLUX_SCHEDULER,
                 tokens=8,
             ),
             "sd3": Architecture(
@@ -162,8 +162,8 @@ SIZES = {
                     "dual_attention_layers": (0, 1),
                     "qk_norm": "rms_norm",
                 },
-                vae=flops.vae(**TINY_VAE, latents=flops.SD3_LATENTS),
-                scheduler=flops.SD3_SCHEDULER,
+                vae=architectures.vae(**TINY_VAE, latents=architectures.SD3_LATENTS),
+                scheduler=architectures.SD3_SCHEDULER,
                 tokens=8,
             ),
         },

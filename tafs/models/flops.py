@@ -7,11 +7,9 @@ the text encoders would give them.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import tafs.common.torchvision_patch  # noqa: F401  # isort: skip
@@ -29,143 +27,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tafs.common import seeding
 from tafs.models import catalog
+from tafs.models.architectures import Architecture
 from tafs.models.base import Backbone
 from tafs.models.conditioning import Conditioning
 from tafs.models.plugins.flux import FluxBackbone
 from tafs.models.plugins.sd3 import SD3Backbone
 
 META = torch.device("meta")
-CLIP_TOKENS = 77  # tokens per prompt of Stable Diffusion 3's CLIP text encoders
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """The configuration files of a model's repository."""
-
-    title: str
-    transformer: Mapping[str, Any]
-    vae: Mapping[str, Any]
-    scheduler: Mapping[str, Any]
-    tokens: int  # length of a prompt's embeddings
-
-
-def vae(
-    channels: Sequence[int], layers: int, groups: int, latents: Mapping[str, float]
-) -> dict[str, Any]:
-    """Return an AutoencoderKL's configuration; `latents` are scaling_factor and shift_factor."""
-    return {
-        "block_out_channels": tuple(channels),
-        "down_block_types": ("DownEncoderBlock2D",) * len(channels),
-        "up_block_types": ("UpDecoderBlock2D",) * len(channels),
-        "layers_per_block": layers,
-        "latent_channels": 16,
-        "norm_num_groups": groups,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-        **latents,
-    }
-
-
-FLUX_LATENTS = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
-SD3_LATENTS = {"scaling_factor": 1.5305, "shift_factor": 0.0609}
-FLUX_SCHEDULER = {
-    "shift": 3.0,
-    "use_dynamic_shifting": True,
-    "base_shift": 0.5,
-    "max_shift": 1.15,
-    "base_image_seq_len": 256,
-    "max_image_seq_len": 4096,
-}
-SD3_SCHEDULER = {"shift": 3.0}
-PUBLISHED_VAE: dict[str, Any] = {"channels": (128, 256, 512, 512), "layers": 2, "groups": 32}
-
-FLUX_DEV = Architecture(
-    title="FLUX.1-dev",
-    transformer={
-        "patch_size": 1,
-        "in_channels": 64,
-        "num_layers": 19,
-        "num_single_layers": 38,
-        "attention_head_dim": 128,
-        "num_attention_heads": 24,
-        "joint_attention_dim": 4096,
-        "pooled_projection_dim": 768,
-        "guidance_embeds": True,
-        "axes_dims_rope": (16, 56, 56),
-    },
-    vae=vae(**PUBLISHED_VAE, latents=FLUX_LATENTS),
-    scheduler=FLUX_SCHEDULER,
-    tokens=512,
-)
-SD35_MEDIUM = Architecture(
-    title="SD3.5-Medium",
-    transformer={
-        "sample_size": 128,
-        "patch_size": 2,
-        "in_channels": 16,
-        "out_channels": 16,
-        "num_layers": 24,
-        "attention_head_dim": 64,
-        "num_attention_heads": 24,
-        "joint_attention_dim": 4096,
-        "caption_projection_dim": 1536,
-        "pooled_projection_dim": 2048,
-        "pos_embed_max_size": 384,
-        "dual_attention_layers": tuple(range(13)),
-        "qk_norm": "rms_norm",
-    },
-    vae=vae(**PUBLISHED_VAE, latents=SD3_LATENTS),
-    scheduler=SD3_SCHEDULER,
-    tokens=CLIP_TOKENS + 256,  # CLIP and T5
-)
-SD35_LARGE = replace(
-    SD35_MEDIUM,
-    title="SD3.5-Large",
-    transformer={
-        **SD35_MEDIUM.transformer,
-        "num_layers": 38,
-        "num_attention_heads": 38,
-        "caption_projection_dim": 2432,
-        "pos_embed_max_size": 192,
-        "dual_attention_layers": (),
-    },
-)
-# By the `resource` of a catalogue entry.
-PUBLISHED = {
-    "flux-dev": FLUX_DEV,
-    "flux-schnell": replace(
-        FLUX_DEV,
-        title="FLUX.1-schnell",
-        transformer={**FLUX_DEV.transformer, "guidance_embeds": False},
-        tokens=256,
-    ),
-    "sd35-medium": SD35_MEDIUM,
-    "sd35-large": SD35_LARGE,
-    "sd35-large-turbo": replace(SD35_LARGE, title="SD3.5-Large-Turbo"),
-}
-
-
-def of_folder(folder: Path, model: catalog.Model) -> Architecture:
-    """Read the architecture from a pipeline folder's configuration files.
-
-    Raises:
-        FileNotFoundError: the folder lacks one of the files.
-    """
-
-    def read(part: str) -> dict[str, Any]:
-        content = json.loads((folder / part).read_text(encoding="utf-8"))
-        return {key: value for key, value in content.items() if not key.startswith("_")}
-
-    tokens = model.max_sequence_length
-    if model.pipeline == "StableDiffusion3Pipeline":
-        tokens += read("tokenizer/tokenizer_config.json")["model_max_length"]
-    return Architecture(
-        title=model.title,
-        transformer=read("transformer/config.json"),
-        vae=read("vae/config.json"),
-        scheduler=read("scheduler/scheduler_config.json"),
-        tokens=tokens,
-    )
 
 
 # -- backbones without text encoders ---------------------------------------------------------------

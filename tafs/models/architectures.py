@@ -1,0 +1,225 @@
+"""Architectures of the known networks, and their sizes computed from the configuration alone.
+
+The FLOPs are those of matrix products and attention, two per multiply-add, as torch's
+FlopCounterMode counts them; the tests compare the two (tafs/models/flops.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tafs.models import catalog
+
+CLIP_TOKENS = 77  # tokens per prompt of Stable Diffusion 3's CLIP text encoders
+TIME_CHANNELS = 256  # of the sinusoidal embedding of times and guidance
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The configuration files of a model's repository."""
+
+    title: str
+    transformer: Mapping[str, Any]
+    vae: Mapping[str, Any]
+    scheduler: Mapping[str, Any]
+    tokens: int  # length of a prompt's embeddings
+
+
+def vae(
+    channels: Sequence[int], layers: int, groups: int, latents: Mapping[str, float]
+) -> dict[str, Any]:
+    """Return an AutoencoderKL's configuration; `latents` are scaling_factor and shift_factor."""
+    return {
+        "block_out_channels": tuple(channels),
+        "down_block_types": ("DownEncoderBlock2D",) * len(channels),
+        "up_block_types": ("UpDecoderBlock2D",) * len(channels),
+        "layers_per_block": layers,
+        "latent_channels": 16,
+        "norm_num_groups": groups,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        **latents,
+    }
+
+
+FLUX_LATENTS = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
+SD3_LATENTS = {"scaling_factor": 1.5305, "shift_factor": 0.0609}
+FLUX_SCHEDULER = {
+    "shift": 3.0,
+    "use_dynamic_shifting": True,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+}
+SD3_SCHEDULER = {"shift": 3.0}
+PUBLISHED_VAE: dict[str, Any] = {"channels": (128, 256, 512, 512), "layers": 2, "groups": 32}
+
+FLUX_DEV = Architecture(
+    title="FLUX.1-dev",
+    transformer={
+        "patch_size": 1,
+        "in_channels": 64,
+        "num_layers": 19,
+        "num_single_layers": 38,
+        "attention_head_dim": 128,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 4096,
+        "pooled_projection_dim": 768,
+        "guidance_embeds": True,
+        "axes_dims_rope": (16, 56, 56),
+    },
+    vae=vae(**PUBLISHED_VAE, latents=FLUX_LATENTS),
+    scheduler=FLUX_SCHEDULER,
+    tokens=512,
+)
+SD35_MEDIUM = Architecture(
+    title="SD3.5-Medium",
+    transformer={
+        "sample_size": 128,
+        "patch_size": 2,
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_layers": 24,
+        "attention_head_dim": 64,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 4096,
+        "caption_projection_dim": 1536,
+        "pooled_projection_dim": 2048,
+        "pos_embed_max_size": 384,
+        "dual_attention_layers": tuple(range(13)),
+        "qk_norm": "rms_norm",
+    },
+    vae=vae(**PUBLISHED_VAE, latents=SD3_LATENTS),
+    scheduler=SD3_SCHEDULER,
+    tokens=CLIP_TOKENS + 256,  # CLIP and T5
+)
+SD35_LARGE = replace(
+    SD35_MEDIUM,
+    title="SD3.5-Large",
+    transformer={
+        **SD35_MEDIUM.transformer,
+        "num_layers": 38,
+        "num_attention_heads": 38,
+        "caption_projection_dim": 2432,
+        "pos_embed_max_size": 192,
+        "dual_attention_layers": (),
+    },
+)
+# By the `resource` of a catalogue entry.
+PUBLISHED = {
+    "flux-dev": FLUX_DEV,
+    "flux-schnell": replace(
+        FLUX_DEV,
+        title="FLUX.1-schnell",
+        transformer={**FLUX_DEV.transformer, "guidance_embeds": False},
+        tokens=256,
+    ),
+    "sd35-medium": SD35_MEDIUM,
+    "sd35-large": SD35_LARGE,
+    "sd35-large-turbo": replace(SD35_LARGE, title="SD3.5-Large-Turbo"),
+}
+
+
+def of_folder(folder: Path, model: catalog.Model) -> Architecture:
+    """Read the architecture from a pipeline folder's configuration files.
+
+    Raises:
+        FileNotFoundError: the folder lacks one of the files.
+    """
+
+    def read(part: str) -> dict[str, Any]:
+        content = json.loads((folder / part).read_text(encoding="utf-8"))
+        return {key: value for key, value in content.items() if not key.startswith("_")}
+
+    tokens = model.max_sequence_length
+    if model.pipeline == "StableDiffusion3Pipeline":
+        tokens += read("tokenizer/tokenizer_config.json")["model_max_length"]
+    return Architecture(
+        title=model.title,
+        transformer=read("transformer/config.json"),
+        vae=read("vae/config.json"),
+        scheduler=read("scheduler/scheduler_config.json"),
+        tokens=tokens,
+    )
+
+
+# -- sizes -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Size:
+    """The size of a network."""
+
+    forward: float  # FLOPs of one evaluation of one image, guidance included
+    adapter: int  # parameters of its LoRA adapter
+
+
+def size(
+    architecture: Architecture, model: catalog.Model, resolution: int, lora_rank: int | None
+) -> Size:
+    """Return the size of a network with its adapter on the layers `tafs.models.ATTENTION`.
+
+    Args:
+        architecture: its configuration.
+        model: the catalogue's entry, of a pipeline in `SIZES`.
+        resolution: of the images, in pixels.
+        lora_rank: None: no adapter.
+    """
+    config = architecture.transformer
+    latent = resolution // 2 ** (len(architecture.vae["block_out_channels"]) - 1)
+    found = SIZES[model.pipeline](config, latent, architecture.tokens, lora_rank or 0)
+    guided = model.pipeline == "StableDiffusion3Pipeline" and model.guidance > 1
+    return replace(found, forward=found.forward * (2 if guided else 1))
+
+
+def _attention(tokens: int, width: int) -> int:
+    return 4 * tokens**2 * width
+
+
+def _flux(config: Mapping[str, Any], latent: int, text: int, rank: int) -> Size:
+    d = config["num_attention_heads"] * config["attention_head_dim"]
+    channels, context = config["in_channels"], config["joint_attention_dim"]
+    double, single = config["num_layers"], config["num_single_layers"]
+    image = (latent // 2) ** 2
+    tokens = image + text
+    # Per token: queries, keys, values and output, and a feed-forward layer four times as wide.
+    # Modulation is computed once per image: for both streams of a double block.
+    blocks = (double + single) * (2 * tokens * 12 * d**2 + _attention(tokens, d))
+    blocks += double * 2 * 2 * 6 * d**2 + single * 2 * 3 * d**2
+    ends = 2 * (image * 2 * channels * d + text * context * d)
+    embeddings = (2 if config["guidance_embeds"] else 1) * (TIME_CHANNELS + d)
+    embeddings += config["pooled_projection_dim"] + d + 2 * d
+    adapter = 2 * d * rank * (double * 8 + single * 3)
+    adapted = 2 * tokens * 2 * d * rank * (double * 4 + single * 3)
+    return Size(float(blocks + ends + 2 * embeddings * d + adapted), adapter)
+
+
+def _sd3(config: Mapping[str, Any], latent: int, text: int, rank: int) -> Size:
+    d = config["num_attention_heads"] * config["attention_head_dim"]
+    layers, dual = config["num_layers"], len(config["dual_attention_layers"])
+    patch = config["patch_size"] ** 2
+    image = (latent // config["patch_size"]) ** 2
+    tokens = image + text
+    blocks = layers * (2 * tokens * 12 * d**2 + _attention(tokens, d) + 2 * 2 * 6 * d**2)
+    # The last block computes no output of the text: no projection and feed-forward layer, and a
+    # modulation of 2 instead of 6 parts.
+    blocks -= 2 * text * 9 * d**2 + 2 * 4 * d**2
+    # A second attention, over image tokens, with a modulation of 3 more parts.
+    blocks += dual * (2 * image * 4 * d**2 + _attention(image, d) + 2 * 3 * d**2)
+    ends = 2 * d * image * patch * (config["in_channels"] + config["out_channels"])
+    ends += 2 * d * text * config["joint_attention_dim"]
+    embeddings = TIME_CHANNELS + d + config["pooled_projection_dim"] + d + 2 * d
+    adapter = 2 * d * rank * (layers * 8 - 1)
+    adapted = 2 * 2 * d * rank * (layers * 4 * tokens - text)
+    return Size(float(blocks + ends + 2 * embeddings * d + adapted), adapter)
+
+
+SIZES: Mapping[str, Callable[[Mapping[str, Any], int, int, int], Size]] = {
+    "FluxPipeline": _flux,
+    "StableDiffusion3Pipeline": _sd3,
+}

@@ -1,0 +1,41 @@
+"""Sizes computed from a configuration equal those counted on the network."""
+
+import pytest
+import torch
+
+from tafs.models import architectures, catalog, flops
+from tafs.models.architectures import PUBLISHED
+from tafs.shapes import weights
+
+SHAPES = ["shapes-flux", "shapes-sd3"]
+
+
+@pytest.mark.parametrize("name", [*SHAPES, *PUBLISHED])
+def test_a_size_is_that_of_the_network(name):
+    model = catalog.read()[name]
+    embedded = model.assets == "shapes"
+    folder = weights.verify(name) if embedded else None
+    known = architectures.of_folder(folder, model) if folder else PUBLISHED[name]
+    resolution, rank = (24, 4) if embedded else (512, 32 if model.trainable else None)
+    backbone = flops.build(
+        flops.CLASSES[model.pipeline],
+        known,
+        model,
+        resolution=resolution,
+        dtype=torch.bfloat16,
+        device=flops.META,
+        lora_rank=rank,
+    )
+    found = architectures.size(known, model, resolution, rank)
+    assert found.forward == flops.forward(backbone)
+    assert found.adapter == sum(p.numel() for p in backbone.lora_parameters().values())
+
+
+@pytest.mark.parametrize(
+    "name, parameters", [("sd35-large", 8_056_627_520), ("flux-schnell", 11_891_178_560)]
+)
+def test_compared_models_have_their_published_numbers_of_parameters(name, parameters):
+    transformer, _, _ = flops.PARTS[catalog.read()[name].pipeline]
+    with flops.made_on(flops.META, torch.bfloat16):
+        network = transformer(**PUBLISHED[name].transformer)
+    assert sum(p.numel() for p in network.parameters()) == parameters
