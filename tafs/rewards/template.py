@@ -41,7 +41,7 @@ METRIC = Metric(
 def build(device: str, folder: Folder) -> Reward:
     """Load the reward; `folder(resource)` is where an entry of METRIC.resources is."""
     import torch
-    from torchvision.transforms.functional import to_pil_image
+    from PIL import Image
 
     from tafs.rewards.registry import Reward, check_images
 
@@ -49,9 +49,10 @@ def build(device: str, folder: Folder) -> Reward:
         """images [B, 3, H, W] in [0, 1] -> training scores [B], float32; higher is better."""
         check_images(METRIC.name, images, prompts)
         sizes = []
-        for image in images.detach().cpu():
+        pixels = (images.detach().clamp(0, 1) * 255).round().to(torch.uint8)
+        for image in pixels.permute(0, 2, 3, 1).cpu().numpy():
             file = io.BytesIO()
-            to_pil_image(image.clamp(0, 1)).save(file, "JPEG", quality=95)
+            Image.fromarray(image).save(file, "JPEG", quality=95)
             sizes.append(len(file.getvalue()) / 1000)
         return -torch.tensor(sizes, dtype=torch.float32, device=images.device)
 

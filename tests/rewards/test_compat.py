@@ -1,4 +1,4 @@
-"""Each patch of a third-party package is needed, works, and leaves no trace elsewhere."""
+"""The patches of image-reward and hpsv2 are necessary, work, and do not affect other code."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from support.hpsv2_package import BPE_VOCABULARY, import_hpsv2
+from transformers.utils import logging as transformers_logging
 
 from tafs.rewards import compat
 
+ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ["a red square left of a blue circle", "Zwölf Boxkämpfer, it's 3 o'clock & more"]
 
 
 @pytest.fixture(scope="module")
 def hpsv2() -> Any:
-    return compat.import_hpsv2()
+    return import_hpsv2()
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +36,7 @@ def imagereward() -> Any:
 
 @pytest.fixture
 def bert_vocabulary(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """As many tokens as bert-base-uncased has, in place of a download."""
+    """A vocabulary of the size of bert-base-uncased's."""
     from transformers import BertTokenizer
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "square", "blue"]
@@ -52,7 +55,7 @@ def scorer(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Any:
-    """ImageReward's own classes, few and narrow layers; its head fixes the text's width of 768."""
+    """image-reward's own classes with few, narrow layers; the text width must be 768."""
     from ImageReward.models.BLIP import blip_pretrain, vit
 
     def narrow_vit(size: str, image_size: int, *_: object) -> tuple[torch.nn.Module, int]:
@@ -85,18 +88,21 @@ def test_every_named_package_imports_in_one_process(hpsv2: Any, imagereward: Any
     assert {"hpsv2", "ImageReward"} <= set(sys.modules)
 
 
-def test_hpsv2_lacks_its_vocabulary_and_keeps_lacking_it(hpsv2: Any) -> None:
+def test_hpsv2_lacks_its_vocabulary_before_and_after_the_import(hpsv2: Any) -> None:
     folder = Path(hpsv2.__file__).parent / "src" / "open_clip"
     assert (folder / "tokenizer.py").exists()
-    assert not (folder / compat.BPE_VOCABULARY).exists()
+    assert not (folder / BPE_VOCABULARY).exists()
 
 
-def test_hpsv2_needs_no_tkinter_and_leaves_pythons_own_turtle_alone() -> None:
+def test_hpsv2_is_imported_without_tkinter_and_does_not_replace_turtle() -> None:
     code = (
-        "import sys; sys.modules['tkinter'] = None; from tafs import compat; "
-        "compat.import_hpsv2(); assert 'turtle' not in sys.modules; import turtle"
+        "import sys; sys.modules['tkinter'] = None; sys.path.insert(0, 'tests'); "
+        "from support.hpsv2_package import import_hpsv2; import_hpsv2(); "
+        "assert 'turtle' not in sys.modules; import turtle"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert "ModuleNotFoundError: import of tkinter halted" in done.stderr
     assert "hpsv2" not in done.stderr
 
@@ -123,38 +129,7 @@ def test_hpsv2_and_open_clip_build_the_same_vit_h_14(hpsv2: Any) -> None:
     assert shapes(hpsv2.src.open_clip) == expected
 
 
-def test_hpsv2_scores_an_image_with_random_weights(hpsv2: Any, tmp_path: Path) -> None:
-    config = {
-        "embed_dim": 16,
-        "vision_cfg": {
-            "image_size": 32,
-            "layers": 1,
-            "width": 32,
-            "head_width": 16,
-            "patch_size": 16,
-        },
-        "text_cfg": {
-            "context_length": 77,
-            "vocab_size": 49408,
-            "width": 16,
-            "heads": 2,
-            "layers": 1,
-        },
-    }
-    path = tmp_path / "tiny-for-tests.json"
-    path.write_text(json.dumps(config))
-    their_clip = hpsv2.src.open_clip
-    their_clip.add_model_config(path)
-    model, _, preprocess = their_clip.create_model_and_transforms(path.stem, output_dict=True)
-    image = preprocess(Image.new("RGB", (48, 32), "red"))[None]
-    with torch.no_grad():
-        features = model.eval()(image, their_clip.tokenize(PROMPTS))
-    score = features["image_features"] @ features["text_features"].T
-    assert score.shape == (1, 2)
-    assert score.abs().max() <= 1.0 + 1e-5
-
-
-def test_image_reward_needs_each_of_its_patches_and_only_it_gets_them(
+def test_image_rewards_patches_are_necessary_and_affect_no_other_class(
     imagereward: Any, bert_vocabulary: dict[str, int]
 ) -> None:
     from transformers import BertTokenizer, PreTrainedModel, modeling_utils
@@ -172,15 +147,8 @@ def test_image_reward_needs_each_of_its_patches_and_only_it_gets_them(
     assert not hasattr(BertTokenizer.from_pretrained(""), "additional_special_tokens_ids")
 
 
-def test_image_reward_scores_an_image(scorer: Any) -> None:
-    image = Image.linear_gradient("L").convert("RGB")
-    score = scorer.score("a red square", image)
-    assert score == scorer.score("a red square", image)
-    assert score == pytest.approx(scorer.score("a red square", [image, image])[0], abs=1e-5)
-
-
-def test_image_reward_looks_at_the_image_and_at_the_prompt(scorer: Any) -> None:
-    # A fresh head is nearly constant: compare what it sees.
+def test_image_rewards_score_depends_on_the_image_and_on_the_prompt(scorer: Any) -> None:
+    # An untrained head is nearly constant, so its inputs are compared.
     seen: list[torch.Tensor] = []
     scorer.mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     gradient = Image.linear_gradient("L").convert("RGB")
@@ -199,25 +167,7 @@ def test_image_reward_ignores_padding(scorer: Any) -> None:
     torch.testing.assert_close(scorer.score_gard(token_ids[:, :5], mask[:, :5], image), padded)
 
 
-def test_image_reward_has_a_gradient_with_respect_to_the_image(scorer: Any) -> None:
-    image = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    image.requires_grad_()
-    token_ids = torch.tensor([[2, 5, 6, 7, 3]])
-    scorer.score_gard(token_ids, torch.ones_like(token_ids), image).sum().backward()
-    assert image.grad is not None
-    assert image.grad.abs().sum() > 0
-
-
-def test_inverted_attention_mask_is_zero_where_attended() -> None:
-    model = torch.nn.Module()
-    model.dtype = torch.float32  # type: ignore[assignment]
-    lowest = torch.finfo(torch.float32).min
-    inverted = compat._invert_attention_mask(model, torch.tensor([[1, 0]]))
-    assert torch.equal(inverted, torch.tensor([[[[0.0, lowest]]]]))
-    assert compat._invert_attention_mask(model, torch.ones(2, 3, 4)).shape == (2, 1, 3, 4)
-
-
-def test_blip_tokenizer_appends_its_two_tokens(
+def test_blips_tokenizer_appends_its_two_tokens(
     imagereward: Any, bert_vocabulary: dict[str, int]
 ) -> None:
     from ImageReward.models.BLIP.blip import init_tokenizer
@@ -228,7 +178,7 @@ def test_blip_tokenizer_appends_its_two_tokens(
     assert tokenizer("a red square").input_ids == [2, 5, 6, 7, 3]
 
 
-def test_an_almost_empty_bert_tokenizer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_incomplete_bert_tokenizer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import BertTokenizer
 
     tiny = BertTokenizer(vocab={"[PAD]": 0, "[UNK]": 1})
@@ -240,22 +190,20 @@ def test_an_almost_empty_bert_tokenizer_is_refused(monkeypatch: pytest.MonkeyPat
 def test_pruning_and_checkpointing_are_refused(imagereward: Any) -> None:
     from ImageReward.models.BLIP import med, vit
 
-    with pytest.raises(NotImplementedError, match="pruning"):
+    with pytest.raises(NotImplementedError, match="head pruning"):
         med.find_pruneable_heads_and_indices([0], 1, 1, set())
     with pytest.raises(NotImplementedError, match="checkpointing"):
         vit.Block(dim=8, num_heads=1, use_grad_checkpointing=True)
 
 
-def test_importing_leaves_warnings_and_loggers_as_they_were() -> None:
-    from transformers.utils import logging as transformers_logging
-
+def test_logging_and_warnings_are_restored_after_an_import() -> None:
     def state() -> tuple[object, ...]:
         filters = list(warnings.filters)
         return filters, transformers_logging.get_verbosity(), logging.root.level
 
     before = state()
-    with compat._quietly():
-        # What image-reward does on import.
+    with compat.restored_logging():
+        # image-reward does this on import.
         warnings.filterwarnings("ignore")
         transformers_logging.set_verbosity_error()
         logging.root.setLevel(logging.INFO)

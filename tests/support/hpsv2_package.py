@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
+import tafs.common.torchvision_patch  # noqa: F401  # isort: skip
 import open_clip
 
 from tafs.rewards import compat

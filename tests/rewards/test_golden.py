@@ -1,0 +1,113 @@
+"""Golden scores: fixed images, and the comparison of their scores with stored ones."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tafs.common import errors
+from tafs.rewards import golden
+from tafs.rewards.metrics import METRICS
+from tafs.rewards.registry import Reward
+
+
+def test_the_images_do_not_change():
+    drawn = golden.images()
+    assert list(drawn) == list(golden.PROMPTS)
+    assert {(image.shape, image.dtype.name) for image in drawn.values()} == {
+        ((224, 224, 3), "uint8")
+    }
+    # A corner of each image, and the centres of the discs.
+    assert [drawn[name][0, 0].tolist() for name in drawn] == [
+        [255, 0, 0],
+        [255, 255, 255],
+        [255, 255, 255],
+        [16, 239, 0],
+    ]
+    assert drawn["disc"][112, 112].tolist() == [220, 30, 30]
+    assert drawn["two discs"][112, 60].tolist() == [20, 160, 50]
+    assert drawn["two discs"][112, 164].tolist() == [30, 60, 230]
+
+
+def constant(name: str, value: float) -> Reward:
+    return Reward(METRICS[name], lambda images, _: torch.full((len(images),), value))
+
+
+def served(name: str, value: float) -> Reward:
+    reward = constant(name, value)
+    return replace(reward, metric=replace(reward.metric, served=True))
+
+
+def test_scores_of_new_weights_are_stored_and_those_of_known_weights_checked(tmp_path):
+    file = tmp_path / "golden.json"
+    found = golden.record([constant("clip", 0.25)], {"clip": "aaa"}, file)
+    assert found == {"clip": dict.fromkeys(golden.PROMPTS, 0.25)}
+    golden.record([constant("clip", 0.5)], {"clip": "bbb"}, file)
+    stored = json.loads(file.read_text())
+    assert stored == {
+        "clip": {
+            "aaa": dict.fromkeys(golden.PROMPTS, 0.25),
+            "bbb": dict.fromkeys(golden.PROMPTS, 0.5),
+        }
+    }
+    before = file.stat().st_mtime_ns
+    for pass_ in (golden.record, golden.verify):
+        pass_([constant("clip", 0.25)], {"clip": "aaa"}, file)
+        with pytest.raises(
+            errors.RunFailed,
+            match="reward clip: the golden image 'gradient' scores 0.2505 instead of 0.25; restore",
+        ):
+            pass_([constant("clip", 0.2505)], {"clip": "aaa"}, file)
+    assert file.stat().st_mtime_ns == before
+
+
+def test_weights_without_golden_scores_are_refused(tmp_path):
+    with pytest.raises(errors.RunFailed, match="reward clip: .*golden.json has no golden scores"):
+        golden.verify([constant("clip", 0.25)], {"clip": "aaa"}, tmp_path / "golden.json")
+
+
+def test_a_server_may_differ_by_half_a_grade(tmp_path):
+    file = tmp_path / "golden.json"
+    golden.record([served("clip", 0.6)], {"clip": "aaa"}, file)
+    golden.verify([served("clip", 0.7)], {"clip": "aaa"}, file)
+    with pytest.raises(errors.RunFailed, match="'gradient' scores 0.72 instead of 0.6"):
+        golden.verify([served("clip", 0.72)], {"clip": "aaa"}, file)
+
+
+@pytest.mark.parametrize(
+    ("expected", "found", "passes"),
+    [
+        (0.25, 0.2502, True),
+        (0.25, 0.2504, False),
+        (-2.0, -2.0015, True),
+        (-2.0, -2.003, False),
+        (0.0, 0.00009, True),
+        (0.0, 0.0002, False),
+        (0.25, float("nan"), False),
+    ],
+)
+def test_a_score_may_differ_by_a_thousandth(expected, found, passes):
+    stored = dict.fromkeys(golden.PROMPTS, expected)
+    scores = [expected, expected, found, expected]
+    if passes:
+        golden.check("clip", scores, stored)
+    else:
+        with pytest.raises(errors.RunFailed, match="'two discs'"):
+            golden.check("clip", scores, stored)
+
+
+def test_a_score_that_is_nan_is_not_stored(tmp_path):
+    with pytest.raises(errors.RunFailed, match="reward clip: .*'gradient' scores nan"):
+        golden.record([constant("clip", float("nan"))], {"clip": "aaa"}, tmp_path / "golden.json")
+    assert not (tmp_path / "golden.json").exists()
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"clip": 1}', '{"clip": {"aaa": [1]}}'])
+def test_a_file_without_golden_scores_is_refused_by_name(tmp_path, text):
+    file = tmp_path / "golden.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match="golden.json: does not hold golden scores; delete it"):
+        golden.verify([constant("clip", 0.25)], {"clip": "aaa"}, file)
