@@ -8,7 +8,6 @@ from tempfile import mkdtemp
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 from support import tiny_pipelines
 from support.checkpoints import PROMPTS, STEPS, Checkpoint, noise_for, our_images, their_images
 from torch import Tensor
@@ -334,12 +333,10 @@ def test_an_adapter_starts_equal_on_all_devices(checkpoint):
 # -- loading ---------------------------------------------------------------------------------------
 
 
-def test_a_folder_is_loaded_with_the_backbone_of_its_pipeline_class(any_checkpoint, tmp_path):
-    if type(any_checkpoint.backbone).__module__ != "my_sana":
-        kind = loading.pipeline_class(any_checkpoint.folder)
-        if kind in catalog.backbones():
-            loaded = loading.load(any_checkpoint.folder, **any_checkpoint.settings)
-            assert type(loaded) is any_checkpoint.backbone
+@pytest.mark.parametrize("name", FOUND)
+def test_a_folder_is_loaded_with_the_backbone_of_its_pipeline_class(name):
+    checkpoint = checkpoint_of(name)
+    assert type(loading.load(checkpoint.folder, **checkpoint.settings)) is checkpoint.backbone
 
 
 def test_a_folder_that_no_backbone_can_load_is_named(tmp_path):

@@ -1,0 +1,88 @@
+"""FLUX.1 and Stable Diffusion 3.5: time grids, resolutions and adapted layers as published."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+from peft import LoraConfig
+from support import tiny_pipelines
+from support.checkpoints import Checkpoint, our_images, their_images
+
+from tafs.models import ATTENTION
+from tafs.models.plugins.flux import FluxBackbone
+from tafs.models.plugins.sd3 import SD3Backbone
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory) -> Checkpoint:
+    return Checkpoint(FluxBackbone, tiny_pipelines.flux(tmp_path_factory.mktemp("flux")))
+
+
+@pytest.fixture(scope="module")
+def sd3(tmp_path_factory) -> Checkpoint:
+    return Checkpoint(SD3Backbone, tiny_pipelines.sd3(tmp_path_factory.mktemp("sd3")))
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3"])
+def test_images_equal_those_of_diffusers_at_an_odd_number_of_patches(name, request):
+    checkpoint = request.getfixturevalue(name)
+    backbone = checkpoint.load(resolution=48)
+    theirs = their_images(backbone, checkpoint.pipeline())
+    torch.testing.assert_close(our_images(backbone), theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("resolution", "mu"),
+    [(256, 0.5), (512, 0.5 + 0.65 * 768 / 3840), (1024, 1.15)],
+)
+def test_flux_shifts_its_grid_by_the_number_of_image_tokens(flux, resolution, mu):
+    grid = flux.load(resolution=resolution).time_grid(4)
+    expected = [math.exp(mu) * t / (1 + (math.exp(mu) - 1) * t) for t in (1, 0.75, 0.5, 0.25, 0)]
+    torch.testing.assert_close(grid, torch.tensor(expected))
+
+
+def test_sd35_shifts_its_grid_by_three_at_all_resolutions(sd3):
+    for resolution in (64, 1024):
+        grid = sd3.load(resolution=resolution).time_grid(4)
+        torch.testing.assert_close(grid, torch.tensor([1, 0.9, 0.75, 0.5, 0]))
+
+
+# As published, except for the size of SD3.5-M's position table, which is 384.
+FLUX_DEV = {"guidance_embeds": True, "num_layers": 19, "num_single_layers": 38}
+SD35_MEDIUM = {
+    "num_layers": 24,
+    "dual_attention_layers": tuple(range(13)),
+    "num_attention_heads": 24,
+    "caption_projection_dim": 1536,
+    "pos_embed_max_size": 64,
+    "qk_norm": "rms_norm",
+}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "counts"),
+    [
+        (FluxTransformer2DModel, FLUX_DEV, {"own": 57, "text": 19, "to_out": 19, "to_add_out": 19}),
+        (
+            SD3Transformer2DModel,
+            SD35_MEDIUM,
+            {"own": 24, "text": 24, "to_out": 24, "to_add_out": 23},
+        ),
+    ],
+    ids=["FLUX.1-dev", "SD3.5-M"],
+)
+def test_all_named_projections_of_the_published_architectures_are_adapted(
+    architecture, config, counts
+):
+    with torch.device("meta"):
+        network = architecture(**config)
+        network.add_adapter(LoraConfig(r=4, target_modules=list(ATTENTION)))
+    adapted = [name for name, _ in network.named_modules() if name.endswith("lora_A.default")]
+    found = Counter(next(t for t in ATTENTION if f".{t}." in name) for name in adapted)
+    expected = {f"attn.{name}": counts["own"] for name in ("to_q", "to_k", "to_v")}
+    expected |= {f"attn.add_{name}_proj": counts["text"] for name in "qkv"}
+    expected |= {"attn.to_out.0": counts["to_out"], "attn.to_add_out": counts["to_add_out"]}
+    assert found == expected
+    assert not any("attn2" in name for name in adapted)
