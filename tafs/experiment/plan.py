@@ -10,7 +10,7 @@ from typing import Any
 
 from tafs.common.yaml_files import ConfigError
 from tafs.experiment import validate
-from tafs.experiment.expand import Expansion
+from tafs.experiment.expansion import Expansion
 from tafs.experiment.schema import Config
 from tafs.experiment.specs import EvalSpec, ReportSpec, RunSpec, TableSpec
 

@@ -1,9 +1,9 @@
-"""Runs as the training and the evaluation leave them, with invented numbers of realistic size."""
+"""Run folders as training and evaluation leave them, with invented numbers of realistic size."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,23 @@ import numpy as np
 import pandas as pd
 from safetensors.numpy import save_file
 
+from tafs.assets.sources import AssetSettings
+from tafs.experiment.specs import (
+    EvalSetting,
+    EvalSpec,
+    LoraSpec,
+    RowSpec,
+    RunSpec,
+    TableSpec,
+    TrainingSpec,
+    TrajectorySpec,
+)
+from tafs.report import results
+from tafs.report.results import LoadedTable
+
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 # Mean at many steps, standard deviation over prompts, loss at one step.
-METRICS = {
+SCORES = {
     "geneval": (0.72, 0.25, 0.5),
     "pickscore": (22.4, 0.8, 1.6),
     "clip": (27.5, 1.5, 4.0),
@@ -22,13 +36,14 @@ METRICS = {
     "imagereward": (1.0, 0.5, 1.5),
     "unifiedreward": (3.45, 0.4, 0.8),
 }
-
-
-Setting = tuple[str, int, int | None]  # sampler, steps, a snapshot's iteration or None
+SERVED = "unifiedreward"  # scored by a server, where `served` is set
+REFERENCE = "tafs_grpo"  # the method whose training compute is the budget
+FEW, FULL = 4, 28  # steps
+KEPT = 2  # prompts of each tag whose images samples.safetensors keeps
 
 
 @dataclass(frozen=True)
-class Kind:
+class Invented:
     """A method: how much it gains, and how little few steps cost it."""
 
     title: str
@@ -41,41 +56,32 @@ class Kind:
 
     @property
     def forward_equivalents(self) -> int:
-        """Network evaluations per image and iteration."""
         return (self.nfe_old or 0) + 3 * (self.nfe_theta or 0)
 
+    def iterations_at(self, iterations: int, share: float) -> int:
+        """How many iterations a share of the reference's training compute pays for."""
+        budget = iterations * share * METHODS[REFERENCE].forward_equivalents
+        return min(iterations, max(1, int(budget / self.forward_equivalents)))
 
-REFERENCE = "tafs_grpo"  # the method whose training compute is the measure
-FEW, FULL = 4, 28  # steps
 
-
-KINDS = {
-    "base": Kind("shapes-sd3"),
-    "flow_grpo": Kind("Flow-GRPO", gain=0.3, steps=1.1, seconds=4.6, nfe_old=10, nfe_theta=6),
-    "tafs_grpo": Kind(
+METHODS = {
+    "base": Invented("shapes-sd3"),
+    "flow_grpo": Invented("Flow-GRPO", gain=0.3, steps=1.1, seconds=4.6, nfe_old=10, nfe_theta=6),
+    "tafs_grpo": Invented(
         "TAFS-GRPO", "anneal", gain=0.55, steps=1.8, seconds=2.2, nfe_old=4, nfe_theta=3
     ),
 }
+ASSETS = AssetSettings(
+    assets="shapes",
+    lock="resources.lock.yaml",
+    device="cpu",
+    dtype="float32",
+    gradient_checkpointing=False,
+)
 
 
-def captions(prompts: int = 105) -> list[str]:
-    colours = ("red", "green", "blue", "yellow", "purple")
-    shapes = ("circle", "square", "triangle", "star")
-    return [
-        f"a {colours[i % 5]} {shapes[i % 4]} to the left of a {colours[(i + 2) % 5]} "
-        f"{shapes[(i + 1) % 4]}"
-        if i % 2
-        else f"a photo of a {colours[i % 5]} {shapes[i % 4]}"
-        for i in range(prompts)
-    ]
-
-
-def iterations_at(kind: Kind, iterations: int, share: float) -> int:
-    """How many iterations a share of the reference's training compute pays for."""
-    return min(
-        iterations,
-        max(1, int(iterations * share * KINDS[REFERENCE].forward_equivalents / kind.forward_equivalents)),
-    )
+def tags(prompts: int) -> list[str]:
+    return [TAGS[i * len(TAGS) // prompts] for i in range(prompts)]
 
 
 def write_run(
@@ -86,241 +92,260 @@ def write_run(
     prompts: int = 105,
     images: int = 4,
     iterations: int = 60,
-    nfe: tuple[int, ...] = tuple(range(1, 9)),
-    **info: Any,
+    nfe: Sequence[int] = range(1, 9),
+    served: bool = False,
+    **fields: Any,
 ) -> Path:
-    """One run's folder; `info` replaces fields of run.json."""
-    kind = KINDS[method]
-    folder = root / info.get("name", f"{method}-{seed}")
-    folder.mkdir(parents=True)
-    marks = (
-        {iterations_at(kind, iterations, q / 4) for q in (1, 2, 3, 4)} if kind.seconds else set()
+    """Write one run's folder; `fields` replaces fields of its RunSpec."""
+    invented = METHODS[method]
+    trained = bool(invented.seconds)
+    shares = (0.25, 0.5, 0.75, 1.0) if trained else ()
+    training = TrainingSpec(
+        iterations=iterations,
+        prompts_per_iteration=8,
+        group_size=10,
+        micro_batch=48,
+        checkpoint_every=5,
+        lora=LoraSpec(rank=16, alpha=32),
     )
-    described = {
-        "name": folder.name,
+    given = {
+        "name": f"{method}-{seed}",
+        "variant": method,
         "method": method,
-        "title": kind.title,
-        "task": "preference",
+        "title": invented.title,
+        "task": "preference" if trained else "",
         "prompts": "shapes",
         "backbone": "shapes-sd3",
+        "model": {},
         "seed": seed,
         "scale": "shapes",
-        "sampler": kind.sampler,
-        "nfe_old": kind.nfe_old,
-        "nfe_theta": kind.nfe_theta,
-        "forward_equivalents": kind.forward_equivalents,
-        "rewards": {"pickscore": 1.0, "clip": 1.0},
-        "iterations": iterations if kind.seconds else 0,
-        "snapshots": sorted(marks - {iterations}),
-        "settings": {"world": "shapes"},
-        **info,
+        "assets": ASSETS,
+        "resolution": 24,
+        "training": training if trained else None,
+        "rewards": {"pickscore": 1.0, "clip": 1.0} if trained else {},
+        "sampler": invented.sampler,
+        "nfe_old": invented.nfe_old,
+        "nfe_theta": invented.nfe_theta,
+        "forward_equivalents": float(invented.forward_equivalents),
+        "snapshots": sorted({invented.iterations_at(iterations, s) for s in shares} - {iterations}),
     }
-    (folder / "run.json").write_text(json.dumps(described), encoding="utf-8")
-    # One stream a run for its own noise; what the prompts share comes from a stream of theirs.
+    run = RunSpec.model_validate(given | fields)
+    places = [(n, None) for n in [*nfe, *([] if trained else [FULL])]]
+    places += [(FEW, iteration) for iteration in run.snapshots]
+    settings = tuple(
+        EvalSetting(sampler=run.sampler, nfe=n, images_per_prompt=images, iteration=iteration)
+        for n, iteration in places
+    )
+    evaluation = EvalSpec(
+        weights={"clip": "c" * 64},
+        random_weights=(),
+        prompts_per_tag=None,
+        batch=64,
+        full_steps=FULL,
+        resolution=24,
+        served=served,
+        trajectories=TrajectorySpec(nfe=FEW, prompts=prompts),
+        settings=settings,
+    )
+    folder = root / run.name
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(run.to_json(), encoding="utf-8")
+    (folder / "evaluation.json").write_text(evaluation.to_json(), encoding="utf-8")
+    # Every run has its own noise; what a prompt's images share comes from common streams.
     own = np.random.default_rng([1, sum(map(ord, method)), seed])
-    settings: list[Setting] = [(kind.sampler, n, None) for n in nfe]
-    if method == "base":
-        settings.append((kind.sampler, FULL, None))
-    settings += [(kind.sampler, FEW, iteration) for iteration in described["snapshots"]]
-    evaluation = {
-        "prompts": None,
-        "batch": 64,
-        "full": FULL,
-        "server": [],
-        "correlation": {"nfe": FEW, "prompts": prompts},
-        "settings": [
-            {"sampler": s, "nfe": n, "iteration": iteration, "images_per_prompt": images}
-            for s, n, iteration in settings
-        ],
-    }
-    (folder / "evaluation.json").write_text(json.dumps(evaluation), encoding="utf-8")
-    _write_scores(folder, described, kind, settings, prompts, images, own)
-    _write_samples(folder, settings, prompts, own)
-    if kind.seconds:
-        _write_journal(folder, kind, iterations, own)
+    _write_scores(folder, run, evaluation, invented, prompts, own)
+    _write_samples(folder, evaluation, prompts, own)
+    if trained:
+        _write_journal(folder, invented, iterations, own)
         save_file({"weight": own.normal(size=3)}, folder / "adapter.safetensors")
     else:
-        _write_step_scores(folder, prompts, own)
+        _write_trajectory_rewards(folder, prompts, own)
     return folder
+
+
+def write_runs(root: Path, seeds: int = 3, **options: Any) -> list[Path]:
+    """Write a base model and every method with the seeds 0 to `seeds` - 1."""
+    return [
+        write_run(root, method, seed, **options)
+        for method in METHODS
+        for seed in range(1 if method == "base" else seeds)
+    ]
 
 
 def _write_scores(
     folder: Path,
-    info: dict[str, Any],
-    kind: Kind,
-    settings: list[Setting],
+    run: RunSpec,
+    evaluation: EvalSpec,
+    invented: Invented,
     prompts: int,
-    images: int,
     own: np.random.Generator,
 ) -> None:
     shared = np.random.default_rng(0)
+    images = evaluation.settings[0].images_per_prompt
     tables = []
-    for metric, (mean, spread, loss) in METRICS.items():
+    for metric, (mean, spread, loss) in SCORES.items():
         hard = shared.normal(size=(prompts, 1)) + 0.5 * shared.normal(size=(prompts, images))
-        luck = 0.15 * own.normal() if kind.gain else 0.0
-        for sampler, nfe, iteration in settings:
-            trained = 1.0 if iteration is None else iteration / info["iterations"]
-            value = mean + spread * (trained * (kind.gain + luck) + hard)
-            value = (
-                value - loss / nfe**kind.steps + 0.4 * spread * own.normal(size=(prompts, images))
-            )
+        luck = 0.15 * own.normal() if invented.gain else 0.0
+        for setting in evaluation.settings:
+            after = run.iterations if setting.iteration is None else setting.iteration
+            trained = after / run.iterations if run.iterations else 1.0
+            value = mean + spread * (trained * (invented.gain + luck) + hard)
+            value = value - loss / setting.nfe**invented.steps
+            value = value + 0.4 * spread * own.normal(size=(prompts, images))
             if metric == "geneval":
                 value = (value > 0.5).astype(float)
-            if metric == "unifiedreward":
+            if metric == SERVED:  # its answers cannot always be parsed
                 value[own.random(value.shape) < 0.002] = np.nan
-            tables.append(
-                pd.DataFrame(
-                    {
-                        "run": info["name"],
-                        "method": info["method"],
-                        "seed": info["seed"],
-                        "prompt": np.repeat(np.arange(prompts), images),
-                        "tag": np.repeat(tags(prompts), images),
-                        "image": np.tile(np.arange(images), prompts),
-                        "iteration": info["iterations"] if iteration is None else iteration,
-                        "sampler": sampler,
-                        "nfe": nfe,
-                        "metric": metric,
-                        "value": value.ravel(),
-                    }
-                )
-            )
+            columns = {
+                "run": run.name,
+                "method": run.method,
+                "seed": run.seed,
+                "prompt": np.repeat(np.arange(prompts), images),
+                "tag": np.repeat(tags(prompts), images),
+                "image": np.tile(np.arange(images), prompts),
+                "iteration": after,
+                "sampler": setting.sampler,
+                "nfe": setting.nfe,
+                "metric": metric,
+                "value": value.ravel(),
+            }
+            tables.append(pd.DataFrame(columns))
     table = pd.concat(tables, ignore_index=True)
-    table = table.astype({n: "category" for n in ("run", "method", "tag", "sampler", "metric")})
-    table.to_parquet(folder / "scores.parquet", index=False)
-
-
-def tags(prompts: int = 105) -> list[str]:
-    return [TAGS[i * len(TAGS) // prompts] for i in range(prompts)]
+    by_server = (table["metric"] == SERVED) & evaluation.served
+    for name, part in (("scores", table[~by_server]), ("served_scores", table[by_server])):
+        if len(part):
+            names = ("run", "method", "tag", "sampler", "metric")
+            part = part.astype(dict.fromkeys(names, "category"))
+            part.to_parquet(folder / f"{name}.parquet", index=False)
 
 
 def _write_samples(
-    folder: Path, settings: list[Setting], prompts: int, own: np.random.Generator
+    folder: Path, evaluation: EvalSpec, prompts: int, own: np.random.Generator
 ) -> None:
-    """Discs on a dark ground, blurred by noise at few steps."""
+    """Discs on a dark ground, blurred by noise at few steps; the first KEPT prompts of each tag."""
+    found = tags(prompts)
+    kept = [i for i in range(prompts) if found[:i].count(found[i]) < KEPT]
     y, x = np.mgrid[:24, :24]
     shared = np.random.default_rng(1)
-    centre = shared.integers(7, 17, size=(prompts, 2, 1, 1))
-    colour = shared.integers(80, 256, size=(prompts, 1, 1, 3))
+    centre = shared.integers(7, 17, size=(len(kept), 2, 1, 1))
+    colour = shared.integers(80, 256, size=(len(kept), 1, 1, 3))
     disc = (y - centre[:, 0]) ** 2 + (x - centre[:, 1]) ** 2 < 30
     clean = np.where(disc[..., None], colour, 25)
+    samples = {
+        s.name: np.clip(clean + own.normal(size=clean.shape) * 120 / s.nfe, 0, 255).astype(np.uint8)
+        for s in evaluation.settings
+        if s.iteration is None
+    }
     save_file(
-        {"prompts": np.arange(prompts)}
-        | {
-            f"{sampler}-{nfe}": np.clip(
-                clean + own.normal(size=clean.shape) * 120 / nfe, 0, 255
-            ).astype(np.uint8)
-            for sampler, nfe, iteration in settings
-            if iteration is None
-        },
+        {"prompts": np.array(kept), **samples},
         folder / "samples.safetensors",
+        {"captions": json.dumps([f"prompt {i}" for i in kept])},
     )
 
 
-def _write_step_scores(folder: Path, prompts: int, own: np.random.Generator) -> None:
-    """One trajectory a prompt: the earlier an image, the less its reward says of the last one's."""
+def _write_trajectory_rewards(folder: Path, prompts: int, own: np.random.Generator) -> None:
+    """One trajectory per prompt: the earlier an image, the lower the correlation with the last."""
     steps = np.arange(1, FEW + 1)
+    index = {"prompt": np.tile(np.arange(prompts), FEW), "step": np.repeat(steps, prompts)}
     tables = []
-    for metric, (mean, spread, _) in METRICS.items():
+    for metric, (mean, spread, _) in SCORES.items():
         noise = own.normal(size=(FEW, prompts)) * 0.4 * (FEW - steps)[:, None]
         value = mean + spread * (own.normal(size=prompts) + noise)
-        index = {"prompt": np.tile(np.arange(prompts), FEW), "step": np.repeat(steps, prompts)}
         tables.append(pd.DataFrame({**index, "metric": metric, "value": value.ravel()}))
     table = pd.concat(tables, ignore_index=True).astype({"metric": "category"})
     table.to_parquet(folder / "trajectory_rewards.parquet", index=False)
 
 
-def _write_journal(folder: Path, kind: Kind, iterations: int, own: np.random.Generator) -> None:
+def _write_journal(
+    folder: Path, invented: Invented, iterations: int, own: np.random.Generator
+) -> None:
     start = {"fingerprint": f"of {folder.name}", "provenance": {"code": "abc"}}
     records: list[dict[str, Any]] = [{"kind": "start", "time": 0.0, **start}]
     for i in range(iterations):
-        grown = kind.gain * (1 - np.exp(-i / 20))
+        grown = invented.gain * (1 - np.exp(-i / 20))
         final = {"pickscore": 0.80 + 0.05 * grown, "clip": 0.25 + 0.03 * grown}
-        noise = own.normal(size=2) * 0.003
-        total = kind.seconds * float(own.uniform(0.95, 1.1))
-        records.append(
-            {
-                "kind": "iteration",
-                "iteration": i,
-                "time": float(i),
-                "rewards": {
-                    name: [value - 0.02, value + float(e)]
-                    for (name, value), e in zip(final.items(), noise, strict=True)
-                },
-                "reward_std": 0.1,
-                "seconds": {
-                    "sample": total / 3,
-                    "reward": 0.1,
-                    "update": total / 2,
-                    "total": total,
-                },
-            }
-        )
+        noise = dict(zip(final, own.normal(size=2) * 0.003, strict=True))
+        total = invented.seconds * float(own.uniform(0.95, 1.1))
+        seconds = {"sample": total / 3, "reward": 0.1, "update": total / 2, "total": total}
+        rewards = {name: [value - 0.02, value + noise[name]] for name, value in final.items()}
+        record = {"iteration": i, "time": float(i), "rewards": rewards, "reward_std": 0.1}
+        records.append({"kind": "iteration", **record, "seconds": seconds})
     records.append({"kind": "end", "time": float(iterations)})
     lines = "".join(json.dumps(record) + "\n" for record in records)
     (folder / "journal.jsonl").write_text(lines, encoding="utf-8")
 
 
-def write_runs(root: Path, seeds: int = 3, **options: Any) -> list[Path]:
-    """A base model and each method with `seeds` seeds."""
-    return [
-        write_run(root, method, seed, **options)
-        for method in KINDS
-        for seed in range(seeds if method != "base" else 1)
-    ]
+def change_scores(run: Path, change: Callable[[pd.DataFrame], pd.DataFrame]) -> None:
+    """Replace the table of scores.parquet."""
+    file = run / "scores.parquet"
+    change(pd.read_parquet(file)).to_parquet(file, index=False)
 
 
-def table2(
+def table_spec(
     runs: Sequence[Path],
+    *,
     few: Sequence[int] = (FEW,),
     full: int | None = FULL,
     kind: str = "scores",
-    name: str = "table2",
-) -> dict[str, Any]:
-    """An entry of `config.tables` of these runs: base models, then methods in the order of KINDS.
+    **fields: Any,
+) -> TableSpec:
+    """A table of these runs: base models, then methods in the order of METHODS.
 
-    Runs that a test has damaged have no row.
+    Args:
+        runs: folders of runs.
+        few: the numbers of steps of the rows.
+        full: the base models' full number of steps; None: they have no such row.
+        kind: of the table.
+        fields: replace fields of the TableSpec.
     """
-    infos = []
-    for run in runs:
-        try:
-            info = json.loads((run / "run.json").read_text(encoding="utf-8"))
-            infos += [info] if {"method", "title"} <= set(info) else []
-        except (OSError, ValueError):
+    specs = [RunSpec.read(run / "run.json") for run in runs]
+    systems: dict[tuple[str, ...], list[RunSpec]] = {}
+    for spec in sorted(specs, key=lambda spec: (list(METHODS).index(spec.method), spec.seed)):
+        systems.setdefault((spec.variant, spec.task, spec.backbone), []).append(spec)
+    rows = []
+    for (variant, task, backbone), group in systems.items():
+        first = group[0]
+        if kind == "correlation" and first.trained:
             continue
-    infos.sort(key=lambda info: list(KINDS).index(info["method"]))
-    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for steps in few:
-        for info in infos:
-            base = info["method"] == "base"
-            if base and steps != few[0] or not base and kind == "correlation":
-                continue
-            kept = None
-            if kind == "compute" and not base:
-                kept = iterations_at(KINDS[info["method"]], info["iterations"], 1.0)
-            for n in (full, *few) if base and kind == "scores" else (steps,):
-                row = {
-                    "variant": info.get("variant", info["method"]),
-                    "task": info["task"],
-                    "part": "sd3",
-                    "backbone": info["backbone"],
-                    "label": info["title"],
-                    "nfe": n,
-                    "full": full,
-                    "iteration": kept,
-                    "sampler": "ode" if base else None,
-                    "rule": False,
-                }
-                row = rows.setdefault(tuple(row.values()), {**row, "runs": []})
-                row["runs"].append(info["name"])
-    return {
-        "name": name,
+        iterations_at = METHODS[first.method].iterations_at
+        at = iterations_at(first.iterations, 1.0) if kind == "compute" and first.trained else None
+        at_full = [full] if full and kind == "scores" and not first.trained else []
+        rows += [
+            RowSpec(
+                label=first.title,
+                runs=tuple(spec.name for spec in group),
+                variant=variant,
+                task=task,
+                role="sd3",
+                backbone=backbone,
+                nfe=n,
+                full_steps=full or FULL,
+                iteration=at,
+                sampler=first.sampler,
+            )
+            for n in [*at_full, *few]
+        ]
+    given = {
+        "name": "table2",
         "kind": kind,
         "caption": "Alignment methods.",
         "header": "Method",
         "figures": {},
-        "reference": REFERENCE,
-        "without": [],
-        "evaluation": {"few": FEW, "curve": list(range(1, 9))},
-        "rows": [row for row in rows.values() if row["nfe"]],
+        "compute_reference": REFERENCE,
+        "excluded_methods": (),
+        "few_nfe": FEW,
+        "curve_nfe": tuple(range(1, 9)),
+        "rows": tuple(rows),
     }
+    return TableSpec.model_validate(given | fields)
+
+
+def load(spec: TableSpec, runs: Path) -> LoadedTable:
+    """A table with the systems of its rows, from the folder of all runs."""
+    (loaded,) = results.load_tables([spec], runs)
+    return loaded
+
+
+def loaded(runs: Sequence[Path], **options: Any) -> LoadedTable:
+    """The loaded table of `table_spec`."""
+    return load(table_spec(runs, **options), runs[0].parent)

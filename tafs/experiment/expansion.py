@@ -37,7 +37,7 @@ def asset_settings(config: Config) -> AssetSettings:
 
 
 class Expansion:
-    """The specs of the active scale, each built once."""
+    """The specs of the active scale."""
 
     def __init__(self, config: Config) -> None:
         self.config = config

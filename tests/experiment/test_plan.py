@@ -1,0 +1,335 @@
+"""The plan: which runs, tables and evaluations config.yaml expands into."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from tafs import experiment
+from tafs.common.yaml_files import load_yaml
+from tafs.experiment import EvalSpec, Plan, ReportSpec, RunSpec, TableSpec
+from tafs.experiment import plan as plan_module
+from tafs.experiment.expansion import Expansion
+from tafs.experiment.schema import FIGURES, Config, Evaluation
+from tafs.experiment.specs import EvalSetting, Kind, fingerprint
+from tafs.experiment.validate import check
+from tafs.models import catalog
+from tafs.report import figures, table_kinds
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = ROOT / "config.yaml"
+SCALES = ("smoke", "shapes", "paper")
+
+
+def plan_with(**scale: Any) -> Plan:
+    """The plan of the scale `shapes` with changed settings."""
+    raw = load_yaml(SHIPPED, dict)
+    raw["scales"]["shapes"] |= scale
+    return experiment.expand(check(raw))
+
+
+def table(plan: Plan, name: str) -> TableSpec:
+    (found,) = (table for table in plan.tables if table.name == name)
+    return found
+
+
+@pytest.fixture(scope="module")
+def shapes() -> Plan:
+    return experiment.load({"scale": "shapes"}, SHIPPED)
+
+
+# -- runs and tables -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_scale_expands_into_consistent_specs(scale: str) -> None:
+    plan = experiment.load({"scale": scale}, SHIPPED)
+    assert list(plan.evaluations) == list(plan.runs)
+    assert all(run.name == name and run.scale == scale for name, run in plan.runs.items())
+    assert [t.name for t in plan.tables] == list(plan.config.active.experiments)
+    assert {name for t in plan.tables for name in t.runs} == set(plan.runs)
+    for found in plan.tables:
+        # Every cell is scored: the row's steps, sampler and snapshot are settings of each run.
+        for row in found.rows if found.kind != "correlation" else ():
+            for name in row.runs:
+                run = plan.runs[name]
+                at = row.iteration if row.iteration in run.snapshots else None
+                scored = {(s.sampler, s.nfe, s.iteration) for s in plan.evaluations[name].settings}
+                assert (row.sampler, row.nfe, at) in scored
+                assert (run.variant, run.task) == (row.variant, row.task)
+        # A label belongs to one system.
+        assert len({row.label for row in found.rows}) == len({row.runs for row in found.rows})
+
+
+def test_runs_are_named_by_method_task_backbone_and_seed(shapes: Plan) -> None:
+    runs = shapes.runs
+    assert {"tafs_grpo.preference.shapes-flux.2", "flow_grpo.preference.shapes-flux.0"} < set(runs)
+    assert {"base.shapes.shapes-sd3", "base.shapes.shapes-flux"} < set(runs)
+    # Two base models, Table 2's six methods with three seeds, and with one seed Table 1's two
+    # methods on two base models, five ablations and two more tasks.
+    assert len(runs) == 2 + 6 * 3 + 2 * 2 + 5 + 2
+
+
+def test_rows_are_the_untrained_models_and_then_the_methods_with_all_seeds(shapes: Plan) -> None:
+    rows = table(shapes, "table1").rows
+    assert [(row.label, row.nfe, row.rule) for row in rows] == [
+        ("shapes-sd3", 28, False),
+        ("shapes-sd3", 4, False),
+        ("shapes-flux", 28, False),
+        ("shapes-flux", 4, False),
+        ("Step distillation + shapes-sd3", 4, True),
+        ("Step distillation + shapes-sd3", 8, False),
+        ("TAFS-GRPO + shapes-sd3", 4, False),
+        ("TAFS-GRPO + shapes-sd3", 8, False),
+        ("Step distillation + shapes-flux", 4, True),
+        ("Step distillation + shapes-flux", 8, False),
+        ("TAFS-GRPO + shapes-flux", 4, False),
+        ("TAFS-GRPO + shapes-flux", 8, False),
+    ]
+    (tafs,) = (row for row in table(shapes, "table2").rows if row.variant == "tafs_grpo")
+    assert tafs.runs == tuple(f"tafs_grpo.preference.shapes-flux.{seed}" for seed in range(3))
+    assert [row.label for row in table(shapes, "table4").rows] == ["1", "3", "5"]
+    assert [row.label for row in table(shapes, "table6").rows][1:] == ["PickScore-only", "Combined"]
+
+
+def test_the_papers_table_compares_published_models_and_leaves_out_excluded_methods() -> None:
+    plan = experiment.load({"scale": "paper"}, SHIPPED)
+    found = table(plan, "table1")
+    assert found.excluded_methods == ("step_distillation",)
+    compared = [row for row in found.rows if row.sampler == "pipeline"]
+    assert [row.backbone for row in compared] == list(plan.config.active.models)
+    assert all(row.nfe == row.full_steps == catalog.read()[row.backbone].steps for row in compared)
+    labels = {row.label for row in found.rows if row.variant == "tafs_grpo"}
+    assert labels == {"TAFS-GRPO + SD3.5M", "TAFS-GRPO + Flux"}
+
+
+def test_equal_labels_of_different_systems_name_the_variant() -> None:
+    raw = load_yaml(SHIPPED, dict)
+    raw["experiments"]["table5"]["labels"] = {"tafs_n_adv_2": "2", "tafs_grpo": "2"}
+    found = table(experiment.expand(check(raw)), "table5")
+    assert [row.label for row in found.rows][1:] == ["2 (tafs_n_adv_2)", "2 (tafs_grpo)"]
+
+
+def test_hyperparameters_come_from_the_variant_the_scale_and_what_it_extends() -> None:
+    raw = load_yaml(SHIPPED, dict)
+    raw["methods"] |= {
+        "tafs_grpo": {"learning_rate": 1e-4, "weight_decay": 0.5, "updates": 2},
+        "first": {"extends": "tafs_grpo", "updates": 4, "n_adv": 2},
+        "second": {"extends": "first", "n_adv": 3},
+    }
+    raw["scales"]["shapes"]["methods"] = {"tafs_grpo": {"learning_rate": 5e-4}}
+    raw["experiments"]["table2"]["methods"] = ["second"]
+    run = experiment.expand(check(raw)).runs["second.preference.shapes-flux.0"]
+    assert run.method == "tafs_grpo"
+    assert run.hyperparameters == {
+        "learning_rate": 5e-4,
+        "weight_decay": 0.5,
+        "updates": 4,
+        "n_adv": 3,
+    }
+
+
+def test_an_exponent_without_a_point_is_a_number(shapes: Plan) -> None:
+    run = shapes.runs["tafs_grpo.preference.shapes-flux.0"]
+    assert run.hyperparameters == {"learning_rate": 2e-3, "clip_range": 1e-2, "updates": 2}
+
+
+def test_a_hyperparameter_changes_only_the_runs_that_use_it(shapes: Plan) -> None:
+    methods = {**load_yaml(SHIPPED, dict)["scales"]["shapes"]["methods"]}
+    after = plan_with(methods=methods | {"tafs_grpo": {"clip_range": 0.5}}).runs
+    differing = {name for name in after if after[name] != shapes.runs[name]}
+    assert differing == {name for name, run in after.items() if run.method == "tafs_grpo"}
+
+
+def test_an_added_method_joins_the_tables_that_have_the_base_models(shapes: Plan) -> None:
+    plan = experiment.load({"scale": "shapes", "method": "step_distillation"}, SHIPPED)
+    assert plan.added_method == "step_distillation"
+    assert set(plan.runs) - set(shapes.runs) == {
+        f"step_distillation.preference.shapes-flux.{seed}" for seed in (0, 1, 2)
+    }
+    joined = {t.name for t in plan.tables if "step_distillation" in [r.variant for r in t.rows]}
+    assert joined == {"table1", "table2", "equal_compute", "gains"}
+
+
+def test_more_seeds_add_runs_and_change_none(shapes: Plan) -> None:
+    more = experiment.load({"scale": "shapes", "seeds": 5}, SHIPPED)
+    trained = {name.rpartition(".")[0] for name, run in shapes.runs.items() if run.trained}
+    bases = {name for name, run in shapes.runs.items() if not run.trained}
+    assert set(more.runs) == bases | {f"{name}.{seed}" for name in trained for seed in range(5)}
+    assert all(more.runs[name] == run for name, run in shapes.runs.items())
+    assert all(more.evaluations[name] == spec for name, spec in shapes.evaluations.items())
+    assert more.config.scales["smoke"] == shapes.config.scales["smoke"]
+    fewer = experiment.load({"scale": "shapes", "seeds": 1}, SHIPPED)
+    assert {run.seed for run in fewer.runs.values()} == {0}
+    assert {run.variant for run in fewer.runs.values()} == {
+        run.variant for run in shapes.runs.values()
+    }
+
+
+def test_loading_expands_the_configuration_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    expanded: list[Expansion] = []
+
+    def counted(config: Config) -> Expansion:
+        expanded.append(Expansion(config))
+        return expanded[-1]
+
+    monkeypatch.setattr(plan_module, "Expansion", counted)
+    plan = experiment.load({"scale": "shapes", "method": "step_distillation"}, SHIPPED)
+    assert plan.report.tables == plan.tables
+    assert plan.tables is expanded[0].tables
+    assert plan.runs is expanded[0].runs and plan.evaluations is expanded[0].evaluations
+    assert len(expanded) == 1
+
+
+# -- equal compute ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variant", "cost", "snapshots", "iteration"),
+    [
+        # 17 iterations of TAFS-GRPO cost 221; a quarter, a half, three quarters and all of it pay
+        # for 1.97, 3.9, 5.9 and 7.9 iterations at 28.
+        ("flow_grpo", 28, (1, 3, 5, 7), 7),
+        # 0.82, which is raised to one, 1.6, 2.5 and 3.3.
+        ("dance_grpo", 67, (1, 2, 3), 3),
+        # 4.25, 8.5 and 12.75; all of it pays for the whole training.
+        ("tafs_grpo", 13, (4, 8, 12), 17),
+        # 5.5, 11.05, 16.6, and 22.1, which is limited to 17.
+        ("reward_instruct", 10, (5, 11, 16), 17),
+    ],
+)
+def test_snapshots_are_kept_where_shares_of_the_references_compute_end(
+    shapes: Plan, variant: str, cost: float, snapshots: tuple[int, ...], iteration: int
+) -> None:
+    run = shapes.runs[f"{variant}.preference.shapes-flux.0"]
+    assert (run.iterations, run.forward_equivalents, run.snapshots) == (17, cost, snapshots)
+    (row,) = (r for r in table(shapes, "equal_compute").rows if r.variant == variant)
+    assert row.iteration == iteration
+
+
+def test_another_compute_reference_gives_another_budget() -> None:
+    raw = load_yaml(SHIPPED, dict) | {"compute_reference": "flow_grpo"}
+    runs = experiment.expand(check(raw)).runs
+    assert runs["flow_grpo.preference.shapes-flux.0"].snapshots == (4, 8, 12)
+    # A quarter of 17 x 28 pays for 9.2 iterations at 13, and a half for more than 17.
+    assert runs["tafs_grpo.preference.shapes-flux.0"].snapshots == (9,)
+
+
+# -- evaluations -----------------------------------------------------------------------------------
+
+
+def setting(sampler: str, nfe: int, images: int, iteration: int | None = None) -> EvalSetting:
+    return EvalSetting(sampler=sampler, nfe=nfe, images_per_prompt=images, iteration=iteration)
+
+
+CURVE = [setting("ode", n, images=4 if n == 4 else 1) for n in range(1, 9)]
+KEPT = [setting("ode", 4, images=4 if n == 7 else 1, iteration=n) for n in (1, 3, 5, 7)]
+
+
+@pytest.mark.parametrize(
+    ("run", "expected"),
+    [
+        ("tafs_n_adv_2.preference.shapes-flux.0", [setting("anneal", 4, 4)]),
+        ("tafs_grpo.clip_only.shapes-flux.0", [setting("anneal", 4, 4)]),
+        ("tafs_without_annealing.preference.shapes-flux.0", [setting("ode", 4, 4)]),
+        # The points of curves are evaluated on fewer images, and so are snapshots.
+        ("flow_grpo.preference.shapes-flux.0", [*CURVE, *KEPT]),
+        ("base.shapes.shapes-flux", [*CURVE, setting("ode", 28, 4)]),
+    ],
+)
+def test_a_run_is_evaluated_with_what_its_tables_and_figures_show(
+    shapes: Plan, run: str, expected: list[EvalSetting]
+) -> None:
+    assert list(shapes.evaluations[run].settings) == expected
+
+
+def test_equal_compute_evaluates_snapshots_without_a_figure_too() -> None:
+    raw = load_yaml(SHIPPED, dict)
+    raw["scales"]["shapes"]["experiments"] = ["equal_compute"]
+    raw["experiments"]["equal_compute"]["figures"] = {}
+    found = experiment.expand(check(raw)).evaluations
+    assert found["flow_grpo.preference.shapes-flux.0"].settings == (setting("ode", 4, 4, 7),)
+    assert found["tafs_grpo.preference.shapes-flux.0"].settings == (setting("anneal", 4, 4),)
+
+
+def test_a_base_model_of_correlations_only_has_no_images_to_score() -> None:
+    plan = plan_with(experiments=["table7"])
+    assert list(plan.runs) == ["base.shapes.shapes-flux"]
+    assert plan.evaluations["base.shapes.shapes-flux"].settings == ()
+
+
+def test_the_papers_images_per_prompt_depend_on_the_prompts_and_a_server_scores_them() -> None:
+    plan = experiment.load({"scale": "paper"}, SHIPPED)
+    for name, run in plan.runs.items():
+        evaluation = plan.evaluations[name]
+        assert evaluation.served
+        most = {"pickapic": 1, "geneval": 4}[run.prompts]
+        assert max(s.images_per_prompt for s in evaluation.settings) == most
+
+
+@pytest.mark.parametrize("key", sorted({*Evaluation.model_fields} - {"server"}))
+def test_settings_of_the_evaluation_change_no_training(shapes: Plan, key: str) -> None:
+    evaluation = dict(load_yaml(SHIPPED, dict)["scales"]["shapes"]["evaluation"])
+    value = evaluation.get(key)
+    evaluation[key] = [1, 2] if isinstance(value, list) else (value or 0) + 1
+    after = plan_with(evaluation=evaluation)
+    assert after.runs == shapes.runs
+    assert after.evaluations != shapes.evaluations
+
+
+# -- specs as files --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_specs_survive_the_way_through_a_file(scale: str, tmp_path: Path) -> None:
+    plan = experiment.load({"scale": scale}, SHIPPED)
+    file = tmp_path / "spec.json"
+    for spec in [*plan.runs.values(), *plan.evaluations.values(), plan.report]:
+        file.write_text(spec.to_json(), encoding="utf-8")
+        assert type(spec).read(file) == spec
+        assert type(spec).read(file).to_json() == spec.to_json()
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "problem"),
+    [
+        (RunSpec, '{"name": "a", "settings": {"world": "shapes"}}', "unknown key 'settings'"),
+        (EvalSpec, '{"full": 28}', "unknown key 'full'"),
+        (ReportSpec, '{"tables": []}', "missing key 'scale'; add it"),
+        (RunSpec, "{", "invalid JSON"),
+    ],
+)
+def test_a_file_of_another_version_is_refused_in_one_line_with_the_remedy(
+    kind: type[RunSpec], content: str, problem: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "run.json"
+    with pytest.raises(FileNotFoundError, match="run.json: not found; snakemake writes it from"):
+        kind.read(file)
+    file.write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=problem) as caught:
+        kind.read(file)
+    text = str(caught.value)
+    assert text.startswith(f"{file}: ")
+    assert text.endswith(
+        "it was not written by this version: delete the results folder or choose another with "
+        "--config results=FOLDER"
+    )
+    assert "\n" not in text
+
+
+def test_a_fingerprint_covers_specs_and_the_contents_of_files(shapes: Plan, tmp_path: Path) -> None:
+    spec = shapes.runs["tafs_grpo.preference.shapes-flux.0"]
+    file = tmp_path / "adapter"
+    file.write_bytes(b"a")
+    before = fingerprint(spec, file)
+    assert fingerprint(spec.model_copy(), file) == before
+    assert fingerprint(spec.model_copy(update={"seed": 1}), file) != before
+    file.write_bytes(b"b")
+    assert fingerprint(spec, file) != before
+
+
+def test_every_kind_of_table_and_figure_can_be_built() -> None:
+    assert set(get_args(Kind)) == set(table_kinds.BUILD)
+    assert tuple(figures.DRAW) == FIGURES
