@@ -1,348 +1,225 @@
-"""What the Snakefile asks: the runs of the active scale, their files and their descriptions."""
+"""What the Snakefile needs to know: the files, inputs and resources of every rule."""
 
 from __future__ import annotations
 
 import json
-import logging
-import os
 import shlex
-import sys
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from functools import cache, cached_property
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tafs.assets import cache as cache_
-from tafs.assets import sources
-from tafs.common import errors, locks
-from tafs.common.yaml_files import ConfigError
-from tafs.experiment import evaluations, validate
-from tafs.experiment import runs as runs_
-from tafs.experiment import tables as tables_
-from tafs.experiment.runs import Run
-from tafs.experiment.schema import Config
+from tafs import experiment
+from tafs.assets import cache, sources
+from tafs.assets.sources import AssetSource
+from tafs.experiment import Plan
+from tafs.experiment.schema import Scale
 from tafs.methods import registry
-from tafs.orchestration import slurm
-from tafs.orchestration.live_table import Watcher
-from tafs.orchestration.retries import Retries
-from tafs.rewards.metrics import RESOURCES, SERVED
-from tafs.runtime import gpus
+from tafs.rewards.metrics import METRICS
 
-__all__ = ["ConfigError", "Plan", "read"]
-
-CPUS_PER_GPU = 8  # decoding, PNG files and a server's own processes need more than one
-OVERRIDES = ("scale", "results", "method", "seeds")
+CPUS_PER_GPU = 8  # for decoding, writing PNG files and the processes of a server
+TABLE_FORMATS = ("csv", "html", "md", "parquet", "tex")
+FIGURE_FORMATS = ("png", "pdf")
+# The rules that work on one run, in their order.
+STAGES = ("train", "evaluate", "trajectory_rewards", "score_served")
 
 
-class Plan:
-    """The active scale's runs, as the graph needs them."""
+@dataclass(frozen=True)
+class Job:
+    """A job of the graph."""
 
-    def __init__(self, settings: Config, compared: str | None = None) -> None:
-        self.settings = settings
-        self.compared = compared  # the method that `--config method=NAME` adds
-        self.runs: dict[str, Run] = runs_.runs(settings)
-        self.results = settings.results
-        self.root = f"{settings.results}/{settings.scale}"
-        self._watcher: Watcher | None = None
-        self._held = ExitStack()  # until this process ends
+    rule: str
+    target: str = ""  # the run or the resource; "" for jobs over all runs
 
-    @property
-    def contents(self) -> str:
-        """The text of report_spec.json: what every table and figure shows."""
-        return runs_.to_json({"tables": self._tables})
 
-    def results_of(self, kind: str, suffixes: Sequence[str]) -> list[str]:
-        """The files of every figure, or of every table (its `tables` or its `provenance`)."""
-        names = (
-            [figure for table in self._tables for figure in table["figures"].values()]
-            if kind == "figures"
-            else [table["name"] for table in self._tables]
-        )
-        return [f"{self.root}/{kind}/{name}.{suffix}" for name in names for suffix in suffixes]
+class Graph:
+    """The rules' view of a plan."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.root = str(plan.root)
+        self.results = plan.config.results
 
     @property
-    def tuned(self) -> list[str]:
-        """The methods that are searched."""
-        return list(self.settings.tuning.grids) if self.settings.tuning else []
-
-    def files(self, name: str, trained: bool = False, judged: bool = False) -> list[str]:
-        """`name` in every run's folder, or the folders; `trained` leaves out the base models,
-        `judged` those whose images no table scores."""
-        names = [
-            n
-            for n, run in self.runs.items()
-            if (run.trained or not trained) and (self._evaluations[n]["settings"] or not judged)
-        ]
-        return [f"{self.root}/runs/{n}/{name}".rstrip("/") for n in names]
-
-    @cache  # noqa: B019 - one plan a process
-    def description(self, name: str) -> str:
-        """run.json's text."""
-        return runs_.to_json(self._run(name).describe())
-
-    def evaluation(self, name: str) -> str:
-        """evaluation.json's text."""
-        self._run(name)
-        return runs_.to_json(self._evaluations[name])
+    def scale(self) -> Scale:
+        return self.plan.config.active
 
     @cached_property
-    def _tables(self) -> list[dict[str, Any]]:
-        return tables_.tables(self.settings)
+    def source(self) -> AssetSource:
+        return sources.of(next(iter(self.plan.runs.values())).assets)
+
+    # -- files -----------------------------------------------------------------------------------
+
+    def folder(self, run: str) -> str:
+        return f"{self.root}/runs/{run}"
+
+    def files(self, name: str, stage: str = "") -> list[str]:
+        """`name` in the folder of every run that has this stage; "": of every run."""
+        runs = (r for r in self.plan.runs if not stage or stage in self.stages[r])
+        return [f"{self.folder(run)}/{name}".rstrip("/") for run in runs]
 
     @cached_property
-    def _evaluations(self) -> dict[str, dict[str, Any]]:
-        return evaluations.evaluations(self.settings)
+    def tables(self) -> list[str]:
+        return [table.name for table in self.plan.tables]
 
-    @property
-    def correlated(self) -> list[str]:
-        """The step scores that tables correlate."""
-        names = {
-            name
-            for table in self._tables
-            for row in table["rows"]
-            if table["kind"] == "correlation"
-            for name in row["runs"]
-        }
-        return [f"{self.root}/runs/{name}/trajectory_rewards.parquet" for name in sorted(names)]
+    @cached_property
+    def figures(self) -> list[str]:
+        return [name for table in self.plan.tables for name in table.figures.values()]
 
-    def method_source(self, name: str) -> str:
-        return str(registry.source_file(self._run(name).method))
+    def output(self, folder: str, names: Sequence[str], formats: Sequence[str]) -> list[str]:
+        """The files of tables or figures."""
+        return [f"{self.root}/{folder}/{name}.{suffix}" for name in names for suffix in formats]
 
-    @property
-    def metrics_files(self) -> tuple[str, ...]:
-        """Of the stages that score a judged run's images."""
-        served = self.settings.active.evaluation.server
-        return ("scores.parquet", *(("served_scores.parquet",) if served else ()))
+    def adapters(self, run: str) -> list[str]:
+        """The adapter and the folder of its snapshots; [] for a model that is not trained."""
+        names = ("adapter.safetensors", "snapshots") if self.plan.runs[run].trained else ()
+        return [f"{self.folder(run)}/{name}" for name in names]
 
-    def fetched(self, name: str, judging: bool = False) -> list[str]:
-        """The marks of the resources that a run's training, or its judging, needs on the disk."""
-        if self.settings.active.world != "hub":
-            return []
-        run = self._run(name)
-        names = [run.backbone, *run.rewards]
-        if judging:
-            world = sources.of(dict(run.settings))
-            names = [run.backbone, *world.metrics(run.prompts)]
-        return [self.mark(r) for r in sources.resources_of(names, [run.prompts])]
+    def method_source(self, run: str) -> str:
+        return str(registry.source_file(self.plan.runs[run].method))
 
     @property
     def images(self) -> list[str]:
-        """The images that a server judges afterwards, a pattern of `run`."""
-        served = self.settings.active.evaluation.server
-        return [f"{self.root}/runs/{{run}}/images.zip"] if served else []
+        """The images that a server scores later, as a pattern of `run`."""
+        return [f"{self.folder('{run}')}/images.zip"] if self.scale.evaluation.server else []
 
     @property
-    def reward_check(self) -> list[str]:
-        """What has to be right before anything is judged."""
-        return [f"{self.root}/reward_check.json"] if self.settings.active.world == "hub" else []
+    def searched_methods(self) -> list[str]:
+        """The methods of the hyperparameter search."""
+        tuning = self.plan.config.tuning
+        return list(tuning.grids) if tuning else []
 
-    @property
-    def check_run(self) -> str:
-        """A run whose settings say where the rewards are."""
-        return next(iter(self.runs))
+    # -- jobs ------------------------------------------------------------------------------------
 
-    @property
-    def served(self) -> list[str]:
-        """The marks of what the judging server serves."""
-        return [self.mark(resource) for resource in RESOURCES[SERVED]]
+    @cached_property
+    def stages(self) -> dict[str, tuple[str, ...]]:
+        """The stages of each run, in the order of STAGES."""
+        correlated = {
+            run for table in self.plan.tables if table.kind == "correlation" for run in table.runs
+        }
+        found = {}
+        for name, run in self.plan.runs.items():
+            evaluation = self.plan.evaluations[name]
+            evaluated = bool(evaluation.settings)
+            has = {
+                "train": run.trained,
+                "evaluate": evaluated,
+                "trajectory_rewards": name in correlated,
+                "score_served": evaluated and evaluation.served,
+            }
+            found[name] = tuple(stage for stage in STAGES if has[stage])
+        return found
 
-    @property
-    def scored(self) -> list[str]:
-        """The marks of what all rewards need, but for the served one."""
-        names = [name for name in RESOURCES if name != SERVED]
-        return [self.mark(resource) for resource in sources.resources_of(names)]
+    def jobs(self) -> Iterator[Job]:
+        """All jobs of `snakemake all`, finished or not."""
+        fetched = set(self.check_inputs) if self.reward_check else set()
+        for name, stages in self.stages.items():
+            yield Job("describe", name)
+            judged = set(stages) - {"train"}
+            if judged or (self.reward_check and name == self.check_run):
+                yield Job("describe_evaluation", name)
+            for stage in stages:
+                yield Job(stage, name)
+            fetched |= {*self.fetched(name)} if "train" in stages else set()
+            fetched |= {*self.fetched(name, judging=True)} if judged else set()
+        yield from (Job("fetch", Path(mark).name) for mark in sorted(fetched))
+        if self.reward_check:
+            yield Job("check_rewards")
+        yield from map(Job, ("report_spec", "report", "track", "all"))
+
+    # -- assets ----------------------------------------------------------------------------------
+
+    def fetched(self, run: str, judging: bool = False) -> list[str]:
+        """The marks of the resources that a run's training, or its evaluation, reads."""
+        if self.scale.assets != "hub":
+            return []
+        spec = self.plan.runs[run]
+        others = self.source.metrics(spec.prompts) if judging else spec.rewards
+        names = sources.resources_of([spec.backbone, *others], [spec.prompts])
+        return [self.mark(name) for name in names]
 
     def mark(self, resource: str) -> str:
-        """The file that says that a resource is on the disk, verified."""
+        """The file that marks a resource as downloaded and verified."""
         return f"{self.root}/resources/{resource}"
 
     @property
-    def lock(self) -> str:
-        return self.settings.active.lock
+    def reward_check(self) -> list[str]:
+        """The result of check_rewards, which every evaluation waits for."""
+        return [f"{self.root}/reward_check.json"] if self.scale.assets == "hub" else []
+
+    @property
+    def check_run(self) -> str:
+        """The run whose specs tell check_rewards where the rewards are."""
+        return next(iter(self.plan.runs))
+
+    @property
+    def check_inputs(self) -> list[str]:
+        """The marks of the resources of all metrics."""
+        return [self.mark(name) for name in sources.resources_of(list(METRICS))]
+
+    @property
+    def served_inputs(self) -> list[str]:
+        """The marks of the resources of the metrics that a server scores."""
+        served = [metric.name for metric in METRICS.values() if metric.served]
+        return [self.mark(name) for name in sources.resources_of(served)]
 
     def locked(self, resource: str) -> str:
-        """SHA-256 of a resource's entry in the lock file; another one fetches it again."""
-        lock = Path(self.lock)
-        return cache_.digest(resource, lock) if lock.is_file() else ""
+        """SHA-256 of a resource's entry in the lock file; a new one downloads it again."""
+        lock = Path(self.scale.lock)
+        return cache.digest(resource, lock) if lock.is_file() else ""
+
+    # -- execution -------------------------------------------------------------------------------
 
     @property
     def environment(self) -> str:
-        """What jobs know of the scale that is no part of their runs, as a shell's assignments.
+        """Environment variables of all jobs, as shell assignments.
 
-        Jobs read what was fetched before; every look-up of a missing file would retry for long.
+        They do not change results, so they are not part of specs or rules. Jobs read downloaded
+        files only; without HF_HUB_OFFLINE each look-up of a missing file would retry for long.
         """
-        scale = self.settings.active
-        known = {
+        evaluation = self.scale.evaluation
+        variables = {
             "HF_HUB_OFFLINE": "1",
-            "TAFS_PROCESSES": str(scale.processes),
-            "TAFS_NODES": str(scale.nodes),
-            "TAFS_SERVER": json.dumps(list(scale.evaluation.server)),
+            "TAFS_SERVER": json.dumps(list(evaluation.server)),
         }
-        text = " ".join(f"{name}={shlex.quote(value)}" for name, value in known.items())
-        return text.replace("{", "{{").replace("}", "}}")  # Snakemake fills in what is in braces
+        text = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
+        return text.replace("{", "{{").replace("}", "}}")  # Snakemake formats shell.prefix
 
-    def needs(self, stage: str) -> dict[str, Any]:
-        """Snakemake's resources of a stage's jobs; training is what takes several GPUs."""
-        scale = self.settings.active
-        processes = scale.processes if stage == "train" else 1
-        nodes = scale.nodes if stage == "train" else 1
+    def resources(self, stage: str) -> dict[str, Any]:
+        """Snakemake's resources of a stage; only training uses several processes.
+
+        Unlike parameters, resources rerun nothing when they change.
+        """
+        scale = self.scale
+        processes, nodes = (scale.processes, scale.nodes) if stage == "train" else (1, 1)
         memory = scale.memory_mb * processes // nodes
 
-        def growing(wildcards: Any, attempt: int) -> int:  # by half with each failed try
-            return memory * (1 + attempt) // 2
+        def growing(wildcards: Any, attempt: int) -> int:
+            return memory * (1 + attempt) // 2  # half as much more with each attempt
 
         found: dict[str, Any] = {"mem_mb": growing}
+        if stage == "train":
+            found |= {"train_processes": processes, "train_nodes": nodes}
         if scale.device == "cuda":
             gpus = processes // nodes
-            # Without a number of nodes Slurm may take the GPUs from several.
+            # Without a number of nodes Slurm may spread the GPUs over several.
             found |= {"nodes": nodes, "cpus_per_task": CPUS_PER_GPU * gpus}
             found |= {"gres": f"gpu:{gpus}"} if nodes > 1 else {"gpu": gpus}
         if nodes > 1:
             found |= {"mpi": "srun", "tasks": nodes, "tasks_per_gpu": 0}
         return found
 
-    def start(self, workflow: Any) -> None:
-        """Refuse to run what cannot be run, and show the jobs' progress from now on.
-
-        Args:
-            workflow: Snakemake's own.
-
-        Raises:
-            SystemExit: the scale's models are not pinned (exit code 2), or its results are being
-                made by another process or cannot be written (1); one line.
-        """
-        scale = self.settings.active
-        if not sources.of(scale.model_dump(mode="json")).pinned:
-            print(
-                f"{scale.lock}: not found; the scale {self.settings.scale!r} runs only with pinned "
-                "models: run `make lock` where there is a network",
-                file=sys.stderr,
-            )
-            sys.exit(2)
-        # Snakemake's own lock would outlive a kill and have to be taken away by hand; this one ends
-        # with the process, so that the same command goes on.
-        lock = locks.held(Path(self.root) / ".locks" / "all")
-        try:
-            self._held.enter_context(lock)
-        except errors.RunFailed as error:
-            print(f"{self.root}: is being made by {error}; wait for it, or end it", file=sys.stderr)
-            sys.exit(1)
-        except OSError as error:
-            print(f"{self.root}: {error}; make it writable for you", file=sys.stderr)
-            sys.exit(1)
-        self._leave_no_orphans()
-        if workflow.local_exec:
-            os.environ[gpus.SHARED] = "1"
-            # Its limit of submissions a second wakes Snakemake once a second for every job that has
-            # ended, until that is a tenth of all the work; jobs of this machine need no such limit.
-            workflow.scheduler.job_rate_limiter = None
-        watcher = self.watch()
-        retries = Retries(workflow.scheduler, watcher.runs, watcher.jobs)
-        executor = workflow.scheduler._executor
-        if type(executor).__module__ == slurm.EXECUTOR:
-            slurm.remember(self._submitted, executor)
-            slurm.Watch(executor, retries)
-
     @property
-    def _submitted(self) -> Path:
-        """Names the jobs that the last call has submitted to Slurm."""
-        return Path(self.root) / ".locks" / "slurm.json"
-
-    def _leave_no_orphans(self) -> None:
-        """End what a call that was killed has left in Slurm."""
-        try:
-            ended = slurm.end_orphans(self._submitted)
-        except errors.RunFailed as error:
-            print(f"{self.root}: {error}", file=sys.stderr)
-            sys.exit(1)
-        if ended:
-            print(f"{self.root}: cancelled {ended} jobs of an earlier call", file=sys.stderr)
-
-    @property
-    def short(self) -> str | None:
-        """The group of the evaluations, of which several share a job where they are short."""
-        return "judged" if self.settings.active.device == "cpu" else None
-
-    def adapters(self, name: str) -> list[str]:
-        """The trained adapter and its snapshots' folder, or nothing for a base model."""
-        folder = f"{self.root}/runs/{name}"
-        if not self._run(name).trained:
-            return []
-        return [f"{folder}/adapter.safetensors", f"{folder}/snapshots"]
-
-    def watch(self) -> Watcher:
-        """Show the jobs' progress on standard error until `finish`."""
-        runs = Path(self.root) / "runs"
-        self._watcher = Watcher(runs, sys.stderr, f"scale {self.settings.scale}")
-        self._watcher.start(logging.getLogger("snakemake.logging"))
-        return self._watcher
-
-    def finish(self, succeeded: bool) -> None:
-        """Take the live table away and say where the results are, or what has failed."""
-        if self._watcher is None:
-            return
-        watcher = self._watcher
-        watcher.stop()
-        try:
-            # Snakemake has awaited or cancelled what it knows, not what it was just submitting.
-            left = slurm.end_orphans(self._submitted)
-        except errors.RunFailed as error:  # the next call tries it again
-            watcher.say(str(error))
-        else:
-            if left and not succeeded:
-                watcher.say(f"cancelled {left} jobs that were left in Slurm")
-        tables, figures = Path(self.root) / "tables", Path(self.root) / "figures"
-        if not succeeded:
-            failed = watcher.jobs.failed
-            watcher.say(
-                f"stopped after {watcher.elapsed()}"
-                + (f" with {failed} failed (see above)" if failed else "")
-                + "; other results are kept, and the same command continues from them"
-            )
-        elif tables.is_dir() and figures.is_dir():
-            watcher.say(f"done in {watcher.elapsed()}: {tables}/ and {figures}/")
-        else:  # only some of the files were asked for
-            watcher.say(f"done in {watcher.elapsed()}: {self.root}/")
-        if succeeded and self.compared:
-            for table in self._tables:
-                if any(row["variant"] == self.compared for row in table["rows"]):
-                    watcher.say((tables / f"{table['name']}.md").read_text(encoding="utf-8"))
-
-    def _run(self, name: str) -> Run:
-        if name not in self.runs:
-            raise ValueError(f"no run {name!r} at this scale (available: {', '.join(self.runs)})")
-        return self.runs[name]
+    def group(self) -> str | None:
+        """The group of evaluations, several of which share a Slurm job where they are short."""
+        return "evaluations" if self.scale.device == "cpu" else None
 
 
-def read(overrides: Mapping[str, Any], path: Path = Path("config.yaml")) -> Plan:
-    """The plan of config.yaml with snakemake's `--config KEY=VALUE` on top.
+def read(overrides: Mapping[str, Any] | None = None, path: Path = Path("config.yaml")) -> Graph:
+    """The graph of config.yaml; see `experiment.load`.
 
     Raises:
-        ConfigError: one line that names the key.
+        ConfigError: one line that names the file, the key and the remedy.
     """
-    for key in overrides:
-        if key not in OVERRIDES:
-            raise ConfigError(
-                f"--config {key}: only {', '.join(OVERRIDES)} can be given on the command line; "
-                f"everything else stands in {path}"
-            )
-    given = dict(overrides)
-    method = given.pop("method", None)
-    given.pop("seeds", None)
-    settings = validate.read(path, given)
-    _check_folder(Path(settings.results), path)
-    if "seeds" in overrides:
-        settings = validate.with_seeds(settings, overrides["seeds"])
-    if method is None:
-        return Plan(settings)
-    return Plan(validate.with_method(settings, str(method)), compared=str(method))
-
-
-def _check_folder(results: Path, path: Path) -> None:
-    """Refuse a folder for results that cannot be made or written, before any job starts."""
-    there = next(folder for folder in (results, *results.parents) if os.path.lexists(folder))
-    if not there.is_dir():
-        raise ConfigError(f"{path}: results: {there} is no folder; choose another path")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"{path}: results: {there} cannot be written; choose another path")
+    return Graph(experiment.load(overrides, path))

@@ -1,4 +1,4 @@
-"""live_table."""
+"""The live table of a running workflow, in place of Snakemake's own lines on the terminal."""
 
 from __future__ import annotations
 
@@ -6,78 +6,58 @@ import atexit
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from tafs.orchestration.snakemake_hooks import JobLog, LoggedJob, screen_handlers
+from tafs.runtime.progress import active, aligned, cells, clock
+
 if TYPE_CHECKING:
     from rich.live import Live
-from tafs.runtime.progress import _clock, active, aligned, cells
 
 
-@dataclass(frozen=True)
-class Job:
-    """A job that Snakemake has started (on a cluster: submitted)."""
+class RunningJobs(JobLog):
+    """Counts the finished jobs and keeps the running ones.
 
-    stage: str
-    run: str  # "" for what is made of all runs
-    since: float
-
-
-class Jobs(logging.Handler):
-    """Snakemake's log, read as an account of its jobs; what goes wrong is said at once."""
+    Args:
+        say: prints Snakemake's warnings and errors.
+    """
 
     def __init__(self, say: Callable[[str], None]) -> None:
         super().__init__()
         self.say = say
-        self.running: dict[int, Job] = {}
-        self.done = self.total = self.failed = 0
+        self.running: dict[int, tuple[LoggedJob, float]] = {}  # with the time of their start
+        self.done = self.total = 0
 
-    def emit(self, record: logging.LogRecord) -> None:
-        facts = vars(record)
-        event = facts.get("event")
-        if event == "job_info":
-            run = (facts["wildcards"] or {}).get("run", "")
-            self.running[facts["jobid"]] = Job(facts["rule_name"], run, time.time())
-        elif event == "job_finished":
-            self.running.pop(facts["job_id"], None)
-        elif event == "progress":
-            self.done, self.total = facts["done"], facts["total"]
-        elif event == "job_error":
-            self.running.pop(
-                facts["jobid"], None
-            )  # what follows, tafs/orchestration/retries.py says
-        elif facts.get("exception") == "RuleException":
-            pass  # the shell's exit status, beside a job_error that says more
-        elif record.levelno >= logging.WARNING and record.msg:
-            self.say(record.getMessage())
+    def started(self, job: LoggedJob) -> None:
+        self.running[job.id] = (job, time.time())
+
+    def ended(self, job: int) -> None:
+        self.running.pop(job, None)
+
+    def progressed(self, done: int, total: int) -> None:
+        self.done, self.total = done, total
+
+    def warned(self, text: str) -> None:
+        self.say(text)
 
 
-def failure(how: str, stage: str, run: str, logs: Sequence[str], reason: str) -> str:
-    """A failed job: what becomes of it, which one, why, and where the rest stands.
+class LiveTable:
+    """A thread that shows the running jobs: a table on a terminal, else lines every 30 s.
 
     Args:
-        reason: "" where the job has not said it; its log's last line then has to do.
+        runs: the folder of the runs, where jobs report their progress.
+        stream: where it is shown.
+        title: what runs.
     """
-    log = logs[0] if logs else "no log"
-    if not reason:
-        try:
-            said = Path(log).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        except OSError:
-            said = []
-        reason = said[-1] if said else "no output"
-    return f"{how} {stage} {run}".rstrip() + f" ({log})\n    {reason}"
-
-
-class Watcher:
-    """A thread that shows the running jobs in the place of Snakemake's own lines."""
 
     def __init__(self, runs: Path, stream: TextIO, title: str) -> None:
         self.runs = runs
         self.stream = stream
         self.title = title
-        self.jobs = Jobs(self.say)
+        self.jobs = RunningJobs(self.say)
+        self.failed = 0  # jobs that were given up
         self.interval = 1.0 if stream.isatty() else 30.0
         self._live: Live | None = None
         self._stop = threading.Event()
@@ -85,14 +65,9 @@ class Watcher:
         self._started = time.time()
 
     def start(self, logger: logging.Logger) -> None:
-        """Show the jobs that `logger` tells of; its file keeps every line, its screen none."""
+        """Follow Snakemake's logger and silence its terminal; its log file keeps every line."""
         self._logger = logger
-        self._screen = [
-            handler
-            for handler in logger.handlers
-            if isinstance(handler, logging.StreamHandler)
-            and not isinstance(handler, logging.FileHandler)
-        ]
+        self._screen = screen_handlers(logger)
         for handler in self._screen:
             handler.setLevel(logging.CRITICAL + 1)
         logger.addHandler(self.jobs)
@@ -107,7 +82,7 @@ class Watcher:
         atexit.register(self.stop)  # an interrupted workflow calls no hook
 
     def stop(self) -> None:
-        """Give the screen back; Snakemake's warnings and errors appear on it again."""
+        """Remove the table; Snakemake's warnings and errors go to the terminal again."""
         if self._stop.is_set():
             return
         self._stop.set()
@@ -119,32 +94,32 @@ class Watcher:
             handler.setLevel(logging.WARNING)
 
     def say(self, text: str) -> None:
-        """Lines that stay."""
+        """Print lines that stay above the table."""
         if self._live:
             self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             print(text, file=self.stream, flush=True)
 
     def elapsed(self) -> str:
-        return _clock(time.time() - self._started)
+        return clock(time.time() - self._started)
 
     def lines(self) -> list[str]:
-        """The table: a head, then a line a job."""
+        """The table: a header, then one line per job."""
         now = time.time()
         head = f"{self.title}  {self.elapsed()}"
         if self.jobs.total:
             head += f"  {self.jobs.done} of {self.jobs.total} jobs done"
-        if self.jobs.failed:
-            head += f", {self.jobs.failed} failed"
+        if self.failed:
+            head += f", {self.failed} failed"
         reports = {(r["stage"], r["run"]): r for r in active(self.runs, now)}
         rows = []
-        for job in list(self.jobs.running.values()):
-            report = reports.get((job.stage, job.run))
-            # An older report is that of a job that was killed.
-            if report is None or report["updated"] < job.since:
-                rows.append((job.stage, job.run, "", "", ""))
-            else:
-                rows.append((job.stage, job.run, *cells(report, now)))
+        for job, since in list(self.jobs.running.values()):
+            run = job.wildcards.get("run", "")
+            report = reports.get((job.rule, run))
+            # An older report belongs to a job that was killed.
+            current = report is not None and report["updated"] >= since
+            progress = cells(report, now) if report and current else ("", "", "")
+            rows.append((job.rule, run, *progress))
         return [head, *aligned(rows)]
 
     def _watch(self) -> None:

@@ -1,23 +1,24 @@
-"""Which failed jobs Snakemake tries again: it knows only how often, the stages know why.
+"""Which failed jobs are run again.
 
-A stage that cannot go on says so in its run's folder (`rundir.RunDir.failure`). One that has saved
-its state to be continued is called again without using up one of its `retries`; one whose input is
-bad is not, since it would fail the same way; all others, such as jobs that were killed, are tried
-again as often as the profile's `retries` allow.
+Snakemake's `retries` is one number for every failure. Here the reason counts, which a stage writes
+to its run's folder (`RunDir.failure`):
+
+- it saved its state and is to be continued: the job runs again without using up a retry;
+- its input is bad, or sbatch refused it: no retry, since it would fail in the same way;
+- anything else, such as a job that was killed: as many retries as the profile allows.
 """
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tafs.common import errors
-from tafs.orchestration.live_table import Jobs, failure
+from tafs.orchestration.live_table import LiveTable
+from tafs.orchestration.snakemake_hooks import FailedJob, Member, Verdict, key_of, on_failure
 from tafs.runtime.run_dir import RunDir
 
 
@@ -26,91 +27,101 @@ class Failure:
     """How a job ended."""
 
     stage: str
-    run: str  # "" of what is made of all runs
+    run: str  # "" for jobs over all runs
     logs: tuple[str, ...]
-    code: int | None  # None: without a word, as of a job that was killed
+    code: int | None  # exit code; None: the stage wrote nothing, as when it was killed
     message: str
+
+    def describe(self, outcome: str) -> str:
+        """What happened to which job, its log and the reason.
+
+        Where the stage wrote no reason, the last line of its log is shown.
+        """
+        log = self.logs[0] if self.logs else "no log"
+        reason = self.message or _last_line(self.logs)
+        return f"{outcome} {self.stage} {self.run}".rstrip() + f" ({log})\n    {reason}"
 
 
 class Retries:
-    """Decides in the place of Snakemake's scheduler what becomes of a failed job.
+    """Decides what happens to each failed job, and prints it.
 
     Args:
-        scheduler: Snakemake's.
-        runs: the folder of the runs.
-        jobs: is told what failed and what follows, and counts what is given up.
+        table: prints the failures and counts the jobs that are given up.
     """
 
-    def __init__(self, scheduler: Any, runs: Path, jobs: Jobs) -> None:
-        self.runs = runs
-        self.jobs = jobs
+    def __init__(self, table: LiveTable) -> None:
+        self.table = table
         self._forgiven: set[int] = set()
-        self._handle = scheduler._handle_error
-        # Snakemake has no setting for it: a rule's retries are one number.
-        scheduler._handle_error = self.handle
+        self._refused: set[int] = set()
+
+    def attach(self, workflow: Any) -> None:
+        """Decide for Snakemake's scheduler from now on."""
+        on_failure(workflow, self.decide)
 
     def forgive(self, job: Any) -> None:
-        """The failure that is about to be handled is not the job's: it uses up no retry."""
-        self._forgiven.add(id(job))
+        """The next failure of Snakemake's job is not its own; it uses up no retry."""
+        self._forgiven.add(key_of(job))
 
-    def handle(self, job: Any, *arguments: Any, **keywords: Any) -> None:
-        """As Snakemake's own `_handle_error`, for a job or a group of jobs."""
-        members = list(job.jobs) if job.is_group() else [job]
-        found = [taken(self.runs, member) for member in members]
-        known = [f for f in found if f.code is not None]
-        killed = [
-            f
-            for f, one in zip(found, members, strict=True)
-            if f.code is None and (not job.is_group() or unmade(one))
+    def refuse(self, job: Any) -> None:
+        """The next failure of Snakemake's job would repeat and was reported; it is given up."""
+        self._refused.add(key_of(job))
+
+    def decide(self, job: FailedJob) -> Verdict:
+        """The verdict on a failed job or group."""
+        forgiven, refused = job.key in self._forgiven, job.key in self._refused
+        self._forgiven.discard(job.key)
+        self._refused.discard(job.key)
+        found = [take_failure(self.table.runs, member) for member in job.members]
+        known = [failure for failure in found if failure.code is not None]
+        silent = [
+            failure
+            for failure, member in zip(found, job.members, strict=True)
+            if failure.code is None and not (job.is_group and member.complete)
         ]
-        forgiven = id(job) in self._forgiven
-        self._forgiven.discard(id(job))
-        all_continued = not killed and all(f.code == errors.CONTINUE for f in known)
-        continued = forgiven or (bool(known) and all_continued)
-        refused = bool(known) and not killed and all(f.code == errors.BAD_INPUT for f in known)
-        retried = not refused and (continued or job.restart_times > job.attempt - 1)
-        for one in known + ([] if forgiven else killed):
-            if continued:
-                self.jobs.say(f"{one.stage} {one.run}: {one.message}")
-                continue
-            how = "failed and is tried again:" if retried else "FAILED"
-            self.jobs.say(failure(how, one.stage, one.run, one.logs, one.message))
-        self.jobs.failed += not retried
-        with _retries(members, sys.maxsize if continued else 0 if refused else None):
-            self._handle(job, *arguments, **keywords)
-        if continued:
-            job.attempt -= 1
+        verdict = self._verdict(known, silent)
+        if forgiven or refused:
+            verdict, silent = (Verdict.CONTINUE if forgiven else Verdict.GIVE_UP), []
+        retried = job.retries_left and verdict is Verdict.RETRY
+        outcome = "failed and is tried again:" if retried else "FAILED"
+        for failure in known + silent:
+            if verdict is Verdict.CONTINUE:
+                self.table.say(f"{failure.stage} {failure.run}: {failure.message}")
+            else:
+                self.table.say(failure.describe(outcome))
+        self.table.failed += not retried and verdict is not Verdict.CONTINUE
+        return verdict
+
+    @staticmethod
+    def _verdict(known: Sequence[Failure], silent: Sequence[Failure]) -> Verdict:
+        codes = {failure.code for failure in known}
+        if codes == {errors.CONTINUE} and not silent:
+            return Verdict.CONTINUE
+        if codes == {errors.BAD_INPUT} and not silent:
+            return Verdict.GIVE_UP
+        return Verdict.RETRY
 
 
-def taken(runs: Path, job: Any) -> Failure:
-    """How a job ended, by what its stage has said; that is marked as seen, and not taken again."""
-    stage, run = str(job.rule.name), str(dict(job.wildcards_dict).get("run", ""))
-    silent = Failure(stage, run, tuple(map(str, job.log)), None, "")
+def take_failure(runs: Path, member: Member) -> Failure:
+    """How a job ended according to its run's folder; the record is marked as seen.
+
+    A record that was seen before belongs to an earlier attempt and does not count.
+    """
+    stage, run = member.rule, member.wildcards.get("run", "")
+    silent = Failure(stage, run, member.logs, None, "")
     file = RunDir(runs / run).failure(stage)
     try:
-        said = json.loads(file.read_text(encoding="utf-8"))
-        if said["seen"]:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        if record["seen"]:
             return silent
-        file.write_text(json.dumps({**said, "seen": True}), encoding="utf-8")
-        return Failure(stage, run, silent.logs, int(said["exit"]), str(said["message"]))
+        file.write_text(json.dumps({**record, "seen": True}), encoding="utf-8")
+        return Failure(stage, run, member.logs, int(record["exit"]), str(record["message"]))
     except (OSError, ValueError, KeyError, TypeError):
         return silent
 
 
-def unmade(job: Any) -> bool:
-    """Whether it lacks one of its files, as others of its group may not."""
-    return not all(Path(str(file)).exists() for file in job.output)
-
-
-@contextmanager
-def _retries(jobs: list[Any], count: int | None) -> Iterator[None]:
-    """The jobs' rules allow so many retries inside the block; None: as many as before."""
-    rules = {id(job.rule): job.rule for job in jobs}.values()
-    before = [rule.restart_times for rule in rules]
-    for rule, own in zip(rules, before, strict=True):
-        rule.restart_times = own if count is None else count
+def _last_line(logs: Sequence[str]) -> str:
     try:
-        yield
-    finally:
-        for rule, own in zip(rules, before, strict=True):
-            rule.restart_times = own
+        text = Path(logs[0]).read_text(encoding="utf-8", errors="replace") if logs else ""
+    except OSError:
+        text = ""
+    return (text.strip().splitlines() or ["no output"])[-1]

@@ -1,8 +1,8 @@
-"""What Snakemake's Slurm executor leaves open: jobs that it would await for ever, and orphans.
+"""Corrections of Snakemake's Slurm executor: lost jobs, refused jobs and orphans.
 
-The executor forgets the jobs whose state it cannot ask for in an outage of Slurm, and takes for
-queued what Slurm has ended without one of the states that it knows, such as PREEMPTED. And jobs
-that were submitted by a workflow that was killed go on, or start much later.
+The executor stops polling jobs whose state it cannot get during an outage of Slurm, and keeps
+waiting for jobs that end in a state that it does not know, such as PREEMPTED. Jobs of a workflow
+that was killed continue, or start later.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import subprocess
 import time
 from collections import Counter
@@ -17,11 +18,12 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tafs.common import files
 from tafs.common.errors import RunFailed
 from tafs.orchestration.retries import Retries
+from tafs.orchestration.snakemake_hooks import LOGGER, SlurmExecutor, key_of
 
-EXECUTOR = "snakemake_executor_plugin_slurm"  # where Snakemake's executor for Slurm is defined
-# A job in one of them will run, runs, or is just ending.
+# A job in one of these states will run, is running or is about to end.
 ALIVE = frozenset(
     [
         *("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING"),
@@ -29,84 +31,89 @@ ALIVE = frozenset(
         "SPECIAL_EXIT",
     ]
 )
-GRACE = 150.0  # s that a job may be in none of them before it counts as lost: Slurm requeues in 120
+GRACE = 150.0  # s outside ALIVE after which a job is lost; Slurm requeues a job within 120 s
 FORGIVEN = 2  # losses of a job that use up no retry
 QUERY_TIMEOUT = 60  # s
 CANCEL_TIMEOUT = 300.0  # s for cancelled jobs to end
-
-# What sbatch says where it could not ask: it has then waited for some seconds.
+# sbatch's messages when it cannot reach the controller; it has then waited for some seconds.
 UNREACHABLE = ("Unable to contact slurm controller", "Socket timed out", "Connection refused")
+# The executor's report of an sbatch that failed: sbatch's own message, then the whole command.
+REFUSED = re.compile(r"SLURM sbatch failed\. The error message was '(.*?)'\.\n", re.DOTALL)
 
-logger = logging.getLogger("snakemake.logging")
+logger = logging.getLogger(LOGGER)
 
 
 class Watch:
-    """Asks Slurm beside its executor, and reports as failed the jobs that Slurm has lost.
+    """Polls Slurm in addition to the executor, and reports the jobs that Slurm has lost.
 
     Args:
-        executor: Snakemake's, which this changes.
-        retries: told which jobs an outage of Slurm kept from being submitted.
+        executor: Snakemake's executor; its methods are replaced.
+        retries: is told which failures are Slurm's.
     """
 
-    def __init__(self, executor: Any, retries: Retries) -> None:
+    def __init__(self, executor: SlurmExecutor, retries: Retries) -> None:
         self.executor = executor
         self.retries = retries
-        self._check = executor.check_active_jobs
-        self._reported: dict[int, Any] = {}  # by id, and kept alive: ids of the dead come again
+        # By key. Keeping the objects prevents Python from reusing their ids.
+        self._reported: dict[int, Any] = {}
         self._lost_since: dict[str, float] = {}
         self._forgiven: Counter[int] = Counter()
-        self._succeeded, self._failed = executor.report_job_success, executor.report_job_error
-        executor.check_active_jobs = self.check
-        executor.report_job_success, executor.report_job_error = self._success, self._error
+        executor.replace(self.check, self._success, self._error)
 
     async def check(self, active: Sequence[Any]) -> AsyncIterator[Any]:
-        """As the executor's: yields the jobs that are to be asked for again."""
+        """The executor's `check_active_jobs`: yields the jobs to poll again."""
         awaited = []
         try:
-            async for job in self._check(active):
+            async for job in self.executor.check(active):
                 awaited.append(job)
-        except Exception as error:  # it would end the thread that asks, and the workflow hang
+        except Exception as error:  # would end the polling thread, and the workflow would hang
             logger.warning(f"Slurm could not be asked for its jobs: {error}")
         known = {id(job) for job in awaited} | self._reported.keys()
         awaited += [job for job in active if id(job) not in known]
         self._reported.clear()
         states = await self._states() if awaited else {}
         for job in awaited:
-            lost = states is not None and self._lost(job.external_jobid, states)
-            if lost:
-                # It may have ended well, and Slurm have forgotten it before it was asked: what such
-                # a job has done is still there for the next one.
-                if self._forgiven[id(job.job)] < FORGIVEN:
-                    self._forgiven[id(job.job)] += 1
-                    self.retries.forgive(job.job)
-                self.executor.report_job_error(job, msg=f"Slurm has lost job {job.external_jobid}")
-                self._reported.clear()
-            else:
+            if states is None or not self._lost(job.external_jobid, states):
                 yield job
+                continue
+            # It may have succeeded and been forgotten by Slurm. The next job finds its work done.
+            key = key_of(job.job)
+            if self._forgiven[key] < FORGIVEN:
+                self._forgiven[key] += 1
+                self.retries.forgive(job.job)
+            message = f"Slurm has lost job {job.external_jobid}"
+            self.retries.table.say(message)
+            self.executor.report_error(job, msg=message)
 
     def _success(self, job: Any) -> None:
         self._reported[id(job)] = job
-        self._succeeded(job)
+        self.executor.report_success(job)
 
-    def _error(self, job: Any, msg: str | None = None, **facts: Any) -> None:
+    def _error(self, job: Any, msg: str | None = None, **fields: Any) -> None:
         self._reported[id(job)] = job
-        if msg:  # Snakemake would not show that of a group
-            self.retries.jobs.say(" ".join(msg.split()))
+        if msg:
+            refused = REFUSED.search(msg)
+            said = refused.group(1) if refused else msg
+            # Snakemake does not print the message of a group.
+            self.retries.table.say(" ".join(said.split()))
             if any(sign in msg for sign in UNREACHABLE):
                 self.retries.forgive(job.job)
-        self._failed(job, msg=msg, **facts)
+            elif refused:
+                self.retries.refuse(job.job)
+                msg = said
+        self.executor.report_error(job, msg=msg, **fields)
 
     def _lost(self, job: str, states: dict[str, str]) -> bool:
-        """Whether Slurm has for long neither run a job nor meant to."""
+        """Whether a job has been outside ALIVE for longer than GRACE."""
         if states.get(job) in ALIVE:
             self._lost_since.pop(job, None)
             return False
         return time.monotonic() - self._lost_since.setdefault(job, time.monotonic()) > GRACE
 
     async def _states(self) -> dict[str, str] | None:
-        """Of the workflow's jobs; None where Slurm does not answer."""
+        """The states of the workflow's jobs; None if Slurm does not answer."""
         command = ["squeue", "--noheader", "--states=all", "--format=%i %T"]
-        command += ["--name", self.executor.run_uuid]
+        command += ["--name", self.executor.run_name]
         try:
             process = await asyncio.create_subprocess_exec(
                 *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
@@ -119,27 +126,32 @@ class Watch:
         return dict(line.split() for line in answer.decode().splitlines())
 
 
-def end_orphans(file: Path) -> int:
-    """Cancel the jobs of an earlier workflow, which must have ended; how many there were.
+def remember(file: Path, run_name: str) -> None:
+    """Write the name that all Slurm jobs of this call have."""
+    files.atomic_text(file, json.dumps({"name": run_name}))
 
-    A running one has its state on the disk; one that waits would start after its successor has
-    ended, and begin anew.
+
+def end_orphans(file: Path) -> int:
+    """Cancel the Slurm jobs of an earlier call that has ended; return their number.
+
+    The work of a running job is saved. A pending job would start after its successor has ended,
+    and begin from scratch.
 
     Args:
-        file: what `remember` wrote.
+        file: written by `remember`; deleted once no job is left.
 
     Raises:
-        RunFailed: they do not end, or Slurm cannot be asked; says what to do.
+        RunFailed: the jobs do not end, or Slurm does not answer; names the remedy.
     """
     try:
         name = json.loads(file.read_bytes())["name"]
     except (OSError, ValueError, KeyError, TypeError):
         return 0
-    before = _alive(name, file)
+    before = _count(name, file)
     if before:
         subprocess.run(["scancel", f"--name={name}"], capture_output=True, check=False)
     deadline = time.monotonic() + CANCEL_TIMEOUT
-    while before and _alive(name, file):
+    while before and _count(name, file):
         if time.monotonic() > deadline:
             raise RunFailed(f"Slurm jobs of an earlier call do not end: scancel --name={name}")
         time.sleep(1.0)
@@ -147,14 +159,8 @@ def end_orphans(file: Path) -> int:
     return before
 
 
-def remember(file: Path, executor: Any) -> None:
-    """Write the name of the jobs that the executor submits: {"name"}."""
-    from tafs.common import files  # it imports torch, which no plan needs
-
-    files.atomic_text(file, json.dumps({"name": executor.run_uuid}))
-
-
-def _alive(name: str, file: Path) -> int:
+def _count(name: str, file: Path) -> int:
+    """The number of jobs of this name that are pending or running."""
     command = ["squeue", "--noheader", "--format=%i", f"--name={name}"]
     try:
         done = subprocess.run(
@@ -162,8 +168,8 @@ def _alive(name: str, file: Path) -> int:
         )
     except FileNotFoundError:
         raise RunFailed(
-            f"jobs of an earlier call may still be in a Slurm that is not here: where it is, "
-            f"scancel --name={name}; then delete {file}"
+            f"an earlier call has submitted jobs to Slurm, which is not installed here: run "
+            f"scancel --name={name} where it is, then delete {file}"
         ) from None
     except (OSError, subprocess.SubprocessError) as error:
         raise RunFailed(f"Slurm does not answer ({error}); try again") from None

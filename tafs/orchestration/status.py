@@ -1,7 +1,7 @@
-"""Where every run of a scale stands, by its files alone: `tafs status`, while it runs or after.
+"""`tafs status`: the state of every run of a scale, from its files alone.
 
-Read are run.json, the journals, RUN_DIR/.progress/STAGE.json, RUN_DIR/.locks/STAGE (held by the
-process that works on the stage) and RUN_DIR/.failed/STAGE.json (the stage's last failure).
+Read are the journals, RUN_DIR/.progress/STAGE.json, RUN_DIR/.locks/STAGE (held by the process that
+works on the stage) and RUN_DIR/.failed/STAGE.json (the stage's last failure).
 """
 
 from __future__ import annotations
@@ -20,36 +20,38 @@ from pathlib import Path
 from typing import Any
 
 from tafs.common import errors
-from tafs.experiment.runs import Run
-from tafs.orchestration import graph as workflow
-from tafs.runtime import journal, progress, run_dir
+from tafs.experiment import RunSpec
+from tafs.orchestration.graph import Graph
+from tafs.runtime import journal, progress
+from tafs.runtime.run_dir import RunDir
 
-RECENT = 5  # iterations that tell a run's pace
-STARTING = 120.0  # s in which a process that has a lock waiting for it takes it
-SILENT, PACES = 900.0, 10  # a heartbeat is overdue after so many seconds and so many paces
-SQUEUE_LIMIT = 20  # s
-ROUNDING = 1.0  # s; failures may be noted in whole seconds
-STAGES = ("train", "evaluate", "trajectory_rewards", "score_served")
+RECENT = 5  # iterations that determine a run's pace
+STARTING = 120.0  # s that a process may take to acquire a lock that was released for it
+SILENT, PACES = 900.0, 10  # a heartbeat is overdue after this many seconds and this many paces
+SQUEUE_TIMEOUT = 20  # s
+ROUNDING = 1.0  # s; failures may be recorded in whole seconds
 WORKING = {
     "train": "training",
     "evaluate": "evaluating",
     "trajectory_rewards": "scoring trajectories",
     "score_served": "scoring (server)",
 }
-TROUBLE = ("failed", "lost", "stalled")
-ORDER = (*TROUBLE, *WORKING.values(), "to be continued", "waiting", "done")
-LOST = "Slurm has no such job any more: end snakemake (Ctrl-C), then run the same command again"
+ORDER = (
+    *("failed", "lost", "stalled", *WORKING.values()),
+    *("to be continued", "waiting", "trained", "done"),
+)
+LOST = "the Slurm job is gone: end snakemake (Ctrl-C), then run the same command again"
 
 
 @dataclass(frozen=True)
 class Lock:
-    """Who works, or worked, on a stage of a run."""
+    """Who works, or last worked, on a stage of a run."""
 
     held: bool
     host: str
     pid: int
     job: str  # Slurm's id, or ""
-    since: float
+    since: float  # Unix seconds
 
     @property
     def where(self) -> str:
@@ -72,21 +74,33 @@ class State:
 
     run: str
     state: str  # one of ORDER
-    iterations: tuple[int, int] | None  # (done, of all); None: nothing is trained
-    reward: str  # the last scored step's, by name
-    pace: float | None  # s an iteration
-    left: float | None  # s of the present stage, or of a training that waits
-    heartbeat: float | None  # when anything was last heard of it
+    iterations: tuple[int, int] | None  # (done, total); None: not a training run
+    reward: str  # rewards of the last scored step
+    pace: float | None  # s per iteration
+    left: float | None  # s of the current stage, or of a training that waits
+    heartbeat: float | None  # Unix seconds of the last sign of life
     where: str
     note: str  # the last failure, or what to do
-    stages: tuple[int, int]  # (done, all)
+    stages: tuple[int, int]  # (done, total)
 
 
 # -- files -----------------------------------------------------------------------------------------
 
 
+def _read_json(file: Path) -> dict[str, Any] | None:
+    """A JSON object; None if it is missing or being written."""
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
 def read_lock(file: Path) -> Lock | None:
-    """A stage's lock; None where there is none, or one that is being written."""
+    """A stage's lock; None if there is none or it is being written."""
+    record = _read_json(file)
+    if record is None:
+        return None
     try:
         with file.open("rb") as opened:
             try:
@@ -96,35 +110,25 @@ def read_lock(file: Path) -> Lock | None:
             else:
                 held = False
                 fcntl.flock(opened, fcntl.LOCK_UN)
-            facts = json.loads(opened.read())
-        return Lock(held, facts["host"], facts["pid"], facts["job"], facts["since"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return Lock(held, record["host"], record["pid"], record["job"], record["since"])
+    except (OSError, KeyError):
         return None
 
 
 def read_failure(file: Path) -> Failure | None:
-    """A stage's last failure; None where there is none."""
+    """A stage's last failure; None if there is none."""
+    record = _read_json(file) or {}
     try:
-        facts = json.loads(file.read_bytes())
-        return Failure(facts["stage"], facts["exit"], facts["message"], facts["time"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return Failure(*(record[key] for key in ("stage", "exit", "message", "time")))
+    except KeyError:
         return None
-
-
-def _report(file: Path) -> dict[str, Any] | None:
-    """A stage's own account of its progress."""
-    try:
-        record: dict[str, Any] = json.loads(file.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return record
 
 
 # -- Slurm -----------------------------------------------------------------------------------------
 
 
 def gone(job: str) -> bool:
-    """Whether Slurm says that it has no such job (any more); False where it does not say."""
+    """Whether Slurm states that a job does not exist; False if it does not answer."""
     if not job or shutil.which("squeue") is None:
         return False
     try:
@@ -133,7 +137,7 @@ def gone(job: str) -> bool:
             capture_output=True,
             text=True,
             check=False,
-            timeout=SQUEUE_LIMIT,
+            timeout=SQUEUE_TIMEOUT,
         )
     except (OSError, subprocess.TimeoutExpired):
         return False
@@ -142,28 +146,10 @@ def gone(job: str) -> bool:
     return not answer.stdout.strip()
 
 
-# -- a run -----------------------------------------------------------------------------------------
+# -- one run ---------------------------------------------------------------------------------------
 
 
-def stages_of(graph: workflow.Plan) -> dict[str, tuple[str, ...]]:
-    """The stages that each run has, in their order."""
-    judged = set(graph.files("", judged=True))
-    correlated = set(graph.correlated)
-    served = bool(graph.images)
-    found = {}
-    for name, run in graph.runs.items():
-        folder = f"{graph.root}/runs/{name}"
-        has = {
-            "train": run.trained,
-            "evaluate": folder in judged,
-            "trajectory_rewards": f"{folder}/trajectory_rewards.parquet" in correlated,
-            "score_served": served and folder in judged,
-        }
-        found[name] = tuple(stage for stage in STAGES if has[stage])
-    return found
-
-
-def _ended(run: run_dir.RunDir, stage: str) -> bool:
+def _done(run: RunDir, stage: str) -> bool:
     files = {
         "train": (run.adapter, run.journal),
         "evaluate": (run.scores, run.samples),
@@ -173,52 +159,59 @@ def _ended(run: run_dir.RunDir, stage: str) -> bool:
     return all(file.is_file() for file in files[stage])
 
 
-def of_run(run: Run, folder: Path, stages: Sequence[str], now: float) -> State:
-    """Where a run stands.
+def of_run(spec: RunSpec, folder: Path, stages: Sequence[str], now: float) -> State:
+    """The state of a run.
+
+    Args:
+        spec: of the run.
+        folder: of the run; it need not exist.
+        stages: of the run, in their order.
+        now: Unix seconds.
 
     Raises:
         ValueError: its journal is damaged; names it.
     """
-    files = run_dir.RunDir(folder)
-    locks = {stage: read_lock(files.lock(stage)) for stage in stages}
+    run = RunDir(folder)
+    locks = {stage: read_lock(run.lock(stage)) for stage in stages}
     held = next((stage for stage, lock in locks.items() if lock and lock.held), None)
-    # What is worked on is not done, whatever an earlier attempt has left.
-    ended = [stage for stage in stages if stage != held and _ended(files, stage)]
-    current = held or next((stage for stage in stages if stage not in ended), None)
-    journals = [files.state / "journal.jsonl", files.journal]
-    file = next((f for f in journals if f.is_file()), None) if run.trained else None
+    # A stage in progress is not done, even if files of an earlier attempt exist.
+    done = [stage for stage in stages if stage != held and _done(run, stage)]
+    current = held or next((stage for stage in stages if stage not in done), None)
+    journals = [run.state / "journal.jsonl", run.journal]
+    file = next((f for f in journals if f.is_file()), None) if spec.trained else None
     records = journal.iterations(file) if file else []
-    total = run.settings["iterations"] if run.trained else 0
     count = records[-1]["iteration"] + 1 if records else 0
     recent = [record["seconds"]["total"] for record in records[-RECENT:]]
     pace = statistics.median(recent) if recent else None
-    report = _report(folder / progress.FOLDER / f"{current}.json") if current else None
+    report = _read_json(folder / progress.FOLDER / f"{current}.json") if current else None
     lock = locks[current] if current else None
-    failure = read_failure(files.failure(current)) if current else None
+    failure = read_failure(run.failure(current)) if current else None
     beats = [records[-1]["time"]] if records else []
     beats += [report["updated"]] if report else []
     started = [*beats, *([lock.since] if lock else [])]
     if failure and any(beat > failure.time + ROUNDING for beat in started):
-        failure = None  # it has gone on since
+        failure = None  # the stage has continued since
     beats += [lock.since] if lock and lock.held else []
     heartbeat = max(beats, default=None)
-    state, note = _state(current, held, lock, failure, heartbeat, _pace(current, pace, report), now)
+    overdue = max(SILENT, PACES * (_pace(current, pace, report) or 0.0))
+    silent = now - heartbeat if heartbeat is not None and now - heartbeat > overdue else None
+    state, note = _state(current, held, lock, failure, silent, now)
     left = None
     if current == "train" and pace is not None:
-        left = pace * (total - count)
+        left = pace * (spec.iterations - count)
     elif held and report:
         left = progress.seconds_left(report, now)
     return State(
-        run=run.name,
-        state=state,
-        iterations=(count, total) if run.trained else None,
+        run=spec.name,
+        state="trained" if state == "waiting" and "train" in done else state,
+        iterations=(count, spec.iterations) if spec.trained else None,
         reward=_reward(records),
         pace=pace,
         left=left,
         heartbeat=heartbeat,
         where=lock.where if lock and (held or state == "lost") else "",
         note=note,
-        stages=(len(ended), len(stages)),
+        stages=(len(done), len(stages)),
     )
 
 
@@ -227,74 +220,81 @@ def _state(
     held: str | None,
     lock: Lock | None,
     failure: Failure | None,
-    heartbeat: float | None,
-    pace: float | None,
+    silent: float | None,
     now: float,
 ) -> tuple[str, str]:
-    """(state, note) of a run whose stage `current` is the first that is not done."""
+    """(state, note) of a run.
+
+    Args:
+        current: its first stage that is not done.
+        held: the stage that a process works on.
+        lock: of `current`.
+        failure: the last one of `current`.
+        silent: s since an overdue heartbeat; None: it is not overdue.
+        now: Unix seconds.
+    """
     if current is None:
         return "done", ""
     if held:
         if lock and gone(lock.job):
             return "lost", LOST
-        overdue = max(SILENT, PACES * (pace or 0.0))
-        if heartbeat is not None and now - heartbeat > overdue:
-            return "stalled", f"{current}: silent for {progress.duration(now - heartbeat)}"
+        if silent is not None:
+            return "stalled", f"{current}: silent for {progress.duration(silent)}"
         return WORKING[current], ""
     if failure:
-        said = f"{failure.stage}: {failure.message} ({progress.duration(now - failure.time)} ago)"
-        return ("to be continued" if failure.exit == errors.CONTINUE else "failed"), said
+        ago = progress.duration(now - failure.time)
+        state = "to be continued" if failure.exit == errors.CONTINUE else "failed"
+        return state, f"{failure.stage}: {failure.message} ({ago} ago)"
     if lock and lock.job and gone(lock.job):
         return "lost", LOST
-    # A training's launcher gives the lock back for its processes, which take it once they run.
+    # The launcher of a training releases the lock, and the training's process acquires it.
     if lock and now - lock.since > STARTING:
-        return "waiting", f"{current}: its process has gone; it continues when it is started again"
+        return "waiting", f"{current}: its process has ended; start it again to continue"
     return "waiting", ""
 
 
 def _pace(current: str | None, pace: float | None, report: dict[str, Any] | None) -> float | None:
-    """Seconds between two signs of life of the present stage."""
+    """Seconds between two signs of life of the current stage."""
     if current == "train" or report is None:
         return pace
     steps = report["done"] - report["first"]
-    return (report["updated"] - report["started"]) / steps if steps > 0 else None
+    return float(report["updated"] - report["started"]) / steps if steps > 0 else None
 
 
 def _reward(records: Sequence[dict[str, Any]]) -> str:
     if not records:
         return ""
-    rewards = records[-1]["rewards"]
-    last = {name: values[-1] for name, values in rewards.items() if values}
+    last = {name: values[-1] for name, values in records[-1]["rewards"].items() if values}
     return "  ".join(f"{n} {v:.3g}" if v is not None else f"{n} -" for n, v in last.items())
 
 
 # -- all runs --------------------------------------------------------------------------------------
 
 
-def look(graph: workflow.Plan, now: float) -> list[State]:
-    """The scale's runs: first those in trouble, then those at work, in the graph's order."""
-    stages = stages_of(graph)
+def look(graph: Graph, now: float) -> list[State]:
+    """The states of the scale's runs, in the order of ORDER."""
     found = [
-        of_run(run, Path(graph.root) / "runs" / name, stages[name], now)
-        for name, run in graph.runs.items()
+        of_run(spec, Path(graph.folder(name)), graph.stages[name], now)
+        for name, spec in graph.plan.runs.items()
     ]
     return sorted(found, key=lambda state: ORDER.index(state.state))
 
 
 def training_left(states: Sequence[State], variants: Sequence[str]) -> float | None:
-    """Seconds that all trainings still take, if as many run at once as now; None: not known.
+    """Seconds until all trainings end, if as many as now run at once; None: not known.
 
-    A run without a pace has the median of its method's, or of all.
+    A run without a pace has the median pace of its method, or of all runs.
 
     Args:
-        variants: of each state's run, its method.
+        states: of all runs.
+        variants: the method of each state's run.
     """
     paces: dict[str, list[float]] = {}
     for state, variant in zip(states, variants, strict=True):
         if state.pace is not None:
             paces.setdefault(variant, []).append(state.pace)
     known = [pace for group in paces.values() for pace in group]
-    running = sum(state.state == "training" for state in states)
+    running = sum(state.state == WORKING["train"] for state in states)
     if not known or not running:
         return None
     total = 0.0
@@ -305,49 +305,48 @@ def training_left(states: Sequence[State], variants: Sequence[str]) -> float | N
     return total / running
 
 
-def summary(graph: workflow.Plan, states: Sequence[State]) -> str:
-    """One line: how many runs are in which state, jobs done, time left."""
+def summary(graph: Graph, states: Sequence[State]) -> str:
+    """One line: the number of runs in each state, finished jobs, time left."""
     counts = Counter(state.state for state in states)
     parts = ", ".join(f"{counts[state]} {state}" for state in ORDER if counts[state])
     done, total = (sum(state.stages[i] for state in states) for i in (0, 1))
-    line = f"scale {graph.settings.scale}: {parts}; {done} of {total} jobs done"
-    left = training_left(states, [graph.runs[state.run].variant for state in states])
+    line = f"scale {graph.plan.config.scale}: {parts}; {done} of {total} jobs done"
+    left = training_left(states, [graph.plan.runs[state.run].variant for state in states])
     if left is not None:
-        running = counts["training"]
+        running = counts[WORKING["train"]]
         line += f"; trainings: {progress.duration(left)} left at {running} at a time"
     return line
 
 
-def lines(graph: workflow.Plan, states: Sequence[State], now: float) -> list[str]:
-    """The summary, then a line a run; columns in which nothing stands are left out."""
+def lines(graph: Graph, states: Sequence[State], now: float) -> list[str]:
+    """The summary, then a table with a line per run, without empty columns."""
     head = ["run", "state", "iteration", "s/it.", "left", "heard", "where", "reward", "note"]
-    rows = [
-        [
-            *(state.run, state.state),
-            "" if state.iterations is None else "{}/{}".format(*state.iterations),
-            "" if state.pace is None else f"{state.pace:.3g}",
-            "" if state.left is None or state.state == "done" else progress.duration(state.left),
-            *(
-                [""]
-                if state.heartbeat is None or state.state == "done"
-                else [f"{progress.duration(now - state.heartbeat)} ago"]
-            ),
-            *(state.where, state.reward, state.note),
-        ]
-        for state in states
-    ]
+    rows = []
+    for state in states:
+        done = state.state == "done"
+        heard = None if done or state.heartbeat is None else now - state.heartbeat
+        rows.append(
+            [
+                *(state.run, state.state),
+                "" if state.iterations is None else "{}/{}".format(*state.iterations),
+                "" if state.pace is None else f"{state.pace:.3g}",
+                "" if done or state.left is None else progress.duration(state.left),
+                "" if heard is None else f"{progress.duration(heard)} ago",
+                *(state.where, state.reward, state.note),
+            ]
+        )
     kept = [place for place in range(len(head)) if any(row[place] for row in rows)]
     shown = [[row[place] for place in kept] for row in [head, *rows]]
     return [summary(graph, states), "", *progress.aligned(shown)]
 
 
 def show(
-    graph: workflow.Plan, every: float | None = None, sleep: Callable[[float], None] = time.sleep
+    graph: Graph, every: float | None = None, sleep: Callable[[float], None] = time.sleep
 ) -> int:
-    """Print it, and again after `every` seconds until all is done; the exit code.
+    """Print the states, once or every so many seconds until all runs are done.
 
     Returns:
-        1 if a run has failed, else 0.
+        The exit code: 1 if a run has failed, else 0.
 
     Raises:
         ValueError: a run's journal is damaged; names it.
@@ -358,9 +357,10 @@ def show(
         if every is not None and sys.stdout.isatty():
             print("\x1b[2J\x1b[H", end="")
         print("\n".join(lines(graph, states, now)), flush=True)
+        code = int(any(state.state == "failed" for state in states))
         if every is None or all(state.state == "done" for state in states):
-            return int(any(state.state == "failed" for state in states))
+            return code
         try:
             sleep(every)
         except KeyboardInterrupt:
-            return int(any(state.state == "failed" for state in states))
+            return code

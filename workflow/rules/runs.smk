@@ -1,20 +1,19 @@
-# One run: its description, its training, its evaluation.
+# One run: its specs, training and evaluation.
 rule describe:
     output:
         f"{ROOT}/runs/{{run}}/run.json",
     log:
         f"{ROOT}/logs/describe/{{run}}.log",
-    # Before all else, so that every training can start early.
-    priority: 20
+    priority: 20  # first, so that every training can start early
     conda:
         "../../environment.yml"
     params:
-        description=lambda wildcards: PLAN.description(wildcards.run),
+        spec=lambda wildcards: GRAPH.plan.runs[wildcards.run].to_json(),
     shell:
-        "printf '%s\\n' {params.description:q} > {output:q} 2> {log:q}"
+        "printf '%s\\n' {params.spec:q} > {output:q} 2> {log:q}"
 
 
-# Beside run.json, so that judging a run otherwise does not train it again.
+# A file of its own, so that changing the evaluation does not retrain the run.
 rule describe_evaluation:
     output:
         f"{ROOT}/runs/{{run}}/evaluation.json",
@@ -24,96 +23,105 @@ rule describe_evaluation:
     conda:
         "../../environment.yml"
     params:
-        evaluation=lambda wildcards: PLAN.evaluation(wildcards.run),
+        spec=lambda wildcards: GRAPH.plan.evaluations[wildcards.run].to_json(),
     shell:
-        "printf '%s\\n' {params.evaluation:q} > {output:q} 2> {log:q}"
+        "printf '%s\\n' {params.spec:q} > {output:q} 2> {log:q}"
 
 
 rule train:
     input:
         run=f"{ROOT}/runs/{{run}}/run.json",
-        # An edited method reruns its own runs and no other's.
-        method=lambda wildcards: PLAN.method_source(wildcards.run),
-        fetched=lambda wildcards: PLAN.fetched(wildcards.run),
+        # Editing a method retrains its own runs only.
+        method=lambda wildcards: GRAPH.method_source(wildcards.run),
+        fetched=lambda wildcards: GRAPH.fetched(wildcards.run),
     output:
         adapter=f"{ROOT}/runs/{{run}}/adapter.safetensors",
         journal=f"{ROOT}/runs/{{run}}/journal.jsonl",
         snapshots=directory(f"{ROOT}/runs/{{run}}/snapshots"),
     log:
         f"{ROOT}/logs/train/{{run}}.log",
-    # The longest first, so that no core waits for a late one.
-    priority: 10
+    benchmark:
+        f"{ROOT}/benchmarks/train/{{run}}.tsv"
+    priority: 10  # the longest jobs first, so that no core waits for a late one
     conda:
         "../../environment.yml"
-    threads: PLAN.settings.active.processes
+    threads: GRAPH.scale.processes
     resources:
-        **PLAN.needs("train"),
-        runtime=0,  # minutes; no limit, unless a profile sets one
+        **GRAPH.resources("train"),
+        runtime=0,  # minutes; 0: no limit, unless a profile sets one
     shell:
-        # Before its time is over it saves its state and asks to be continued.
-        "TAFS_MINUTES={resources.runtime} TAFS_STARTED=$(date +%s) "
-        'python -m tafs.runtime.launch "$(dirname {input.run:q})" > {log:q} 2>&1'
+        # Near the time limit it saves its state and exits with the code of errors.CONTINUE. Names
+        # in braces are not part of the rule: another number of processes trains no run again.
+        'python -m tafs.runtime.launch "$(dirname {input.run:q})" '
+        "--minutes {resources.runtime} --started $(date +%s) "
+        "--processes {GRAPH.scale.processes} --nodes {GRAPH.scale.nodes} > {log:q} 2>&1"
 
 
 rule evaluate:
     input:
         run=f"{ROOT}/runs/{{run}}/run.json",
         evaluation=f"{ROOT}/runs/{{run}}/evaluation.json",
-        adapters=lambda wildcards: PLAN.adapters(wildcards.run),
-        fetched=lambda wildcards: PLAN.fetched(wildcards.run, judging=True),
-        check=ancient(PLAN.reward_check),
+        adapters=lambda wildcards: GRAPH.adapters(wildcards.run),
+        fetched=lambda wildcards: GRAPH.fetched(wildcards.run, judging=True),
+        check=ancient(GRAPH.reward_check),
     output:
-        temp(PLAN.images),
+        temp(GRAPH.images),
         scores=f"{ROOT}/runs/{{run}}/scores.parquet",
         samples=f"{ROOT}/runs/{{run}}/samples.safetensors",
     log:
         f"{ROOT}/logs/evaluate/{{run}}.log",
+    benchmark:
+        f"{ROOT}/benchmarks/evaluate/{{run}}.tsv"
     group:
-        PLAN.short
+        GRAPH.group
     conda:
         "../../environment.yml"
     resources:
-        **PLAN.needs("evaluate"),
-        runtime=0,  # minutes; no limit, unless a profile sets one
+        **GRAPH.resources("evaluate"),
+        runtime=0,  # minutes; 0: no limit, unless a profile sets one
     shell:
-        "TAFS_MINUTES={resources.runtime} TAFS_STARTED=$(date +%s) "
-        'python -m tafs.evaluation.evaluate "$(dirname {input.run:q})" > {log:q} 2>&1'
+        'python -m tafs.evaluation.evaluate "$(dirname {input.run:q})" '
+        "--minutes {resources.runtime} --started $(date +%s) > {log:q} 2>&1"
 
 
 rule trajectory_rewards:
     input:
         run=f"{ROOT}/runs/{{run}}/run.json",
         evaluation=f"{ROOT}/runs/{{run}}/evaluation.json",
-        adapters=lambda wildcards: PLAN.adapters(wildcards.run),
-        fetched=lambda wildcards: PLAN.fetched(wildcards.run, judging=True),
-        check=ancient(PLAN.reward_check),
+        adapters=lambda wildcards: GRAPH.adapters(wildcards.run),
+        fetched=lambda wildcards: GRAPH.fetched(wildcards.run, judging=True),
+        check=ancient(GRAPH.reward_check),
     output:
         f"{ROOT}/runs/{{run}}/trajectory_rewards.parquet",
     log:
         f"{ROOT}/logs/trajectory_rewards/{{run}}.log",
+    benchmark:
+        f"{ROOT}/benchmarks/trajectory_rewards/{{run}}.tsv"
     conda:
         "../../environment.yml"
     resources:
-        **PLAN.needs("evaluate"),
+        **GRAPH.resources("trajectory_rewards"),
     shell:
         'python -m tafs.evaluation.trajectory_rewards "$(dirname {input.run:q})" > {log:q} 2>&1'
 
 
-# A metric behind a server judges the images afterwards, so that the server has the GPUs.
+# A metric behind a server scores the images later, so that the server has the GPUs to itself.
 rule score_served:
     input:
         run=f"{ROOT}/runs/{{run}}/run.json",
         evaluation=f"{ROOT}/runs/{{run}}/evaluation.json",
         images=f"{ROOT}/runs/{{run}}/images.zip",
-        fetched=PLAN.served,
-        check=ancient(PLAN.reward_check),
+        fetched=GRAPH.served_inputs,
+        check=ancient(GRAPH.reward_check),
     output:
         f"{ROOT}/runs/{{run}}/served_scores.parquet",
     log:
         f"{ROOT}/logs/score_served/{{run}}.log",
+    benchmark:
+        f"{ROOT}/benchmarks/score_served/{{run}}.tsv"
     conda:
         "../../environment.yml"
     resources:
-        **PLAN.needs("score_served"),
+        **GRAPH.resources("score_served"),
     shell:
         'python -m tafs.evaluation.served "$(dirname {input.run:q})" > {log:q} 2>&1'

@@ -1,4 +1,4 @@
-# The hyperparameter search: `snakemake tune`. It is no part of `all`.
+# The hyperparameter search, `snakemake tune`; it is not part of `all`.
 rule tune_method:
     output:
         f"{ROOT}/tuning/{{method}}.csv",
@@ -7,9 +7,9 @@ rule tune_method:
     conda:
         "../../environment.yml"
     resources:
-        **PLAN.needs("evaluate"),  # one process, which trains and scores
+        **GRAPH.resources("tune_method"),  # trains and scores in one process
     params:
-        scale=PLAN.settings.scale,
+        scale=GRAPH.plan.config.scale,
         results=subpath(output[0], ancestor=3),
     shell:
         "python -m tafs.tuning --scale {params.scale:q} --results {params.results:q} "
@@ -18,4 +18,4 @@ rule tune_method:
 
 rule tune:
     input:
-        expand(f"{ROOT}/tuning/{{method}}.csv", method=PLAN.tuned),
+        expand(f"{ROOT}/tuning/{{method}}.csv", method=GRAPH.searched_methods),

@@ -1,8 +1,7 @@
-"""What the jobs of a scale take: seconds of its devices, and disk.
+"""Estimates of what the jobs of a scale take: device time and disk space.
 
-Times are counts of network evaluations by the FLOPs of one (tafs/models/flops.py) over an assumed rate of
-the device, corrected by what the scale's journals and evaluation logs have measured. What is to be
-done is Snakemake's own account (tafs/orchestration/plan/dry_run.py).
+The time of a job is its network evaluations x the FLOPs of one, divided by an assumed rate of the
+device, and corrected by the times in the scale's journals and evaluation logs.
 """
 
 from __future__ import annotations
@@ -13,282 +12,255 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from tafs.assets import lockfile, sources
+from tafs.assets import lockfile
 from tafs.data import prompts
-from tafs.experiment import evaluations, runs, schema
-from tafs.experiment.runs import Run
-from tafs.models import catalog
-from tafs.orchestration import graph as workflow
-from tafs.orchestration.plan.dry_run import Pending
+from tafs.experiment import run_inputs
+from tafs.experiment.specs import EvalSpec, RunSpec
+from tafs.models import architectures, catalog
+from tafs.orchestration.graph import Graph, Job
 from tafs.runtime import journal, run_dir
+from tafs.shapes import weights
 
-if TYPE_CHECKING:
-    from tafs.models.flops import Textless
-
-# Sustained FLOP/s where nothing is measured: 40 % of an H100's 989e12 dense bfloat16 products; one
-# core with networks of the embedded world's size.
-ASSUMED = {"cuda": 0.4 * 989e12, "cpu": 45e9}
-SAID = {"cuda": "40 % of an H100's 989 dense bfloat16", "cpu": "one core, small networks"}
-START_UP = {"cuda": 120.0, "cpu": 8.0}  # s; a job imports, and loads its models
-PNG = 0.5  # of an image's bytes that its PNG file takes
-STATES = 2 * 4  # generations of the resume state x adapter, average and AdamW's two moments
-FLOAT = 4  # bytes
-TEST_PROMPTS = {"pickapic": 2048}  # of sets that have to be fetched before they can be counted
+# Sustained FLOP/s without measurements: 40 % of an H100's 989e12 in dense bfloat16; one core with
+# networks of the embedded models' size.
+ASSUMED_RATE = {"cuda": 0.4 * 989e12, "cpu": 45e9}
+START_UP = {"cuda": 120.0, "cpu": 8.0}  # s for a job to import libraries and load models
+PNG_RATIO = 0.5  # size of a PNG file relative to the image's pixels
+STATE_COPIES = 2 * 4  # generations of the resume state x (adapter, average, AdamW's two moments)
+FLOAT_BYTES = 4
+TEST_PROMPTS = {"pickapic": 2048}  # of prompt sets that are counted before they are downloaded
 MODELLED = ("train", "evaluate", "trajectory_rewards")
-SOURCES = {"trajectory_rewards": "evaluate"}  # whose measurements stand for a stage's
+BASIS = {"trajectory_rewards": "evaluate"}  # stage -> the stage whose measurements correct it
 HOUR, GB = 3600.0, 1e9
 
 
 @dataclass(frozen=True)
-class Job:
-    """One job of the graph that takes time on a device."""
+class DeviceJob:
+    """A job that takes device time."""
 
     stage: str
     run: str
     variant: str
     backbone: str
     devices: int
-    flops: float | None  # of all of it; None: not modelled
-    left: float = 1.0  # the share of it that is to be done
+    flops: float | None  # of the whole job; None: not modelled
+    left: float = 1.0  # share that is not done yet
 
     @property
     def name(self) -> str:
         return f"{self.stage} {self.run}"
 
 
-# -- what is computed ------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Disk:
+    """Bytes of a run's large files."""
+
+    adapters: int  # the last one and the snapshots
+    samples: int
+    state: int  # while it trains
+    images: int  # until the server has scored them
+
+    @property
+    def kept(self) -> int:
+        return self.adapters + self.samples
 
 
-class Networks:
-    """The FLOPs of the scale's models, each built once and without weights."""
+# -- amount of work --------------------------------------------------------------------------------
 
-    def __init__(self, scale: schema.Scale) -> None:
-        self.scale = scale
 
-    @cache  # noqa: B019 - one object a plan
-    def _built(self, name: str) -> Textless | None:
-        import torch
+def training_flops(spec: RunSpec, forward: float) -> float:
+    """FLOPs of one training iteration on all devices; `forward`: of one network evaluation."""
+    if spec.training is None:
+        return 0.0
+    images = spec.training.prompts_per_iteration * spec.training.group_size
+    return float(images * spec.forward_equivalents * forward)
 
-        from tafs.models import flops
 
+def evaluation_flops(evaluation: EvalSpec, prompt_count: int, forward: float) -> float:
+    """FLOPs of generating an evaluation's images, without decoding and rewards."""
+    calls = sum(setting.nfe * setting.images_per_prompt for setting in evaluation.settings)
+    return float(calls * prompt_count * forward)
+
+
+class Workload:
+    """The jobs of a graph that take device time, and the disk space of its runs."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.runs, self.evaluations = graph.plan.runs, graph.plan.evaluations
+
+    @cache  # noqa: B019 - one object per plan
+    def network(self, name: str, resolution: int) -> architectures.Size | None:
+        """The size of a model's network; None if its architecture is not known."""
         model = catalog.read()[name]
-        if model.pipeline not in flops.CLASSES:
+        if model.pipeline not in architectures.SIZES:
             return None
         if model.assets == "shapes":
-            from tafs.shapes import weights
-
-            architecture = flops.of_folder(weights.verify(model.resource), model)
-        elif model.resource in flops.PUBLISHED:
-            architecture = flops.PUBLISHED[model.resource]
+            folder = weights.verify(model.resource)
+            architecture = architectures.of_folder(folder, model)
+        elif model.resource in architectures.PUBLISHED:
+            architecture = architectures.PUBLISHED[model.resource]
         else:
             return None
-        return flops.build(
-            flops.CLASSES[model.pipeline],
-            architecture,
-            model,
-            resolution=model.resolution or self.scale.resolution,
-            dtype=getattr(torch, self.scale.dtype),
-            device=flops.META,
-            lora_rank=self.scale.lora.rank if model.trainable else None,
-        )
+        rank = self.graph.scale.lora.rank if model.trainable else None
+        return architectures.size(architecture, model, model.resolution or resolution, rank)
 
     def forward(self, name: str, resolution: int) -> float | None:
-        """FLOPs of one evaluation of one image; None: the architecture is not known here."""
-        return self._forward(self._twin(name), catalog.read()[name].resolution or resolution)
+        """FLOPs of one network evaluation of one image; None: not known."""
+        network = self.network(name, resolution)
+        return network.forward if network else None
 
-    @cache  # noqa: B019
-    def _forward(self, name: str, resolution: int) -> float | None:
-        from tafs.models import flops
-
-        backbone = self._built(name)
-        if backbone is None:
-            return None
-        backbone.resolution = resolution
-        return flops.forward(backbone)
-
-    @staticmethod
-    def _twin(name: str) -> str:
-        """The first model that computes the same: adapters that are merged leave no trace."""
-        known = catalog.read()
-        own = known[name]
-        same = ("resource", "trainable", "guidance", "max_sequence_length", "resolution")
-        return next(
-            other
-            for other, model in known.items()
-            if all(getattr(model, key) == getattr(own, key) for key in same)
-        )
-
-    @cache  # noqa: B019
-    def adapter(self, name: str) -> int:
-        """Parameters of a trained model's adapter."""
-        backbone = self._built(name)
-        return sum(p.numel() for p in backbone.lora_parameters().values()) if backbone else 0
-
-
-def training_flops(description: Mapping[str, Any], forward: float) -> float:
-    """Of one iteration, on all devices: images x `Method.forward_equivalents` x a forward pass."""
-    settings = description["settings"]
-    images = settings["prompts_per_iteration"] * settings["group_size"]
-    return float(images * description["forward_equivalents"] * forward)
-
-
-def evaluation_flops(evaluation: Mapping[str, Any], prompts: int, forward: float) -> float:
-    """Of an evaluation's images; their rewards and decoding are not counted."""
-    calls = sum(s["nfe"] * s["images_per_prompt"] for s in evaluation["settings"])
-    return float(calls * prompts * forward)
-
-
-class Work:
-    """The jobs of a graph, and how much of them is left."""
-
-    def __init__(self, graph: workflow.Plan) -> None:
-        self.graph = graph
-        self.networks = Networks(graph.settings.active)
-        self.evaluations = evaluations.evaluations(graph.settings)
-
-    @cache  # noqa: B019
-    def prompts(self, prompt_set: str, first: int | None) -> tuple[int, int]:
-        """(prompts that runs are judged on, those whose images are kept); see `TEST_PROMPTS`."""
-        world = sources.of(self.graph.settings.active.model_dump(mode="json"))
+    @cache  # noqa: B019 - one object per plan
+    def prompt_counts(self, prompt_set: str, per_tag: int | None) -> tuple[int, int]:
+        """(number of prompts that runs are evaluated on, number of those whose images are kept)."""
         try:
-            known = world.prompts(prompt_set, "test")
-        except ValueError:  # not fetched yet
+            known = self.graph.source.prompts(prompt_set, "test")
+        except ValueError:  # not downloaded yet
             count = TEST_PROMPTS[prompt_set]
-            return min(count, first or count), run_dir.SAMPLES_PER_TAG
-        chosen = [known[i] for i in prompts.first_of_each(known, first)]
+            return min(count, per_tag or count), run_dir.SAMPLES_PER_TAG
+        chosen = [known[i] for i in prompts.first_of_each(known, per_tag)]
         return len(chosen), len(prompts.first_of_each(chosen, run_dir.SAMPLES_PER_TAG))
 
-    def judged(self, run: Run) -> tuple[dict[str, Any], int, int]:
-        """(evaluation.json, its prompts, those whose images are kept)."""
-        evaluation = self.evaluations[run.name]
-        return evaluation, *self.prompts(run.prompts, evaluation["prompts"])
+    def jobs(self, every: Iterable[Job], pending: Iterable[Job]) -> list[DeviceJob]:
+        """The device jobs among `every` job; those in `pending` are not done yet."""
+        to_run = set(pending)
+        stages = (*MODELLED, "score_served")
+        return [self._job(job, job in to_run) for job in every if job.rule in stages]
 
-    def jobs(self, every: Iterable[Pending], pending: Iterable[Pending]) -> list[Job]:
-        """Those of `every` job that take time on a device; `pending` are to be done."""
-        to_run = {(job.rule, job.about) for job in pending}
-        found = []
-        for stage, name in ((job.rule, job.about) for job in every):
-            if stage in (*MODELLED, "score_served"):
-                found.append(self._job(stage, self.graph.runs[name], (stage, name) in to_run))
-        return found
-
-    def _job(self, stage: str, run: Run, to_run: bool) -> Job:
-        done = self._trained(run) if to_run and stage == "train" else 0.0
-        return Job(
-            *(stage, run.name, run.variant, run.backbone),
-            devices=self.graph.settings.active.processes if stage == "train" else 1,
-            flops=self._flops(stage, run),
+    def _job(self, job: Job, to_run: bool) -> DeviceJob:
+        spec, training = self.runs[job.target], job.rule == "train"
+        done = self._trained_share(spec) if to_run and training else 0.0
+        return DeviceJob(
+            stage=job.rule,
+            run=spec.name,
+            variant=spec.variant,
+            backbone=spec.backbone,
+            devices=self.graph.scale.processes if training else 1,
+            flops=self.flops(job.rule, spec),
             left=1 - done if to_run else 0.0,
         )
 
-    def _flops(self, stage: str, run: Run) -> float | None:
-        if stage == "score_served":
+    def flops(self, stage: str, spec: RunSpec) -> float | None:
+        """FLOPs of all of a stage of a run; None: not modelled."""
+        evaluation = self.evaluations[spec.name]
+        resolution = spec.resolution if stage == "train" else evaluation.resolution
+        forward = self.forward(spec.backbone, resolution)
+        if forward is None or stage == "score_served":
             return None
         if stage == "train":
-            forward = self.networks.forward(run.backbone, run.settings["resolution"])
-            description = run.describe()
-            count = description["iterations"]
-            return None if forward is None else count * training_flops(description, forward)
-        evaluation, count, _ = self.judged(run)
-        forward = self.networks.forward(run.backbone, evaluation["resolution"])
-        if forward is None:
-            return None
+            return spec.iterations * training_flops(spec, forward)
         if stage == "evaluate":
+            count, _ = self.prompt_counts(spec.prompts, evaluation.prompts_per_tag)
             return evaluation_flops(evaluation, count, forward)
-        correlation = evaluation["correlation"]
-        return float(correlation["nfe"] * correlation["prompts"] * forward)
+        trajectories = evaluation.trajectories
+        return float(trajectories.nfe * trajectories.prompts * forward)
 
-    def _trained(self, run: Run) -> float:
+    def _trained_share(self, spec: RunSpec) -> float:
         """The share of a training that its resume state has done."""
-        file = Path(self.graph.root) / "runs" / run.name / ".state" / "journal.jsonl"
+        folder = run_dir.RunDir(Path(self.graph.folder(spec.name)))
+        file = folder.state / "journal.jsonl"
         if not file.is_file():
             return 0.0
-        started = [r for r in journal.read(file) if r["kind"] == "start"]
-        source = Path(self.graph.method_source(run.name))
-        description = json.loads(self.graph.description(run.name))
-        if not started or started[-1]["fingerprint"] != runs.fingerprint(description, source):
-            return 0.0  # it belongs to other settings, and is not continued
+        started = [record for record in journal.read(file) if record["kind"] == "start"]
+        current = run_inputs.training_fingerprint(spec)
+        if not started or started[-1]["fingerprint"] != current:
+            return 0.0  # the state of other settings, which is not continued
         done = journal.iterations(file)
-        return (done[-1]["iteration"] + 1) / run.settings["iterations"] if done else 0.0
+        return (done[-1]["iteration"] + 1) / spec.iterations if done else 0.0
+
+    def disk(self, spec: RunSpec) -> Disk:
+        """Bytes of a run's large files."""
+        evaluation = self.evaluations[spec.name]
+        count, shown = self.prompt_counts(spec.prompts, evaluation.prompts_per_tag)
+        pixels = 3 * evaluation.resolution**2
+        finals = sum(setting.iteration is None for setting in evaluation.settings)
+        images = sum(setting.images_per_prompt for setting in evaluation.settings) * count
+        network = self.network(spec.backbone, spec.resolution) if spec.trained else None
+        adapter = FLOAT_BYTES * network.adapter if network else 0
+        return Disk(
+            adapters=adapter * (1 + len(spec.snapshots)),
+            samples=shown * finals * pixels,
+            state=STATE_COPIES * adapter,
+            images=int(PNG_RATIO * images * pixels) if evaluation.served else 0,
+        )
 
 
-# -- how long it takes -----------------------------------------------------------------------------
+# -- speed -----------------------------------------------------------------------------------------
+
+Key = tuple[str, str, str]  # stage, variant, backbone
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds of a job, by the model and what corrects it."""
+    """The time that jobs take.
 
-    rate: float  # FLOP/s of a device
-    start_up: float  # s
-    ratios: Mapping[tuple[str, str, str], float]  # (stage, variant, backbone): measured / modelled
+    Args:
+        rate: FLOP/s of a device.
+        start_up: s before a job begins to compute.
+        ratios: measured time divided by modelled time.
+    """
 
-    def ratio(self, job: Job) -> tuple[float, str]:
-        """What the model's seconds are multiplied by, and why: measured, scaled or modelled.
+    rate: float
+    start_up: float
+    ratios: Mapping[Key, float]
 
-        Scaled is by the median of the other methods' ratios at the same stage and backbone.
+    def ratio(self, job: DeviceJob) -> tuple[float, str]:
+        """(the factor on the modelled time, "measured" | "scaled" | "modelled").
+
+        "scaled": the median factor of other methods in the same stage on the same backbone.
         """
-        stage = SOURCES.get(job.stage, job.stage)
+        stage = BASIS.get(job.stage, job.stage)
         own = self.ratios.get((stage, job.variant, job.backbone))
         if own is not None and stage == job.stage:
             return own, "measured"
         others = [r for (s, _, b), r in self.ratios.items() if (s, b) == (stage, job.backbone)]
         return (statistics.median(others), "scaled") if others else (1.0, "modelled")
 
-    def computing(self, job: Job) -> float:
-        """Seconds that all of a job computes; 0 of one that is not modelled."""
+    def computing(self, job: DeviceJob) -> float:
+        """Seconds that the whole job computes; 0 if it is not modelled."""
         return (job.flops or 0.0) / (job.devices * self.rate) * self.ratio(job)[0]
 
-    def left(self, job: Job) -> float:
-        """Seconds that are left of a job, its start included."""
+    def left(self, job: DeviceJob) -> float:
+        """Seconds that the rest of a job takes, with its start-up."""
         return self.start_up + job.left * self.computing(job) if job.left else 0.0
 
-    def whole(self, job: Job) -> float:
-        """Seconds of all of a job, its start included."""
+    def whole(self, job: DeviceJob) -> float:
+        """Seconds that the whole job takes, with its start-up."""
         return self.start_up + self.computing(job)
 
 
-def measured(work: Work, rate: float) -> dict[tuple[str, str, str], float]:
-    """(stage, variant, backbone) -> measured over modelled seconds, of all runs of the scale.
+def measured(work: Workload, rate: float) -> dict[Key, float]:
+    """The ratios of measured to modelled time, from the files of the scale's runs.
 
-    Of training the median iteration over all runs of the method on the backbone; of evaluation the
-    median over runs.
+    For training, the median over all iterations of all seeds; for evaluation, over runs.
 
     Raises:
-        ValueError: a journal or a description is damaged; names it.
+        ValueError: a journal or run.json is damaged; names it.
     """
-    found: dict[tuple[str, str, str], list[float]] = {}
-    root, networks = Path(work.graph.root), work.networks
-    processes = work.graph.settings.active.processes
-    for folder in sorted(root.glob("runs/*")):
-        if not (folder / "run.json").is_file():
+    found: dict[Key, list[float]] = {}
+    processes = work.graph.scale.processes
+    for name, planned in work.runs.items():
+        run = run_dir.RunDir(Path(work.graph.folder(name)))
+        if not (run.folder / "run.json").is_file():
             continue
-        run = run_dir.RunDir(folder)
-        description = run.description
-        if description["backbone"] not in catalog.read():
-            continue
-        key = (description["variant"], description["backbone"])
-        forward = networks.forward(description["backbone"], description["settings"]["resolution"])
+        spec = run_inputs.run_spec(run)  # what was run; config.yaml may have changed since
+        key = (spec.variant, spec.backbone)
+        forward = work.forward(spec.backbone, spec.resolution)
         file = next((f for f in (run.state / "journal.jsonl", run.journal) if f.is_file()), None)
         if file is not None and forward is not None:
-            modelled = training_flops(description, forward) / (processes * rate)
+            modelled = training_flops(spec, forward) / (processes * rate)
             seconds = [record["seconds"]["total"] for record in journal.iterations(file)]
             found.setdefault(("train", *key), []).extend(s / modelled for s in seconds)
-        spent = _evaluation_seconds(root / "logs" / "evaluate" / f"{folder.name}.log")
-        if spent is None or folder.name not in work.graph.runs:
-            continue
-        evaluation, count, _ = work.judged(work.graph.runs[folder.name])
-        forward = networks.forward(description["backbone"], evaluation["resolution"])
-        if forward is not None:
-            modelled = evaluation_flops(evaluation, count, forward) / rate
-            found.setdefault(("evaluate", *key), []).append(spent / modelled)
+        spent = _evaluation_seconds(Path(work.graph.root) / "logs" / "evaluate" / f"{name}.log")
+        flops = work.flops("evaluate", planned) if spent is not None else None
+        if spent is not None and flops:
+            found.setdefault(("evaluate", *key), []).append(spent * rate / flops)
     return {key: statistics.median(ratios) for key, ratios in found.items() if ratios}
 
 
 def _evaluation_seconds(log: Path) -> float | None:
-    """What an evaluation that has ended says it took; None: there is none."""
+    """The time in the last line of a finished evaluation's log; None if there is none."""
     try:
         last = log.read_text(encoding="utf-8", errors="replace").rstrip().rpartition("\n")[2]
         return float(sum(json.loads(last)["seconds"].values()))
@@ -296,41 +268,8 @@ def _evaluation_seconds(log: Path) -> float | None:
         return None
 
 
-# -- disk ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Disk:
-    """Bytes of a run."""
-
-    adapters: int  # the last and its snapshots
-    samples: int
-    state: int  # while it trains
-    images: int  # until they are judged
-
-    @property
-    def kept(self) -> int:
-        return self.adapters + self.samples
-
-
-def disk(work: Work, run: Run, served: bool) -> Disk:
-    """What a run's large files take."""
-    evaluation, count, shown = work.judged(run)
-    pixels = 3 * int(evaluation["resolution"]) ** 2
-    finals = sum(s["iteration"] is None for s in evaluation["settings"])
-    drawn = sum(s["images_per_prompt"] for s in evaluation["settings"]) * count
-    adapter = FLOAT * work.networks.adapter(run.backbone) if run.trained else 0
-    return Disk(
-        adapters=adapter * (1 + len(run.snapshots)),
-        samples=shown * finals * pixels,
-        state=STATES * adapter,
-        images=int(PNG * drawn * pixels) if served else 0,
-    )
-
-
-def downloads(graph: workflow.Plan, names: Sequence[str]) -> tuple[float, str]:
-    """(bytes of the resources, where their sizes are from)."""
-    lock = Path(graph.lock)
+def downloads(lock: Path, names: Sequence[str]) -> tuple[float, str]:
+    """(bytes of the resources, the file that holds their sizes)."""
     if lock.is_file():
         locked = lockfile.read_lock(lock)
         return float(sum(locked[name].size for name in names if name in locked)), str(lock)

@@ -1,4 +1,4 @@
-"""How long jobs take together: list scheduling on equal nodes, the longest first."""
+"""How long jobs take on equal nodes: list scheduling, longest job first."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Task:
-    """A job; it may start when those that it names in `after` have ended."""
+    """A job that may start when the tasks named in `after` have ended."""
 
     name: str
     seconds: float
@@ -19,11 +19,11 @@ class Task:
 
 
 def makespan(tasks: Sequence[Task], nodes: int, per_node: int) -> float:
-    """Seconds until the last task has ended.
+    """Seconds until the last task ends.
 
-    Whenever devices are free, the longest of the tasks that may start and fit gets them; one of at
-    most `per_node` devices stays on one node, a larger one takes whole nodes. Names in `after`
-    that no task has are taken as done.
+    Whenever devices become free, the longest task that is ready and fits starts. A task of at most
+    `per_node` devices runs on one node; a larger one takes whole nodes. Names in `after` that are
+    not tasks count as done.
 
     Raises:
         ValueError: a task needs more nodes than there are.
@@ -33,7 +33,7 @@ def makespan(tasks: Sequence[Task], nodes: int, per_node: int) -> float:
     for task in waiting:
         needed = math.ceil(task.devices / per_node)
         if needed > nodes:
-            raise ValueError(f"nodes: {task.name} needs {needed} of them, {nodes} are given")
+            raise ValueError(f"--nodes {nodes}: {task.name} needs {needed}; give at least as many")
     free = [per_node] * nodes
     ended = set[str]()
     running: list[tuple[float, str, list[tuple[int, int]]]] = []
@@ -58,7 +58,7 @@ def makespan(tasks: Sequence[Task], nodes: int, per_node: int) -> float:
 
 
 def _places(devices: int, free: Sequence[int], per_node: int) -> list[tuple[int, int]] | None:
-    """(node, devices) that a task gets, on the fullest node where it fits; None: nowhere."""
+    """(node, devices) pairs for a task, on the fullest node that fits; None if it fits nowhere."""
     if devices <= per_node:
         fitting = [node for node, left in enumerate(free) if left >= devices]
         return [(min(fitting, key=lambda node: free[node]), devices)] if fitting else None

@@ -1,4 +1,4 @@
-# What the hub's models need before any run: files on the disk, and rewards that score as they did.
+# Downloads of pinned files, and a check that the reward models score as they did when pinned.
 rule fetch:
     output:
         f"{ROOT}/resources/{{resource}}",
@@ -8,19 +8,19 @@ rule fetch:
     conda:
         "../../environment.yml"
     params:
-        lock=PLAN.lock,
-        digest=lambda wildcards: PLAN.locked(wildcards.resource),
+        lock=GRAPH.scale.lock,
+        digest=lambda wildcards: GRAPH.locked(wildcards.resource),
     shell:
-        # The one job that may use the network.
+        # The only rule that uses the network.
         "HF_HUB_OFFLINE=0 python -m tafs.assets.download fetch --lock {params.lock:q} "
         "{wildcards.resource:q} > {log:q} 2>&1 && printf '%s\\n' {params.digest:q} > {output:q}"
 
 
 rule check_rewards:
     input:
-        run=f"{ROOT}/runs/{PLAN.check_run}/run.json",
-        evaluation=f"{ROOT}/runs/{PLAN.check_run}/evaluation.json",
-        fetched=PLAN.scored + PLAN.served,
+        run=f"{ROOT}/runs/{GRAPH.check_run}/run.json",
+        evaluation=f"{ROOT}/runs/{GRAPH.check_run}/evaluation.json",
+        fetched=GRAPH.check_inputs,
     output:
         f"{ROOT}/reward_check.json",
     log:
@@ -29,6 +29,6 @@ rule check_rewards:
     conda:
         "../../environment.yml"
     resources:
-        **PLAN.needs("check_rewards"),
+        **GRAPH.resources("check_rewards"),
     shell:
         'python -m tafs.evaluation.check_rewards "$(dirname {input.run:q})" {output:q} > {log:q} 2>&1'

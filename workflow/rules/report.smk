@@ -1,0 +1,87 @@
+# Tables, figures and claims of all runs, and their copy in MLflow.
+rule report_spec:
+    output:
+        f"{ROOT}/report_spec.json",
+    log:
+        f"{ROOT}/logs/report_spec.log",
+    conda:
+        "../../environment.yml"
+    params:
+        spec=GRAPH.plan.report.to_json(),
+    shell:
+        "printf '%s\\n' {params.spec:q} > {output:q} 2> {log:q}"
+
+
+rule report:
+    input:
+        spec=rules.report_spec.output,
+        claims="claims.yaml",
+        runs=GRAPH.files("run.json"),
+        journals=GRAPH.files("journal.jsonl", "train"),
+        scores=GRAPH.files("scores.parquet", "evaluate"),
+        samples=GRAPH.files("samples.safetensors", "evaluate"),
+        served_scores=GRAPH.files("served_scores.parquet", "score_served"),
+        trajectory_rewards=GRAPH.files("trajectory_rewards.parquet", "trajectory_rewards"),
+    output:
+        # Files with labels appear in Snakemake's own report.
+        [
+            report(
+                f"{ROOT}/tables/{name}.html",
+                category="Tables",
+                caption="../report/tables.rst",
+                labels={"table": name},
+            )
+            for name in GRAPH.tables
+        ],
+        [
+            report(
+                f"{ROOT}/figures/{name}.png",
+                category="Figures",
+                caption="../report/figures.rst",
+                labels={"figure": name},
+            )
+            for name in GRAPH.figures
+        ],
+        report(
+            f"{ROOT}/claims.md",
+            category="Claims",
+            caption="../report/claims.rst",
+            labels={"claims": "verdicts"},
+        ),
+        GRAPH.output("tables", GRAPH.tables, ["csv", "md", "parquet", "tex"]),
+        GRAPH.output("figures", GRAPH.figures, ["pdf"]),
+        GRAPH.output("provenance", GRAPH.tables, ["json"]),
+        f"{ROOT}/claims.json",
+    log:
+        f"{ROOT}/logs/report.log",
+    benchmark:
+        f"{ROOT}/benchmarks/report.tsv"
+    conda:
+        "../../environment.yml"
+    resources:
+        mem_mb=lambda wildcards, attempt: 1000 * (1 + attempt),
+    shell:
+        'python -m tafs.report.build "$(dirname {input.spec:q})" > {log:q} 2>&1'
+
+
+# A failed copy does not fail the workflow; `tafs sync` repeats it.
+rule track:
+    input:
+        runs=GRAPH.files("run.json", "train"),
+        journals=GRAPH.files("journal.jsonl", "train"),
+        scores=GRAPH.files("scores.parquet", "evaluate"),
+        served_scores=GRAPH.files("served_scores.parquet", "score_served"),
+    output:
+        touch(f"{ROOT}/tracked"),
+    log:
+        f"{ROOT}/logs/track.log",
+    conda:
+        "../../environment.yml"
+    resources:
+        mem_mb=lambda wildcards, attempt: 1000 * (1 + attempt),
+    params:
+        store=f"{GRAPH.results}/mlflow",
+        runs=GRAPH.files("", "train"),
+    shell:
+        "python -m tafs.tracking.cli sync --best-effort --store {params.store:q} "
+        "{params.runs:q} > {log:q} 2>&1"
