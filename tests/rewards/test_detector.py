@@ -1,4 +1,4 @@
-"""GenEval's real detector: known answers for hand-made logits and crops, tiny models end to end."""
+"""GenEval's detector: known answers for constructed logits and crops, tiny models end to end."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from support import tiny_detector
+from support import tiny_detector, tiny_rewards
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from tafs.data.prompts import Prompt
 from tafs.rewards import detector
 from tafs.rewards.detector import COLORS, GenEval, Instance, Mask2FormerDetector, instances
 
-ON = 8.0  # a mask's logit inside; outside it is -ON, so that bilinear edges stay where they are
+ON = 8.0  # logit inside a mask and -ON outside, so that bilinear edges do not move
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    return tiny_detector.mask2former(root / "mask2former"), tiny_detector.clip(root / "clip")
+    tiny_rewards.clip(root / "clip")
+    return tiny_detector.mask2former(root / "mask2former"), root / "clip"
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def need(name, count=1, **extra):
 
 
 def logits(*probabilities: dict[int, float], classes: int) -> torch.Tensor:
-    """[Q, classes + 1] whose softmax are the given probabilities; the rest is "no object"."""
+    """[Q, classes + 1] whose softmax has the given probabilities; the rest is "no object"."""
     rows = torch.full((len(probabilities), classes + 1), 1e-9)
     for row, given in zip(rows, probabilities, strict=True):
         for label, value in given.items():
@@ -70,7 +71,7 @@ def found(classes, masks, threshold=0.3, side=64) -> list[Instance]:
 # -- names and rows --------------------------------------------------------------------------------
 
 
-def test_the_hubs_labels_become_genevals_names():
+def test_the_hubs_labels_are_mapped_to_genevals_names():
     names = detector.class_names(dict(enumerate(tiny_detector.LABELS)), None)
     assert names == detector.CLASSES
     assert len(set(names)) == 80
@@ -79,13 +80,13 @@ def test_the_hubs_labels_become_genevals_names():
     )
 
 
-def test_cocos_own_spelling_becomes_genevals_names():
+def test_cocos_spelling_is_mapped_to_genevals_names():
     own = {"computer mouse": "mouse", "tv remote": "remote", "computer keyboard": "keyboard"}
     labels = {i: own.get(name, name) for i, name in enumerate(detector.CLASSES)}
     assert detector.class_names(labels, None) == detector.CLASSES
 
 
-def test_other_classes_than_cocos_are_refused(tmp_path):
+def test_classes_other_than_cocos_are_refused(tmp_path):
     labels = dict(enumerate(detector.CLASSES)) | {7: "lorry"}
     with pytest.raises(ValueError, match=f"{tmp_path}: its id2label is not COCO's 80.*'lorry'"):
         detector.class_names(labels, tmp_path)
@@ -99,12 +100,12 @@ def test_other_classes_than_cocos_are_refused(tmp_path):
         (prompt(need("dog", color="mauve")), "the colour 'mauve' is not one of red, orange"),
     ],
 )
-def test_what_the_detector_cannot_find_is_refused(tiny, images, row, message):
+def test_unknown_classes_and_colours_are_refused(tiny, images, row, message):
     with pytest.raises(ValueError, match=message):
         GenEval(tiny, strict=True)(images[:1], [row])
 
 
-def test_only_the_objects_that_a_colour_is_asked_of_get_one():
+def test_colours_are_classified_only_for_objects_whose_colour_is_asked():
     names = ["dog", "cat", "dog", "dog", "car"]
     row = prompt(need("dog", 2, color="red"), need("cat"), need("car", color="blue")).row
     assert detector.to_color(names, row) == [0, 2, 4]
@@ -147,16 +148,16 @@ def test_resizing_is_bilinear_on_8_bit_values():
     assert np.abs(values[0].permute(1, 2, 0).numpy() - theirs).max() <= 1.01
 
 
-# -- hand-made logits ------------------------------------------------------------------------------
+# -- constructed logits ----------------------------------------------------------------------------
 
 
-def test_a_mask_and_its_box_have_the_images_resolution():
+def test_masks_and_boxes_have_the_resolution_of_the_image():
     [one] = found(logits({1: 0.9}, classes=3), rectangles((2, 5, 6, 8)))
     assert one.label == 1
     assert one.box == (8, 20, 24, 32)
     expected = torch.zeros(64, 64, dtype=torch.bool)
     expected[20:32, 8:24] = True
-    # Between cells logits are bilinear: a corner's share of its own is (5 / 8) ** 2 < 1 / 2.
+    # Logits are bilinear between cells; a corner's own weight is (5 / 8) ** 2 < 1 / 2.
     expected[[20, 20, 31, 31], [8, 23, 8, 23]] = False
     assert torch.equal(one.mask, expected)
 
@@ -164,30 +165,30 @@ def test_a_mask_and_its_box_have_the_images_resolution():
 def test_a_score_is_the_class_probability_times_the_masks_mean_probability():
     masks = rectangles((2, 5, 6, 8))
     [one] = found(logits({1: 0.9}, classes=3), masks)
-    # PIL's bilinear enlargement is an independent one.
+    # PIL's bilinear resizing is an independent implementation.
     large = np.asarray(Image.fromarray(masks[0].numpy()).resize((64, 64), Image.BILINEAR))
     inside = 1 / (1 + np.exp(-large[large > 0]))
     assert one.score == pytest.approx(0.9 * inside.mean(), abs=1e-5)
 
 
-def test_masks_may_overlap_and_both_stay_whole():
+def test_overlapping_masks_are_both_complete():
     front, behind = (0, 0, 8, 8), (4, 4, 12, 12)
     one, two = found(logits({0: 0.95}, {1: 0.9}, classes=2), rectangles(front, behind))
     assert (one.label, two.label) == (0, 1)
     assert one.box == (0, 0, 32, 32) and two.box == (16, 16, 48, 48)
-    # Without the corners that do not lie at the image's edge, as above.
+    # Without the corners inside the image, as above.
     assert (one.mask.sum(), two.mask.sum()) == (32 * 32 - 1, 32 * 32 - 4)
     assert (one.mask & two.mask).sum() == 16 * 16 - 2
 
 
-def test_a_query_can_be_two_objects_of_different_classes():
+def test_a_query_can_yield_two_objects_of_different_classes():
     both = found(logits({0: 0.55, 2: 0.45}, classes=3), rectangles((0, 0, 8, 8)))
     assert [o.label for o in both] == [0, 2]
     assert torch.equal(both[0].mask, both[1].mask)
 
 
 @pytest.mark.parametrize(("threshold", "labels"), [(0.3, [0, 1, 2]), (0.9, [0])])
-def test_objects_lie_above_the_threshold_most_confident_first(threshold, labels):
+def test_objects_above_the_threshold_are_sorted_by_confidence(threshold, labels):
     classes = logits({1: 0.8}, {3: 0.25}, {0: 0.99}, {2: 0.5}, classes=4)
     boxes = [(0, 0, 16, 16)] * 4
     objects = found(classes, rectangles(*boxes), threshold)
@@ -195,16 +196,16 @@ def test_objects_lie_above_the_threshold_most_confident_first(threshold, labels)
     assert all(o.score > threshold for o in objects)
 
 
-def test_a_sure_class_with_an_unsure_mask_is_below_the_threshold():
+def test_a_confident_class_with_an_uncertain_mask_is_below_the_threshold():
     assert found(logits({0: 0.55}, classes=1), rectangles((0, 0, 16, 16)) * 1e-4) == []
     assert len(found(logits({0: 0.65}, classes=1), rectangles((0, 0, 16, 16)) * 1e-4)) == 1
 
 
-def test_an_empty_mask_is_no_object():
+def test_an_empty_mask_is_not_an_object():
     assert found(logits({0: 0.99}, classes=1), rectangles((0, 0, 0, 0))) == []
 
 
-def test_at_most_16_objects_of_a_class_are_kept_the_most_confident():
+def test_the_16_most_confident_objects_of_a_class_are_kept():
     given = [{0: 0.5 + i / 100} for i in range(20)] + [{1: 0.4}, {1: 0.45}]
     objects = found(logits(*given, classes=2), rectangles(*[(0, 0, 16, 16)] * 22))
     assert [o.label for o in objects] == [0] * 16 + [1] * 2
@@ -218,7 +219,7 @@ def test_an_image_has_at_most_100_instances():
     assert [o.label for o in objects] == list(range(119, 19, -1))
 
 
-def test_the_padding_is_cut_off_before_the_image_is_restored():
+def test_the_padding_is_removed_before_resizing_to_the_image():
     masks = rectangles((4, 2, 24, 10), height=16, width=24)  # the last 4 columns are padding
     [one] = instances(
         logits({0: 0.9}, classes=1),
@@ -235,7 +236,7 @@ def test_the_padding_is_cut_off_before_the_image_is_restored():
 # -- colours ---------------------------------------------------------------------------------------
 
 
-def test_a_crop_is_the_object_alone_on_grey():
+def test_a_crop_shows_only_the_object_on_grey():
     pixels = torch.tensor([255.0, 0, 0]).view(3, 1, 1).expand(3, 8, 10)
     mask = torch.zeros(8, 10, dtype=torch.bool)
     mask[2:4, 3:9] = True
@@ -247,7 +248,7 @@ def test_a_crop_is_the_object_alone_on_grey():
     assert torch.equal(alone[:, 3, 5], grey)
 
 
-def test_a_colours_weight_is_the_mean_of_its_three_sentences(tiny, folders):
+def test_a_colours_weight_is_the_mean_of_its_three_embeddings(tiny, folders):
     model = CLIPModel.from_pretrained(folders[1]).eval()
     tokenizer = CLIPTokenizer.from_pretrained(folders[1])
     weights = tiny.colors.weights("teddy bear")
@@ -271,8 +272,8 @@ def solid(*rgb: float, height: int = 30, width: int = 40) -> torch.Tensor:
     return torch.tensor(rgb).view(3, 1, 1).expand(3, height, width)
 
 
-def test_an_object_has_the_colour_whose_sentences_are_closest(folders, monkeypatch):
-    """Sentences are put where CLIP, run by transformers alone, puts the pictures of the colours."""
+def test_an_object_has_the_colour_with_the_closest_embedding(folders, monkeypatch):
+    """Text embeddings are replaced by CLIP's image embeddings of the colours."""
     shades = [solid(*rgb) for rgb in torch.rand(10, 3, generator=torch.Generator().manual_seed(2))]
     processor = CLIPImageProcessorPil.from_pretrained(folders[1])
     pictures = [Image.fromarray((s.permute(1, 2, 0) * 255).byte().numpy()) for s in shades]
@@ -306,7 +307,7 @@ def test_the_tiny_model_finds_objects_in_the_image(seen):
             assert 0 <= x0 < x1 <= 64 and 0 <= y0 < y1 <= 48
 
 
-def test_counting_judges_only_sure_objects(tiny, images, seen):
+def test_counting_considers_only_confident_objects(tiny, images, seen):
     counted = tiny.detect(images, [prompt(tag="counting")] * len(images))
     sure = [[d for d in objects if d.score > 0.9] for objects in seen]
     assert [[d[:3] for d in objects] for objects in counted] == [
@@ -315,7 +316,7 @@ def test_counting_judges_only_sure_objects(tiny, images, seen):
     assert sum(map(len, counted)) < sum(map(len, seen))
 
 
-def test_verdicts_follow_what_was_found(tiny, images, seen):
+def test_verdicts_depend_on_the_detected_objects(tiny, images, seen):
     label = seen[0][0].label
     absent = next(name for name in detector.CLASSES if name not in {d.label for d in seen[0]})
     [colored] = tiny.detect(images[:1], [prompt(need(label, color="red"))])
@@ -350,9 +351,9 @@ def test_scores_do_not_depend_on_batch_or_order(tiny, images, seen):
         assert [d.score for d in objects] == pytest.approx([d.score for d in alone], abs=1e-5)
 
 
-def test_the_record_names_both_models(tiny):
-    record = GenEval(tiny, strict=True).record()
-    assert record["name"] == "geneval" and record["scale"] == "0 or 1"
+def test_the_record_names_both_models_and_the_verdict(tiny):
+    record = GenEval(tiny, strict=True).reward().record()
+    assert record["name"] == "geneval" and record["verdict"] == "strict"
     assert "mask2former-swin-small-coco-instance" in record["version"]
     assert "clip-vit-large-patch14" in record["version"]
 
@@ -360,24 +361,20 @@ def test_the_record_names_both_models(tiny):
 # -- damaged folders -------------------------------------------------------------------------------
 
 
-def test_a_folder_without_a_model_is_named(folders, tmp_path):
+def test_a_folder_without_a_model_is_refused_by_name(folders, tmp_path):
     with pytest.raises(FileNotFoundError, match=f"reward geneval: {tmp_path}/config.json"):
         Mask2FormerDetector(tmp_path, folders[1])
     with pytest.raises(FileNotFoundError, match=f"{tmp_path}/config.json"):
         Mask2FormerDetector(folders[0], tmp_path)
 
 
-def test_a_checkpoint_that_lacks_a_weight_is_refused(folders, tmp_path):
+def test_a_missing_weight_and_a_truncated_file_are_refused(folders, tmp_path):
     copy = shutil.copytree(folders[0], tmp_path / "copy")
     weights = load_file(copy / "model.safetensors")
     del weights["class_predictor.weight"]
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="copy is damaged .class_predictor.weight is missing"):
         Mask2FormerDetector(copy, folders[1])
-
-
-def test_a_cut_off_checkpoint_is_refused(folders, tmp_path):
-    copy = shutil.copytree(folders[0], tmp_path / "copy")
     content = (copy / "model.safetensors").read_bytes()
     (copy / "model.safetensors").write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="reward geneval: .*copy is damaged"):

@@ -1,4 +1,4 @@
-"""GenEval's verdict and the graded credit on hand-made detections."""
+"""GenEval's strict verdict and the graded credit on constructed detections."""
 
 import numpy as np
 import pytest
@@ -26,11 +26,11 @@ def include(label, count=1, **extra):
         (0, 0, set()),
     ],
 )
-def test_relations_are_those_of_the_centre_offsets(dx, dy, expected):
+def test_relations_follow_the_offset_of_the_centres(dx, dy, expected):
     assert relations(thing("a", 50 + dx, 50 + dy), thing("b", 50, 50)) == expected
 
 
-def test_two_objects_need_both():
+def test_both_of_two_objects_are_required():
     row = {"tag": "two_object", "include": [include("ring"), include("cross")]}
     assert geneval_verdict([thing("ring"), thing("cross")], row) == (True, 1.0)
     assert geneval_verdict([thing("ring"), thing("ring")], row) == (False, 0.5)
@@ -41,7 +41,7 @@ def test_two_objects_need_both():
     ("found", "correct", "graded"),
     [(3, True, 1.0), (2, False, 2 / 3), (4, False, 2 / 3), (0, False, 0.0), (7, False, 0.0)],
 )
-def test_counting_gives_partial_credit_and_excludes_a_surplus(found, correct, graded):
+def test_counting_gives_partial_credit_and_penalises_a_surplus(found, correct, graded):
     row = {
         "tag": "counting",
         "include": [include("ring", 3)],
@@ -52,12 +52,12 @@ def test_counting_gives_partial_credit_and_excludes_a_surplus(found, correct, gr
     assert verdict.graded == pytest.approx(graded)
 
 
-def test_a_surplus_costs_nothing_where_the_row_does_not_exclude_it():
+def test_a_surplus_is_ignored_if_the_row_does_not_exclude_it():
     row = {"tag": "single_object", "include": [include("ring")]}
     assert geneval_verdict([thing("ring"), thing("ring", 30)], row) == (True, 1.0)
 
 
-def test_a_wrong_colour_keeps_the_credit_for_the_object():
+def test_a_wrong_colour_still_gives_credit_for_the_object():
     row = {"tag": "colors", "include": [include("ring", color="red")]}
     assert geneval_verdict([thing("ring", color="red")], row) == (True, 1.0)
     assert geneval_verdict([thing("ring", color="blue")], row) == (False, 0.5)
@@ -75,7 +75,7 @@ def test_swapped_colours_are_wrong():
     )
 
 
-def test_only_the_most_confident_objects_of_a_class_are_judged():
+def test_only_the_most_confident_objects_of_a_class_count():
     row = {"tag": "colors", "include": [include("ring", color="red")]}
     confident_first = [
         thing("ring", color="blue", score=0.9),
@@ -84,7 +84,7 @@ def test_only_the_most_confident_objects_of_a_class_are_judged():
     assert not geneval_verdict(confident_first, row).correct
 
 
-def test_a_relation_needs_its_target():
+def test_a_relation_requires_its_target():
     row = {
         "tag": "position",
         "include": [include("ring"), include("cross", position=["left of", 0])],
@@ -95,7 +95,7 @@ def test_a_relation_needs_its_target():
     assert geneval_verdict([thing("cross", 0)], row).correct is False
 
 
-def test_what_is_left_of_an_offset_below_a_thousandth_of_a_pixel_is_none():
+def test_offsets_below_a_thousandth_of_a_pixel_are_ignored():
     a, b = (Detection("a", 0.9, (x, 0.0, x, 0.0), None) for x in (0.0, 0.0009))
     assert relations(a, b) == set()
     far = a._replace(box=(0.002, 0.0, 0.002, 0.0))
@@ -117,11 +117,10 @@ def test_a_prompt_without_metadata_is_refused_by_its_text():
         geneval_verdict([thing("ring")], {"prompt": "a fine day"})
 
 
-# -- against another reading of the rules ----------------------------------------------------------
-# evaluate_images.py of https://github.com/djghosh13/geneval decides whether an image is correct:
-# a requirement holds if there are as many objects as asked, if the most confident so many all have
-# the colour asked, and if each stands in the relation asked to each object of an earlier
-# requirement that holds itself. All requirements hold, and no excluded class reaches its count.
+# -- an independent implementation of evaluate_images.py in https://github.com/djghosh13/geneval ---
+# A requirement holds if there are enough objects, if the most confident of them have the required
+# colour, and if each has the required relation to each object of an earlier requirement that holds.
+# An image is correct if all requirements hold and no excluded class reaches its count.
 
 
 def direction(box, other):
@@ -187,7 +186,7 @@ def draw_detections(rng):
     return found
 
 
-def test_the_strict_verdict_is_the_originals_on_1000_drawn_cases():
+def test_the_strict_verdict_equals_an_independent_implementation_on_1000_cases():
     rng = np.random.default_rng(0)
     cases = [(draw_detections(rng), draw_row(rng)) for _ in range(1000)]
     verdicts = [geneval_verdict(found, row).correct for found, row in cases]
@@ -195,7 +194,7 @@ def test_the_strict_verdict_is_the_originals_on_1000_drawn_cases():
     assert 150 < sum(verdicts) < 850
 
 
-def test_an_image_that_is_correct_has_full_credit_where_nothing_is_excluded():
+def test_correct_images_have_full_credit_if_nothing_is_excluded():
     rng = np.random.default_rng(1)
     for _ in range(500):
         found, row = draw_detections(rng), draw_row(rng)
