@@ -33,7 +33,8 @@ def write(table: Table, out_dir: Path, published: bool = False) -> list[Path]:
         ValueError: see `fill`.
     """
     lines = fill(table, published)
-    results = [result for line in lines for result in line.row.system.results]
+    systems = [*table.beside, *(line.row.system for line in lines)]
+    results = [result for system in systems for result in system.results]
     random = sorted(set[str]().union(*(result.random_weights for result in results)))
     if random:
         note = f"Randomly initialised: {', '.join(random)}. These numbers are not results."
@@ -180,7 +181,8 @@ def _html(table: Table, lines: Sequence[Line]) -> str:
         if line.row.spec.rule
     ]
     styled.set_table_styles([*HTML_STYLE, *ruled])
-    return str(styled.to_html(doctype_html=True, encoding="utf-8"))
+    page = str(styled.to_html(doctype_html=True, encoding="utf-8"))
+    return page.replace("<head>", f"<head>\n<title>{html.escape(table.name)}</title>", 1)
 
 
 def _latex(table: Table, lines: Sequence[Line]) -> str:
@@ -195,8 +197,13 @@ def _latex(table: Table, lines: Sequence[Line]) -> str:
     notes.insert(0, r"$\pm$: half the width of the 95\,\% interval.")
     if beside:
         notes.insert(1, "In parentheses: the published value.")
-    # Styler prints a style without braces as a command before the tabular.
-    styled.set_table_styles([{"selector": "footnotesize", "props": ":;"}])
+    # Styler prints these as commands before the tabular.
+    styled.set_table_styles(
+        [
+            {"selector": "footnotesize", "props": ":;"},
+            {"selector": "setlength", "props": r":{\tabcolsep}{3.5pt};"},
+        ]
+    )
     text = styled.to_latex(
         environment="table*",
         position="t",
@@ -293,7 +300,12 @@ def _provenance(table: Table, lines: Sequence[Line]) -> str:
             "scale": result.spec.scale,
             "sha256": {
                 file.name: sha256(file)
-                for file in (result.run.adapter, result.run.scores, result.run.trajectory_rewards)
+                for file in (
+                    result.run.adapter,
+                    result.run.scores,
+                    result.run.served_scores,
+                    result.run.trajectory_rewards,
+                )
                 if file.is_file()
             },
             "metrics": result.evaluation.weights,
@@ -336,6 +348,9 @@ def _cell_record(cell: Cell) -> dict[str, Any]:
 
 MARKDOWN = {c: f"\\{c}" for c in "\\`*_|<>[]"}
 LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
+    "[": "{[}",  # at the start of a row it would be an option of the row break
+    "*": "{*}",
+    "|": r"\textbar{}",
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
