@@ -1,58 +1,62 @@
-"""An evaluation that is cut short is continued, and ends as one that was not."""
+"""Evaluation: what is scored, resuming, snapshots, altered adapters, golden scores."""
+
+from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import pytest
-from support.killable_training import Process, prepare, stage, trained
-from support.project_copy import ROOT
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from support.evaluated import BATCH, copied, write
+from support.killable_training import Process, stage
 
+from tafs.assets.sources import ShapesAssets
 from tafs.common import errors
-from tafs.evaluation import evaluate, image_archive, scores
-from tafs.experiment import evaluations, validate
-from tafs.runtime import checkpoint, run_dir
+from tafs.evaluation import check_rewards, evaluate, generate, image_archive, scores
+from tafs.experiment import run_inputs
+from tafs.experiment.specs import PIPELINE, EvalSetting, RunSpec
+from tafs.rewards import golden
+from tafs.runtime import checkpoint
+from tafs.runtime.run_dir import RunDir
 
-BATCH = 2  # of the six images of a setting
-
-
-@pytest.fixture(scope="module")
-def ready(tmp_path_factory) -> run_dir.RunDir:
-    """A trained run that is to be judged by three settings, and whose images are kept."""
-    run = trained(prepare(tmp_path_factory.mktemp("ready") / "run", 2, "tafs_grpo"))
-    plan = evaluations.evaluations(validate.read(ROOT / "config.yaml", {"scale": "smoke"}))
-    how = next(h for name, h in plan.items() if name.startswith("tafs_grpo"))
-    settings = [{**s, "iteration": s["iteration"] and 1} for s in how["settings"]]
-    content = {**how, "settings": settings, "batch": BATCH, "server": True}
-    (run.folder / "evaluation.json").write_text(json.dumps(content))
-    return run
+KEY = ["iteration", "sampler", "nfe", "prompt", "image"]
 
 
-def outcome(run: run_dir.RunDir) -> list[bytes]:
-    files = [run.scores, run.samples, run.images]
+def outcome(run: RunDir) -> list[bytes]:
     assert not any(run.folder.glob(".tmp-*"))
-    return [file.read_bytes() for file in files]
+    return [file.read_bytes() for file in (run.scores, run.samples, run.images)]
 
 
-@pytest.fixture(scope="module")
-def undisturbed(ready, tmp_path_factory) -> run_dir.RunDir:
-    run = copied(ready, tmp_path_factory.mktemp("undisturbed"))
-    assert (process := evaluating(run)).wait() == 0, process.said
-    return run
+def settings(run: RunDir) -> tuple[EvalSetting, ...]:
+    return run_inputs.eval_spec(run).settings
 
 
-def copied(run: run_dir.RunDir, folder: Path) -> run_dir.RunDir:
-    return run_dir.RunDir(Path(shutil.copytree(run.folder, folder / "run")))
+def prompts(run: RunDir) -> list[Any]:
+    return run_inputs.test_prompts(run_inputs.run_spec(run), run_inputs.eval_spec(run))
 
 
-def evaluating(run: run_dir.RunDir, killed_after: int = 0, **environment) -> Process:
-    """With `killed_after` it keeps each batch at once, and kills itself after so many."""
+def batches(run: RunDir) -> int:
+    return len(settings(run)) * -(-len(prompts(run)) // BATCH)
+
+
+def flip_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def evaluating(run: RunDir, *options: str, killed_after: int = 0) -> Process:
+    """Evaluate in a fork; with `killed_after` it saves every batch, and kills itself after some."""
     save, saved = scores.PartialScores.save, 0
 
-    def counted(self, archive: Path | None) -> None:
+    def counted(self: scores.PartialScores, archive: Path | None) -> None:
         nonlocal saved
         save(self, archive)
         saved += 1
@@ -61,64 +65,193 @@ def evaluating(run: run_dir.RunDir, killed_after: int = 0, **environment) -> Pro
 
     def work() -> None:
         if killed_after:
-            evaluate.KEEP_S = 0.0
-            scores.PartialScores.save = counted
-        stage("evaluate", evaluate.evaluate, run)
+            evaluate.SAVE_EVERY_S = 0.0
+            scores.PartialScores.save = counted  # type: ignore[method-assign]
+        stage("evaluate", evaluate.evaluate, run, options)
 
-    return Process(work, environment)
-
-
-def batches(run: run_dir.RunDir) -> int:
-    settings = run.evaluation["settings"]
-    return len(settings) * -(-len(run.test_prompts()) // BATCH)
+    return Process(work)
 
 
-def test_the_images_of_all_settings_are_kept_in_their_order(undisturbed):
-    keys = [key for part, _ in image_archive.read(undisturbed.images, 4) for key in part]
-    settings = undisturbed.evaluation["settings"]
-    assert len(keys) == len(settings) * len(undisturbed.test_prompts()) == len(set(keys))
-    last = undisturbed.description["iterations"]
-    expected = [(s["iteration"] or last, s["sampler"], s["nfe"]) for s in settings]
+# -- what is scored --------------------------------------------------------------------------------
+
+
+def test_every_image_of_every_setting_is_scored_once_by_every_metric(uninterrupted):
+    table = pd.read_parquet(uninterrupted.scores)
+    spec, count = run_inputs.run_spec(uninterrupted), len(prompts(uninterrupted))
+    assert not table.duplicated([*KEY, "metric"]).any()
+    metrics = run_inputs.asset_source(spec).metrics(spec.prompts)
+    found = table.groupby(["iteration", "sampler", "nfe", "metric"], observed=True).size()
+    expected = {
+        (s.iteration or spec.iterations, s.sampler, s.nfe, metric): count * s.images_per_prompt
+        for s in settings(uninterrupted)
+        for metric in metrics
+    }
+    assert found.to_dict() == expected
+
+
+@pytest.mark.parametrize("iteration", [None, 1])
+def test_scores_are_those_of_the_settings_model(uninterrupted, iteration):
+    """Of the final adapter, or of the snapshot."""
+    spec, evaluation = run_inputs.run_spec(uninterrupted), run_inputs.eval_spec(uninterrupted)
+    [setting] = [s for s in settings(uninterrupted) if (s.iteration, s.nfe) == (iteration, 4)]
+    source, known = run_inputs.asset_source(spec), prompts(uninterrupted)
+    model = source.model(spec.backbone, evaluation.resolution)
+    file = uninterrupted.adapter if iteration is None else uninterrupted.snapshot(iteration)
+    model.load_adapter(file)
+    images = generate.generate(model, [p.text for p in known], setting, BATCH)
+    rewards = source.rewards(["clip", "geneval"], strict_geneval=True)
+    table = pd.read_parquet(uninterrupted.scores)
+    rows = table[(table["iteration"] == (iteration or spec.iterations)) & (table["nfe"] == 4)]
+    for metric, values in rewards.report(rewards.score(images, known)).items():
+        found = torch.tensor(rows[rows["metric"] == metric]["value"].to_numpy())
+        torch.testing.assert_close(found, values.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_samples_hold_the_final_models_images_with_their_captions(uninterrupted):
+    samples = load_file(uninterrupted.samples)
+    final = [s for s in settings(uninterrupted) if s.iteration is None]
+    assert set(samples) == {"prompts", *(s.name for s in final)}
+    with safe_open(uninterrupted.samples, "pt") as file:
+        captions = json.loads(file.metadata()["captions"])
+    known, shown = prompts(uninterrupted), samples["prompts"].tolist()
+    assert captions == [known[index].text for index in shown]
+    archive = {k: p for keys, part in image_archive.read(uninterrupted.images, 8)
+               for k, p in zip(keys, part, strict=True)}  # fmt: skip
+    for setting in final:
+        kept = samples[setting.name].permute(0, 3, 1, 2).float() / 255
+        for index, image in zip(shown, kept, strict=True):
+            key = image_archive.Key(2, setting.sampler, setting.nfe, index, 0)
+            assert torch.equal(archive[key], image)
+
+
+def test_the_archive_holds_the_images_of_all_settings_in_their_order(uninterrupted):
+    keys = [key for part, _ in image_archive.read(uninterrupted.images, 4) for key in part]
+    assert len(keys) == len(settings(uninterrupted)) * len(prompts(uninterrupted)) == len(set(keys))
+    expected = [(s.iteration or 2, s.sampler, s.nfe) for s in settings(uninterrupted)]
     assert list(dict.fromkeys(key[:3] for key in keys)) == expected
 
 
-def test_jobs_with_time_for_one_batch_each_end_as_one_job(ready, undisturbed, tmp_path):
+def test_start_noise_does_not_depend_on_setting_or_first_batch(ready):
+    spec, evaluation = run_inputs.run_spec(ready), run_inputs.eval_spec(ready)
+    model = run_inputs.asset_source(spec).model(spec.backbone, evaluation.resolution)
+    texts = ["a red circle", "a blue star", "two green squares"]
+    one, two = (EvalSetting(sampler="ode", nfe=2, images_per_prompt=n) for n in (1, 2))
+    few, many = (generate.generate(model, texts, setting, batch=2) for setting in (one, two))
+    torch.testing.assert_close(few, many[::2])
+    [(keys, rest)] = generate.sample(model, texts, two, batch=2, first=4)
+    assert keys == [(2, 0), (2, 1)]
+    assert torch.equal(rest, many[4:])
+    assert torch.is_grad_enabled()
+
+
+def test_a_published_pipeline_samples_with_its_own_steps():
+    calls: list[tuple[list[str], list[int], int]] = []
+
+    class Pipeline:
+        def generate(self, texts: list[str], generators: list[Any], steps: int) -> torch.Tensor:
+            calls.append((texts, [g.initial_seed() for g in generators], steps))
+            return torch.zeros(len(texts), 3, 2, 2)
+
+    setting = EvalSetting(sampler=PIPELINE, nfe=20, images_per_prompt=1)
+    images = generate.generate(Pipeline(), ["a", "b", "c"], setting, batch=2)
+    assert images.shape == (3, 3, 2, 2)
+    assert [(texts, steps) for texts, _, steps in calls] == [(["a", "b"], 20), (["c"], 20)]
+    assert len({seed for _, seeds, _ in calls for seed in seeds}) == 3
+
+
+def test_an_untrained_model_is_evaluated_without_an_adapter(ready, tmp_path):
     run = copied(ready, tmp_path)
-    spent = {"TAFS_MINUTES": "1", "TAFS_STARTED": str(int(time.time()) - 60)}
+    spec = run_inputs.run_spec(run)
+    base = RunSpec(**{**spec.model_dump(), "method": "base", "training": None, "snapshots": ()})
+    (run.folder / "run.json").write_text(base.to_json())
+    run.adapter.unlink()
+    final = tuple(s for s in settings(run) if s.iteration is None)
+    write(run, settings=final, served=False)
+    evaluate.evaluate(run)
+    assert set(pd.read_parquet(run.scores)["iteration"]) == {0}
+    assert not run.images.exists()
+
+
+# -- resuming --------------------------------------------------------------------------------------
+
+
+def test_jobs_with_time_for_one_batch_give_the_same_files(ready, uninterrupted, tmp_path):
+    run = copied(ready, tmp_path)
+    expired = ("--minutes=1", f"--started={time.time() - 60}")
     codes = []
     while not codes or codes[-1] == errors.CONTINUE:
-        process = evaluating(run, **spent)
+        process = evaluating(run, *expired)
         codes.append(process.wait())
         if codes[-1] == errors.CONTINUE:
             assert "to be continued: the time limit" in process.said
             assert not run.scores.exists()
-    assert codes == [errors.CONTINUE] * (batches(run) - 1) + [0]
-    assert outcome(run) == outcome(undisturbed)
+    assert codes == [errors.CONTINUE] * (batches(run) - 1) + [0], process.said
+    assert outcome(run) == outcome(uninterrupted)
 
 
-def test_a_killed_evaluation_goes_on_from_what_it_has_kept(ready, undisturbed, tmp_path):
+def test_a_killed_evaluation_continues_from_its_saved_scores(ready, uninterrupted, tmp_path):
     run = copied(ready, tmp_path)
     assert evaluating(run, killed_after=2).wait() == -signal.SIGKILL
-    before = {file: os.stat(file).st_mtime_ns for file in run.judged.glob("*/*.zip")}
-    assert len(before) == 2
-    assert (again := evaluating(run)).wait() == 0, again.said
-    assert {file: os.stat(file).st_mtime_ns for file in before} == before
-    assert outcome(run) == outcome(undisturbed)
+    saved = {file: file.stat().st_mtime_ns for file in run.eval_state.glob("*/*.zip")}
+    assert len(saved) == 2
+    evaluate.evaluate(run)
+    assert {file: file.stat().st_mtime_ns for file in saved} == saved
+    assert outcome(run) == outcome(uninterrupted)
 
 
 @pytest.mark.parametrize("pattern", ["*/0*/" + checkpoint.TENSORS, "*/*.zip"])
-def test_what_was_kept_and_is_damaged_is_judged_again(undisturbed, tmp_path, pattern):
-    run = copied(undisturbed, tmp_path)
-    for file in run.judged.glob(pattern):
-        content = bytearray(file.read_bytes())
-        content[len(content) // 2] ^= 1
-        file.write_bytes(content)
-    assert (process := evaluating(run)).wait() == 0, process.said
-    assert outcome(run) == outcome(undisturbed)
+def test_damaged_saved_scores_are_computed_again(uninterrupted, tmp_path, pattern):
+    run = copied(uninterrupted, tmp_path)
+    damaged = list(run.eval_state.glob(pattern))
+    assert len(damaged) >= len(settings(run))
+    for file in damaged:
+        flip_bit(file)
+    evaluate.evaluate(run)
+    assert outcome(run) == outcome(uninterrupted)
 
 
-def test_another_adapter_is_judged_anew(undisturbed, tmp_path):
-    run = copied(undisturbed, tmp_path)
-    fingerprint = run.judging_fingerprint()
+def test_another_adapter_or_setting_invalidates_the_saved_scores(uninterrupted, tmp_path):
+    run = copied(uninterrupted, tmp_path)
+    spec, evaluation = run_inputs.run_spec(run), run_inputs.eval_spec(run)
+    found = {run_inputs.evaluation_fingerprint(run, spec, evaluation)}
+    found.add(
+        run_inputs.evaluation_fingerprint(run, spec, evaluation.model_copy(update={"batch": 3}))
+    )
     run.snapshot(1).write_bytes(b"another")
-    assert run.judging_fingerprint() != fingerprint
+    found.add(run_inputs.evaluation_fingerprint(run, spec, evaluation))
+    assert len(found) == 3
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "snapshots/1.safetensors"])
+def test_an_altered_or_missing_adapter_is_refused(ready, tmp_path, name):
+    run = copied(ready, tmp_path)
+    flip_bit(run.folder / name)
+    with pytest.raises(ValueError, match=f"{name}: "):
+        evaluate.evaluate(run)
+    (run.folder / name).unlink()
+    with pytest.raises(FileNotFoundError, match=name):
+        evaluate.evaluate(run)
+    assert not run.scores.exists()
+
+
+def test_rewards_must_reproduce_their_golden_scores(ready, tmp_path, monkeypatch):
+    run, file, out = copied(ready, tmp_path), tmp_path / "golden.json", tmp_path / "out.json"
+    write(run, served=False)
+    with pytest.raises(ValueError, match="its assets 'shapes' have no golden scores"):
+        check_rewards.check_rewards(run, out)
+    monkeypatch.setattr(ShapesAssets, "golden_scores", file)
+    monkeypatch.setattr(golden, "SIDE", 24)  # the embedded models' image size
+    with pytest.raises(errors.RunFailed, match="run the workflow's rule check_rewards first"):
+        evaluate.evaluate(run)
+    check_rewards.check_rewards(run, out)
+    found, stored = json.loads(out.read_text()), json.loads(file.read_text())
+    assert set(found) == set(stored)
+    for name, record in found.items():
+        assert record["version"] is not None and [record["scores"]] == [*stored[name].values()]
+    evaluate.evaluate(run)
+    [expected] = stored["clip"].values()
+    expected["disc"] += 0.1
+    file.write_text(json.dumps(stored))
+    for work in (lambda: evaluate.evaluate(run), lambda: check_rewards.check_rewards(run, out)):
+        with pytest.raises(errors.RunFailed, match="reward clip: the golden image 'disc' scores"):
+            work()

@@ -1,4 +1,4 @@
-"""Generated images on disk: what comes back is what was written, byte for byte the same twice."""
+"""Archives of images: they are read as they were written, and equal images give equal bytes."""
 
 import errno
 import zipfile
@@ -22,7 +22,7 @@ def write(file) -> bytes:
     return file.read_bytes()
 
 
-def test_images_come_back_in_batches_in_their_order(tmp_path):
+def test_images_are_read_in_batches_in_their_order(tmp_path):
     write(tmp_path / "images.zip")
     parts = list(image_archive.read(tmp_path / "images.zip", 2))
     assert [key for keys, _ in parts for key in keys] == KEYS
@@ -34,7 +34,7 @@ def test_equal_images_are_equal_archives(tmp_path):
     assert write(tmp_path / "a.zip") == write(tmp_path / "b.zip")
 
 
-def test_a_failure_leaves_no_archive_and_what_a_kill_left_is_cleared(tmp_path):
+def test_a_failure_leaves_no_archive_and_removes_what_a_kill_left(tmp_path):
     left = tmp_path / ".tmp-1-images.zip"
     left.write_bytes(b"half")
     with pytest.raises(RuntimeError), image_archive.writing(tmp_path / "images.zip"):
@@ -42,19 +42,19 @@ def test_a_failure_leaves_no_archive_and_what_a_kill_left_is_cleared(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_no_archive_is_named(tmp_path):
+def test_a_missing_or_wrong_archive_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="images.zip: not found"):
         next(image_archive.read(tmp_path / "images.zip", 2))
     (tmp_path / "images.zip").write_bytes(b"x")
     with pytest.raises(ValueError, match="images.zip: not an archive of images"):
         next(image_archive.read(tmp_path / "images.zip", 2))
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
-        archive.writestr(KEYS[0].member, b"no PNG")
+        archive.writestr(KEYS[0].member, b"not a PNG")
     with pytest.raises(ValueError, match="images.zip: not an archive of images"):
         next(image_archive.read(tmp_path / "images.zip", 2))
 
 
-def test_a_disk_that_cannot_be_read_says_nothing_of_the_archive(tmp_path, monkeypatch):
+def test_an_unreadable_disk_is_not_a_wrong_archive(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(errno.EIO, "Input/output error")
 
