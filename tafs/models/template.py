@@ -67,7 +67,6 @@ class {title}Backbone(Backbone):
         return output[0].float()
 '''
 PLUGIN = """
-
 PLUGIN = ModelPlugin(
     # The keys are explained in tafs/models/models.yaml.
     models={{
@@ -117,8 +116,8 @@ def write(name: str, pipeline: str = PIPELINE, folder: Path = FOLDER) -> Path:
     like = next((model for model in models.values() if model.pipeline == pipeline), None)
     title = "".join(part.capitalize() for part in name.split("-"))
     trained = pipeline in catalog.backbones()
-    template = HEAD + (IMPORTS if trained else BACKBONE) + PLUGIN
-    text = template.format(
+    parts = [HEAD, IMPORTS, PLUGIN] if trained else [HEAD, BACKBONE, "\n", PLUGIN]
+    text = "".join(parts).format(
         name=name,
         title=title,
         pipeline=pipeline,

@@ -41,51 +41,36 @@ def test_log_prob_is_the_mean_gaussian_log_density_per_element(name, pair, seed)
     torch.testing.assert_close(step.log_prob(x_s).double(), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_flow_sde_has_the_hand_computed_mean_and_std():
+@pytest.mark.parametrize(
+    ("step", "eta", "g2"), [("flow_sde", 0.7, 0.49 * 0.8 / 0.2), ("dance_sde", 0.3, 0.09)]
+)
+def test_sde_steps_have_the_hand_computed_mean_and_std(step, eta, g2):
     x_t, v = torch.full((1, 1), 2.0), torch.full((1, 1), 0.5)
-    t, s, eta = 0.8, 0.6, 0.7
-    g2 = eta**2 * 0.8 / 0.2  # 1.96
-    drift = 0.5 + g2 / 1.6 * (2.0 + 0.2 * 0.5)  # 3.0725
-    step = sampling.flow_sde(x_t, v, t, s, eta)
-    assert step.mean.item() == pytest.approx(2.0 - 0.2 * drift, abs=1e-6)
-    assert step.std.item() == pytest.approx(math.sqrt(g2 * 0.2), abs=1e-6)
+    found = TRANSITIONS[step](x_t, v, 0.8, 0.6, eta)
+    drift = 0.5 + g2 / 1.6 * (2.0 + 0.2 * 0.5)
+    assert found.mean.item() == pytest.approx(2.0 - 0.2 * drift, abs=1e-6)
+    assert found.std.item() == pytest.approx(math.sqrt(g2 * 0.2), abs=1e-6)
 
 
-def test_flow_sde_at_full_noise_takes_the_next_grid_point():
+def test_flow_sde_at_full_noise_uses_the_next_grid_point():
     x_t, v = states()
     step = sampling.flow_sde(x_t, v, 1.0, 0.9, 0.7)
     assert step.std.item() == pytest.approx(0.7 * math.sqrt(1 / 0.1) * math.sqrt(0.1), abs=1e-6)
     assert step.mean.isfinite().all()
 
 
-def test_dance_sde_has_the_hand_computed_mean_and_std():
-    x_t, v = torch.full((1, 1), 2.0), torch.full((1, 1), 0.5)
-    step = sampling.dance_sde(x_t, v, 0.8, 0.6, 0.3)
-    drift = 0.5 + 0.09 / 1.6 * (2.0 + 0.2 * 0.5)
-    assert step.mean.item() == pytest.approx(2.0 - 0.2 * drift, abs=1e-6)
-    assert step.std.item() == pytest.approx(0.3 * math.sqrt(0.2), abs=1e-6)
-
-
-def test_anneal_equals_diffusers_stochastic_sampling():
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_ode_and_anneal_equal_the_steps_of_diffusers_scheduler(stochastic):
     x_t, v = states()
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=True)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=stochastic)
     scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
     scheduler.set_begin_index(1)
     torch.manual_seed(5)
     theirs = scheduler.step(v, scheduler.timesteps[1], x_t, return_dict=False)[0]
     torch.manual_seed(5)
-    noise = torch.randn_like(x_t)
-    ours = sampling.anneal(x_t, v, 0.75, 0.5)
-    torch.testing.assert_close(ours.mean + ours.std * noise, theirs, atol=1e-5, rtol=1e-5)
-
-
-def test_ode_equals_diffusers_euler_step():
-    x_t, v = states()
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
-    scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
-    scheduler.set_begin_index(2)
-    theirs = scheduler.step(v, scheduler.timesteps[2], x_t, return_dict=False)[0]
-    torch.testing.assert_close(sampling.ode(x_t, v, 0.5, 0.25).mean, theirs, atol=1e-6, rtol=1e-6)
+    ours = (sampling.anneal if stochastic else sampling.ode)(x_t, v, 0.75, 0.5)
+    x_s = ours.mean + ours.std * torch.randn_like(x_t)
+    torch.testing.assert_close(x_s, theirs, atol=1e-5, rtol=1e-5)
 
 
 @given(pair=times, seed=st.integers(0, 99))
