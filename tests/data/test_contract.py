@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import pytest
-from support import installed, tiny_hub
+from support import packages, tiny_hub
 
 from tafs.assets import lockfile
 from tafs.data import prompt_sets, prompts, template
@@ -90,8 +88,6 @@ def test_the_template_is_a_prompt_set(tmp_path, folder):
 
 
 def test_a_prompt_set_of_an_installed_package_is_found(tmp_path):
-    installed.package(tmp_path, "tafs.prompts", "extra", template.TEMPLATE)
-    (tmp_path / "extra_extra.txt").write_text(template.EXAMPLE)
     code = (
         "from tafs.assets.sources import *; "
         "source = of(AssetSettings(assets='shapes', lock='', device='cpu', dtype='float32', "
@@ -99,12 +95,8 @@ def test_a_prompt_set_of_an_installed_package_is_found(tmp_path):
         "len(source.prompts('extra', 'train')), 'geneval' in source.metrics('extra'), "
         "list(source.digests([], ['extra'])))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "('extra', 'shapes') 4 False ['prompts.extra']\n"
+    files = {"animals.py": template.TEMPLATE, "animals.txt": template.EXAMPLE}
+    points = {"tafs.prompts": {"extra": "their_package.animals"}}
+    with packages.installed(tmp_path, files, points):
+        out = packages.run_with(tmp_path, code)
+    assert out == "('extra', 'shapes') 4 False ['prompts.extra']\n"

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_resources import fetched, fetched_once, locked, project, served  # noqa: F401 - fixtures
+from support.downloads import fetched, fetched_once, locked, project, served  # noqa: F401 - fixtures
 
 from tafs.assets import cache, lockfile
 from tafs.experiment import evaluations, runs, validate

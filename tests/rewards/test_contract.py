@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from support import installed, tiny_hub
+from support import packages, tiny_hub
 
 from tafs.assets import lockfile
 from tafs.assets.sources import AssetSettings, ShapesAssets
@@ -141,7 +139,6 @@ def test_the_template_is_a_reward(tmp_path):
 
 def test_a_reward_of_an_installed_package_is_found_and_scores(tmp_path):
     source = template.TEMPLATE.replace("{name}", "installed").replace("{title}", "Installed")
-    installed.package(tmp_path, "tafs.rewards", "installed", source)
     code = (
         "import sys, json; from tafs.rewards.metrics import METRICS; names = list(METRICS); "
         "assert not {'torch', 'transformers'} & set(sys.modules); "
@@ -153,12 +150,7 @@ def test_a_reward_of_an_installed_package_is_found_and_scores(tmp_path):
         "source.prompts('shapes', 'test')[:2]); "
         "print(json.dumps([names, scores['installed'].tolist()]))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert '"unifiedreward", "installed"], [-' in done.stdout
+    points = {"tafs.rewards": {"installed": "their_package.jpeg"}}
+    with packages.installed(tmp_path, {"jpeg.py": source}, points):
+        out = packages.run_with(tmp_path, code)
+    assert '"unifiedreward", "installed"], [-' in out

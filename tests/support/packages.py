@@ -1,6 +1,7 @@
 """Installed packages with plug-ins, as importlib.metadata finds them."""
 
 import importlib
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -42,6 +43,20 @@ def installed(
         for name in [name for name in sys.modules if name.partition(".")[0] == package.name]:
             del sys.modules[name]
         _forget()
+
+
+def run_with(site: Path, code: str) -> str:
+    """Run code in a process of its own with `site` on sys.path; return what it prints."""
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": f"{site}:{root}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def _forget() -> None:
