@@ -1,95 +1,80 @@
-"""The search gives every method as many trials, on a seed of its own, and trusts no stale model."""
+"""The hyperparameter search: equal numbers of trials, their own seed, resuming."""
 
+from __future__ import annotations
+
+import csv
 import json
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from tafs import tuning
-from tafs.evaluation import evaluate
-from tafs.evaluation import generate as generate_
-from tafs.experiment import runs, validate
-from tafs.runtime import run_dir
+from tafs import experiment, tuning
+from tafs.common.yaml_files import ConfigError
+from tafs.evaluation import generate
+from tafs.experiment import Plan, RunSpec, run_inputs
 from tafs.runtime.journal import Journal
+from tafs.runtime.run_dir import RunDir
 from tafs.training import train
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
-def trials() -> list[runs.Run]:
-    return tuning.trials(validate.read(ROOT / "config.yaml"))
+def plan() -> Plan:
+    return experiment.load(path=ROOT / "config.yaml")
 
 
-def test_every_method_gets_as_many_trials_on_the_tuning_seed(trials):
-    settings = validate.read(ROOT / "config.yaml")
-    assert settings.tuning is not None
+def test_every_method_gets_the_same_number_of_trials_on_the_tuning_seed(plan):
+    trials = tuning.trials(plan)
     counts = Counter(trial.variant for trial in trials)
-    assert set(counts) == set(settings.tuning.grids)
+    assert set(counts) == set(plan.config.tuning.grids)
     assert len(set(counts.values())) == 1
-    assert {trial.seed for trial in trials} == {settings.tuning.seed}
-    assert settings.tuning.seed not in settings.active.seeds
-
-
-def test_trials_have_names_of_their_own(trials):
+    assert {trial.seed for trial in trials} == {plan.config.tuning.seed}
+    assert plan.config.tuning.seed not in plan.config.active.seeds
     assert len({trial.name for trial in trials}) == len(trials)
-
-
-def test_trials_keep_no_snapshots(trials):
-    """They are judged once, at the end."""
-    assert {trial.describe()["snapshots"] == [] for trial in trials} == {True}
     assert {trial.snapshots for trial in trials} == {()}
+    for trial in trials:
+        assert RunSpec.model_validate_json(trial.to_json()) == trial
 
 
 def test_a_trial_is_scored_at_the_tables_few_steps_and_not_trained_again(tmp_path, monkeypatch):
-    settings = validate.read(ROOT / "config.yaml", {"scale": "smoke"})
-    evaluation = settings.active.evaluation
-    trial = next(t for t in tuning.trials(settings) if t.variant == "tafs_grpo")
+    overrides = {"scale": "smoke", "results": tmp_path}
+    plan = experiment.load(overrides, ROOT / "config.yaml")
+    tuning_ = plan.config.tuning.model_copy(update={"grids": {"tafs_grpo": {"eta": (0.7, 0.9)}}})
+    plan = experiment.expand(plan.config.model_copy(update={"tuning": tuning_}))
     monkeypatch.setattr(tuning, "VALIDATION_PROMPTS", 3)
     scored = []
-    generate = generate_.generate
+    original = generate.generate
 
     def watched(backbone, texts, setting, batch, seed):
-        scored.append((len(texts), setting.sampler, setting.nfe, batch, seed))
-        return generate(backbone, texts, setting, batch, seed)
+        scored.append((len(texts), setting.sampler, setting.nfe, setting.images_per_prompt, seed))
+        return original(backbone, texts, setting, batch, seed)
 
-    monkeypatch.setattr(evaluate, "generate", watched)
-    base_score = tuning.score_base(trial, evaluation)
-    first = tuning.run_trial(trial, tmp_path, evaluation, base_score)
-    assert first["base_score"] == round(base_score, 4)
-    assert tuple(first) == tuning.COLUMNS
-    assert (first["method"], first["nfe"]) == ("tafs_grpo", evaluation.few_nfe)
-    common = (evaluation.few_nfe, evaluation.batch, trial.seed)
-    assert scored == [(3, "ode", *common), (3, "anneal", *common)]
-    folder = tmp_path / trial.name
-    assert list((folder / "snapshots").iterdir()) == []
+    monkeypatch.setattr(generate, "generate", watched)
+    tuning.search(plan)
+    file = tmp_path / "smoke" / "tuning" / "tafs_grpo.csv"
+    first = file.read_text()
+    common = (plan.config.active.evaluation.few_nfe, 2, tuning_.seed)
+    assert scored == [(3, sampler, *common) for sampler in ("ode", "anneal", "anneal")]
+    rows = list(csv.DictReader(first.splitlines()))
+    assert [json.loads(row["hyperparameters"])["eta"] for row in rows] == [0.7, 0.9]
+    assert tuple(rows[0]) == tuning.COLUMNS
+    assert len({row["base_score"] for row in rows}) == 1
     monkeypatch.setattr(train, "train", lambda run: pytest.fail("trained again"))
-    assert tuning.run_trial(trial, tmp_path, evaluation, base_score) == first
+    tuning.search(plan, "tafs_grpo")
+    assert file.read_text() == first
+    with pytest.raises(ConfigError, match=r"--only: 'ppo' has no grid \(available: tafs_grpo\)"):
+        tuning.search(plan, "ppo")
 
 
-def trained(folder: Path, trial: runs.Run) -> run_dir.RunDir:
-    """A folder as a finished trial leaves it."""
-    run = run_dir.RunDir(folder / trial.name)
-    run.folder.mkdir(parents=True)
-    (run.folder / "run.json").write_text(json.dumps(trial.describe()))
+def test_an_adapter_of_other_settings_or_without_an_end_is_trained_again(plan, tmp_path):
+    trial = tuning.trials(plan)[0]
+    run = RunDir(tmp_path / trial.name)
+    run.folder.mkdir()
     run.adapter.write_bytes(b"")
-    Journal(run.journal).append("start", fingerprint=run.fingerprint())
-    return run
-
-
-def test_a_finished_trial_is_not_trained_again(trials, tmp_path):
-    assert tuning.is_trained(trained(tmp_path, trials[0]))
-
-
-def test_a_trial_of_other_settings_is_trained_again(trials, tmp_path):
-    run = trained(tmp_path, trials[0])
-    changed = {**trials[0].describe(), "rewards": {"clip": 5.0}}
-    (run.folder / "run.json").write_text(json.dumps(changed))
-    assert not tuning.is_trained(run_dir.RunDir(run.folder))
-
-
-def test_an_unfinished_trial_is_trained(trials, tmp_path):
-    run = trained(tmp_path, trials[0])
+    Journal(run.journal).append("start", fingerprint=run_inputs.training_fingerprint(trial))
+    assert tuning.is_trained(run, trial)
+    assert not tuning.is_trained(run, trial.model_copy(update={"rewards": {"clip": 5.0}}))
     run.adapter.unlink()
-    assert not tuning.is_trained(run)
+    assert not tuning.is_trained(run, trial)
