@@ -1,4 +1,4 @@
-"""Snakemake tries again what is worth it, as often as it is: seen in a real workflow."""
+"""Which failed jobs run again, in a real workflow."""
 
 import json
 import os
@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from tafs.common import errors
+from tafs.orchestration.retries import Failure
 
 ROOT = Path(__file__).resolve().parents[2]
 RETRIES = 2
-
 RUNS = ("limited", "refused", "killed", "stuck", "broken", "half")
 
 SNAKEFILE = (
@@ -22,16 +22,16 @@ RUNS = {RUNS}
     + """
 import sys
 from pathlib import Path
-from tafs import progress, retries
+from tafs.orchestration.live_table import LiveTable
+from tafs.orchestration.retries import Retries
 
-
-jobs = progress.Jobs(lambda text: print(text, file=sys.stderr))
+table = LiveTable(Path("runs"), sys.stderr, "test")
 
 onstart:
-    retries.Retries(workflow.scheduler, Path("runs"), jobs)
+    Retries(table).attach(workflow)
 
 onerror:
-    print("given up:", jobs.failed, file=sys.stderr)
+    print("given up:", table.failed, file=sys.stderr)
 
 rule all:
     input:
@@ -49,43 +49,45 @@ rule train:
 """
 )
 
-# Each try appends its memory to a file; `limited` succeeds at its fifth.
+# Each attempt appends its memory to a file; `limited` succeeds in the fifth.
 JOB = """
 import os, signal, sys
+from functools import partial
 from pathlib import Path
-from tafs import failures, rundir
+from tafs.common import errors
+from tafs.runtime.run_dir import RunDir
 
 name, memory = sys.argv[1:]
-run = rundir.RunDir(Path("runs") / name)
-tries = Path(name)
-with tries.open("a") as file:
+run = RunDir(Path("runs") / name)
+attempts = Path(name)
+with attempts.open("a") as file:
     print(memory, file=file)
-number = len(tries.read_text().splitlines())
+number = len(attempts.read_text().splitlines())
 
 def work():
     if name == "limited":
         if number < 5:
-            raise failures.ToBeContinued(f"saved after {number} of 5")
+            raise errors.ToBeContinued(f"saved after {number} of 5")
         (run.folder / "adapter").touch()
     elif name == "refused":
         raise ValueError("run.json: is not JSON")
     elif name == "broken":
-        raise failures.RunFailed("the server is gone")
+        raise errors.RunFailed("the server is gone")
     elif name == "stuck" and number == 1:
-        raise failures.ToBeContinued("saved once, and never again")
+        raise errors.ToBeContinued("saved once, and never again")
     else:
         if name == "half":
             (run.folder / "adapter").touch()
         print("the last line", flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
 
-failures.run_cli("train", work, lambda code, line: run.note_failure("train", code, line))
+errors.run_cli("train", work, partial(run.note_failure, "train"))
 """
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory) -> tuple[Path, str]:
-    """The folder in which the workflow has ended, and what it said."""
+    """(folder, standard error) of the workflow, which has ended."""
     folder = tmp_path_factory.mktemp("retries")
     (folder / "Snakefile").write_text(SNAKEFILE)
     (folder / "job.py").write_text(JOB)
@@ -105,47 +107,57 @@ def done(tmp_path_factory) -> tuple[Path, str]:
     return folder, ended.stderr
 
 
-def tries(done: tuple[Path, str], run: str) -> list[int]:
-    """The memory of each try."""
+def memory(done: tuple[Path, str], run: str) -> list[int]:
+    """The memory of each attempt."""
     return [int(line) for line in (done[0] / run).read_text().split()]
 
 
-def test_what_is_to_be_continued_is_continued_and_uses_up_no_retry(done):
-    assert tries(done, "limited") == [100] * 5
+def test_a_job_that_saved_its_state_runs_again_without_using_up_a_retry(done):
+    assert memory(done, "limited") == [100] * 5
     assert (done[0] / "runs/limited/adapter").exists()
     for number in range(1, 5):
         assert f"train limited: saved after {number} of 5\n" in done[1]
     assert "FAILED train limited" not in done[1]
 
 
-def test_bad_input_is_not_tried_again(done):
-    assert tries(done, "refused") == [100]
+def test_bad_input_is_not_retried(done):
+    assert memory(done, "refused") == [100]
     assert "FAILED train refused (logs/refused.log)\n    run.json: is not JSON\n" in done[1]
 
 
-def test_a_killed_job_is_tried_again_with_more_memory_as_often_as_is_allowed(done):
-    assert tries(done, "killed") == [100, 200, 300]
-    again = "failed and is tried again: train killed (logs/killed.log)\n    the last line\n"
+@pytest.mark.parametrize("run", ["killed", "half"])
+def test_a_killed_job_is_retried_with_more_memory_even_if_its_output_exists(done, run):
+    assert memory(done, run) == [100, 200, 300]
+    again = f"failed and is tried again: train {run} (logs/{run}.log)\n    the last line\n"
     assert done[1].count(again) == RETRIES
-    assert done[1].count("FAILED train killed (logs/killed.log)\n    the last line\n") == 1
+    assert done[1].count(f"FAILED train {run} (logs/{run}.log)\n    the last line\n") == 1
 
 
-def test_a_job_that_dies_with_its_files_there_is_told_of_as_well(done):
-    assert tries(done, "half") == [100, 200, 300]
-    assert done[1].count("FAILED train half (logs/half.log)\n    the last line\n") == 1
-
-
-def test_a_failure_that_may_pass_is_tried_again(done):
-    assert tries(done, "broken") == [100, 200, 300]
+def test_other_failures_are_retried(done):
+    assert memory(done, "broken") == [100, 200, 300]
     assert "FAILED train broken (logs/broken.log)\n    the server is gone\n" in done[1]
 
 
-def test_what_a_job_said_of_an_earlier_end_does_not_hold_for_a_later_one(done):
-    """Or a job that dies before it can say anything would be continued for ever."""
-    assert tries(done, "stuck") == [100, 100, 200, 300]
+def test_the_reason_of_an_earlier_failure_does_not_apply_to_a_later_one(done):
+    """Otherwise a job that dies before it can write a reason would be continued forever."""
+    assert memory(done, "stuck") == [100, 100, 200, 300]
     noted = json.loads((done[0] / "runs/stuck/.failed/train.json").read_text())
     assert (noted["exit"], noted["seen"]) == (errors.CONTINUE, True)
 
 
-def test_what_was_given_up_is_counted(done):
+def test_jobs_that_are_given_up_are_counted(done):
     assert "given up: 5\n" in done[1]
+
+
+def test_a_failure_is_described_by_its_reason_or_the_last_line_of_its_log(tmp_path):
+    log = tmp_path / "train.log"
+    log.write_text("Traceback ...\nValueError: no prompts\n\n")
+    known = Failure("train", "x.0", (str(log),), 1, "no prompts at all")
+    assert known.describe("FAILED") == f"FAILED train x.0 ({log})\n    no prompts at all"
+    silent = Failure("train", "x.0", (str(log),), None, "")
+    assert silent.describe("FAILED") == f"FAILED train x.0 ({log})\n    ValueError: no prompts"
+    gone = Failure("report", "", ("gone.log",), None, "")
+    assert gone.describe("FAILED") == "FAILED report (gone.log)\n    no output"
+    assert (
+        Failure("report", "", (), None, "").describe("FAILED").startswith("FAILED report (no log)")
+    )

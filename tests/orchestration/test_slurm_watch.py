@@ -1,4 +1,4 @@
-"""What becomes of jobs that Slurm does not answer for, has lost, or did not take."""
+"""Jobs that Slurm does not answer for, has lost or refuses, and orphans of killed workflows."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ import pytest
 
 from tafs.common import errors
 from tafs.orchestration import slurm
+from tafs.orchestration.snakemake_hooks import SlurmExecutor
 
 
 @dataclass
 class Executor:
-    """Snakemake's, as far as it is watched: what it finds of its jobs is what it is told to."""
+    """Snakemake's executor as far as it is watched; `finds` determines what polling finds."""
 
     run_uuid: str = "3a8b"
     finds: Callable[[Any], str] = lambda job: "running"
@@ -44,17 +45,21 @@ class Executor:
 
 @dataclass
 class Retries:
-    """Remembers what it was told."""
+    """Records its calls."""
 
     forgiven: list[Any] = field(default_factory=list)
+    refused: list[Any] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
 
     @property
-    def jobs(self) -> Any:
+    def table(self) -> Any:
         return SimpleNamespace(say=self.said.append)
 
     def forgive(self, job: Any) -> None:
         self.forgiven.append(job)
+
+    def refuse(self, job: Any) -> None:
+        self.refused.append(job)
 
 
 def submitted(id: str) -> Any:
@@ -63,7 +68,7 @@ def submitted(id: str) -> Any:
 
 @pytest.fixture
 def squeue(tmp_path, monkeypatch) -> Callable[[str], Path]:
-    """A squeue, and an scancel, that do as they are told; the file that has their calls."""
+    """Replaces squeue and scancel by scripts; returns the file that lists their calls."""
     calls = tmp_path / "calls"
     calls.touch()
 
@@ -81,13 +86,14 @@ def squeue(tmp_path, monkeypatch) -> Callable[[str], Path]:
 
 
 @pytest.fixture
-def watched() -> tuple[Executor, Retries, slurm.Watch]:
+def watched() -> tuple[Executor, Retries]:
     executor, retries = Executor(), Retries()
-    return executor, retries, slurm.Watch(executor, retries)
+    slurm.Watch(SlurmExecutor(executor), retries)
+    return executor, retries
 
 
 def check(executor: Executor, active: Sequence[Any]) -> list[Any]:
-    """The jobs that are to be asked for again."""
+    """The jobs to poll again."""
 
     async def kept() -> list[Any]:
         return [job async for job in executor.check_active_jobs(active)]
@@ -95,8 +101,8 @@ def check(executor: Executor, active: Sequence[Any]) -> list[Any]:
     return asyncio.run(kept())
 
 
-def test_a_job_that_the_executor_forgets_is_asked_for_again(watched, squeue):
-    executor, retries, _ = watched
+def test_a_job_that_the_executor_forgets_is_polled_again(watched, squeue):
+    executor, retries = watched
     squeue("echo '1 RUNNING'")
     executor.finds = lambda job: "forgotten"
     job = submitted("1")
@@ -106,8 +112,8 @@ def test_a_job_that_the_executor_forgets_is_asked_for_again(watched, squeue):
     assert (executor.ended, retries.said) == ([("1", "done")], [])
 
 
-def test_an_executor_that_fails_to_ask_keeps_all_of_its_jobs(watched, squeue):
-    executor, _, _ = watched
+def test_an_executor_that_cannot_poll_keeps_all_its_jobs(watched, squeue):
+    executor, _ = watched
     squeue("exit 1")
 
     def unanswered(job: Any) -> str:
@@ -119,8 +125,8 @@ def test_an_executor_that_fails_to_ask_keeps_all_of_its_jobs(watched, squeue):
     assert executor.ended == []
 
 
-def test_ended_jobs_are_reported_once_and_others_go_on(watched, squeue):
-    executor, retries, _ = watched
+def test_ended_jobs_are_reported_once_and_others_are_polled_again(watched, squeue):
+    executor, retries = watched
     squeue("printf '1 COMPLETED\\n2 FAILED\\n3 RUNNING\\n'")
     executor.finds = lambda job: {"1": "done", "2": "failed"}.get(job.external_jobid, "running")
     jobs = [submitted(id) for id in "123"]
@@ -129,10 +135,10 @@ def test_ended_jobs_are_reported_once_and_others_go_on(watched, squeue):
     assert (retries.said, retries.forgiven) == (["it failed"], [])
 
 
-def test_a_job_that_slurm_has_lost_is_tried_again_and_twice_at_no_cost(
+def test_a_job_that_slurm_has_lost_is_submitted_again_twice_without_using_up_a_retry(
     watched, squeue, monkeypatch
 ):
-    executor, retries, _ = watched
+    executor, retries = watched
     squeue("echo '1 PREEMPTED'")
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(slurm.time, "monotonic", lambda: clock.now)
@@ -151,10 +157,10 @@ def test_a_job_that_slurm_has_lost_is_tried_again_and_twice_at_no_cost(
 
 
 @pytest.mark.parametrize("answer", ["echo '1 PENDING'", "exit 1"])
-def test_a_job_that_waits_or_of_which_slurm_says_nothing_is_not_lost(
+def test_a_job_that_is_pending_or_unknown_during_an_outage_is_not_lost(
     watched, squeue, monkeypatch, answer
 ):
-    executor, _, _ = watched
+    executor, _ = watched
     squeue(answer)
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(slurm.time, "monotonic", lambda: clock.now)
@@ -165,31 +171,47 @@ def test_a_job_that_waits_or_of_which_slurm_says_nothing_is_not_lost(
     assert executor.ended == []
 
 
+def refusal(message: str) -> str:
+    """The executor's report of an sbatch that failed."""
+    call = "sbatch --parsable --job-name 3a8b --wrap 'python -m snakemake ...'"
+    return (
+        f"SLURM sbatch failed. The error message was '{message}'.\n    sbatch call:\n    {call}\n"
+    )
+
+
 @pytest.mark.parametrize("sign", slurm.UNREACHABLE)
-def test_a_submission_that_slurm_could_not_take_uses_up_no_retry(watched, sign):
-    executor, retries, _ = watched
-    refused, broken = submitted(""), submitted("")
-    executor.report_job_error(refused, msg=f"SLURM job submission failed:\n  sbatch: {sign}")
-    executor.report_job_error(broken, msg="sbatch: error: invalid partition specified: gpuu")
-    assert retries.forgiven == [refused.job]
-    assert retries.said[0] == f"SLURM job submission failed: sbatch: {sign}"
+def test_a_submission_during_an_outage_uses_up_no_retry(watched, sign):
+    executor, retries = watched
+    job = submitted("")
+    executor.report_job_error(job, msg=refusal(f"sbatch: error: {sign}"))
+    assert (retries.forgiven, retries.refused) == ([job.job], [])
+    assert retries.said == [f"sbatch: error: {sign}"]
+
+
+def test_a_refused_submission_is_not_retried_and_shows_the_message_of_sbatch_alone(watched):
+    executor, retries = watched
+    said = "sbatch: error: invalid partition specified: gpuu"
+    job = submitted("")
+    executor.report_job_error(job, msg=refusal(said))
+    assert (retries.forgiven, retries.refused, retries.said) == ([], [job.job], [said])
+    assert executor.ended == [("", said)]
 
 
 def test_jobs_of_an_earlier_call_are_cancelled_and_awaited(tmp_path, squeue):
     calls = squeue(f"[ -e {tmp_path}/cancelled ] || printf '1\\n2\\n'")
     file = tmp_path / ".locks" / "slurm.json"
     assert slurm.end_orphans(file) == 0
-    slurm.remember(file, Executor())
+    slurm.remember(file, Executor().run_uuid)
     assert json.loads(file.read_bytes()) == {"name": "3a8b"}
     assert slurm.end_orphans(file) == 2
     assert "scancel --name=3a8b\n" in calls.read_text()
     assert not file.exists()
 
 
-def test_where_slurm_does_not_answer_the_name_of_its_jobs_is_kept(tmp_path, squeue):
+def test_the_name_of_the_jobs_is_kept_while_slurm_does_not_answer(tmp_path, squeue):
     squeue("exit 1")
     file = tmp_path / "slurm.json"
-    slurm.remember(file, Executor())
+    slurm.remember(file, Executor().run_uuid)
     with pytest.raises(errors.RunFailed, match="Slurm does not answer"):
         slurm.end_orphans(file)
     assert file.exists()

@@ -1,7 +1,8 @@
-"""Where runs stand, told from their files: every state from a folder, with locks that are held."""
+"""The state of a run from its files, with locks that are held."""
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -13,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from tafs.common import errors
-from tafs.experiment import validate
-from tafs.orchestration import graph as workflow
+from tafs.orchestration import graph as graphs
 from tafs.orchestration import status
+from tafs.orchestration.graph import Graph
 from tafs.orchestration.status import State
 from tafs.runtime.journal import Journal
 from tafs.runtime.run_dir import RunDir
@@ -28,21 +29,24 @@ TRAINED = ("adapter.safetensors", "journal.jsonl")
 JUDGED = ("scores.parquet", "samples.safetensors")
 
 
-SMOKE = validate.read(ROOT / "config.yaml", {"scale": "smoke"})
+@pytest.fixture(scope="module")
+def smoke() -> Graph:
+    return graphs.read({"scale": "smoke"}, ROOT / "config.yaml")
 
 
 @pytest.fixture
-def graph(tmp_path) -> workflow.Plan:
-    return workflow.Plan(SMOKE.model_copy(update={"results": str(tmp_path)}))
+def graph(smoke, tmp_path) -> Graph:
+    moved = smoke.plan.config.model_copy(update={"results": str(tmp_path)})
+    return Graph(dataclasses.replace(smoke.plan, config=moved))
 
 
-def folder_of(graph: workflow.Plan, name: str) -> Path:
-    folder = Path(graph.root) / "runs" / name
+def folder_of(graph: Graph, name: str) -> Path:
+    folder = Path(graph.folder(name))
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def look(graph: workflow.Plan, name: str = TAFS, now: float = NOW) -> State:
+def look(graph: Graph, name: str = TAFS, now: float = NOW) -> State:
     return next(state for state in status.look(graph, now) if state.run == name)
 
 
@@ -93,7 +97,7 @@ def reported(folder: Path, stage: str, **facts) -> None:
 # -- states ----------------------------------------------------------------------------------------
 
 
-def test_a_run_of_which_nothing_is_there_waits(graph):
+def test_a_run_without_files_is_waiting(graph):
     found = look(graph)
     assert (found.state, found.iterations, found.stages) == ("waiting", (0, 2), (0, 2))
     assert (found.pace, found.left, found.heartbeat, found.where, found.note) == (
@@ -103,7 +107,7 @@ def test_a_run_of_which_nothing_is_there_waits(graph):
     assert look(graph, BASE).iterations is None
 
 
-def test_a_run_whose_training_is_locked_trains_and_says_how_it_goes(graph):
+def test_a_run_whose_training_is_locked_is_training(graph):
     folder = folder_of(graph, TAFS)
     iterated(folder / ".state" / "journal.jsonl", 8.0)
     with working(folder, "train"):
@@ -113,25 +117,25 @@ def test_a_run_whose_training_is_locked_trains_and_says_how_it_goes(graph):
     assert found.where == "node3:123"
 
 
-def test_the_pace_is_that_of_the_last_few_iterations(graph):
+def test_the_pace_is_the_median_of_the_last_iterations(graph):
     folder = folder_of(graph, TAFS)
     iterated(folder / ".state" / "journal.jsonl", 500.0, 9.0, 1.0, 2.0, 3.0, 4.0)
     with working(folder, "train"):
         assert look(graph).pace == 3.0
 
 
-def test_a_lock_that_nobody_holds_is_no_sign_of_life(graph):
+def test_a_released_lock_is_not_a_sign_of_life(graph):
     folder = folder_of(graph, TAFS)
     iterated(folder / ".state" / "journal.jsonl", 8.0)
     lock(folder, "train")
-    assert look(graph).note == ""  # a launcher has given it back for its processes to take
+    assert look(graph).note == ""  # released by a launcher for its process
     lock(folder, "train", since=NOW - 600)
     found = look(graph)
     assert (found.state, found.where) == ("waiting", "")
-    assert found.note == "train: its process has gone; it continues when it is started again"
+    assert found.note == "train: its process has ended; start it again to continue"
 
 
-def test_looking_leaves_a_lock_free(graph):
+def test_reading_a_lock_does_not_keep_it(graph):
     file = lock(folder_of(graph, TAFS), "train")
     look(graph)
     with file.open("r+") as opened:
@@ -142,7 +146,7 @@ def test_a_trained_run_is_evaluated_and_then_done(graph):
     folder = folder_of(graph, TAFS)
     touched(folder, TRAINED[0])
     iterated(folder / "journal.jsonl", 8.0, 8.0)
-    assert (look(graph).state, look(graph).stages) == ("waiting", (1, 2))
+    assert (look(graph).state, look(graph).stages) == ("trained", (1, 2))
     reported(folder, "evaluate")
     with working(folder, "evaluate"):
         found = look(graph)
@@ -152,14 +156,14 @@ def test_a_trained_run_is_evaluated_and_then_done(graph):
     assert (look(graph).state, look(graph).stages) == ("done", (2, 2))
 
 
-def test_a_stage_that_is_worked_on_is_not_done_whatever_is_there(graph):
+def test_a_stage_in_progress_is_not_done_even_if_its_files_exist(graph):
     folder = folder_of(graph, TAFS)
     touched(folder, *TRAINED, *JUDGED)
     with working(folder, "train"):
         assert (look(graph).state, look(graph).stages) == ("training", (1, 2))
 
 
-def test_a_base_model_is_evaluated_and_correlated(graph):
+def test_a_base_model_is_evaluated_and_its_trajectories_are_scored(graph):
     folder = folder_of(graph, BASE)
     touched(folder, *JUDGED)
     with working(folder, "trajectory_rewards"):
@@ -169,8 +173,8 @@ def test_a_base_model_is_evaluated_and_correlated(graph):
         )
 
 
-def test_a_run_behind_a_server_is_judged(tmp_path):
-    plan = workflow.read({"scale": "paper", "results": str(tmp_path)}, ROOT / "config.yaml")
+def test_a_run_is_scored_by_a_server(tmp_path):
+    plan = graphs.read({"scale": "paper", "results": str(tmp_path)}, ROOT / "config.yaml")
     name = "tafs_grpo.preference.flux-dev.0"
     folder = folder_of(plan, name)
     touched(folder, *TRAINED, *JUDGED)
@@ -181,7 +185,7 @@ def test_a_run_behind_a_server_is_judged(tmp_path):
 # -- trouble ---------------------------------------------------------------------------------------
 
 
-def test_a_failure_is_shown_until_the_stage_goes_on(graph):
+def test_a_failure_is_shown_until_the_stage_continues(graph):
     folder = folder_of(graph, TAFS)
     iterated(folder / ".state" / "journal.jsonl", 8.0)
     lock(folder, "train")
@@ -194,7 +198,7 @@ def test_a_failure_is_shown_until_the_stage_goes_on(graph):
     assert look(graph).state == "waiting"
 
 
-def test_a_failure_in_whole_seconds_is_not_taken_for_an_older_one(graph):
+def test_a_failure_in_whole_seconds_counts_as_the_latest_event(graph):
     folder = folder_of(graph, TAFS)
     iterated(folder / ".state" / "journal.jsonl", 8.0, end=NOW - 4.5)
     failed(folder, "train", time=int(NOW - 5))
@@ -219,7 +223,7 @@ def test_a_run_that_is_silent_for_much_longer_than_its_pace_has_stalled(graph, p
         assert look(graph, now=NOW + silent).state == state
 
 
-def test_a_process_that_has_just_begun_is_not_stalled_by_an_old_journal(graph):
+def test_a_process_that_has_just_started_is_not_stalled(graph):
     folder = folder_of(graph, TAFS)
     iterated(folder / ".state" / "journal.jsonl", 8.0, end=NOW - 50_000)
     with working(folder, "train", since=NOW - 5):
@@ -228,7 +232,7 @@ def test_a_process_that_has_just_begun_is_not_stalled_by_an_old_journal(graph):
 
 @pytest.fixture
 def squeue(tmp_path, monkeypatch):
-    """A squeue that says what it is told to."""
+    """Replaces squeue by a script."""
 
     def says(script: str) -> None:
         folder = tmp_path / "bin"
@@ -256,19 +260,19 @@ def test_a_run_whose_slurm_job_is_gone_is_lost(graph, squeue, answer, state):
         found = look(graph)
     assert (found.state, found.where) == (state, "node3:123 Slurm 77")
     assert found.note == (status.LOST if state == "lost" else "")
-    # A node that dies lets its locks go.
+    # The locks of a node that fails are released.
     assert look(graph).state == ("lost" if state == "lost" else "waiting")
     failed(folder, "train")
     assert look(graph).state == "failed"
 
 
-def test_without_squeue_nothing_is_said_to_be_lost(graph, monkeypatch):
+def test_without_squeue_no_run_is_lost(graph, monkeypatch):
     monkeypatch.setenv("PATH", "")
     with working(folder_of(graph, TAFS), "train", job="77"):
         assert look(graph).state == "training"
 
 
-def test_files_that_are_half_written_are_as_good_as_none(graph):
+def test_files_that_are_being_written_are_ignored(graph):
     folder = folder_of(graph, TAFS)
     reported(folder, "train")
     for file in (lock(folder, "train"), folder / ".progress" / "train.json"):
@@ -276,11 +280,11 @@ def test_files_that_are_half_written_are_as_good_as_none(graph):
     assert look(graph).state == "waiting"
 
 
-# -- all together ----------------------------------------------------------------------------------
+# -- all runs --------------------------------------------------------------------------------------
 
 
-def test_time_left_is_that_of_all_trainings_over_those_that_run():
-    """3 x 2 s, 4 x 6 s, and one that has not begun at its method's 2 s: 5 x 2 s, two at a time."""
+def test_time_left_is_that_of_all_trainings_divided_by_those_that_run():
+    """3 x 2 s, 4 x 6 s, and one that has not started, at its method's 2 s: 5 x 2 s; two at a time."""
 
     def state(name: str, done: int, total: int, pace: float | None) -> State:
         return State(name, name, (done, total), "", pace, None, None, "", "", (0, 2))
@@ -295,7 +299,7 @@ def test_time_left_is_that_of_all_trainings_over_those_that_run():
     assert status.training_left(states[2:], ["a", "base"]) is None
 
 
-def test_the_exit_code_says_whether_a_run_has_failed(graph, capsys):
+def test_the_exit_code_is_1_if_a_run_has_failed(graph, capsys):
     folder = folder_of(graph, TAFS)
     assert status.show(graph) == 0
     failed(folder, "train")
@@ -310,12 +314,12 @@ def test_the_exit_code_says_whether_a_run_has_failed(graph, capsys):
     assert "train: the loss is nan" in run
 
 
-def test_it_looks_again_until_all_is_done(graph, capsys):
+def test_the_table_is_printed_again_until_all_runs_are_done(graph, capsys):
     waits = []
 
     def finish(seconds: float) -> None:
         waits.append(seconds)
-        for name in graph.runs:
+        for name in graph.plan.runs:
             touched(folder_of(graph, name), *TRAINED, *JUDGED, "trajectory_rewards.parquet")
 
     assert status.show(graph, 7.0, finish) == 0
