@@ -1,0 +1,65 @@
+"""Whether two results folders hold the same science: python benchmarks/same_results.py A B
+
+Compares the tensors of adapters, snapshots and samples, the scores of every image, and the numbers
+of every table except times. Prints each difference and exits with 1 if there is one. A change of
+code that should change no result is checked by running one scale before and after it:
+
+    snakemake all --config scale=smoke results=/tmp/before     # at the old commit
+    snakemake all --config scale=smoke results=/tmp/after      # at the new commit
+    python benchmarks/same_results.py /tmp/before/smoke /tmp/after/smoke
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from safetensors.numpy import load_file
+
+TIMES = "_s"  # suffix of the columns of tables that hold seconds
+
+
+def differences(a: Path, b: Path) -> Iterator[str]:
+    """One line per file of either folder that is missing or different in the other."""
+    patterns = ("runs/**/*.safetensors", "runs/*/*.parquet", "tables/*.csv")
+    names = {f.relative_to(x) for x in (a, b) for p in patterns for f in x.glob(p)}
+    if not names:
+        raise ValueError(f"{a}: contains no results; give the folder of a scale")
+    for name in sorted(names):
+        missing = [str(folder) for folder in (a, b) if not (folder / name).is_file()]
+        if missing:
+            yield f"{name}: missing in {missing[0]}"
+        elif not _same(a / name, b / name):
+            yield f"{name}: differs"
+
+
+def _same(a: Path, b: Path) -> bool:
+    if a.suffix == ".safetensors":
+        left, right = load_file(a), load_file(b)
+        return left.keys() == right.keys() and all(
+            np.array_equal(left[key], right[key]) for key in left
+        )
+    read = pd.read_parquet if a.suffix == ".parquet" else pd.read_csv
+    tables = [read(file) for file in (a, b)]
+    tables = [t[[c for c in t if a.suffix == ".parquet" or not c.endswith(TIMES)]] for t in tables]
+    return bool(tables[0].equals(tables[1]))
+
+
+def main() -> None:
+    if len(sys.argv) != 3:
+        print("usage: python benchmarks/same_results.py A B", file=sys.stderr)
+        sys.exit(2)
+    try:
+        found = list(differences(Path(sys.argv[1]), Path(sys.argv[2])))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    print("\n".join(found) or "the same")
+    sys.exit(bool(found))
+
+
+if __name__ == "__main__":
+    main()
