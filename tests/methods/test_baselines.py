@@ -1,13 +1,11 @@
-"""What sets each baseline apart: its window, its random steps, its solver, its gradients."""
+"""What is specific to each shipped method: windows, random steps, solvers, gradients."""
 
 import torch
 from support.toy import ToyBackbone, toy_run, toy_trainer
 
 from tafs.common import seeding
-from tafs.methods import registry
-from tafs.methods.base import UpdateInputs
+from tafs.methods import UpdateInputs, registry
 from tafs.models import sampling
-from tafs.models.base import Backbone
 
 
 def toy() -> ToyBackbone:
@@ -17,7 +15,7 @@ def toy() -> ToyBackbone:
 
 
 def roll(name: str, iteration: int = 0, count: int = 6, **hyperparameters: object):
-    """The method, its network and a rollout of `count` images from one noise."""
+    """Return the method, its network and a rollout of `count` images from the same noise."""
     algorithm = registry.create(name, hyperparameters)
     backbone = toy()
     noise = torch.randn(1, 2, generator=torch.Generator().manual_seed(0)).expand(count, 2)
@@ -37,14 +35,12 @@ def test_mix_grpos_window_moves_and_never_shrinks_or_empties():
     windows = [list(algorithm.trained_steps(i)) for i in range(200)]
     assert {len(w) for w in windows} == {4}
     assert [w[0] for w in windows[:6]] == [0, 0, 1, 1, 2, 2]
-    assert (
-        max(w[-1] for w in windows) == 23
-    )  # the last transition, to the clean image, is the ODE's
+    assert max(w[-1] for w in windows) == 23  # the last step, to the clean image, has no noise
     assert windows[42] == windows[0]
 
 
 def test_mix_grpo_is_the_ode_outside_its_window():
-    """Images of one start noise part inside the window only."""
+    """Images with the same start noise differ only from the window on."""
     algorithm, _, trajectory = roll("mix_grpo", iteration=25 * 5)
     assert list(algorithm.trained_steps(125)) == [5, 6, 7, 8]
     first = trajectory.x_t[0]
@@ -54,7 +50,7 @@ def test_mix_grpo_is_the_ode_outside_its_window():
     torch.testing.assert_close(trajectory.t[:, 0], grid[5:9])
 
 
-def test_the_flash_solver_takes_few_steps_behind_the_window():
+def test_the_flash_solver_takes_few_steps_after_the_window():
     algorithm = registry.create("mix_grpo", {"flash_steps": 5})
     grid = algorithm.grid(toy(), 0)  # type: ignore[attr-defined]
     assert len(grid) == 4 + 5 + 1
@@ -63,7 +59,7 @@ def test_the_flash_solver_takes_few_steps_behind_the_window():
     assert (grid.diff() < 0).all()
 
 
-def test_the_flash_solver_is_of_second_order_once_it_has_two_estimates():
+def test_the_flash_solver_is_second_order_from_its_second_estimate_on():
     algorithm = registry.create("mix_grpo", {"flash_steps": 5})
     x, (earlier, later) = torch.ones(1, 2), (torch.tensor([t]) for t in (0.8, 0.6))
     past = [(torch.zeros(1, 2), earlier), (x / 2, later)]
@@ -85,7 +81,7 @@ def test_dance_grpo_trains_a_random_60_percent_of_each_images_steps():
     assert set().union(*chosen) <= set(grid)
 
 
-def test_dance_grpos_chosen_records_belong_together():
+def test_dance_grpo_selects_whole_records():
     algorithm, backbone, trajectory = roll("dance_grpo")
     for n in range(14):
         x_t, t, s = trajectory.x_t[n], trajectory.t[n], trajectory.s[n]
@@ -101,23 +97,23 @@ def test_cps_is_a_policy_for_grpo():
     torch.testing.assert_close(expected.log_prob(trajectory.x_s[2]), trajectory.log_prob[2])
 
 
-def test_without_annealing_tafs_grpo_scores_the_final_image_of_an_sde_alone():
+def test_without_annealing_tafs_grpo_scores_only_the_final_image_of_an_sde():
     algorithm, _, trajectory = roll("tafs_grpo", sampler="flow_sde", credit_reading="final")
     assert (algorithm.nfe_old, algorithm.nfe_theta) == (4, 3)
     assert len(trajectory.scored) == 1
     assert algorithm.evaluation_sampler == "ode"
 
 
-def test_reward_instruct_weighs_rewards_by_their_directions_not_their_sizes():
+def test_reward_instruct_normalises_the_gradient_of_each_reward():
     algorithm = registry.create("reward_instruct", {})
     latents = torch.zeros(5, 2)
-    feedback = UpdateInputs(
+    inputs = UpdateInputs(
         torch.zeros(0, 5),
         lambda x, part: {"large": 1000 * x[:, 0], "small": 0.001 * x[:, 1]},
         {"large": 1.0, "small": 2.0},
         toy().reference,
     )
-    direction = algorithm.direction(latents, slice(0, 5), feedback)
+    direction = algorithm.direction(latents, slice(0, 5), inputs)
     torch.testing.assert_close(direction, torch.tensor([1.0, 2.0]).expand(5, 2))
 
 
@@ -149,8 +145,8 @@ def test_consistency_distillation_alone_ignores_the_reward():
     assert not registry.create("rg_lcd", {"reward_weight": 0.0}).needs_reward_gradients
 
 
-def test_consistency_distillation_is_at_rest_where_estimates_agree_along_the_path():
-    """x0_hat = c for all x and t is consistent: the distance to the target is zero."""
+def test_the_distillation_loss_is_zero_where_estimates_agree_along_the_path():
+    """The network whose x0_hat is the same for all x and t is consistent."""
     algorithm = registry.create("rg_lcd", {"reward_weight": 0.0})
     target = torch.tensor([0.3, -0.2])
 
@@ -164,12 +160,12 @@ def test_consistency_distillation_is_at_rest_where_estimates_agree_along_the_pat
     cond = backbone.encode(["a red ring"] * 16)
     with torch.no_grad():
         trajectory = algorithm.rollout(backbone, cond, torch.randn(16, 2), generator, 0)  # type: ignore[arg-type]
-    feedback = UpdateInputs(torch.zeros(0, 16), lambda x, part: {}, {}, backbone.reference)
-    for part in algorithm.losses(backbone, trajectory, feedback, 8):  # type: ignore[arg-type]
+    inputs = UpdateInputs(torch.zeros(0, 16), lambda x, part: {}, {}, backbone.reference)
+    for part in algorithm.losses(backbone, trajectory, inputs, 8):  # type: ignore[arg-type]
         assert part.metrics["distillation"].max() < 1e-4
 
 
-def test_the_average_is_in_place_inside_its_block_alone():
+def test_the_averaged_adapter_is_used_only_inside_its_block():
     run = toy_trainer(toy_run("rg_lcd"))
     run.iterate(0)
     live = run.parameters["bias"].detach().clone()
@@ -179,8 +175,3 @@ def test_the_average_is_in_place_inside_its_block_alone():
         assert torch.equal(run.parameters["bias"], average)
     assert torch.equal(run.parameters["bias"], live)
     assert torch.equal(run.averages["bias"], average)
-
-
-def test_methods_ask_nothing_of_a_backbone_but_its_interface():
-    used = {"encode", "velocity", "decode", "time_grid", "reference"}
-    assert used <= set(dir(Backbone))

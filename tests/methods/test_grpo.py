@@ -27,11 +27,11 @@ def test_advantages_have_zero_mean_in_each_group_and_step(rewards):
     assert advantages.mean(-1).abs().max() < 1e-4
 
 
-def test_a_group_of_equal_rewards_teaches_nothing():
+def test_a_group_with_equal_rewards_has_zero_advantages():
     assert not grpo.group_advantages(torch.full((3, 2, 5), 0.7)).any()
 
 
-def test_groups_and_steps_are_normalised_apart():
+def test_groups_and_steps_are_normalised_separately():
     rewards = torch.tensor([[[0.0, 1.0], [0.0, 100.0]], [[5.0, 4.0], [1.0, 1.0]]])
     advantages = grpo.group_advantages(rewards)
     expected = torch.tensor([[[-1.0, 1.0], [-1.0, 1.0]], [[1.0, -1.0], [0.0, 0.0]]])
@@ -48,9 +48,9 @@ def test_global_std_divides_by_the_batch_wide_std():
 NAN = float("nan")
 
 
-def test_a_missing_reward_is_left_out_of_its_groups_mean_and_std():
+def test_group_mean_and_std_ignore_a_missing_reward():
     advantages = grpo.group_advantages(torch.tensor([[1.0, NAN, 2.0, 3.0, 6.0], [0, 0, 0, NAN, 2]]))
-    # The known ones: mean 3, std 1.870829; mean 0.5, std sqrt((3 * 0.25 + 2.25) / 4) = 0.866025
+    # Known rewards: mean 3, std 1.870829; mean 0.5, std sqrt((3 * 0.25 + 2.25) / 4) = 0.866025
     first = torch.tensor([-2.0, 0.0, -1.0, 0.0, 3.0]) / 1.870829
     second = torch.tensor([-0.5, -0.5, -0.5, 0.0, 1.5]) / 0.866025
     torch.testing.assert_close(advantages, torch.stack([first, second]), atol=4e-4, rtol=0)
@@ -58,24 +58,24 @@ def test_a_missing_reward_is_left_out_of_its_groups_mean_and_std():
 
 
 @pytest.mark.parametrize("normalise", [grpo.group_advantages, grpo.global_std_advantages])
-def test_a_group_with_fewer_than_two_rewards_teaches_nothing(normalise):
+def test_a_group_with_fewer_than_two_rewards_has_zero_advantages(normalise):
     advantages = normalise(torch.tensor([[NAN, 5.0, NAN], [NAN, NAN, NAN], [1.0, 2.0, 3.0]]))
     assert not advantages[:2].any()
     assert advantages[2, 2] == -advantages[2, 0] > 0
 
 
-def test_global_std_is_that_of_the_known_rewards():
+def test_the_global_std_ignores_missing_rewards():
     rewards = torch.tensor([[0.0, 2.0, NAN], [NAN, 7.0, NAN]])
-    # Batch mean 3, std sqrt((9 + 1 + 16) / 3) = 2.943920: the second group's only one counts.
+    # Batch mean 3, std sqrt((9 + 1 + 16) / 3) = 2.943920: the only reward of the second group counts.
     expected = torch.tensor([[-1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]) / 2.943920
     torch.testing.assert_close(grpo.global_std_advantages(rewards), expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("normalise", [grpo.group_advantages, grpo.global_std_advantages])
 @given(rewards=rewards, lacking=st.sets(st.integers(0, 3), max_size=4))
-def test_known_rewards_are_normalised_as_if_the_others_had_never_been(normalise, rewards, lacking):
+def test_known_rewards_are_normalised_as_without_the_missing_ones(normalise, rewards, lacking):
     known = [image for image in range(4) if image not in lacking]
-    rewards = rewards.double()  # a group of nearly equal rewards is nothing but their rounding
+    rewards = rewards.double()  # nearly equal float32 rewards differ by rounding only
     with_gaps = rewards.clone()
     with_gaps[..., list(lacking)] = NAN
     advantages = normalise(with_gaps)
@@ -84,7 +84,7 @@ def test_known_rewards_are_normalised_as_if_the_others_had_never_been(normalise,
         torch.testing.assert_close(advantages[..., known], normalise(rewards[..., known]))
 
 
-def test_a_mean_of_what_is_known_is_the_mean_where_all_is_known():
+def test_the_mean_of_known_values_equals_the_mean_if_all_are_known():
     values = torch.rand(7, 3, 1000, generator=torch.Generator().manual_seed(0))
     assert torch.equal(grpo.mean_of_known(values, (1, 2)), values.mean((1, 2)))
     values[2, 1, 5] = values[2, 2, 0] = values[4] = NAN
@@ -128,7 +128,7 @@ def test_the_objective_is_minus_the_mean_advantage_before_the_first_update():
     assert not objective.clipped.any()
 
 
-def test_an_image_of_advantage_0_adds_nothing_to_the_sum_and_counts_in_the_mean():
+def test_an_image_with_advantage_0_adds_nothing_and_counts_in_the_mean():
     """An invalid image, whatever its ratio: (1.1 * 1 + 0 + 0.9 * -1) / 3, by hand."""
     log_prob = torch.tensor([1.3, 5.0, 0.7]).log().requires_grad_()
     advantages = torch.tensor([1.0, 0.0, -1.0])
@@ -150,7 +150,7 @@ def test_an_image_of_advantage_0_adds_nothing_to_the_sum_and_counts_in_the_mean(
         (0.7, -1.0, -0.9, True),
     ],
 )
-def test_clipping_limits_only_what_would_gain(ratio, advantage, value, clipped):
+def test_clipping_limits_only_improvements(ratio, advantage, value, clipped):
     log_prob = torch.tensor([ratio]).log()
     objective = grpo.clipped_objective(log_prob, torch.zeros(1), torch.tensor([advantage]), 0.1)
     assert objective.loss.item() == pytest.approx(-value, abs=1e-6)
@@ -164,8 +164,10 @@ def test_kl_of_equal_variance_gaussians_is_the_halved_squared_distance():
 
 
 def test_the_printed_ratio_of_a_deterministic_estimate_has_no_gradient_on_policy():
-    """Eq. 10 prints p(x_0^n | x_t) of an image that is a function of its noisy state: whatever
-    variance it is given, the on-policy gradient is exactly zero, while the re-noising's is not."""
+    """Eq. 10 prints p(x_0^n | x_t), where x_0^n is a function of x_t.
+
+    With any fixed variance its on-policy gradient is exactly zero; that of the re-noising is not.
+    """
     v = torch.randn(4, 3, requires_grad=True)
     x_t, advantages = torch.randn(4, 3), torch.tensor([1.0, -1.0, 2.0, -2.0])
     estimate = sampling.x0_estimate(x_t, v, 0.5)
