@@ -1,466 +1,402 @@
-"""The figures show what the runs' files say, and equal files give equal figures."""
+"""Figures show the files' values, and equal files give equal figures."""
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from safetensors.numpy import load_file
+from matplotlib.lines import Line2D
+from safetensors.numpy import load_file, save_file
 from support import synthetic
+from support.synthetic import change_scores
 
-from tafs.experiment import schema
-from tafs.report.figures import image_grid, learning_curves, plots, style
-from tafs.report.results import read_results, systems_of
+from tafs.experiment.schema import FIGURES
+from tafs.report import figures, stats
+from tafs.report.figures import style
+from tafs.report.results import LoadedTable
 from tafs.rewards.metrics import METRICS
 
-SMALL = {"prompts": 18, "images": 2, "iterations": 6, "nfe": (1, 4)}
-FEW: dict[str, Any] = {"nfe": (1, 4)}
-AT_FOUR = {"nfe": 4}
-EVERY: dict[str, Callable[..., list[Path]]] = {
-    "figure4": partial(plots.figure4, **FEW),
-    "learning_curves": learning_curves.learning_curves,
-    "compute": partial(plots.compute, **AT_FOUR),
-    "pareto": partial(plots.pareto, few=4, **FEW),
-    "image_grid": partial(
-        image_grid.image_grid, captions=synthetic.captions(18), indices=[0], **AT_FOUR
-    ),
-    "hacking": partial(plots.hacking, **AT_FOUR),
-    "profiles": partial(plots.profiles, **AT_FOUR),
-}
+GAINS = ("hacking", "profiles", "pareto", "compute")  # measured from the base model
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return synthetic.write_runs(tmp_path_factory.mktemp("runs"), seeds=2, **SMALL)
+def table(runs: list[Path], **options: Any) -> LoadedTable:
+    return synthetic.loaded(runs, **{"curve_nfe": (1, 4), **options})
 
 
 @pytest.fixture
-def own_runs(runs: list[Path], tmp_path: Path) -> list[Path]:
-    """A copy that a test may damage."""
-    return [Path(shutil.copytree(run, tmp_path / "runs" / run.name)) for run in runs]
-
-
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures, in place of their files."""
-    found: list[Figure] = []
-
-    def keep(figure: Figure, *_: object) -> list[Path]:
-        found.append(figure)
-        return []
-
-    monkeypatch.setattr(plots, "_save", keep)
-    return found
-
-
-def change_scores(run: Path, change: Callable[[pd.DataFrame], pd.DataFrame]) -> None:
-    file = run / "scores.parquet"
-    change(pd.read_parquet(file)).to_parquet(file, index=False)
-
-
-def lines(axes: Any) -> dict[str, Any]:
-    return {line.get_label(): line for line in axes.get_lines()}
-
-
-def test_figure4_has_a_panel_a_metric_and_a_line_a_method(
-    runs: list[Path], drawn: list[Figure]
-) -> None:
-    plots.figure4(runs, "", **FEW)
-    assert [axes.get_title() for axes in drawn[0].axes] == [
-        metric.title for metric in METRICS.values()
-    ]
-    for axes in drawn[0].axes:
-        assert list(lines(axes)) == [
-            "shapes-sd3",
-            "shapes-sd3, 28 steps",
-            "Flow-GRPO",
-            "TAFS-GRPO",
-        ]
-
-
-def test_figure4_draws_the_files_values(runs: list[Path], drawn: list[Figure]) -> None:
-    plots.figure4(runs, "", **FEW)
-    found = lines(drawn[0].axes[2])  # CLIP
-    results = {r.run.name: r for r in read_results(runs)}
-    base = results["base-0"].scores.values["ode", 28, "clip", 0].mean()
-    assert found["shapes-sd3, 28 steps"].get_ydata() == pytest.approx([base, base])
-    for method, label, sampler in (
-        ("flow_grpo", "Flow-GRPO", "ode"),
-        ("tafs_grpo", "TAFS-GRPO", "anneal"),
-    ):
-        values = [
-            np.mean([results[f"{method}-{s}"].scores.values[sampler, n, "clip", 6] for s in (0, 1)])
-            for n in (1, 4)
-        ]
-        assert found[label].get_ydata() == pytest.approx(values)
-        assert list(found[label].get_xdata()) == [1, 4]
-
-
-def test_a_method_keeps_its_colour(runs: list[Path], drawn: list[Figure]) -> None:
-    plots.figure4(runs, "", **FEW)
-    learning_curves.learning_curves(runs, "")
-    tafs, _ = style.LOOKS["tafs_grpo"]
-    assert {lines(figure.axes[0])["TAFS-GRPO"].get_color() for figure in drawn} == {tafs}
-
-
-def test_systems_do_not_share_a_colour(tmp_path: Path) -> None:
-    for variant in "abcd":
-        info = {"name": variant, "variant": variant, "title": variant}
-        synthetic.write_run(tmp_path, "tafs_grpo", **info, **SMALL)
-    found = systems_of(read_results(tmp_path.iterdir()))
-    assert len(set(style._looks(found))) == 4
-
-
-def test_a_method_on_two_models_keeps_its_colour_and_changes_its_line(tmp_path: Path) -> None:
-    for backbone in ("one", "two"):
-        for method in ("base", "tafs_grpo"):
-            name = f"{method}-{backbone}"
-            info = {"name": name, "variant": method, "title": name, "backbone": backbone}
-            synthetic.write_run(tmp_path, method, **info, **SMALL)
-    found = systems_of(read_results(tmp_path.iterdir()))
-    looks = {
-        (s.info["method"], s.info["backbone"]): look
-        for s, look in zip(found, style._looks(found), strict=True)
-    }
-    for method in ("base", "tafs_grpo"):
-        one, two = looks[method, "one"], looks[method, "two"]
-        assert one[:2] == two[:2] == style.LOOKS[method]
-        assert one.line != two.line
-
-
-def test_learning_curves_show_the_last_scored_step(runs: list[Path], drawn: list[Figure]) -> None:
-    learning_curves.learning_curves([run for run in runs if run.name == "tafs_grpo-0"], "")
-    records = [
-        json.loads(line)
-        for line in (runs[-2] / "journal.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-    records = [record for record in records if record["kind"] == "iteration"]
-    by_iteration, _, by_time, _ = drawn[0].axes
-    assert by_iteration.get_title() == "PickScore"
-    line, timed = lines(by_iteration)["TAFS-GRPO"], lines(by_time)["TAFS-GRPO"]
-    assert list(line.get_xdata()) == list(range(6))
-    assert list(line.get_ydata()) == [r["rewards"]["pickscore"][-1] for r in records]
-    seconds = np.median([r["seconds"]["total"] for r in records]) * np.arange(1, 7)
-    assert timed.get_xdata() == pytest.approx(seconds)
-    assert by_time.get_xlabel() == "Compute time (s)"
-
-
-def test_learning_curves_are_means_over_seeds(runs: list[Path], drawn: list[Figure]) -> None:
-    learning_curves.learning_curves(runs, "")
-    results = [r for r in read_results(runs) if r.info["method"] == "flow_grpo"]
-    mean = np.mean(
-        [[record["rewards"]["clip"][-1] for record in r.iterations] for r in results], axis=0
-    )
-    assert lines(drawn[0].axes[1])["Flow-GRPO"].get_ydata() == pytest.approx(mean)
-
-
-def test_running_means_are_centred_and_shorter_at_the_ends() -> None:
-    values = np.array([0.0, 3.0, 6.0, 3.0])
-    assert learning_curves._running_mean(values, 3).tolist() == [1.5, 3.0, 4.0, 4.5]
-    assert learning_curves._running_mean(values, 1).tolist() == values.tolist()
-
-
-def test_long_training_is_shown_in_hours(own_runs: list[Path], drawn: list[Figure]) -> None:
-    for run in own_runs:
-        file = run / "journal.jsonl"
-        if file.is_file():
-            text = file.read_text(encoding="utf-8")
-            file.write_text(re.sub(r'"total": [\d.]+', '"total": 7200', text), encoding="utf-8")
-    learning_curves.learning_curves(own_runs, "")
-    assert drawn[0].axes[2].get_xlabel() == "Compute time (h)"
-    assert lines(drawn[0].axes[2])["TAFS-GRPO"].get_xdata()[-1] == 12
-
-
-def test_null_rewards_are_gaps(own_runs: list[Path], drawn: list[Figure]) -> None:
-    file = own_runs[-1] / "journal.jsonl"
-    text = file.read_text(encoding="utf-8")
-    file.write_text(re.sub(r'"clip": \[[^]]*\]', '"clip": [null]', text, count=1))
-    learning_curves.learning_curves([own_runs[-1]], "")
-    values = lines(drawn[0].axes[1])["TAFS-GRPO"].get_ydata()
-    assert np.isnan(values).tolist() == [True] + [False] * 5
-
-
-def test_image_grid_shows_the_first_prompts_of_every_task(
-    runs: list[Path], drawn: list[Figure]
-) -> None:
-    image_grid.image_grid(runs, "", captions=synthetic.captions(18), per_tag=1, **AT_FOUR)
-    texts = [text.get_text() for text in drawn[0].texts]
-    assert texts[:4] == [
-        "shapes-sd3\n28 steps",
-        "shapes-sd3\n4 steps",
-        "Flow-GRPO\n4 steps",
-        "TAFS-GRPO\n4 steps",
-    ]
-    assert texts[5::2] == [tag.replace("_", " ") for tag in synthetic.TAGS]
-    shown = [axes.get_images()[0].get_array() for axes in drawn[0].axes]
-    base = load_file(runs[0] / "samples.safetensors")
-    tafs = load_file(runs[-2] / "samples.safetensors")
-    columns = (base["ode-28"], base["ode-4"], None, tafs["anneal-4"])
-    for row, prompt in enumerate(range(0, 18, 3)):
-        for i, images in enumerate(columns):
-            if images is not None:
-                assert (shown[4 * row + i] == images[prompt]).all()
-
-
-def test_image_grid_shows_the_given_prompts(runs: list[Path], drawn: list[Figure]) -> None:
-    captions = [f"prompt {i}" for i in range(18)]
-    image_grid.image_grid(runs, "", captions=captions, indices=[7, 2], **AT_FOUR)
-    texts = [text.get_text() for text in drawn[0].texts]
-    assert [text for text in texts if text.startswith("prompt")] == ["prompt 7", "prompt 2"]
-
-
-def test_equal_input_gives_equal_bytes(runs: list[Path], tmp_path: Path) -> None:
-    runs = [runs[0], *runs[-2:]]
-    for name, draw in EVERY.items():
-        first, second = draw(runs, tmp_path / "a"), draw(runs[::-1], tmp_path / "b")
-        assert [file.name for file in first] == [f"{name}.png", f"{name}.pdf"]
-        for a, b in zip(first, second, strict=True):
-            assert a.read_bytes() == b.read_bytes()
-        pdf = first[1].read_bytes()
-        assert b"/FontFile2" in pdf  # TrueType, embedded
-        assert b"/Type3" not in pdf and b"Date" not in pdf
-
-
-@pytest.mark.parametrize("name", EVERY)
-def test_a_figure_of_random_weights_says_so_and_no_other_does(
-    name: str, own_runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def draw(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Figure]:
+    """Draws a figure and returns it in place of its files."""
     saved: list[Figure] = []
     monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: saved.append(self))
-    EVERY[name](own_runs, tmp_path)
-    described = own_runs[0] / "run.json"
-    described.write_text(
-        json.dumps({**json.loads(described.read_bytes()), "random_weights": ["flux-dev"]})
-    )
-    EVERY[name](own_runs, tmp_path)
-    marked = ["RANDOM WEIGHTS" in [text.get_text() for text in f.texts] for f in saved]
-    assert marked == [False, False, True, True]  # PNG and PDF of each
+
+    def drawn(kind: str, runs: list[Path], **options: Any) -> Figure:
+        saved.clear()
+        files = figures.draw(table(runs, figures={kind: "name"}, **options), tmp_path / "figures")
+        assert [file.name for file in files] == ["name.png", "name.pdf"]
+        assert saved[0] is saved[1]
+        return saved[0]
+
+    return drawn
 
 
-def test_drawing_leaves_matplotlibs_settings_alone(runs: list[Path], tmp_path: Path) -> None:
+def lines(axes: Axes) -> dict[str, Line2D]:
+    return {str(line.get_label()): line for line in axes.get_lines()}
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    """The iterations in a run's journal."""
+    text = (run / "journal.jsonl").read_text(encoding="utf-8")
+    return [r for r in map(json.loads, text.splitlines()) if r["kind"] == "iteration"]
+
+
+def value(runs: list[Path], method: str, metric: str, nfe: int, iteration: int = 6) -> float:
+    """The mean over seeds and images, read from the files."""
+    found = pd.concat(pd.read_parquet(run / "scores.parquet") for run in runs if method in run.name)
+    at = (found["metric"] == metric) & (found["nfe"] == nfe)
+    if method != "base":
+        at &= found["iteration"] == iteration
+    return float(found[at]["value"].mean())
+
+
+# -- all figures -----------------------------------------------------------------------------------
+
+
+def test_equal_input_gives_equal_files(runs: list[Path], tmp_path: Path) -> None:
+    kinds = {kind: f"figure_{kind}" for kind in FIGURES}
+    runs = [runs[0], *runs[-2:]]
+    first = figures.draw(table(runs, figures=kinds), tmp_path / "a")
+    second = figures.draw(table(runs[::-1], figures=kinds), tmp_path / "b")
+    names = [f"{name}.{ending}" for name in kinds.values() for ending in ("png", "pdf")]
+    assert [file.name for file in first] == names
+    for a, b in zip(first, second, strict=True):
+        assert a.read_bytes() == b.read_bytes()
+        if a.suffix == ".pdf":
+            assert b"/FontFile2" in a.read_bytes()  # TrueType, embedded
+            assert b"/Type3" not in a.read_bytes() and b"Date" not in a.read_bytes()
+
+
+@pytest.mark.parametrize("kind", FIGURES)
+def test_only_figures_of_random_weights_are_marked(
+    kind: str, own_runs: list[Path], draw: Callable[..., Figure]
+) -> None:
+    def marked() -> bool:
+        figure = draw(kind, own_runs)
+        return "RANDOM WEIGHTS" in [text.get_text() for text in figure.texts]
+
+    assert not marked()
+    file = own_runs[0] / "run.json"
+    random = {**json.loads(file.read_bytes()), "random_weights": ["flux-dev"]}
+    file.write_text(json.dumps(random), encoding="utf-8")
+    assert marked()
+
+
+def test_drawing_leaves_matplotlibs_settings_alone(
+    runs: list[Path], draw: Callable[..., Figure]
+) -> None:
     def parameters() -> dict[str, Any]:
         # Reading the backend would choose one.
         return {k: matplotlib.rcParams[k] for k in matplotlib.rcParams if k != "backend"}
 
-    options = {"captions": synthetic.captions(18), "indices": [0], **AT_FOUR}
     with matplotlib.rc_context({"font.size": 17}):
         before = parameters()
-        image_grid.image_grid(runs, tmp_path, **options)
+        draw("images", runs)
         assert parameters() == before
 
 
-def test_a_single_prompt_a_task_is_drawn_without_bands(tmp_path: Path) -> None:
-    small = {**SMALL, "prompts": 6, "images": 1, "iterations": 1}
-    runs = synthetic.write_runs(tmp_path / "runs", seeds=1, **small)
-    plots.figure4(runs, tmp_path, **FEW)
-    learning_curves.learning_curves(runs, tmp_path)
-    plots.compute(runs, tmp_path, nfe=4)
+def test_a_method_has_one_colour_in_all_figures(
+    runs: list[Path], draw: Callable[..., Figure]
+) -> None:
+    tafs, _ = style.LOOKS["tafs_grpo"]
+    for kind in ("steps", "compute", "curves", "pareto", "hacking"):
+        assert lines(draw(kind, runs).axes[0])["TAFS-GRPO"].get_color() == tafs
 
 
-def test_bad_input_is_one_line_that_names_the_file(own_runs: list[Path], tmp_path: Path) -> None:
-    def fails(message: str, **options: Any) -> None:
-        options = {"captions": synthetic.captions(18), **AT_FOUR, **options}
-        with pytest.raises(ValueError, match=message) as caught:
-            image_grid.image_grid(own_runs, tmp_path / "out", **options)
-        assert "\n" not in str(caught.value)
+def test_systems_differ_in_colour_and_trained_models_in_line_style(tmp_path: Path) -> None:
+    runs = []
+    for backbone in ("one", "two"):
+        for method, variant in (("base", "base"), ("tafs_grpo", "tafs_grpo"), ("tafs_grpo", "b")):
+            name = f"{variant}-{backbone}"
+            fields = {"name": name, "variant": variant, "title": name, "backbone": backbone}
+            small: dict[str, Any] = {"prompts": 6, "images": 1, "nfe": (4,)}
+            runs.append(synthetic.write_run(tmp_path, method, **fields, **small))
+    systems = table(runs).distinct
+    looks = dict(zip([s.label for s in systems], style.looks(systems), strict=True))
+    assert len(set(looks.values())) == 6
+    for variant in ("base", "tafs_grpo", "b"):
+        one, two = looks[f"{variant}-one"], looks[f"{variant}-two"]
+        assert one[:2] == two[:2] == style.LOOKS.get(variant, one[:2])
+        assert (one.line, two.line) == ("-", "--")
 
-    fails("prompt 16 has no caption: 2 were given", captions=["a", "b"])
-    fails("base-0/samples.safetensors: has no prompt 18", indices=[18], captions=["a"] * 19)
-    fails(
-        r"base-0/samples.safetensors: has no 'ode-3' \(has: ode-1, ode-28, ode-4, prompts\)", nfe=3
+
+@pytest.mark.parametrize("kind", ["steps", "curves", "compute"])
+def test_one_prompt_per_task_and_one_iteration_can_be_drawn(
+    kind: str, tmp_path: Path, draw: Callable[..., Figure]
+) -> None:
+    small: dict[str, Any] = {"prompts": 6, "images": 1, "iterations": 1, "nfe": (1, 4)}
+    assert draw(kind, synthetic.write_runs(tmp_path / "runs", seeds=1, **small)).axes
+
+
+# -- inference steps and compute -------------------------------------------------------------------
+
+
+def test_steps_has_a_panel_per_metric_and_a_line_per_system(
+    runs: list[Path], draw: Callable[..., Figure]
+) -> None:
+    axes = draw("steps", runs).axes
+    assert [panel.get_title() for panel in axes] == [metric.title for metric in METRICS.values()]
+    for panel in axes:
+        labels = ["shapes-sd3", "shapes-sd3, 28 steps", "Flow-GRPO", "TAFS-GRPO"]
+        assert list(lines(panel)) == labels
+    found = lines(axes[2])  # CLIP
+    assert found["shapes-sd3, 28 steps"].get_ydata() == pytest.approx(
+        [value(runs, "base", "clip", 28)] * 2
     )
-    fails("no prompts to show", indices=[])
-    (own_runs[0] / "samples.safetensors").write_text("x")
-    fails("base-0/samples.safetensors: not a safetensors file")
-    (own_runs[0] / "samples.safetensors").unlink()
-    fails("base-0/samples.safetensors: not found")
-    with pytest.raises(ValueError, match=r"scores.parquet: no geneval for sampler ode at nfe 3"):
-        plots.figure4(own_runs, tmp_path / "out", nfe=[3])
-    with pytest.raises(ValueError, match="no trained run"):
-        learning_curves.learning_curves(own_runs[:1], tmp_path / "out")
-    text = '{"kind": "iteration", "iteration": 0, "seconds": {"total": 1}}\n'
-    (own_runs[1] / "journal.jsonl").write_text(text)
-    with pytest.raises(ValueError, match="flow_grpo-0/journal.jsonl: its iterations have no rewar"):
-        learning_curves.learning_curves(own_runs[1:2], tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_every_kind_of_figure_in_the_configuration_can_be_drawn() -> None:
-    assert tuple(plots.DRAW) == schema.FIGURES
-
-
-def test_hacking_compares_trained_rewards_with_those_that_took_no_part(
-    runs: list[Path], drawn: list[Figure]
-) -> None:
-    plots.hacking(runs, "", nfe=4)
-    (point,) = lines(drawn[0].axes[0])["TAFS-GRPO"].get_xdata()
-    base, *_, first, second = read_results(runs)
-    gains = []
-    for metric in ("pickscore", "clip"):
-        reference = base.scores.values["ode", 4, metric, 0]
-        spread = np.nanstd(reference.mean(1))
-        for result in (first, second):
-            own = result.scores.values["anneal", 4, metric, 6]
-            gains.append((own.mean() - reference.mean()) / spread)
-    assert point == pytest.approx(np.mean(gains))
-
-
-def test_profiles_fall_from_one_to_zero(runs: list[Path], drawn: list[Figure]) -> None:
-    plots.profiles(runs, "", nfe=4)
-    found = [line for line in drawn[0].axes[0].get_lines() if "(" in str(line.get_label())]
-    assert len(found) == 2
-    for line in found:
-        shares = line.get_ydata()
-        assert (shares[0], shares[-1]) == (1, 0)
-        assert (np.diff(shares) <= 0).all()
-
-
-GAINS: list[Callable[[list[Path]], object]] = [
-    lambda runs: plots.hacking(runs, "", nfe=4),
-    lambda runs: plots.profiles(runs, "", nfe=4),
-    lambda runs: plots.pareto(runs, "", nfe=(1, 4), few=4),
-    lambda runs: plots.compute(runs, "", nfe=4),
-]
-
-
-@pytest.mark.parametrize("draw", GAINS)
-def test_gains_without_their_base_model_are_refused(
-    draw: Callable[[list[Path]], object], runs: list[Path]
-) -> None:
-    with pytest.raises(ValueError, match="no run of the base model 'shapes-sd3'"):
-        draw(runs[1:])
-
-
-@pytest.mark.parametrize("draw", GAINS)
-def test_gains_on_a_base_model_with_other_prompts_are_refused(
-    draw: Callable[[list[Path]], object], own_runs: list[Path]
-) -> None:
-    change_scores(own_runs[0], lambda scores: scores.assign(prompt=scores["prompt"] + 1))
-    with pytest.raises(ValueError, match=r"its prompts are not those of .*base-0/scores.parquet"):
-        draw(own_runs)
+    for method, label in (("flow_grpo", "Flow-GRPO"), ("tafs_grpo", "TAFS-GRPO")):
+        assert list(found[label].get_xdata()) == [1, 4]
+        expected = [value(runs, method, "clip", n) for n in (1, 4)]
+        assert found[label].get_ydata() == pytest.approx(expected)
 
 
 def test_compute_goes_from_the_base_model_to_the_whole_training(
-    runs: list[Path], drawn: list[Figure]
+    runs: list[Path], draw: Callable[..., Figure]
 ) -> None:
-    plots.compute(runs, "", nfe=4)
-    results = {result.run.name: result for result in read_results(runs)}
-    found = lines(drawn[0].axes[2])  # CLIP
+    axes = draw("compute", runs).axes
     # Six iterations of 4 + 3 x 3 evaluations pay for two of 10 + 3 x 6; quarters are rounded down.
-    for method, label, sampler, cost, iterations in (
-        ("flow_grpo", "Flow-GRPO", "ode", 28, [1, 2, 6]),
-        ("tafs_grpo", "TAFS-GRPO", "anneal", 13, [1, 3, 4, 6]),
+    for method, label, cost, iterations in (
+        ("flow_grpo", "Flow-GRPO", 28, [1, 2, 6]),
+        ("tafs_grpo", "TAFS-GRPO", 13, [1, 3, 4, 6]),
     ):
-        line = found[label]
+        line = lines(axes[2])[label]  # CLIP
         assert list(line.get_xdata()) == [0, *(cost * i for i in iterations)]
-        both = [results[f"{method}-{seed}"].scores.values for seed in (0, 1)]
-        means = [np.mean([v[sampler, 4, "clip", i] for v in both]) for i in iterations]
-        base = results["base-0"].scores.values["ode", 4, "clip", 0].mean()
+        base = value(runs, "base", "clip", 4)
+        means = [value(runs, method, "clip", 4, iteration=i) for i in iterations]
         assert line.get_ydata() == pytest.approx([base, *means])
+        # GenEval is shown in percent; the tasks are equally large.
+        accuracy = 100 * value(runs, "base", "geneval", 4)
+        assert lines(axes[0])[label].get_ydata()[0] == pytest.approx(accuracy)
 
 
-def test_compute_reads_accuracies_in_percent(runs: list[Path], drawn: list[Figure]) -> None:
-    plots.compute(runs, "", nfe=4)
-    base = next(result for result in read_results(runs) if not result.run.trained)
-    by_task = base.scores.values["ode", 4, "geneval", 0].reshape(6, -1).mean(1)  # equal tasks
-    for line in drawn[0].axes[0].get_lines()[:2]:
-        assert line.get_ydata()[0] == pytest.approx(100 * by_task.mean())
+def effects(runs: list[Path], run: Path, metrics: tuple[str, ...], nfe: int) -> list[float]:
+    """One run's gains on the base model at four steps, read from the files."""
+    gains = []
+    for metric in metrics:
+        arrays = []
+        for folder, n in ((runs[0], 4), (run, nfe)):
+            found = pd.read_parquet(folder / "scores.parquet")
+            last = found["iteration"].max()
+            found = found[(found["nfe"] == n) & (found["iteration"] == last)]
+            wide = found[found["metric"] == metric].pivot(index="prompt", columns="image")
+            arrays.append(wide["value"].to_numpy())
+        base, own = arrays
+        gains.append((np.nanmean(own) - np.nanmean(base)) / np.nanstd(np.nanmean(base, 1)))
+    return gains
 
 
-def test_compute_without_a_scored_snapshot_names_the_file_and_the_iteration(
-    own_runs: list[Path],
-) -> None:
-    change_scores(own_runs[1], lambda scores: scores[scores["iteration"] != 2])
-    with pytest.raises(ValueError, match=r"flow_grpo-0/scores.parquet: .* after iteration 2 \(has"):
-        plots.compute(own_runs, "", nfe=4)
-
-
-def test_compute_needs_a_trained_run(runs: list[Path]) -> None:
-    with pytest.raises(ValueError, match="no trained run among the given ones"):
-        plots.compute(runs[:1], "", nfe=4)
-
-
-def test_the_pareto_front_is_the_best_of_so_many_steps_or_fewer(
-    own_runs: list[Path], drawn: list[Figure]
+def test_the_pareto_front_is_the_best_of_at_most_so_many_steps(
+    own_runs: list[Path], draw: Callable[..., Figure]
 ) -> None:
     # With three metrics the interquartile mean of one seed's gains is their mean.
+    metrics = ("pickscore", "clip", "hpsv2")
     runs = [run for run in own_runs if run.name.endswith("-0")]
     for run in runs:
-        kept = ["pickscore", "clip", "hpsv2"]
-        change_scores(run, lambda scores, kept=kept: scores[scores["metric"].isin(kept)])
+        change_scores(run, lambda found: found[found["metric"].isin(metrics)])
 
-    def fall(scores: pd.DataFrame) -> pd.DataFrame:
-        """A model that loses by having more than one step."""
-        value = scores["value"].where(scores["nfe"] == 1, scores["value"] - 50)
-        return scores.assign(value=value.where(scores["nfe"] > 1, scores["value"] + 50))
+    def worse_with_more_steps(found: pd.DataFrame) -> pd.DataFrame:
+        return found.assign(value=found["value"] + np.where(found["nfe"] == 1, 50, -50))
 
-    change_scores(runs[1], fall)
-    plots.pareto(runs, "", nfe=(1, 4), few=4)
-    found = lines(drawn[0].axes[0])
+    change_scores(runs[1], worse_with_more_steps)
+    found = lines(draw("pareto", runs).axes[0])
     front = found.pop("Pareto front")
-    assert list(front.get_xdata()) == [1, 4]
-    base, *_ = results = read_results(runs)
-    expected = {}
-    for result, title in zip(results, ("shapes-sd3", "Flow-GRPO", "TAFS-GRPO"), strict=True):
-        sampler, last = result.info["sampler"], result.info["iterations"]
-        expected[title] = []
-        for n in (1, 4):
-            effects = []
-            for metric in ("pickscore", "clip", "hpsv2"):
-                reference = base.scores.values["ode", 4, metric, 0]
-                own = result.scores.values[sampler, n, metric, last]
-                effects.append((own.mean() - reference.mean()) / reference.mean(1).std())
-            expected[title].append(np.mean(effects))
+    titles = ("shapes-sd3", "Flow-GRPO", "TAFS-GRPO")
+    expected = {
+        title: [np.mean(effects(runs, run, metrics, n)) for n in (1, 4)]
+        for title, run in zip(titles, runs, strict=True)
+    }
     assert set(found) == set(expected)
     for title, gains in expected.items():
         assert found[title].get_ydata() == pytest.approx(gains)
     assert expected["shapes-sd3"][1] == pytest.approx(0)
     assert expected["Flow-GRPO"][0] > expected["Flow-GRPO"][1]
     highest = np.max(list(expected.values()), axis=0)
+    assert list(front.get_xdata()) == [1, 4]
     assert front.get_ydata() == pytest.approx([highest[0], max(highest)])
-    assert (np.diff(front.get_ydata()) >= 0).all()
 
 
 def test_pareto_compares_the_images_that_every_setting_has(
-    own_runs: list[Path], drawn: list[Figure]
+    own_runs: list[Path], draw: Callable[..., Figure]
 ) -> None:
-    plots.pareto(own_runs, "", nfe=(4,), few=4)
-    for run in own_runs:  # one image a prompt on the curve, two in the table
-        change_scores(run, lambda s: s[(s["nfe"] != 1) | (s["image"] == 0)])
-    plots.pareto(own_runs, "", nfe=(1, 4), few=4)
+    def tafs(**options: Any) -> list[float]:
+        return list(lines(draw("pareto", own_runs, **options).axes[0])["TAFS-GRPO"].get_ydata())
+
+    both = tafs(curve_nfe=(4,))
+    for run in own_runs:  # one image per prompt on the curve, two in the table
+        change_scores(run, lambda found: found[(found["nfe"] != 1) | (found["image"] == 0)])
+    mixed = tafs()
     for run in own_runs:
-        change_scores(run, lambda s: s[s["image"] == 0])
-    plots.pareto(own_runs, "", nfe=(1, 4), few=4)
-    both, mixed, first = (lines(figure.axes[0])["TAFS-GRPO"].get_ydata() for figure in drawn)
-    assert list(mixed) == list(first)
+        change_scores(run, lambda found: found[found["image"] == 0])
+    assert mixed == tafs()
     assert both[0] != mixed[1]
 
 
-@pytest.mark.parametrize("kind", schema.FIGURES)
-def test_every_figure_is_drawn_from_an_experiments_entry(
-    kind: str, runs: list[Path], drawn: list[Figure], monkeypatch: pytest.MonkeyPatch
+def test_hacking_compares_gains_on_trained_rewards_with_those_on_other_metrics(
+    runs: list[Path], draw: Callable[..., Figure]
 ) -> None:
-    world = [SimpleNamespace(text=caption) for caption in synthetic.captions(18)]
-    monkeypatch.setattr(plots.rundir.RunDir, "test_prompts", lambda run: world)
-    spec = synthetic.table2(runs)
-    spec["evaluation"]["curve"] = [1, 4]
-    plots.draw(kind, "name", spec, runs, Path())
-    assert len(drawn) == 1
+    (axes,) = draw("hacking", runs).axes
+    point = lines(axes)["TAFS-GRPO"]
+    inside = [effects(runs, run, ("pickscore", "clip"), 4) for run in runs[3:]]
+    others = ("geneval", "hpsv2", "imagereward", "unifiedreward")
+    outside = [effects(runs, run, others, 4) for run in runs[3:]]
+    assert point.get_xdata() == pytest.approx([np.mean(inside)])
+    assert point.get_ydata() == pytest.approx([np.mean(outside)])
+    assert axes.get_xlabel() == "Gain on PickScore, CLIP"
 
 
-def test_figures_are_named_by_their_experiment(runs: list[Path], tmp_path: Path) -> None:
-    spec = synthetic.table2(runs)
-    files = plots.draw("compute", "equal", spec, runs, tmp_path)
-    assert files == [tmp_path / "equal.png", tmp_path / "equal.pdf"]
-    assert all(file.stat().st_size for file in files)
+def test_profiles_fall_from_one_to_zero_and_name_the_interquartile_mean(
+    runs: list[Path], draw: Callable[..., Figure]
+) -> None:
+    found = lines(draw("profiles", runs).axes[0])
+    gains = [effects(runs, run, tuple(METRICS), 4) for run in runs[3:]]
+    assert f"TAFS-GRPO ({stats.interquartile_mean(gains):+.2f})" in found
+    assert len(found) == 2
+    for line in found.values():
+        shares = np.asarray(line.get_ydata())
+        assert (shares[0], shares[-1]) == (1, 0)
+        assert (np.diff(shares) <= 0).all()
+
+
+# -- learning curves -------------------------------------------------------------------------------
+
+
+def test_learning_curves_show_the_rewards_of_the_final_images(
+    runs: list[Path], draw: Callable[..., Figure]
+) -> None:
+    by_iteration, _, by_time, _ = draw("curves", [runs[3]]).axes
+    assert by_iteration.get_title() == "PickScore"
+    line, timed = lines(by_iteration)["TAFS-GRPO"], lines(by_time)["TAFS-GRPO"]
+    assert list(line.get_xdata()) == list(range(6))
+    assert list(line.get_ydata()) == [r["rewards"]["pickscore"][-1] for r in records(runs[3])]
+    seconds = np.median([r["seconds"]["total"] for r in records(runs[3])]) * np.arange(1, 7)
+    assert timed.get_xdata() == pytest.approx(seconds)
+    assert by_time.get_xlabel() == "Compute time (s)"
+    mean = np.mean([[r["rewards"]["clip"][-1] for r in records(run)] for run in runs[1:3]], axis=0)
+    assert lines(draw("curves", runs).axes[1])["Flow-GRPO"].get_ydata() == pytest.approx(mean)
+
+
+def test_many_iterations_are_shown_as_running_means(
+    tmp_path: Path, draw: Callable[..., Figure]
+) -> None:
+    small: dict[str, Any] = {"prompts": 6, "images": 1, "nfe": (4,)}
+    run = synthetic.write_run(tmp_path, "tafs_grpo", iterations=24, **small)
+    axes = draw("curves", [run], curve_nfe=(4,)).axes[0]
+    assert axes.get_ylabel() == "Reward, mean of 3 iterations"
+    rewards = [r["rewards"]["pickscore"][-1] for r in records(run)]
+    shown = list(lines(axes)["TAFS-GRPO"].get_ydata())
+    middle = [np.mean(rewards[i - 1 : i + 2]) for i in range(1, 23)]
+    assert shown == pytest.approx([np.mean(rewards[:2]), *middle, np.mean(rewards[-2:])])
+
+
+def test_long_training_is_shown_in_hours_and_missing_rewards_as_gaps(
+    own_runs: list[Path], draw: Callable[..., Figure]
+) -> None:
+    file = own_runs[-1] / "journal.jsonl"
+    text = re.sub(r'"total": [\d.]+', '"total": 7200', file.read_text(encoding="utf-8"))
+    text = re.sub(r'"clip": \[[^]]*\]', '"clip": [null]', text, count=1)
+    file.write_text(text, encoding="utf-8")
+    axes = draw("curves", own_runs[-1:]).axes
+    assert axes[2].get_xlabel() == "Compute time (h)"
+    assert lines(axes[2])["TAFS-GRPO"].get_xdata()[-1] == 12
+    gaps = np.isnan(np.asarray(lines(axes[1])["TAFS-GRPO"].get_ydata(), dtype=float))
+    assert gaps.tolist() == [True] + [False] * 5
+
+
+# -- images ----------------------------------------------------------------------------------------
+
+
+def test_the_image_grid_shows_the_same_prompts_of_every_task_for_each_system(
+    runs: list[Path], draw: Callable[..., Figure]
+) -> None:
+    figure = draw("images", runs)
+    texts = [text.get_text() for text in figure.texts]
+    assert texts[:4] == [
+        "shapes-sd3\n28 steps",
+        "shapes-sd3\n4 steps",
+        "Flow-GRPO\n4 steps",
+        "TAFS-GRPO\n4 steps",
+    ]
+    shown = [prompt for prompt in range(18) if prompt % 3 < 2]  # two of each task's three
+    assert texts[4::2] == [f"prompt {prompt}" for prompt in shown]
+    assert texts[5::4] == [tag.replace("_", " ") for tag in synthetic.TAGS]
+    images = [axes.get_images()[0].get_array() for axes in figure.axes]
+    base, tafs = (load_file(run / "samples.safetensors") for run in (runs[0], runs[3]))
+    columns = (base["ode-28"], base["ode-4"], None, tafs["anneal-4"])
+    for row in range(len(shown)):
+        for i, column in enumerate(columns):
+            if column is not None:
+                assert (images[4 * row + i] == column[row]).all()
+
+
+# -- errors ----------------------------------------------------------------------------------------
+
+
+def test_broken_samples_are_reported_in_one_line_that_names_the_file(
+    own_runs: list[Path], draw: Callable[..., Figure]
+) -> None:
+    file = own_runs[0] / "samples.safetensors"
+    tensors = load_file(file)
+    captions = {"captions": json.dumps([f"prompt {i}" for i in tensors["prompts"]])}
+
+    def fails(message: str) -> None:
+        with pytest.raises(ValueError, match=message) as caught:
+            draw("images", own_runs)
+        assert str(caught.value).startswith(str(file))
+        assert "\n" not in str(caught.value)
+
+    save_file({k: v for k, v in tensors.items() if k != "ode-4"}, file, captions)
+    fails(r"has no 'ode-4' \(available: ode-1, ode-28, ode-8, prompts\)")
+    save_file({**tensors, "prompts": tensors["prompts"] + 1}, file, captions)
+    fails("has no prompt 0")
+    save_file(tensors, file)
+    fails("has no captions; evaluate the run again")
+    file.write_text("x")
+    fails("not a safetensors file")
+    file.unlink()
+    fails("not found; the workflow's rule evaluate writes it")
+
+
+@pytest.mark.parametrize("kind", GAINS)
+def test_figures_of_gains_need_a_base_model_with_the_same_prompts(
+    kind: str, own_runs: list[Path], draw: Callable[..., Figure]
+) -> None:
+    with pytest.raises(ValueError, match="table2: no base model 'shapes-sd3'; set `base: true`"):
+        draw(kind, own_runs[1:])
+    if kind != "pareto":
+        with pytest.raises(ValueError, match="table2: no run is trained"):
+            draw(kind, own_runs[:1])
+    change_scores(own_runs[0], lambda found: found.assign(prompt=found["prompt"] + 1))
+    with pytest.raises(ValueError, match=r"its prompts differ from those of .*base-0/scores.parqu"):
+        draw(kind, own_runs)
+
+
+def test_missing_scores_and_rewards_are_reported_with_their_file(
+    own_runs: list[Path], draw: Callable[..., Figure]
+) -> None:
+    with pytest.raises(ValueError, match=r"scores.parquet: no geneval for sampler ode at nfe 3"):
+        draw("steps", own_runs, curve_nfe=(3,))
+    with pytest.raises(ValueError, match="table2: no run is trained"):
+        draw("curves", own_runs[:1])
+    change_scores(own_runs[1], lambda found: found[found["iteration"] != 2])
+    with pytest.raises(ValueError, match=r"flow_grpo-0/scores.parquet: .* after iteration 2 \("):
+        draw("compute", own_runs)
+    text = '{"kind": "iteration", "iteration": 0, "seconds": {"total": 1}}\n'
+    (own_runs[1] / "journal.jsonl").write_text(text)
+    with pytest.raises(ValueError, match="flow_grpo-0/journal.jsonl: its iterations have no rewar"):
+        draw("curves", own_runs[1:2])
