@@ -1,37 +1,26 @@
-"""NaN and infinities at random places of training, and a server that fails to grade."""
+"""NaN and infinities at random places of training: masked, or a stop before any update."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
-from support.chat_server import ChatServer, brightness_grade
 from support.toy import call_of, spoil, toy_run, toy_trainer
 
-from tafs.common.errors import RunFailed
-from tafs.evaluation import image_archive
-from tafs.experiment import runs as runs_
-from tafs.experiment import validate
 from tafs.methods import registry
 from tafs.methods.policy_gradient import PolicyGradient
-from tafs.rewards import unifiedreward
-from tafs.rewards.unifiedreward import UnifiedReward
-from tafs.runtime import checkpoint, run_dir
+from tafs.runtime import checkpoint
 from tafs.training.rewards import NonFinite, tolerated
 from tafs.training.trainer import Trainer
 
-ROOT = Path(__file__).resolve().parents[2]
-NAMES = list(registry.sources())
+NAMES = registry.names()
 POLICIES = [n for n in NAMES if issubclass(registry.method_class(n), PolicyGradient)]
 BAD = (math.nan, math.inf, -math.inf)
 REWARDS = {"clip": 1.0, "pickscore": 0.5}
@@ -41,20 +30,20 @@ UPDATES = 2
 
 
 def trainer(name: str, group_size: int = 16, **hyperparameters: object) -> Trainer:
-    """Of 64 images in groups."""
+    """Create a trainer of 64 images in groups."""
     sizes = {"group_size": group_size, "prompts_per_iteration": IMAGES // group_size}
     return toy_trainer(toy_run(name, rewards=REWARDS, training=sizes, **hyperparameters))
 
 
 def weights(run: Trainer) -> dict[str, torch.Tensor]:
-    """All that an optimiser step changes, copied."""
+    """Copy everything that an optimizer step changes."""
     tensors, _ = checkpoint.pack_optimizer(run.optimizer)
     tensors |= {f"lora/{name}": p.detach() for name, p in run.parameters.items()}
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def state(run: Trainer) -> dict[str, torch.Tensor]:
-    """All that an update changes, copied."""
+    """Copy everything that an update changes."""
     averages = {f"ema/{name}": average.clone() for name, average in run.averages.items()}
     return {**weights(run), **averages}
 
@@ -71,10 +60,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 # -- masked ----------------------------------------------------------------------------------------
 
 
-def told(run: Trainer, invalid: np.ndarray) -> None:
-    """Let a run without a bad number credit its images as if the invalid ones had never been.
+def without(run: Trainer, invalid: np.ndarray) -> None:
+    """Make a run without bad numbers compute its advantages without the invalid images.
 
-    The others' advantages are numpy's, found group by group; invalid: [groups, G].
+    The advantages are computed with numpy, group by group. invalid: [groups, G].
     """
     algorithm: Any = run.method
 
@@ -90,7 +79,7 @@ def told(run: Trainer, invalid: np.ndarray) -> None:
         limit = algorithm.advantage_limit or math.inf
         return found.clip(-limit, limit)
 
-    def credit(rewards: dict[str, torch.Tensor], weights: dict[str, float]) -> torch.Tensor:
+    def compute(rewards: dict[str, torch.Tensor], weights: dict[str, float]) -> torch.Tensor:
         values = {name: tensor.double().numpy() for name, tensor in rewards.items()}
         if algorithm.normalize_rewards:
             total = sum(weights[name] * advantages(values[name]) for name in weights)
@@ -98,11 +87,11 @@ def told(run: Trainer, invalid: np.ndarray) -> None:
             total = advantages(sum(weights[name] * values[name] for name in weights))
         return algorithm.assign_credit(torch.from_numpy(total).float(), algorithm.nfe_theta)
 
-    object.__setattr__(run.method, "credit", credit)
+    object.__setattr__(run.method, "compute_advantages", compute)
 
 
 def test_bad_rewards_are_masked_or_stop_the_run(trials):
-    """At most as many images as are tolerated, or more; any reward, step and kind."""
+    """Up to the tolerated number of images, or more; in any reward and step."""
     for number in trials("numbers: NaN or inf in a training reward", 3, 60):
         rng = np.random.default_rng([1, number])
         name = str(rng.choice(POLICIES))
@@ -110,7 +99,7 @@ def test_bad_rewards_are_masked_or_stop_the_run(trials):
         run, expected = (trainer(name, size, normalize_rewards=apart) for _ in range(2))
         too_many = number % 3 == 2
         count = int(rng.integers(7, IMAGES + 1) if too_many else rng.integers(1, 7))
-        # Half of the time those in a row, which may leave a small group with one or none.
+        # Half of the time in a row, which may leave a small group with one image or none.
         low = int(rng.integers(IMAGES - count + 1))
         pool = np.arange(low, low + count) if rng.random() < 0.5 else np.arange(IMAGES)
         lacking = sorted(int(image) for image in rng.choice(pool, count, replace=False))
@@ -136,12 +125,12 @@ def test_bad_rewards_are_masked_or_stop_the_run(trials):
             continue
         invalid = np.zeros(IMAGES, bool)
         invalid[lacking] = True
-        told(expected, invalid.reshape(-1, size))
+        without(expected, invalid.reshape(-1, size))
         record, clean = run.iterate(0), expected.iterate(0)
         assert (record["invalid"], clean["invalid"]) == (count, 0)
         for key in ("ratio_deviation", "clip_fraction", "grad_norm", "kl"):
             assert record[key] == pytest.approx(clean[key], rel=1e-3, abs=1e-6), key
-        # With the optimiser's means of the gradients: its first steps are little but their signs.
+        # Includes the optimizer's moments: its first steps depend on the gradients' signs only.
         torch.testing.assert_close(state(run), state(expected), rtol=1e-3, atol=1e-6)
         assert all(parameter.any() for parameter in run.parameters.values())
 
@@ -152,7 +141,7 @@ Break = Callable[[Trainer, int, np.random.Generator], None]
 
 
 def break_loss(run: Trainer, update: int, rng: np.random.Generator) -> None:
-    """One of the parts of an update's loss is bad."""
+    """Make one part of an update's loss bad."""
     losses, bad, seen = run.method.losses, BAD[rng.integers(3)], [0]
     trajectories = len(run.micro_batches()) // run.method.updates
     chosen = update * trajectories + int(rng.integers(trajectories))
@@ -169,7 +158,7 @@ def break_loss(run: Trainer, update: int, rng: np.random.Generator) -> None:
 
 
 def break_gradient(run: Trainer, update: int, rng: np.random.Generator) -> None:
-    """One element of one parameter's gradient is bad from an update on."""
+    """Make one element of one parameter's gradient bad from an update on."""
     parameter = run.parameters[str(rng.choice(list(run.parameters)))]
     bad, element = BAD[rng.integers(3)], int(rng.integers(parameter.numel()))
 
@@ -191,7 +180,7 @@ def break_gradient(run: Trainer, update: int, rng: np.random.Generator) -> None:
 
 
 def break_image(run: Trainer, update: int, rng: np.random.Generator) -> None:
-    """One value of one image is bad when it is to be scored."""
+    """Make one value of one image bad before it is scored."""
     decode, calls = run.backbone.decode, [0]
     bad, row, element = BAD[rng.integers(3)], int(rng.integers(16)), int(rng.integers(2))
     chosen = int(rng.integers(len(run.micro_batches())))
@@ -207,7 +196,7 @@ def break_image(run: Trainer, update: int, rng: np.random.Generator) -> None:
 
 
 def break_differentiated(run: Trainer, update: int, rng: np.random.Generator) -> None:
-    """One value of a reward that is differentiated is bad: where it is watched, or in the loss."""
+    """Make one value of a differentiated reward bad, in the rollout or in the loss."""
     call = int(rng.integers(2 * len(run.micro_batches())))
     reward = str(rng.choice(list(REWARDS)))
     spoil(run, {(call, int(rng.integers(16))): BAD[rng.integers(3)]}, reward)
@@ -216,7 +205,7 @@ def break_differentiated(run: Trainer, update: int, rng: np.random.Generator) ->
 def stop_and_continue(
     name: str, fault: Break, line: str, rng: np.random.Generator, folder: Path
 ) -> None:
-    """Train, let the fault end an iteration, and continue from the state before it."""
+    """Train until the fault ends an iteration, and continue from the state before it."""
     undisturbed = trainer(name, updates=UPDATES)
     for iteration in range(ITERATIONS):
         undisturbed.iterate(iteration)
@@ -235,7 +224,7 @@ def stop_and_continue(
         rf"iteration {failing}, {line}|iteration {failing}: {line}", str(raised.value)
     )
     found = re.search(r"update (\d)", str(raised.value))
-    # Updates before the bad one have been made; it and those after it have not.
+    # The updates before the bad one were made, and no others.
     assert len(made) - 1 == (int(found[1]) if found else 0)
     assert same(weights(run), made[-1])
     assert all(tensor.isfinite().all() for tensor in state(run).values())
@@ -269,97 +258,10 @@ BAD_REWARD = rf"reward '\w+' is {NUMBER} for image \d+"
     ],
     ids=["loss", "gradient", "image", "differentiated"],
 )
-def test_other_bad_numbers_stop_the_run_before_they_update_anything(
+def test_other_bad_numbers_stop_the_run_before_their_update(
     fault, what, names, line, trials, tmp_path
 ):
     for number in trials(f"numbers: NaN or inf in {what}", 2, 30):
         rng = np.random.default_rng([2, number])
         folder = tmp_path / str(number)
         stop_and_continue(str(rng.choice(names)), fault, line, rng, folder)
-
-
-# -- a server that fails to grade ------------------------------------------------------------------
-
-SIDE = 16
-FAULTS = {"status_500": 0.10, "slow": 0.05, "nonsense": 0.05}
-REASONS = {"status_500": "status_500", "slow": "timeout", "nonsense": "no_score"}
-
-
-def judged_run(folder: Path, rng: np.random.Generator) -> tuple[run_dir.RunDir, np.ndarray]:
-    """A base model's evaluation with random images, and their true grades in the same order."""
-    read = validate.read(ROOT / "config.yaml", {"scale": "smoke"})
-    runs = runs_.runs(read)
-    name = next(name for name, run in runs.items() if run.method == run_dir.BASE)
-    setting = {"sampler": "ode", "nfe": 4, "iteration": None, "images_per_prompt": 1}
-    run = run_dir.RunDir(folder / name)
-    run.folder.mkdir(parents=True)
-    (run.folder / "run.json").write_text(json.dumps(runs[name].describe()))
-    (run.folder / "evaluation.json").write_text(json.dumps({"prompts": 7, "settings": [setting]}))
-    grades = []
-    with image_archive.writing(run.images) as archive:
-        for prompt in range(len(run.test_prompts())):
-            pixels = rng.integers(0, rng.integers(2, 256), (SIDE, SIDE, 3), dtype=np.uint8)
-            grades.append(brightness_grade(pixels))
-            archive.add(image_archive.Key(0, "ode", 4, prompt, 0), torch.from_numpy(pixels))
-    return run, np.array(grades)
-
-
-def judged(run: run_dir.RunDir, server: ChatServer, **options: Any) -> UnifiedReward:
-    """What has written the run's served_scores, by a server that is there already."""
-    scorers = []
-
-    @contextmanager
-    def served(_: run_dir.RunDir, count: int) -> Iterator[UnifiedReward]:
-        scorers.append(UnifiedReward(server.url, images=count, side=SIDE, timeout=5.0, **options))
-        yield scorers[0]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(served, "served", served)
-        patch.setattr(unifiedreward, "FIRST_PAUSE", 0.01)
-        served.score_served(run)
-    return scorers[0]
-
-
-def assert_none_is_invented(
-    run: run_dir.RunDir, grades: np.ndarray, scorer: UnifiedReward, missing: dict[str, int]
-) -> None:
-    """Every score is the image's grade; the others are missing, and counted by their reason."""
-    values = pd.read_parquet(run.served_scores)["value"].to_numpy()
-    known = ~np.isnan(values)
-    np.testing.assert_allclose(values[known], grades[known], rtol=1e-6)
-    assert scorer.missing == missing
-    assert (~known).sum() == sum(missing.values()) > 0
-    assert scorer.record() == {
-        "name": "unifiedreward",
-        "scale": "1-5",
-        "version": scorer.model,
-        "asked": str(len(grades)),
-        "missing": str(sum(missing.values())),
-        **{f"missing.{reason}": str(count) for reason, count in missing.items()},
-    }
-
-
-def test_no_score_is_invented_for_a_server_that_fails(trials, tmp_path):
-    """Errors and timeouts pass when they are asked again, nonsense stays: fewer than a tenth of the
-    grades are missing. Asked only once, a fifth is, which is more than may be."""
-    for number in trials("reward server: 10 % errors, 5 % timeouts, 5 % nonsense", 1, 10):
-        run, grades = judged_run(tmp_path / str(number), np.random.default_rng([3, number]))
-        with ChatServer(faults=FAULTS, delay=10.0) as server:
-            scorer = judged(run, server, attempts=8)
-        assert min(server.met[fault] for fault in FAULTS) > 0
-        assert_none_is_invented(run, grades, scorer, {"no_score": server.met["nonsense"]})
-        run.served_scores.unlink()
-        with ChatServer(faults=FAULTS, delay=10.0) as server:
-            scorer = judged(run, server, attempts=1, missing_share=0.2)
-        missing = {REASONS[fault]: server.met[fault] for fault in FAULTS}
-        assert_none_is_invented(run, grades, scorer, missing)
-        run.served_scores.unlink()
-        with ChatServer(faults=FAULTS, delay=10.0) as server, pytest.raises(RunFailed) as raised:
-            judged(run, server, attempts=1)
-        assert re.fullmatch(
-            rf"unifiedreward: gave up on {server.url} after {len(grades) // 10 + 1} of "
-            rf"{len(grades)} images without a score \((\d+ \w+(, )?)+\); {len(grades) // 10} may "
-            "be missing",
-            str(raised.value),
-        )
-        assert not run.served_scores.exists()

@@ -1,11 +1,10 @@
-"""A full, broken or read-only disk: one line, and what was there is as it was."""
+"""A full, broken or read-only disk ends a stage in one line and leaves existing files unchanged."""
 
 from __future__ import annotations
 
 import builtins
 import errno
 import io
-import json
 import os
 import random
 import shutil
@@ -23,10 +22,12 @@ from support import synthetic
 from support.killable_training import Process, prepare, stage, trained
 from support.project_copy import ROOT
 
+from tafs import experiment
 from tafs.evaluation import evaluate
-from tafs.experiment import evaluations, validate
+from tafs.experiment.specs import ReportSpec
 from tafs.report import build
-from tafs.runtime import run_dir
+from tafs.runtime import main
+from tafs.runtime.run_dir import RunDir
 from tafs.training import train
 
 SIZE = 64_000_000  # bytes of the disk
@@ -34,13 +35,13 @@ SIZE = 64_000_000  # bytes of the disk
 
 @dataclass(frozen=True)
 class Disk:
-    """A file system of its own, in memory."""
+    """A small file system in memory."""
 
     folder: Path
 
     @contextmanager
     def with_room_for(self, size: int) -> Iterator[None]:
-        """Nearly full inside the block."""
+        """Leave `size` bytes free inside the block."""
         ballast = self.folder / "ballast"
         free = shutil.disk_usage(self.folder).free
         with ballast.open("wb") as file:
@@ -75,17 +76,17 @@ def disk(tmp_path_factory) -> Iterator[Disk]:
 
 # -- what writes -----------------------------------------------------------------------------------
 
-NAMES = ("train", "evaluate", "compare")
+NAMES = ("train", "evaluate", "report")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage that is run in copies of a folder, and what it writes undisturbed."""
+    """A stage that runs in copies of a folder, and what it writes without faults."""
 
     name: str
     ready: Path
     work: Callable[[Path], None]
-    size: int  # bytes in the end
+    size: int  # bytes of the folder afterwards
     writes: int  # calls that write
     outputs: dict[str, bytes]
 
@@ -99,7 +100,7 @@ class Stage:
         return process
 
     def assert_harmless(self, folder: Path, process: Process) -> None:
-        """It ended well or in one line, all files that are there are whole, and it can go on."""
+        """Check that it ended in one line at most, wrote whole files only, and can continue."""
         assert "Traceback" not in process.said
         if process.code == 0:
             assert written(folder, self.outputs) == self.outputs
@@ -119,7 +120,7 @@ def written(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
 
 
 def visible(folder: Path) -> dict[str, bytes]:
-    """All files but hidden ones, and those that tell times."""
+    """Read all files except hidden ones and those that contain times."""
     files = [f for f in folder.rglob("*") if f.is_file()]
     names = [str(f.relative_to(folder)) for f in files if f.name != "journal.jsonl"]
     return written(folder, [name for name in names if "/." not in f"/{name}"])
@@ -147,28 +148,29 @@ def stages(tmp_path_factory) -> dict[str, Stage]:
     scratch = tmp_path_factory.mktemp("stages")
     untrained = prepare(scratch / "train-ready" / "run", 2, "tafs_grpo", checkpoint_every=1)
     copy = shutil.copytree(untrained.folder, scratch / "evaluate-ready" / "run")
-    judged = trained(run_dir.RunDir(Path(copy)))
-    plan = evaluations.evaluations(validate.read(ROOT / "config.yaml", {"scale": "smoke"}))
-    how = dict(next(h for name, h in plan.items() if name.startswith("tafs_grpo")))
-    how["settings"] = [s for s in how["settings"] if s["iteration"] is None]
-    (judged.folder / "evaluation.json").write_text(json.dumps(how))
-    root = scratch / "compare-ready" / "root"
+    evaluated = trained(RunDir(Path(copy)))
+    plan = experiment.load({"scale": "smoke"}, ROOT / "config.yaml")
+    spec = next(e for name, e in plan.evaluations.items() if name.startswith("tafs_grpo"))
+    settings = tuple(s for s in spec.settings if s.iteration is None)
+    text = spec.model_copy(update={"settings": settings}).to_json()
+    (evaluated.folder / "evaluation.json").write_text(text)
+    root = scratch / "report-ready" / "root"
     runs = synthetic.write_runs(root / "runs", seeds=1)
-    table = {**synthetic.table2(runs, name="some"), "figures": {"pareto": "pareto"}}
-    (root / "report_spec.json").write_text(json.dumps({"tables": [table]}))
+    table = synthetic.table_spec(runs, name="some", figures={"pareto": "pareto"})
+    (root / "report_spec.json").write_text(ReportSpec(scale="smoke", tables=(table,)).to_json())
 
-    def compare(folder: Path) -> None:
-        os.chdir(ROOT)  # where claims.yaml is
+    def report(folder: Path) -> None:
+        os.chdir(ROOT)  # contains claims.yaml
         sys.argv = ["tafs.report.build", str(folder)]
         build.main()
 
-    def of(name: str, work: Callable[[run_dir.RunDir], None]) -> Callable[[Path], None]:
-        return lambda folder: stage(name, work, run_dir.RunDir(folder))
+    def of(name: str, work: main.Work) -> Callable[[Path], None]:
+        return lambda folder: stage(name, work, RunDir(folder))
 
     return {
         "train": undisturbed("train", untrained.folder, of("train", train.train_together)),
-        "evaluate": undisturbed("evaluate", judged.folder, of("evaluate", evaluate.evaluate)),
-        "compare": undisturbed("compare", root, compare),
+        "evaluate": undisturbed("evaluate", evaluated.folder, of("evaluate", evaluate.evaluate)),
+        "report": undisturbed("report", root, report),
     }
 
 
@@ -176,7 +178,7 @@ def stages(tmp_path_factory) -> dict[str, Stage]:
 
 
 def failing(step: int, error: OSError) -> Callable[[], int]:
-    """From now on this process's write of that number fails; how many there were so far."""
+    """Make this process's write number `step` fail; return a counter of its writes."""
     taken = 0
 
     def counted(real: Callable[..., Any], writes: Callable[..., bool]) -> Callable[..., Any]:
@@ -201,7 +203,7 @@ def failing(step: int, error: OSError) -> Callable[[], int]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_full_disk_leaves_what_was_there(disk, stages, name, trials) -> None:
+def test_a_full_disk_leaves_existing_files_unchanged(disk, stages, name, trials) -> None:
     tried, draw = stages[name], random.Random(name)
     for number in trials(f"disk: no space left, {name}", 1, 12):
         folder = disk.folder / f"{name}-{number}" / tried.ready.name
@@ -213,7 +215,7 @@ def test_a_full_disk_leaves_what_was_there(disk, stages, name, trials) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_failing_write_leaves_what_was_there(stages, name, tmp_path, trials) -> None:
+def test_a_failing_write_leaves_existing_files_unchanged(stages, name, tmp_path, trials) -> None:
     tried, draw = stages[name], random.Random(name)
     for number in trials(f"disk: I/O error at a write, {name}", 1, 20):
         folder = tmp_path / str(number) / tried.ready.name
@@ -225,7 +227,7 @@ def test_a_failing_write_leaves_what_was_there(stages, name, tmp_path, trials) -
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_read_only_disk_leaves_what_was_there(disk, stages, name, trials) -> None:
+def test_a_read_only_disk_leaves_existing_files_unchanged(disk, stages, name, trials) -> None:
     tried = stages[name]
     for number in trials(f"disk: read-only, {name}", 0, 1):
         folder = disk.folder / f"{name}-{number}" / tried.ready.name

@@ -1,4 +1,4 @@
-"""kill -9 of snakemake: the same command goes on, and two of them do not meet."""
+"""A killed workflow is continued by the same command, and two workflows exclude each other."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 import time
 
 import pytest
-from support.project_copy import Workplace, assert_same, reduced
+from support.project_copy import Project, assert_same, reduced
 
 from tafs.runtime import journal
 
@@ -17,7 +17,7 @@ ITERATIONS = 8
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> tuple[Workplace, float]:
+def undisturbed(tmp_path_factory) -> tuple[Project, float]:
     """A finished workflow, and how many seconds it took."""
     place = reduced(tmp_path_factory.mktemp("project"), ITERATIONS)
     start = time.monotonic()
@@ -26,47 +26,45 @@ def undisturbed(tmp_path_factory) -> tuple[Workplace, float]:
     return place, time.monotonic() - start
 
 
-def test_a_workflow_that_is_killed_is_continued_by_the_same_command(
-    undisturbed, tmp_path, trials
-) -> None:
-    """Its jobs are left behind and go on; those of the next call wait for them."""
+def test_the_same_command_continues_a_killed_workflow(undisturbed, tmp_path, trials) -> None:
+    """Its jobs keep running; those of the next call wait for them."""
     expected, seconds = undisturbed
-    places = (Workplace(expected.folder, tmp_path / str(n)) for n in itertools.count())
+    places = (Project(expected.folder, tmp_path / str(n)) for n in itertools.count())
     place, kills = next(places), 0
     draw = random.Random(11)
     for _ in trials("workflow: kill -9 of snakemake at a random point", 1, 20):
         while not killed(place, draw.uniform(1.0, seconds / 2)):
-            finish(place, expected)  # there was little left to do
+            finish(place, expected)  # it had ended before the kill
             place, kills = next(places), 0
         kills += 1
-        if kills == 4:  # or the later ones would find everything done
+        if kills == 4:  # later kills would find everything done
             finish(place, expected)
             place, kills = next(places), 0
     if kills:
         finish(place, expected)
 
 
-def killed(place: Workplace, after: float) -> bool:
-    """Start the workflow, and kill it after so many seconds if it has not ended before."""
+def killed(place: Project, after: float) -> bool:
+    """Start the workflow and kill it after some seconds, unless it has ended before."""
     workflow = place.start("all", stderr=subprocess.DEVNULL)
     time.sleep(after)
     workflow.kill()
     return workflow.wait() == -signal.SIGKILL
 
 
-def finish(place: Workplace, expected: Workplace) -> None:
+def finish(place: Project, expected: Project) -> None:
     done = place.snakemake("all")
     assert done.returncode == 0, done.stderr
     assert_same(place, expected)
     assert list(place.smoke.glob("runs/*/.state")) == []
-    assert list(place.smoke.glob("runs/*/.judged")) == []
+    assert list(place.smoke.glob("runs/*/.eval_state")) == []
     assert list(place.smoke.rglob(".tmp-*")) == []
 
 
-def test_of_two_workflows_at_once_exactly_one_proceeds(undisturbed, tmp_path, trials) -> None:
+def test_one_of_two_workflows_at_once_proceeds(undisturbed, tmp_path, trials) -> None:
     expected, _ = undisturbed
     for number in trials("workflow: two at once", 0, 3):
-        place = Workplace(expected.folder, tmp_path / str(number))
+        place = Project(expected.folder, tmp_path / str(number))
         both = [place.start("all"), place.start("all")]
         said = [workflow.communicate()[1] for workflow in both]
         codes = [workflow.returncode for workflow in both]
@@ -79,10 +77,10 @@ def test_of_two_workflows_at_once_exactly_one_proceeds(undisturbed, tmp_path, tr
         assert_same(place, expected)
 
 
-def test_a_workflow_takes_up_what_another_ones_job_is_doing(undisturbed, tmp_path) -> None:
-    """The job that the first call has left is waited for, and its work is not done twice."""
+def test_a_workflow_waits_for_the_running_job_of_a_killed_one(undisturbed, tmp_path) -> None:
+    """Its work is not done twice."""
     expected, _ = undisturbed
-    place = Workplace(expected.folder, tmp_path / "results")
+    place = Project(expected.folder, tmp_path / "results")
     state = place.smoke / "runs" / "tafs_grpo.preference.shapes-flux.0" / ".state"
     workflow = place.start("all", stderr=subprocess.DEVNULL)
     while not (state / "journal.jsonl").exists():
@@ -93,5 +91,5 @@ def test_a_workflow_takes_up_what_another_ones_job_is_doing(undisturbed, tmp_pat
     finish(place, expected)
     kinds = [record["kind"] for record in journal.read(state.parent / "journal.jsonl")]
     assert kinds.count("iteration") == ITERATIONS
-    # A finished one that is called again takes its state up and does nothing.
+    # Training again after the end loads the state and does nothing.
     assert kinds[-2:] == ["resume", "end"]

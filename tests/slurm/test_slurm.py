@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 from support import slurm_cluster
 from support.killable_training import iterations as recorded
-from support.project_copy import RUN, Workplace, assert_same, copied, outcome, reduced
+from support.project_copy import RUN, Project, assert_same, copied, outcome, reduced
 from support.slurm_cluster import Cluster, wait
 
 from tafs.runtime import journal
@@ -46,24 +46,24 @@ def project(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(project, tmp_path_factory) -> Workplace:
+def undisturbed(project, tmp_path_factory) -> Project:
     """Without Slurm."""
-    place = Workplace(project, tmp_path_factory.mktemp("undisturbed"))
+    place = Project(project, tmp_path_factory.mktemp("undisturbed"))
     done = place.snakemake("all")
     assert done.returncode == 0, done.stderr
     return place
 
 
-def iterations(place: Workplace) -> int:
+def iterations(place: Project) -> int:
     """Of the training in progress."""
     return recorded(RunDir(place.smoke / "runs" / RUN))
 
 
-def kinds(place: Workplace) -> list[str]:
+def kinds(place: Project) -> list[str]:
     return [r["kind"] for r in journal.read(place.smoke / "runs" / RUN / "journal.jsonl")]
 
 
-def holder(place: Workplace) -> dict[str, Any]:
+def holder(place: Project) -> dict[str, Any]:
     """The training in progress: its `pid` and Slurm's id of its `job`."""
     held = (place.smoke / "runs" / RUN / ".locks" / "train").read_bytes()
     return dict(json.loads(held))
@@ -74,7 +74,7 @@ def control(*command: str) -> str:
     return done.stdout.strip()
 
 
-def disturbed(place: Workplace, act: Callable[[str], None], *arguments: str) -> str:
+def disturbed(place: Project, act: Callable[[str], None], *arguments: str) -> str:
     """The workflow, disturbed while it trains; what it said."""
     workflow = place.start("all", *PROFILE, *arguments)
     try:
@@ -90,7 +90,7 @@ def disturbed(place: Workplace, act: Callable[[str], None], *arguments: str) -> 
     return said
 
 
-def called_again(place: Workplace, undisturbed: Workplace) -> str:
+def called_again(place: Project, undisturbed: Project) -> str:
     """What the same command says, which takes up the training and ends as if undisturbed."""
     done = place.snakemake("all", *PROFILE)
     assert done.returncode == 0, done.stderr
@@ -100,8 +100,8 @@ def called_again(place: Workplace, undisturbed: Workplace) -> str:
 
 
 @pytest.fixture
-def place(project, tmp_path) -> Workplace:
-    return Workplace(project, tmp_path / "results")
+def place(project, tmp_path) -> Project:
+    return Project(project, tmp_path / "results")
 
 
 def test_a_cancelled_job_is_submitted_again_and_continues(
@@ -235,7 +235,7 @@ def test_a_job_whose_node_fails_runs_elsewhere(slurm, place, undisturbed, trials
         assert_same(place, undisturbed)
 
 
-def untimed(place: Workplace) -> dict[str, object]:
+def untimed(place: Project) -> dict[str, object]:
     """As `outcome`, but for how long the iterations took."""
     found: dict[str, object] = dict(outcome(place))
     assert b"iteration time: " in (place.smoke / "claims.md").read_bytes()
@@ -254,7 +254,7 @@ def test_the_whole_graph_gives_the_tables_that_it_gives_without_slurm(
     """Every method, table and figure of the scale, by the command of the README."""
     for _ in trials("Slurm: the whole graph, undisturbed", 0, 1):
         folder = tmp_path_factory.mktemp("whole")
-        places = [copied(folder, folder / "slurm"), Workplace(folder, folder / "local")]
+        places = [copied(folder, folder / "slurm"), Project(folder, folder / "local")]
         for place, profile in zip(places, (PROFILE, ()), strict=True):
             done = place.snakemake("all", *profile)
             assert done.returncode == 0, done.stderr

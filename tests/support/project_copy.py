@@ -1,7 +1,4 @@
-"""A copy of the project in which the whole workflow runs, and what it leaves there.
-
-The copy lets tests edit sources without touching the tree that everybody else works in.
-"""
+"""A copy of the project in which tests run the whole workflow and edit sources."""
 
 from __future__ import annotations
 
@@ -26,12 +23,12 @@ NEEDED = (
     "baselines",
     "slurm",
 )
-RUN = "tafs_grpo.preference.shapes-flux.0"  # the only training of a reduced workplace
+RUN = "tafs_grpo.preference.shapes-flux.0"  # the only training of a reduced project
 
 
 @dataclass(frozen=True)
-class Workplace:
-    """A copy of the project and a results folder elsewhere."""
+class Project:
+    """A copy of the project, and its results folder."""
 
     folder: Path
     results: Path
@@ -49,12 +46,12 @@ class Workplace:
         return {
             **os.environ,
             "PATH": f"{programs}:{os.environ['PATH']}",
-            "PYTHONPATH": str(self.folder),  # the copy, not what is installed
+            "PYTHONPATH": str(self.folder),  # instead of the installed package
             "OMP_NUM_THREADS": "1",
         }
 
     def command(self, *arguments: str) -> list[str]:
-        """`snakemake ARGUMENTS --config scale=smoke results=...`, as a person calls it."""
+        """`snakemake ARGUMENTS --config scale=smoke results=...`."""
         config = () if "--config" in arguments else ("--config",)
         return ["snakemake", *arguments, *config, "scale=smoke", f"results={self.results}"]
 
@@ -69,10 +66,10 @@ class Workplace:
         )
 
     def start(self, *arguments: str, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
-        """The same, without waiting for its end; in a process group of its own.
+        """Start the command in its own process group, without waiting for its end.
 
         Args:
-            stderr: the jobs have it too, and keep a pipe open while they live.
+            stderr: the jobs inherit it and keep a pipe open while they run.
         """
         return subprocess.Popen(
             self.command(*arguments),
@@ -85,7 +82,7 @@ class Workplace:
         )
 
     def planned(self, *arguments: str) -> set[tuple[str, str]]:
-        """(rule, run) of the jobs that a call would run now."""
+        """Return (rule, run) of the jobs that a call would run."""
         done = self.snakemake("all", "--dry-run", *arguments)
         assert done.returncode == 0, done.stderr
         jobs = re.split(r"^ *rule ", done.stdout + done.stderr, flags=re.MULTILINE)[1:]
@@ -97,7 +94,7 @@ class Workplace:
 
     @contextmanager
     def edited(self, name: str, old: str, new: str) -> Iterator[None]:
-        """A file of the copy with `old` replaced inside the block, and as before after it."""
+        """Replace `old` in a file of the copy inside the block."""
         file = self.folder / name
         text, status = file.read_text(), file.stat()
         assert text.count(old) == 1
@@ -109,8 +106,8 @@ class Workplace:
             os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-def copied(folder: Path, results: Path) -> Workplace:
-    """The project's copy in an empty folder."""
+def copied(folder: Path, results: Path) -> Project:
+    """Copy the project to an empty folder."""
     for name in NEEDED:
         if (ROOT / name).is_file():
             shutil.copy2(ROOT / name, folder / name)
@@ -118,17 +115,17 @@ def copied(folder: Path, results: Path) -> Workplace:
             ignored = shutil.ignore_patterns("__pycache__", "weights")
             shutil.copytree(ROOT / name, folder / name, ignore=ignored)
     (folder / "tafs/shapes/weights").symlink_to(ROOT / "tafs/shapes/weights")
-    return Workplace(folder, results)
+    return Project(folder, results)
 
 
 def states(folder: Path) -> dict[Path, tuple[int, bytes]]:
-    """Every file's time and content."""
+    """Return every file's time and content."""
     files = [f for f in sorted(folder.rglob("*")) if f.is_file()]
     return {f.relative_to(folder): (f.stat().st_mtime_ns, f.read_bytes()) for f in files}
 
 
-def reduced(folder: Path, iterations: int) -> Workplace:
-    """A copy in an empty folder, with one method and one table at the scale that runs in it."""
+def reduced(folder: Path, iterations: int) -> Project:
+    """Copy the project with one method and one table at its scale."""
     place = copied(folder, folder / "results")
     file = folder / "config.yaml"
     text = file.read_text()
@@ -146,15 +143,15 @@ def reduced(folder: Path, iterations: int) -> Workplace:
     return place
 
 
-def outcome(place: Workplace) -> dict[str, bytes]:
-    """Tables and what they are made of: all but what tells times."""
+def outcome(place: Project) -> dict[str, bytes]:
+    """Return the tables and their inputs, without files that contain times."""
     files = [*place.smoke.glob("tables/*"), place.smoke / "claims.md"]
     files += place.smoke.glob("runs/*/*.safetensors")
     files += place.smoke.glob("runs/*/*.parquet")
     return {str(f.relative_to(place.smoke)): f.read_bytes() for f in files}
 
 
-def assert_same(place: Workplace, other: Workplace) -> None:
+def assert_same(place: Project, other: Project) -> None:
     found, expected = outcome(place), outcome(other)
     assert found.keys() == expected.keys()
     assert [name for name in found if found[name] != expected[name]] == []
