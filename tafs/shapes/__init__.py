@@ -1,1 +1,1 @@
-"""The embedded world: scenes of glyphs, captions, renderer, exact detector, tiny real models."""
+"""The embedded shapes: scenes of glyphs, captions, renderer, exact detector and tiny models."""

@@ -1,8 +1,8 @@
-"""Simulated annotators: pictures with known flaws, and people of different tastes who judge them.
+"""Simulated annotators: images with known flaws, and annotators with different preferences.
 
-A picture is a scene that does or does not match its caption, made worse by flaws of known size. An
-annotator's utility is a weighted sum of five qualities in [0, 1]; of two pictures it prefers one
-with the Bradley-Terry probability of the difference.
+An image shows a scene that may or may not match its caption, degraded by flaws of known size. An
+annotator's utility is a weighted sum of five qualities in [0, 1]. It prefers one of two images with
+the Bradley-Terry probability of the difference of their utilities.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from tafs.shapes.scenes import COLORS, IMAGE_SIZE, RELATIONS, SHAPES, Scene, sam
 
 QUALITIES = ("alignment", "sharpness", "background", "purity", "composition")
 NUMBER_RANGE = (1, 4)
-TIE = 0.1  # two pictures whose utilities differ by less are equally good
+TIE = 0.1  # images whose utilities differ by less are equally good
 
 
 @dataclass(frozen=True)
 class Taste:
-    """What an annotator cares about; `temperature` is the noise of its verdicts."""
+    """An annotator's weights of the qualities; `temperature` is the noise of its verdicts."""
 
     alignment: float
     sharpness: float
@@ -40,7 +40,7 @@ class Taste:
     temperature: float = 0.04
 
     def utility(self, qualities: Tensor) -> Tensor:
-        """[..., 5] in the order of QUALITIES -> [...]."""
+        """Utility [...] of qualities [..., 5] in the order of QUALITIES."""
         weights = torch.tensor([getattr(self, name) for name in QUALITIES])
         return qualities @ (weights / weights.sum())
 
@@ -54,7 +54,7 @@ TASTES = {
 
 
 def boxes(scene: Scene) -> list[Detection]:
-    """The scene's true objects, as a detector would report them."""
+    """The scene's true objects in the format of a detector."""
     return [
         Detection(g.shape, 1.0, (g.x - g.r, g.y - g.r, g.x + g.r, g.y + g.r), g.color)
         for g in scene
@@ -62,7 +62,7 @@ def boxes(scene: Scene) -> list[Detection]:
 
 
 def alter(row: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-    """The row with one thing changed: a shape, a colour, a count or the relation."""
+    """Change one requirement of a row: a shape, a colour, a count or the relation."""
     include = [dict(item) for item in row["include"]]
     index = int(rng.integers(len(include)))
     item = include[index]
@@ -89,10 +89,10 @@ def alter(row: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
 def pictures(
     captions: Sequence[prompts.Prompt], autoencoder: AutoencoderKL, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
-    """A picture for each caption and its qualities.
+    """Draw an image for each caption, with flaws of known size.
 
     Returns:
-        images [N, 3, H, W] in [0, 1] and qualities [N, 5] in [0, 1], 1 being flawless.
+        Images [N, 3, H, W] in [0, 1], and their qualities [N, 5] in [0, 1], where 1 is flawless.
     """
     scenes, alignment, composition = [], [], []
     for prompt in captions:
@@ -126,22 +126,22 @@ def pictures(
 def spoil_and_reconstruct(
     images: Tensor, autoencoder: AutoencoderKL, rng: np.random.Generator
 ) -> Tensor:
-    """The images with random flaws, [N, 3, H, W] in [0, 1]."""
+    """Add random flaws to images [N, 3, H, W] in [0, 1]."""
     return _reconstruct(_spoil(images, rng)[0], autoencoder, rng)
 
 
 def _amount(count: int, rng: np.random.Generator) -> Tensor:
-    """Size of a flaw in [0, 1]; none at all in half of the pictures."""
+    """Sizes [count] of a flaw in [0, 1]; half of the images have none."""
     drawn = rng.random(count) * (rng.random(count) < 0.5)
     return torch.tensor(drawn, dtype=torch.float32)
 
 
 def _spoil(images: Tensor, rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-    """Ghosts and blur, pale or tinted colours, a textured background."""
+    """Add blur with ghosts, pale colours and a textured background; return images and sizes."""
     count = len(images)
     flaws = {name: _amount(count, rng) for name in ("blur", "texture", "pale")}
     blur, texture, pale = (flaws[n].view(-1, 1, 1, 1) for n in ("blur", "texture", "pale"))
-    # A few-step sample blends several scenes, so a blurred picture is a blend too.
+    # Few-step samples blend several scenes, so blurred images are blended too.
     ghost = images[torch.from_numpy(rng.permutation(count))]
     share = 0.45 * blur * torch.from_numpy(rng.random((count, 1, 1, 1))).float()
     images = (1 - share) * images + share * ghost
@@ -158,7 +158,7 @@ def _spoil(images: Tensor, rng: np.random.Generator) -> tuple[Tensor, dict[str, 
 
 
 def _patterns(count: int, rng: np.random.Generator) -> Tensor:
-    """Checkerboards, stripes, grain and tints with values in [-1, 0]: the background is white."""
+    """Checkerboards, stripes, grain and tints in [-1, 0], since the background is white."""
     y, x = np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE]
     out = np.empty((count, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=np.float32)
     for i in range(count):
@@ -178,7 +178,7 @@ def _patterns(count: int, rng: np.random.Generator) -> Tensor:
 
 @torch.no_grad()
 def _reconstruct(images: Tensor, autoencoder: AutoencoderKL, rng: np.random.Generator) -> Tensor:
-    """Most pictures pass the autoencoder, with slight latent noise, as generated ones do."""
+    """Pass most images through the autoencoder with slight latent noise, like generated images."""
     parts = []
     for part in images.split(512):
         latents = autoencoder.encode(part * 2 - 1).latent_dist.mode()

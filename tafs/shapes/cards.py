@@ -1,4 +1,4 @@
-"""Model cards of the embedded models, written from what their training measured (facts.json)."""
+"""Model cards of the embedded models, generated from the measurements in facts.json."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from tafs.data.geneval_rows import TASKS
 from tafs.shapes import annotators, weights
 
 SCORERS = {
-    "clip": "A dual encoder (transformers' CLIPModel): the cosine of picture and caption.",
+    "clip": "A dual encoder (transformers' CLIPModel): the cosine of image and caption.",
     "pickscore": "A preference model, fine-tuned from `clip` as PickScore is from CLIP.",
     "hpsv2": "A preference model, fine-tuned from `clip` as HPSv2 is from CLIP.",
-    "imagereward": "A preference model whose caption tokens attend to the picture's patches.",
-    "unifiedreward": "A graded judge: it tells a picture's grade from 1 to 5.",
+    "imagereward": "A preference model in which caption tokens attend to image patches.",
+    "unifiedreward": "A classifier that grades images from 1 to 5.",
 }
 BASES = {
     "shapes-sd3": "Stable Diffusion 3's layout (SD3Transformer2DModel of width 128 and 5 layers, "
     "two CLIP text encoders, a T5, three tokenizers, AutoencoderKL, flow-matching scheduler)",
     "shapes-flux": "FLUX.1-dev's layout (FluxTransformer2DModel of width 128 with 5 double and 4 "
-    "single layers, packed latents, a guidance input that only ever saw the value 1, a CLIP text "
+    "single layers, packed latents, a guidance input that was always 1 in training, a CLIP text "
     "encoder, a T5, two tokenizers, AutoencoderKL, flow-matching scheduler with dynamic shift)",
 }
-REPRODUCE = "Trained by `make shapes-weights` (on another processor the last digits differ)."
+REPRODUCE = "Reproduce with `make shapes-weights`; the last digits depend on the processor."
 
 
 def write(root: Path = weights.ROOT) -> None:
-    """A README.md in every model's folder, and the manifest anew."""
+    """Write README.md of every model, and the manifest."""
     cards = {weights.VAE: _vae(root / weights.VAE)}
     present = {name: layout for name, layout in BASES.items() if (root / name).is_dir()}
     cards |= {name: _base(name, layout, root / name) for name, layout in present.items()}
@@ -43,12 +43,12 @@ def _vae(folder: Path) -> str:
     return _card(
         "vae",
         folder,
-        "The embedded world's autoencoder (diffusers' AutoencoderKL), 24 x 24 pixels to 6 x 6 "
-        "latents of 8 channels.",
-        f"L1, L2 and a slight KL term on rendered scenes of the training captions, "
-        f"{facts['steps']} steps of 32 ({facts['seconds']} s on two cores).",
-        f"On 1,000 scenes of held-out captions the detector finds the same objects and colours "
-        f"before and after reconstruction in {100 * facts['reconstruction_accuracy']:.1f} %.",
+        "The autoencoder of the embedded models (diffusers' AutoencoderKL): 24 x 24 pixels to "
+        "6 x 6 latents with 8 channels.",
+        f"L1 and L2 loss and a small KL term on rendered scenes of the training captions, "
+        f"{facts['steps']} steps of batch size 32 ({facts['seconds']} s on two cores).",
+        f"For {100 * facts['reconstruction_accuracy']:.1f} % of 1,000 scenes of held-out captions, "
+        "the detector finds the same objects and colours before and after reconstruction.",
     )
 
 
@@ -67,13 +67,13 @@ def _base(name: str, layout: str, folder: Path) -> str:
     return _card(
         name,
         folder,
-        f"An embedded base model: a diffusers pipeline in {layout}.",
-        f"Flow matching on {recipe['scenes']:,} rendered scenes of the training captions a cycle, "
-        f"batches of {recipe['batch']}, AdamW, cosine cycles of {steps_taken}, the average of the "
-        f"weights kept ({seconds / 60:.0f} minutes on one core).",
-        "Strict GenEval of the shipped weights on the held-out captions, four images each:\n\n"
+        f"An embedded base model: a diffusers pipeline with {layout}.",
+        f"Flow matching on {recipe['scenes']:,} rendered scenes of the training captions per "
+        f"cycle, batch size {recipe['batch']}, AdamW, cosine cycles of {steps_taken}; the weights are "
+        f"averaged ({seconds / 60:.0f} minutes on one core).",
+        "Strict GenEval accuracy of the shipped weights on held-out captions, four images each:\n\n"
         + "\n".join(rows)
-        + "\n\nWith ten images each and other noise: "
+        + "\n\nWith ten images each and different noise: "
         + f"{more['28']:.3f} at 28 steps, {more['4']:.3f} at 4.",
     )
 
@@ -81,10 +81,10 @@ def _base(name: str, layout: str, folder: Path) -> str:
 def _scorer(name: str, text: str, folder: Path) -> str:
     facts = weights.read_facts(folder)
     if name == "clip":
-        data = f"{facts['train_scenes']:,} scenes, each beside a copy altered in one thing"
+        data = f"{facts['train_scenes']:,} scenes, each with a copy that differs in one requirement"
         result = (
-            f"On {facts['pairs']:,} held-out captions it prefers the matching picture to the "
-            f"altered one in {100 * facts['pair_accuracy']:.1f} %."
+            f"It prefers the matching image to the altered one for "
+            f"{100 * facts['pair_accuracy']:.1f} % of {facts['pairs']:,} held-out captions."
         )
     else:
         taste = annotators.TASTES[name]
@@ -93,11 +93,11 @@ def _scorer(name: str, text: str, folder: Path) -> str:
             for quality in annotators.QUALITIES
             if getattr(taste, quality)
         )
-        data = f"{facts['train_pairs']:,} pairs judged by an annotator who weighs {cares}"
+        data = f"{facts['train_pairs']:,} pairs judged by an annotator with the weights {cares}"
         result = (
-            f"On {facts['pairs']:,} pairs of held-out captions it agrees with the annotator in "
-            f"{100 * facts['pair_accuracy']:.1f} % (the annotator's noise leaves at most "
-            f"{100 * facts['annotator_consistency']:.1f} %)."
+            f"It agrees with the annotator on {100 * facts['pair_accuracy']:.1f} % of "
+            f"{facts['pairs']:,} pairs of held-out captions; the annotator's noise allows at most "
+            f"{100 * facts['annotator_consistency']:.1f} %."
         )
     training = f"{data}; {facts['steps']} steps, {facts['seconds']:.0f} s on one core."
     return _card(name, folder, text, training[0].upper() + training[1:], result)
@@ -108,19 +108,19 @@ def _card(name: str, folder: Path, what: str, training: str, result: str) -> str
     return (
         f"# {name}\n\n{what} {count:,} parameters, {size / 2**20:.1f} MiB in float16.\n\n"
         f"**Training.** {training} {REPRODUCE}\n\n**Held out.** {result}\n\n"
-        "**Use.** Only in the embedded world: 24 x 24 pictures of glyphs and its closed list of "
-        "words. Files are verified against `manifest.json` before they are loaded. Licence: that "
-        "of this repository.\n"
+        "**Use.** Only for 24 x 24 images of glyphs and the words of the shipped captions. Files "
+        "are verified against `manifest.json` before they are loaded. Licence: that of this "
+        "repository.\n"
     )
 
 
 def _size(folder: Path) -> tuple[int, int]:
-    """Parameters and bytes of the folder's safetensors files."""
+    """Numbers of parameters and bytes in the folder's safetensors files."""
     count = size = 0
     for file in sorted(folder.rglob("*.safetensors")):
         size += file.stat().st_size
         with safe_open(file, framework="numpy") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 - no mapping
+            for key in tensors.keys():  # noqa: SIM118 - not a mapping
                 total: Any = 1
                 for side in tensors.get_slice(key).get_shape():
                     total *= side

@@ -1,4 +1,4 @@
-"""The exact detector: connected components, nearest palette colour, best fitting glyph template."""
+"""The exact detector: connected components, nearest palette colour, best glyph template."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from tafs.rewards.geneval import Detection
 from tafs.shapes.render import UNIT_AREA, coverage
 from tafs.shapes.scenes import BACKGROUND, COLORS, IMAGE_SIZE, SHAPES
 
-FOREGROUND = 0.20  # a pixel further than this from the background (RGB distance) is foreground
-MIN_AREA = 8.0  # pixels of coverage; smaller components are specks
-MAX_MISFIT = 0.35  # share of the glyph's area on which the template may disagree
+FOREGROUND = 0.20  # RGB distance from the background above which a pixel is foreground
+MIN_AREA = 8.0  # pixels of coverage; smaller components are ignored
+MAX_MISFIT = 0.35  # largest difference from the template, as a share of the glyph's area
 MAX_COLOR_DISTANCE = 0.45  # RGB distance to the nearest palette colour
 
 _PALETTE = np.array(list(COLORS.values()), dtype=np.float32)
 _COLOR_NAMES = tuple(COLORS)
 _AREAS = np.array([UNIT_AREA[s] for s in SHAPES], dtype=np.float32)
-# Pixels connect within an image (8-neighbourhood), never across the batch.
+# Pixels connect within an image (8-neighbourhood), not across the batch.
 _STRUCTURE = np.zeros((3, 3, 3), dtype=bool)
 _STRUCTURE[1] = True
 
@@ -31,12 +31,15 @@ def detect(images: Tensor) -> list[list[Detection]]:
         images: [B, 3, IMAGE_SIZE, IMAGE_SIZE] in [0, 1].
 
     Returns:
-        For each image its detections, most confident first. A component whose colour is far from
-        the palette or that fits no template is no object.
+        The detections of each image, most confident first. Components are ignored if their colour
+        is far from the palette or they match no template.
+
+    Raises:
+        ValueError: the images have another shape.
     """
     if tuple(images.shape[1:]) != (3, IMAGE_SIZE, IMAGE_SIZE):
         raise ValueError(
-            f"the detector reads images of shape [B, 3, {IMAGE_SIZE}, {IMAGE_SIZE}], "
+            f"reward geneval: images must be [B, 3, {IMAGE_SIZE}, {IMAGE_SIZE}], "
             f"got {list(images.shape)}"
         )
     pixels = images.detach().float().clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
@@ -49,7 +52,7 @@ def detect(images: Tensor) -> list[list[Detection]]:
     slices = ndimage.find_objects(labels)
     owner = np.array([s[0].start for s in slices])
 
-    # Core colour: the mean over the pixels with at least 80 % of the component's largest contrast.
+    # Core colour: the mean of the pixels with at least 80 % of the component's largest contrast.
     index = np.arange(1, count + 1)
     peak = ndimage.maximum(contrast, labels, index)
     flat = labels.ravel()
@@ -66,7 +69,7 @@ def detect(images: Tensor) -> list[list[Detection]]:
     distance = np.linalg.norm(color[:, None] - _PALETTE[None], axis=-1)  # [count, colours]
     nearest = distance.argmin(1)
 
-    # Coverage of each pixel: its projection on the line from the background to the core colour.
+    # Coverage of a pixel: its projection onto the line from the background to the core colour.
     axis = color - background
     alpha = ((rgb - background) * axis[member]).sum(1) / (axis**2).sum(1)[member]
     alpha = alpha.clip(0, 1)
@@ -79,7 +82,7 @@ def detect(images: Tensor) -> list[list[Detection]]:
     kept = np.flatnonzero(keep)
     if len(kept) == 0:
         return found
-    # The component alone on an empty canvas, against each shape of the same area and centroid.
+    # Compare the component alone with each shape of the same area and centroid.
     canvas = np.zeros((len(kept), IMAGE_SIZE, IMAGE_SIZE), dtype=np.float32)
     position = np.full(count, -1)
     position[kept] = np.arange(len(kept))

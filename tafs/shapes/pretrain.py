@@ -1,7 +1,8 @@
-"""Pretraining of the embedded models by flow matching: `python -m tafs.shapes.pretrain TARGET`.
+"""Pretraining of the embedded models: `python -m tafs.shapes.pretrain TARGET`.
 
-TARGET is vae, a base model's name, a reward model's name, or all; score, shift and cards measure
-and write down. Weights, model cards and a manifest of SHA-256 sums go to tafs/shapes/weights/.
+TARGET is "vae", the name of a base model or reward model, or "all". "score" evaluates the base
+models, "shift" compares time shifts, and "cards" writes the model cards. Everything is written to
+tafs/shapes/weights/.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ from tafs.data import prompts
 from tafs.data.geneval_rows import TASKS
 from tafs.data.plugins.shapes import FOLDER
 from tafs.models import loading
+from tafs.models.base import Backbone
 from tafs.models.plugins.flux import FluxBackbone
 from tafs.models.plugins.sd3 import SD3Backbone
-from tafs.models.base import Backbone
 from tafs.rewards.geneval import geneval_verdict
 from tafs.shapes import cards, pretrain_rewards, text, vae, weights
 from tafs.shapes.detector import detect
 from tafs.shapes.render import render
 from tafs.shapes.scenes import IMAGE_SIZE, sample_scene
 
-# Harder tasks are seen more often.
+# Harder tasks are drawn more often.
 TASK_SHARES = {
     "single_object": 0.06,
     "two_object": 0.14,
@@ -54,7 +55,7 @@ TASK_SHARES = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a base model is pretrained. Times are drawn logit-normally (Esser et al., 2024)."""
+    """Hyperparameters of a base model. Times are logit-normal (Esser et al., 2024)."""
 
     steps: int = 3800
     batch: int = 128
@@ -74,10 +75,9 @@ SETTINGS: Any = {
     "guidance": 1.0,
     "max_sequence_length": text.MAX_TOKENS,
 }
-# Shift of the sampling grid towards noise: the smallest whole number with which four Euler steps
-# stay below 0.40 on training captions (`python -m tafs.shapes.pretrain shift`), so that there is
-# something to gain at few steps. The base models' few-step scores are thus a setting of this world,
-# not a finding.
+# Time shift of the sampling grid towards noise: the smallest integer with which four Euler steps
+# score below 0.40 on training captions (`python -m tafs.shapes.pretrain shift`), so that few-step
+# training can improve them. The base models' few-step scores are therefore a choice, not a result.
 SHIFTS = {"shapes-sd3": 7.0, "shapes-flux": 7.0}
 
 
@@ -86,7 +86,7 @@ def scheduler(name: str) -> FlowMatchEulerDiscreteScheduler:
     shift = SHIFTS[name]
     if name == "shapes-sd3":
         return FlowMatchEulerDiscreteScheduler(shift=shift)
-    # As FLUX.1-dev's, where the shift depends on the number of image tokens.
+    # Like FLUX.1-dev: the shift depends on the number of image tokens.
     return FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True,
         base_image_seq_len=9,
@@ -177,7 +177,7 @@ def encode_images(autoencoder: AutoencoderKL, images: Tensor, chunk: int = 512) 
 
 
 def train(backbone: Backbone, recipe: Recipe, log_every: int = 200) -> dict[str, float]:
-    """Flow matching of the transformer and the text encoders; leaves the EMA weights in place."""
+    """Train the transformer and the text encoders by flow matching; keep the EMA weights."""
     torch.manual_seed(recipe.seed)
     captions, images = draw_scenes(recipe.scenes, recipe.seed)
     latents = encode_images(backbone.pipeline.vae, images)
@@ -236,7 +236,7 @@ def train(backbone: Backbone, recipe: Recipe, log_every: int = 200) -> dict[str,
 
 
 def _cosine(step: int, recipe: Recipe) -> float:
-    """Linear warm-up, then a cosine to zero."""
+    """Linear warm-up, then cosine decay to zero."""
     if step < recipe.warmup:
         return (step + 1) / recipe.warmup
     progress = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
@@ -251,7 +251,15 @@ def strict_geneval(
     seed: int = 7,
     judged: Sequence[prompts.Prompt] | None = None,
 ) -> dict[str, float]:
-    """Strict GenEval with Euler steps: each task's mean and `overall`; by default held out."""
+    """Strict GenEval accuracy with Euler steps: the mean of each task, and `overall`.
+
+    Args:
+        backbone: the model.
+        steps: number of Euler steps.
+        images_per_prompt: images per prompt.
+        seed: of the noise.
+        judged: the prompts; None: the test split.
+    """
     if judged is None:
         judged = prompts.read(FOLDER / "test.jsonl")
     generator = seeding.generator(seed, "evaluate")
@@ -283,10 +291,10 @@ def pretrain_vae() -> None:
 
 @dataclass(frozen=True)
 class Base:
-    """A base model of the embedded world.
+    """A base model.
 
     Each recipe is one cosine cycle (warm restarts, Loshchilov & Hutter, 2017) on scenes of its own
-    seed; it starts from the saved weights of the one before.
+    seed. It starts from the saved weights of the previous cycle.
     """
 
     build: Callable[[AutoencoderKL], Backbone]
@@ -300,17 +308,17 @@ BASES = {
 
 
 def pretrain_base(name: str, cycle: int, given: dict[str, Any]) -> None:
-    """One cycle of a base model: from nothing, or from the saved weights of the cycle before.
+    """Train one cycle of a base model, from scratch or from the weights of the previous cycle.
 
     Raises:
-        ValueError: the saved weights are not those of the cycle before.
+        ValueError: the weights of the previous cycle are missing.
     """
     recipe = replace(BASES[name].recipes[cycle], **given)
     folder = weights.ROOT / name
     if cycle:
         done = weights.read_facts(folder)["cycles"]
         if len(done) < cycle:
-            raise ValueError(f"{folder}: no weights of cycle {cycle - 1}; train that one first")
+            raise ValueError(f"{folder}: no weights of cycle {cycle - 1}; train this cycle first")
         done = done[:cycle]
         backbone = loading.load(folder, **SETTINGS)
     else:
@@ -327,7 +335,7 @@ def pretrain_base(name: str, cycle: int, given: dict[str, Any]) -> None:
 
 
 def score_base(name: str) -> None:
-    """Add to the card's facts what the shipped (rounded) weights reach with the present shift."""
+    """Add the scores of the shipped (rounded) weights with the present shift to the facts."""
     folder = weights.ROOT / name
     scheduler(name).save_pretrained(folder / "scheduler")
     shipped = loading.load(folder, **SETTINGS)
@@ -342,7 +350,7 @@ def score_base(name: str) -> None:
 
 
 def try_shifts(name: str) -> None:
-    """Print strict GenEval of four Euler steps on training captions for every whole shift."""
+    """Print strict GenEval of four Euler steps on training captions for integer shifts."""
     rng = np.random.default_rng(77)
     drawn = prompts.draw(prompts.read(FOLDER / "train.jsonl"), 600, rng)
     backbone = loading.load(weights.ROOT / name, **SETTINGS)
@@ -360,7 +368,7 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
-        "--cycle", type=int, default=0, help="start a base model with this cycle of its recipes"
+        "--cycle", type=int, default=0, help="first cycle of a base model's recipes"
     )
     for name, default in asdict(Recipe()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default))

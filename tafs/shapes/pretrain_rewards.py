@@ -1,9 +1,9 @@
-"""Training of the embedded reward models, each on its own data and seed.
+"""Training of the embedded reward models, each with its own data and seed.
 
-`clip` learns by contrast on clean and spoiled pictures alike. `pickscore` and `hpsv2` are
-fine-tuned from it on pairs that one annotator judged (Bradley-Terry), as the real ones are from
-CLIP ViT-H; `imagereward` learns from pairs too, `unifiedreward` the grade that an annotator gives,
-both on top of its vision tower.
+`clip` is trained with a contrastive loss on clean and degraded images. `pickscore` and `hpsv2` are
+fine-tuned from it on pairs judged by one annotator (Bradley-Terry), like the published models from
+CLIP ViT-H. `imagereward` is trained on such pairs and `unifiedreward` on an annotator's grades,
+both starting from the vision tower of `clip`.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ BATCH = 128
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long a preference model learns, and on how much; `ema` averages its weights."""
+    """Training length and data of a preference model; `ema` is the decay of its average."""
 
     pairs: int = 20_000
     steps: int = 900
     ema: float = 0.0
 
 
-# hpsv2's taste is the hardest to learn from `clip`, which ignores a picture's flaws: it takes more
-# pairs and an average of the weights. Chosen on pairs of training captions.
+# hpsv2's preferences are the hardest to learn from `clip`, which ignores flaws: it needs more pairs
+# and averaged weights. Chosen on pairs of training captions.
 RECIPES = {
     "pickscore": Recipe(),
     "hpsv2": Recipe(pairs=60_000, steps=2000, ema=0.995),
@@ -52,7 +52,7 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Pairs:
-    """Two pictures for each caption, and which one the annotator prefers."""
+    """Two images for each caption, and the one that the annotator prefers."""
 
     ids: Tensor  # [N, L]
     images: Tensor  # [N, 2, 3, H, W]
@@ -61,16 +61,16 @@ class Pairs:
 
 
 def draw_prompts(count: int, split: str, rng: np.random.Generator) -> list[prompts.Prompt]:
-    """Prompts with every task equally often."""
+    """Draw prompts; all tasks are equally likely."""
     return prompts.draw(prompts.read(FOLDER / f"{split}.jsonl"), count, rng)
 
 
 def draw_pairs(
     count: int, split: str, taste: annotators.Taste, autoencoder: AutoencoderKL, seed: int
 ) -> Pairs:
-    """PartialScores pairs; the annotator's noise makes some verdicts contradict its own utility.
+    """Draw pairs judged by a noisy annotator, whose verdicts may contradict its utility.
 
-    Pictures that it finds equally good are a tie, and ties are left out, as in the real data sets.
+    Ties are left out, as in the published data sets.
     """
     rng = np.random.default_rng(seed)
     drawn = draw_prompts(2 * count, split, rng)
@@ -79,7 +79,7 @@ def draw_pairs(
     difference = utility[:, 0] - utility[:, 1]
     kept = (difference.abs() > annotators.TIE).nonzero().squeeze(1)[:count]
     if len(kept) < count:
-        raise ValueError(f"only {len(kept)} of {2 * count} drawn pairs are no ties")
+        raise ValueError(f"only {len(kept)} of {2 * count} drawn pairs are not ties")
     verdict = torch.from_numpy(rng.random(2 * count)).float() < torch.sigmoid(
         difference / taste.temperature
     )
@@ -98,9 +98,17 @@ def fit(
     name: str = "",
     ema: float = 0.0,
 ) -> None:
-    """AdamW with a one-cycle rate; `loss_of` maps indices [BATCH] of the data to a loss.
+    """Train with AdamW and a one-cycle learning rate; the model keeps the averaged weights.
 
-    Leaves the weights' running average in place where `ema` is positive.
+    Args:
+        model: the model.
+        loss_of: indices [BATCH] of the data -> loss.
+        count: size of the data.
+        steps: number of optimiser steps.
+        seed: of the batches.
+        lr: largest learning rate.
+        name: of the model, for the log.
+        ema: decay of the average; 0 keeps the last weights.
     """
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
@@ -133,10 +141,10 @@ def fit(
 def train_clip(
     autoencoder: AutoencoderKL, scenes: int, steps: int
 ) -> tuple[nn.Module, dict[str, float]]:
-    """Contrast within the batch and against each row's altered copy, whatever the picture's flaws.
+    """Train `clip` with a contrastive loss within the batch and against altered copies.
 
-    Half of each batch pairs captions with minimally altered scenes, without which counts,
-    relations and bindings are never needed to tell captions apart.
+    Half of each batch are minimally altered scenes; without them, captions can be distinguished
+    without counts, relations and attribute binding.
     """
     seed = SEEDS["clip"]
     rng = np.random.default_rng(seed)
@@ -155,7 +163,7 @@ def train_clip(
         matched, altered = image.chunk(2)
         caption = caption[: len(index)]
         logits = scorers.TEMPERATURE * caption @ torch.cat([matched, altered]).T
-        # The same caption may be drawn twice: its other pictures are no negatives.
+        # Other images of the same caption are not negatives.
         same = (ids[index][:, None] == ids[index][None]).all(-1)
         same.fill_diagonal_(False)
         logits[:, : len(index)].masked_fill_(same, float("-inf"))
@@ -178,7 +186,7 @@ def train_clip(
 def _matched(
     count: int, split: str, autoencoder: AutoencoderKL, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(ids [N, L], pictures that match, pictures altered in one thing)."""
+    """Token ids [N, L], matching images, and images altered in one requirement."""
     drawn = draw_prompts(count, split, rng)
     right = render([sample_scene(p.row, rng) for p in drawn])
     altered = [annotators.alter(dict(p.row), rng) for p in drawn]
@@ -191,7 +199,7 @@ def _matched(
 def train_preference(
     name: str, autoencoder: AutoencoderKL, recipe: Recipe
 ) -> tuple[nn.Module, dict[str, float]]:
-    """Bradley-Terry on one annotator's verdicts; `unifiedreward` learns its grades instead."""
+    """Train on one annotator's verdicts (Bradley-Terry), or on its grades for `unifiedreward`."""
     seed = SEEDS[name]
     taste = annotators.TASTES[name]
     torch.manual_seed(seed)
@@ -225,7 +233,7 @@ def train_preference(
         return functional.cross_entropy(model(images, ids), grades)
 
     loss_of = grade_loss if name == "unifiedreward" else preference_loss
-    # A higher rate would undo what the towers learnt by contrast before the task is learnt.
+    # A higher learning rate destroys the contrastive features before the task is learnt.
     fit(model, loss_of, recipe.pairs, recipe.steps, seed, lr=7e-4, name=name, ema=recipe.ema)
     with torch.no_grad():
         scores = torch.cat(
@@ -250,7 +258,7 @@ def train_preference(
         "steps": recipe.steps,
     }
     if name == "imagereward":
-        # ImageReward's convention: z-scores over a reference set.
+        # ImageReward's scores are standardised on a reference set.
         model.head[-1].bias.data -= scores.mean()
         model.head[-1].weight.data /= scores.std()
         model.head[-1].bias.data /= scores.std()
@@ -258,13 +266,13 @@ def train_preference(
 
 
 def quantised_grade(utility: Tensor) -> Tensor:
-    """Utility in [0, 1] -> class 0 .. GRADES - 1; the edges lie where pictures differ most."""
+    """Class 0 .. GRADES - 1 of a utility in [0, 1]; the edges are where most images differ."""
     edges = torch.tensor([0.35, 0.55, 0.75, 0.92])
     return torch.bucketize(utility, edges)
 
 
 def pretrain(name: str) -> dict[str, float]:
-    """Train one reward model and write it to the weights folder."""
+    """Train a reward model and write it to the weights folder."""
     autoencoder = AutoencoderKL.from_pretrained(
         weights.ROOT / weights.VAE, local_files_only=True, dtype=torch.float32
     )

@@ -1,4 +1,4 @@
-"""Anti-aliased renderer: signed distances in pixels, one pixel of linear coverage at each edge."""
+"""Anti-aliased renderer: signed distances in pixels, linear coverage over one pixel."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from tafs.shapes.scenes import BACKGROUND, COLORS, IMAGE_SIZE, MAX_GLYPHS, SHAPES, Scene
 
-# Area of each shape at radius 1 (pixels squared): the detector inverts it to find the radius.
 RING_WIDTH = 0.45  # share of the radius
 CROSS_WIDTH = 0.36  # half width of an arm, share of the radius
 SQUARE_SIDE = 0.92  # half side, share of the radius
 TRIANGLE_SCALE = 1.12  # circumradius, share of the radius
+# Area of each shape with radius 1, from which the detector computes the radius.
 UNIT_AREA = {
     "circle": np.pi,
     "square": 4 * SQUARE_SIDE**2,
@@ -25,7 +25,13 @@ UNIT_AREA = {
 
 
 def signed_distance(shape: str, dx: Tensor, dy: Tensor, r: Tensor) -> Tensor:
-    """Distance to the outline in pixels, negative inside; `dx`, `dy` from the centroid, y down."""
+    """Distance to the outline in pixels, negative inside.
+
+    Args:
+        shape: one of SHAPES.
+        dx, dy: offset from the centroid in pixels, with y pointing down.
+        r: radius in pixels.
+    """
     if shape == "circle":
         return torch.hypot(dx, dy) - r
     if shape == "ring":
@@ -39,7 +45,7 @@ def signed_distance(shape: str, dx: Tensor, dy: Tensor, r: Tensor) -> Tensor:
         horizontal = torch.maximum(dx.abs() - r, dy.abs() - arm)
         return torch.minimum(vertical, horizontal)
     if shape == "triangle":
-        # Point up; the three half planes lie at the inradius, half the circumradius.
+        # Pointing up; the three edges are at the inradius, half the circumradius.
         inradius = 0.5 * TRIANGLE_SCALE * r
         slanted = 0.5 * np.sqrt(3) * dx.abs() - 0.5 * dy
         return torch.maximum(dy, slanted) - inradius
@@ -47,10 +53,11 @@ def signed_distance(shape: str, dx: Tensor, dy: Tensor, r: Tensor) -> Tensor:
 
 
 def coverage(shape: Tensor, x: Tensor, y: Tensor, r: Tensor) -> Tensor:
-    """Share of each pixel that a glyph covers.
+    """Share of each pixel that is covered by a glyph.
 
     Args:
-        shape: indices into SHAPES, [N]; x, y, r: pixels, [N].
+        shape: indices of SHAPES, [N].
+        x, y, r: centroids and radii in pixels, [N].
 
     Returns:
         [N, IMAGE_SIZE, IMAGE_SIZE] in [0, 1].

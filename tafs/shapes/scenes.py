@@ -1,4 +1,4 @@
-"""Scenes: up to four coloured glyphs that do not touch, arranged as a GenEval row asks."""
+"""Scenes: up to four coloured glyphs that do not touch and satisfy a GenEval row."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Scene = tuple[Glyph, ...]
 
 
 def sample_scene(row: Mapping[str, Any], rng: np.random.Generator) -> Scene:
-    """A random scene that satisfies the GenEval row; what the row leaves open is drawn."""
+    """Draw a random scene that satisfies a GenEval row."""
     named: list[tuple[str, str]] = []
     relation: str | None = None
     for item in row["include"]:
@@ -58,7 +58,7 @@ def sample_scene(row: Mapping[str, Any], rng: np.random.Generator) -> Scene:
 def _place(
     named: list[tuple[str, str]], relation: str | None, rng: np.random.Generator
 ) -> Scene | None:
-    """One attempt: None when a glyph found no free place."""
+    """Place the glyphs at random; None if there is no free place for one of them."""
     glyphs: list[Glyph] = []
     for shape, color in named:
         r = float(rng.uniform(*RADIUS))
@@ -71,12 +71,12 @@ def _place(
                 break
         else:
             return None
-    # The order of drawing must not tell which glyph the caption names first.
+    # The drawing order must not depend on the order in the caption.
     return tuple(glyphs[i] for i in rng.permutation(len(glyphs)))
 
 
 def _holds(relation: str, at: tuple[float, float], other: Glyph) -> bool:
-    """The relation along its own axis, the larger of the two offsets."""
+    """Whether the relation holds and its axis has the larger offset."""
     dx, dy = at[0] - other.x, at[1] - other.y
     along, across = (dx, dy) if relation in ("left of", "right of") else (dy, dx)
     sign = -1 if relation in ("left of", "above") else 1

@@ -1,7 +1,7 @@
-"""The embedded world's reward models: small relatives of the real ones.
+"""Architectures of the embedded reward models, small versions of the published ones.
 
-`clip`, `pickscore` and `hpsv2` are transformers' CLIPModel, as PickScore is; `imagereward` and
-`unifiedreward` let the caption's tokens attend to the image's patches, as BLIP does.
+`clip`, `pickscore` and `hpsv2` are transformers' CLIPModel, like PickScore. In `imagereward` and
+`unifiedreward`, caption tokens attend to image patches, like in BLIP.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tafs.shapes.scenes import IMAGE_SIZE
 
 WIDTH = 64
 PATCH = 4
-TEMPERATURE = 26.0  # exp(logit_scale): scores are 26 cos, near PickScore's scale
+TEMPERATURE = 26.0  # exp(logit_scale), close to PickScore's
 GRADES = 5
 
 
@@ -78,7 +78,7 @@ class DualEncoder(nn.Module):
     def embed(self, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Unit embeddings of the images and the captions, [B, WIDTH] each."""
         image = self.model.get_image_features(pixel_values=images * 2 - 1).pooler_output
-        unique, owner = ids.unique(dim=0, return_inverse=True)  # a group shares its caption
+        unique, owner = ids.unique(dim=0, return_inverse=True)  # images of a group share a caption
         caption = self.model.get_text_features(input_ids=unique).pooler_output
         return functional.normalize(image, dim=-1), functional.normalize(caption, dim=-1)[owner]
 
@@ -92,7 +92,7 @@ class DualEncoder(nn.Module):
 
     @classmethod
     def load(cls, folder: Path) -> DualEncoder:
-        # With so few tokens plain products are faster than a fused kernel.
+        # For so few tokens, plain attention is faster than a fused kernel.
         return cls(
             CLIPModel.from_pretrained(
                 folder,
@@ -105,7 +105,7 @@ class DualEncoder(nn.Module):
 
 
 class FusionScorer(nn.Module):
-    """Caption tokens attend to image patches; a small head gives `outputs` numbers."""
+    """Caption tokens attend to image patches; a small head maps them to `outputs` numbers."""
 
     def __init__(self, outputs: int) -> None:
         super().__init__()
@@ -145,5 +145,5 @@ class FusionScorer(nn.Module):
 
 
 def grade(logits: Tensor) -> Tensor:
-    """Expected grade in [1, GRADES] of [B, GRADES] logits: what a graded judge would answer."""
+    """Expected grade [B] in [1, GRADES] of logits [B, GRADES]."""
     return logits.softmax(-1) @ torch.arange(1.0, GRADES + 1, device=logits.device)

@@ -1,7 +1,7 @@
-"""Tokenizers and text encoders of the embedded world, in the layout of Stable Diffusion 3's.
+"""Tokenizers and text encoders of the embedded models, in the layout of Stable Diffusion 3's.
 
-The vocabulary is the world's word list, so it is written down rather than learnt: the CLIP
-tokenizer's merges join each word's letters from left to right, the T5 pieces are whole words.
+The vocabulary consists of the captions' words and is constructed instead of learnt: the CLIP
+tokenizer's merges join the letters of each word from left to right; the T5 pieces are whole words.
 """
 
 from __future__ import annotations
@@ -28,33 +28,33 @@ T5_WIDTH = 128
 
 
 def words() -> list[str]:
-    """Every word of the world's captions, sorted."""
+    """All words of the captions, sorted."""
     return sorted({word for row in rows() for word in row["prompt"].split()})
 
 
 def clip_tokenizer() -> CLIPTokenizer:
-    """A byte-pair tokenizer in which each word of the world is one token."""
+    """A byte-pair tokenizer in which each word is one token."""
     start, end = "<|startoftext|>", "<|endoftext|>"
     pieces: dict[str, None] = {}
     ranks: dict[tuple[str, str], int] = {}
     for word in words():
         letters = [*word[:-1], word[-1] + "</w>"]
         pieces.update(dict.fromkeys([*word, *letters]))
-        # Earlier words' merges come first, as in any byte-pair encoding; what they leave is joined
-        # by new merges of lower rank, which therefore change no earlier word.
+        # Merges of earlier words apply first; the remaining parts are joined by new merges of lower
+        # priority, which do not change earlier words.
         parts = _merge(letters, ranks)
         while len(parts) > 1:
             ranks[(parts[0], parts[1])] = len(ranks)
             parts = _merge(letters, ranks)
         pieces.update(dict.fromkeys(a + b for a, b in ranks))
     vocab = {piece: index for index, piece in enumerate([*pieces, start, end])}
-    # transformers' annotation says lines of text; what it reads is pairs.
+    # transformers' annotation is wrong: it reads pairs.
     merges: Any = list(ranks)
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
 
 
 def _merge(parts: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
-    """Byte-pair encoding: join the pair of lowest rank until none is left."""
+    """Byte-pair encoding: repeatedly join the pair with the lowest rank."""
     parts = list(parts)
     while True:
         pairs = list(zip(parts, parts[1:], strict=False))
@@ -67,7 +67,7 @@ def _merge(parts: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
 
 
 def t5_tokenizer() -> T5Tokenizer:
-    """A Unigram tokenizer whose pieces are the world's words."""
+    """A Unigram tokenizer whose pieces are the words."""
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     vocab += [("▁" + word, -1.0) for word in words()]
     return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=MAX_TOKENS)
@@ -89,7 +89,7 @@ def clip_text_config(tokenizer: CLIPTokenizer, width: int = CLIP_WIDTH) -> CLIPT
 
 
 def clip_text_encoder(tokenizer: CLIPTokenizer, *, projected: bool = True) -> CLIPPreTrainedModel:
-    """Stable Diffusion 3's CLIP encoders have a projection, FLUX.1's has none."""
+    """A CLIP text encoder, with a projection as in Stable Diffusion 3 or without as in FLUX.1."""
     config = clip_text_config(tokenizer)
     return CLIPTextModelWithProjection(config) if projected else CLIPTextModel(config)
 

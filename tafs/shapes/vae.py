@@ -1,4 +1,4 @@
-"""The embedded world's autoencoder: a small AutoencoderKL, 4x down, 8 latent channels."""
+"""The embedded autoencoder: a small AutoencoderKL, 4x downsampling, 8 latent channels."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ BATCH = 32
 
 
 def build(block_out_channels: tuple[int, ...] = (8, 24, 48)) -> AutoencoderKL:
-    """An untrained autoencoder in diffusers' layout. Its decoder must stay cheap beside one
-    evaluation of the transformer, because every scored step decodes."""
+    """An untrained autoencoder in diffusers' layout.
+
+    Its decoder is cheaper than one evaluation of the transformer, since every scored step decodes.
+    """
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -42,14 +44,14 @@ def build(block_out_channels: tuple[int, ...] = (8, 24, 48)) -> AutoencoderKL:
 
 
 def scene_batches(rows: list[prompts.Prompt], size: int, seed: int) -> Iterator[Tensor]:
-    """Endless batches of scenes, [size, 3, H, W] in [0, 1]; tasks are drawn equally often."""
+    """Endless batches of scenes [size, 3, H, W] in [0, 1]; all tasks are equally likely."""
     rng = np.random.default_rng(seed)
     while True:
         yield render([sample_scene(p.row, rng) for p in prompts.draw(rows, size, rng)])
 
 
 def train(steps: int, seed: int = 0, vae: AutoencoderKL | None = None) -> AutoencoderKL:
-    """Reconstruction (L1 + L2) with a slight KL term; sets scaling_factor and shift_factor."""
+    """Train with L1 and L2 loss and a small KL term; set scaling_factor and shift_factor."""
     torch.manual_seed(seed)
     vae = vae or build()
     vae.train()
@@ -87,7 +89,7 @@ def train(steps: int, seed: int = 0, vae: AutoencoderKL | None = None) -> Autoen
 
 @torch.no_grad()
 def reconstruction_accuracy(vae: AutoencoderKL, images: int = 1000, seed: int = 99) -> float:
-    """Share of held-out scenes whose objects and colours the detector finds unchanged."""
+    """Share of held-out scenes in which the detector finds the same objects and colours."""
     rows = prompts.read(FOLDER / "test.jsonl")
     originals = next(scene_batches(rows, images, seed))
     latents = vae.encode(originals * 2 - 1).latent_dist.mode()

@@ -1,7 +1,7 @@
-"""The shipped weights of the embedded world: where they lie, how they are written and verified.
+"""The shipped weights of the embedded models: location, writing and verification.
 
-Weights are stored in float16, in safetensors, and listed with their SHA-256 in `manifest.json`;
-nothing is loaded before its files match the manifest.
+Weights are stored in float16 in safetensors files. `manifest.json` lists the SHA-256 of all files;
+a model is loaded only after its files match.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from tafs.common.files import sha256
 
 ROOT = Path(__file__).parent / "weights"
-VAE = "shapes-sd3/vae"  # the autoencoder that all base models share
+VAE = "shapes-sd3/vae"  # the autoencoder of all base models
 MANIFEST = "manifest.json"
 FACTS = "facts.json"
 NOT_LOADED = (MANIFEST, FACTS, "README.md")
@@ -34,7 +34,7 @@ def save_pipeline(pipeline: Any, folder: Path) -> None:
     pipeline.to(torch.float32)
     for file in (folder / "model_index.json", *folder.glob("*/config.json")):
         settings = json.loads(file.read_text(encoding="utf-8"))
-        # Where a part was loaded from is a path of the machine that trained it.
+        # A path of the machine that trained the model.
         settings.pop("_name_or_path", None)
         file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
@@ -46,7 +46,7 @@ def save_scorer(scorer: Any, folder: Path) -> None:
 
 
 def write_facts(folder: Path, facts: dict[str, Any]) -> None:
-    """What training measured, read by the model card."""
+    """Write the measurements of training, which the model card contains."""
     (folder / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
@@ -55,17 +55,17 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 
 def write_manifest(root: Path = ROOT) -> None:
-    """List every file below `root` that is loaded with its SHA-256."""
+    """List the SHA-256 of every loaded file below `root`."""
     files = sorted(p for p in root.rglob("*") if p.is_file() and p.name not in NOT_LOADED)
     sums = {p.relative_to(root).as_posix(): sha256(p) for p in files}
     (root / MANIFEST).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
 
 
 def verify(name: str, root: Path = ROOT) -> Path:
-    """The folder of the model `name`, after its files matched the manifest.
+    """Check the files of a model against the manifest and return its folder.
 
     Raises:
-        ValueError: a file is missing, altered, or not of the model; names it and the remedy.
+        ValueError: a file is missing, altered or not listed; names it and the remedy.
     """
     listed: dict[str, str] = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
     members = {path: sum_ for path, sum_ in listed.items() if path.startswith(f"{name}/")}
@@ -77,7 +77,7 @@ def verify(name: str, root: Path = ROOT) -> Path:
             state = "altered" if file.is_file() else "missing"
             raise ValueError(f"{file}: {state}; restore it with `git checkout -- {file}`")
     for file in (root / name).rglob("*"):
-        # Libraries prefer some files to others, and would take what somebody has put beside them.
+        # Libraries prefer some files over others and could load an unlisted one.
         known = file.name in NOT_LOADED or file.relative_to(root).as_posix() in members
         if file.is_file() and not known and not file.name.startswith("."):
             raise ValueError(f"{file}: not listed in {root / MANIFEST}; delete it")
@@ -85,7 +85,7 @@ def verify(name: str, root: Path = ROOT) -> Path:
 
 
 def digest(name: str, root: Path = ROOT) -> str:
-    """One SHA-256 for a model: over the manifest's lines of its files."""
+    """SHA-256 of the manifest's lines of a model's files."""
     listed: dict[str, str] = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
     members = [f"{p} {s}\n" for p, s in sorted(listed.items()) if p.startswith(f"{name}/")]
     return hashlib.sha256("".join(members).encode()).hexdigest()
