@@ -66,7 +66,7 @@ def test_a_group_with_fewer_than_two_rewards_has_zero_advantages(normalise):
 
 def test_the_global_std_ignores_missing_rewards():
     rewards = torch.tensor([[0.0, 2.0, NAN], [NAN, 7.0, NAN]])
-    # Batch mean 3, std sqrt((9 + 1 + 16) / 3) = 2.943920: the only reward of the second group counts.
+    # Batch mean 3, std sqrt((9 + 1 + 16) / 3) = 2.943920, the second group's reward included.
     expected = torch.tensor([[-1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]) / 2.943920
     torch.testing.assert_close(grpo.global_std_advantages(rewards), expected, atol=1e-4, rtol=0)
 

@@ -1,4 +1,4 @@
-"""A flow model small enough to know everything about: 2-d latents, an affine estimate."""
+"""A flow model with two-dimensional latents, whose adapter is an affine shift of the images."""
 
 import dataclasses
 import itertools
@@ -13,9 +13,9 @@ from tafs.assets.sources import AssetSettings
 from tafs.data import prompts
 from tafs.data.plugins.shapes import FOLDER
 from tafs.experiment.specs import LoraSpec, RunSpec, TrainingSpec
-from tafs.methods.policy_gradient import PolicyGradient
+from tafs.methods import PolicyGradient
 from tafs.methods.registry import method_class
-from tafs.models.base import Conditioning
+from tafs.models import Conditioning
 from tafs.rewards.metrics import Metric
 from tafs.rewards.registry import Reward, RewardSet
 from tafs.runtime.distributed import ALONE, Processes
@@ -23,7 +23,7 @@ from tafs.training.trainer import Trainer
 
 
 class ToyBackbone:
-    """x0_hat = x_t / 2 + shift(t): the adapter learns where the images lie."""
+    """x0_hat = x_t / 2 + weight t + bias; weight and bias are the adapter."""
 
     latent_shape = (2,)
     device = torch.device("cpu")
@@ -32,7 +32,7 @@ class ToyBackbone:
         self.active = True
 
     def prepare(self, prompts: Sequence[str]) -> None:
-        """There is nothing to encode."""
+        """Do nothing: there are no text encoders."""
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         return Conditioning(torch.zeros(len(prompts), 1, 1), torch.zeros(len(prompts), 1))
@@ -63,7 +63,7 @@ class ToyBackbone:
 
 
 def toy_rewards(names: Sequence[str] = ("clip",)) -> RewardSet:
-    """Larger is better: the first coordinate of the image, then the second."""
+    """Return rewards that are coordinates of the image: the first reward the first, and so on."""
     return RewardSet(
         [
             Reward(
@@ -76,14 +76,14 @@ def toy_rewards(names: Sequence[str] = ("clip",)) -> RewardSet:
 
 
 def call_of(run: Trainer, image: int, step: int = 0) -> tuple[int, int]:
-    """Which call of a reward in an iteration scores an image of this process, and in which row."""
+    """Return the call of a reward, within an iteration, that scores an image, and its row."""
     scored = len(run.method.scored_steps()) if isinstance(run.method, PolicyGradient) else 1
     chunk, row = divmod(image, run.micro_batch)
     return chunk * scored + step, row
 
 
 def spoil(run: Trainer, values: Mapping[tuple[int, int], float], name: str = "clip") -> None:
-    """Let a reward return these values in the given (call, row), counted from now on."""
+    """Make a reward return these values at the given (call, row); calls count from now on."""
 
     def spoiled(reward: Reward) -> Reward:
         calls = itertools.count()
