@@ -1,0 +1,173 @@
+"""The report as a whole: every run is read once, and a system has one name everywhere."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.figure import Figure
+from support import synthetic
+
+from tafs.experiment.schema import FIGURES
+from tafs.experiment.specs import ReportSpec, Spec, TableSpec
+from tafs.report import build, results
+
+CLAIM = """
+- id: gain
+  claim: TAFS-GRPO is better than the base model.
+  source: Table 2
+  experiment: scores
+  better:
+    {row: {method: tafs_grpo}, than: [{method: base, nfe: few}], metrics: [clip]}
+- id: other
+  claim: Early images predict the final one.
+  source: Table 7
+  experiment: absent
+  correlated: {step: 2, above: 0, metrics: [clip]}
+"""
+
+
+@pytest.fixture
+def root(own_runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of results with every kind of table and figure."""
+    tables = [
+        synthetic.table_spec(
+            own_runs,
+            kind=kind,
+            name=kind,
+            curve_nfe=(1, 4),
+            figures={k: f"figure_{k}" for k in FIGURES} if kind == "scores" else {},
+        )
+        for kind in ("scores", "compute", "gains", "correlation")
+    ]
+    write_spec(tmp_path, *tables)
+    (tmp_path / "claims.yaml").write_text(CLAIM, encoding="utf-8")
+    monkeypatch.setattr(build, "CLAIMS", tmp_path / "claims.yaml")
+    return tmp_path
+
+
+def write_spec(root: Path, *tables: TableSpec, scale: str = "shapes") -> None:
+    spec = ReportSpec(scale=scale, tables=tables)
+    (root / "report_spec.json").write_text(spec.to_json(), encoding="utf-8")
+
+
+def test_the_report_writes_every_table_figure_and_claim(root: Path) -> None:
+    (root / "runs" / "base-0" / ".eval_state" / "ode-4-0").mkdir(parents=True)
+    build.build(root)
+    tables = {file.name for file in (root / "tables").iterdir()}
+    kinds = ("scores", "compute", "gains", "correlation")
+    assert tables == {f"{k}.{e}" for k in kinds for e in ("csv", "md", "tex", "html", "parquet")}
+    drawn = {file.name for file in (root / "figures").iterdir()}
+    assert drawn == {f"figure_{kind}.{ending}" for kind in FIGURES for ending in ("png", "pdf")}
+    verdicts = json.loads((root / "claims.json").read_text(encoding="utf-8"))
+    assert [v["verdict"] for v in verdicts] == ["reproduced", "not tested"]
+    assert not (root / "runs" / "base-0" / ".eval_state").exists()
+
+
+def test_every_run_is_read_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: Counter[str] = Counter()
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def count(file: Path, *more: Path) -> Any:
+            read.update(str(path.relative_to(root)) for path in (file, *more))
+            return function(file, *more)
+
+        return count
+
+    for module, name in (
+        (results, "read_scores"),
+        (results, "read_trajectory_rewards"),
+        (results.journal, "iterations"),
+    ):
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
+    read_spec = Spec.__dict__["read"].__func__
+
+    def counted_spec(cls: type[Spec], file: Path) -> Spec:
+        return counted(partial(read_spec, cls))(file)
+
+    monkeypatch.setattr(Spec, "read", classmethod(counted_spec))
+    build.build(root)
+    names = {path.name for path in (root / "runs").iterdir()}
+    expected = {"report_spec.json", "runs/base-0/trajectory_rewards.parquet"}
+    for file in ("run.json", "evaluation.json", "scores.parquet"):
+        expected |= {f"runs/{name}/{file}" for name in names}
+    expected |= {f"runs/{name}/journal.jsonl" for name in names - {"base-0"}}
+    assert dict(read) == dict.fromkeys(expected, 1)
+
+
+def test_a_system_has_one_label_in_tables_figures_and_claims(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = synthetic.table_spec(
+        sorted((root / "runs").iterdir()),
+        name="scores",
+        curve_nfe=(1, 4),
+        figures={kind: f"figure_{kind}" for kind in FIGURES},
+    )
+    labels = {"base": "Untrained", "flow_grpo": "First", "tafs_grpo": "Second"}
+    rows = [row.model_copy(update={"label": labels[row.variant]}) for row in spec.rows]
+    write_spec(root, spec.model_copy(update={"rows": tuple(rows)}))
+    saved: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: saved.append(self))
+    build.build(root)
+    for figure in saved:
+        legends = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+        shown = " ".join([*legends, *(text.get_text() for text in figure.texts)])
+        assert "First" in shown and "Second" in shown
+        assert not any(title in shown for title in ("TAFS-GRPO", "Flow-GRPO", "shapes-sd3"))
+    table = (root / "tables" / "scores.md").read_text(encoding="utf-8")
+    assert [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| ")][2:] == [
+        "| Untrained",
+        "| Untrained",
+        "| First",
+        "| Second",
+    ]
+    assert "CLIP: Second at 4 steps - Untrained at 4 steps" in (root / "claims.md").read_text()
+
+
+def test_claims_about_excluded_methods_are_not_tested(root: Path) -> None:
+    runs = sorted((root / "runs").iterdir())
+    spec = synthetic.table_spec(runs[:3], name="scores", excluded_methods=("tafs_grpo",))
+    write_spec(root, spec)
+    build.build(root)
+    verdicts = json.loads((root / "claims.json").read_text(encoding="utf-8"))
+    assert {v["verdict"] for v in verdicts} == {"not tested"}
+
+
+def test_the_papers_values_are_printed_at_the_papers_scale_only(root: Path) -> None:
+    spec = synthetic.table_spec(sorted((root / "runs").iterdir()), name="table2")
+    for scale, printed in (("shapes", False), ("paper", True)):
+        write_spec(root, spec, scale=scale)
+        build.build(root)
+        assert (
+            "(paper: " in (root / "tables" / "table2.md").read_text(encoding="utf-8")
+        ) == printed
+
+
+def test_random_weights_mark_the_claims_of_all_tables(root: Path) -> None:
+    file = root / "runs" / "base-0" / "evaluation.json"
+    random = {**json.loads(file.read_bytes()), "random_weights": ["clip"]}
+    file.write_text(json.dumps(random), encoding="utf-8")
+    build.build(root)
+    assert "RANDOM WEIGHTS: clip." in (root / "claims.md").read_text(encoding="utf-8")
+    for table in (root / "tables").glob("*.md"):
+        assert table.read_text(encoding="utf-8").startswith("RANDOM WEIGHTS: ")
+
+
+def test_a_broken_run_ends_the_command_with_one_line(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(root / "runs" / "flow_grpo-1")
+    monkeypatch.setattr("sys.argv", ["tafs.report.build", str(root)])
+    with pytest.raises(SystemExit) as caught:
+        build.main()
+    assert caught.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert message.startswith(f"report: {root}/runs/flow_grpo-1/run.json: not found")
