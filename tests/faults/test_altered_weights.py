@@ -1,4 +1,4 @@
-"""Weights with one altered byte, and files that nobody listed, are refused before they are used."""
+"""Weights with one altered bit and unlisted files are refused before they are loaded."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.downloads import fetched, fetched_once, locked, project, served  # noqa: F401 - fixtures
+from support.downloads import fetched, fetched_once, locked, project, served  # noqa: F401
 
+from tafs import experiment
 from tafs.assets import cache, lockfile
-from tafs.experiment import evaluations, runs, validate
 from tafs.shapes import weights
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,30 +27,26 @@ def copied(tmp_path) -> Path:
 
 
 def alter(file: Path, rng: random.Random) -> None:
-    """Another bit, and the file's times as they were."""
+    """Flip one bit and restore the file's times."""
     content, times = bytearray(file.read_bytes()), file.stat()
     content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     file.write_bytes(content)
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
-def model_of(listed: str) -> str:
-    """The folder that is verified as a whole."""
-    return listed.split("/")[0]
-
-
-def test_an_altered_byte_of_any_shipped_file_is_refused(copied, trials):
+def test_an_altered_shipped_file_is_refused(copied, trials):
     rng = random.Random(0)
     order = rng.sample(LISTED, len(LISTED))
     for number in trials("weights: one byte altered, shipped", 5, max(100, len(LISTED))):
         file = copied / order[number % len(order)]
+        model = order[number % len(order)].split("/")[0]  # the folder that is verified
         whole = file.read_bytes()
         alter(file, rng)
         with pytest.raises(ValueError) as caught:
-            weights.verify(model_of(order[number % len(order)]), copied)
+            weights.verify(model, copied)
         assert str(caught.value) == f"{file}: altered; restore it with `git checkout -- {file}`"
         file.write_bytes(whole)
-        weights.verify(model_of(order[number % len(order)]), copied)
+        weights.verify(model, copied)
 
 
 INTRUDERS = (
@@ -63,7 +59,7 @@ INTRUDERS = (
 )
 
 
-def test_a_file_that_is_not_listed_is_refused(copied, trials):
+def test_an_unlisted_shipped_file_is_refused(copied, trials):
     for number in trials("weights: a file beside them, shipped", 2, 2 * len(INTRUDERS)):
         model = ("shapes-flux", "shapes-sd3")[number % 2]
         file = copied / model / INTRUDERS[number // 2]
@@ -73,7 +69,7 @@ def test_a_file_that_is_not_listed_is_refused(copied, trials):
         file.unlink()
 
 
-def test_an_altered_byte_of_any_fetched_file_is_refused(fetched, trials):  # noqa: F811
+def test_an_altered_downloaded_file_is_refused(fetched, trials):  # noqa: F811
     rng = random.Random(1)
     entries = lockfile.read_lock()
     files = [(name, file) for name, entry in entries.items() for file in entry.files]
@@ -87,44 +83,43 @@ def test_an_altered_byte_of_any_fetched_file_is_refused(fetched, trials):  # noq
             cache.path(name)
         said = str(caught.value)
         assert said.startswith(f"{file} is altered: has SHA-256 ")
-        assert said.endswith(f"and run `python -m tafs.assets.download fetch {name}`")
+        assert f"and run `python -m tafs.assets.download fetch {name}`" in said
         file.write_bytes(whole)
         cache.path(name)
     assert fetched.hub.requests == []
 
 
 STAGES = (
-    ("train", "shapes-flux/transformer/diffusion_pytorch_model.safetensors"),
-    ("evaluate", "hpsv2/model.safetensors"),
-    ("trajectory_rewards", "shapes-flux/vae/diffusion_pytorch_model.safetensors"),
-    ("train", "pickscore/model.safetensors"),
-    ("evaluate", "shapes-flux/model_index.json"),
-    ("trajectory_rewards", "imagereward/tokenizer.json"),
+    ("training.train", "shapes-flux/transformer/diffusion_pytorch_model.safetensors"),
+    ("evaluation.evaluate", "hpsv2/model.safetensors"),
+    ("evaluation.trajectory_rewards", "shapes-flux/vae/diffusion_pytorch_model.safetensors"),
+    ("training.train", "pickscore/model.safetensors"),
+    ("evaluation.evaluate", "shapes-flux/model_index.json"),
+    ("evaluation.trajectory_rewards", "imagereward/tokenizer.json"),
 )
 
 
 def test_every_stage_verifies_what_it_loads(tmp_path, trials):
-    """Also where the files were whole when the plan was made."""
+    """The files may have been altered after the workflow was planned."""
     for name in ("tafs", "baselines"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
-    settings = validate.read(ROOT / "config.yaml", {"scale": "smoke"})
+    plan = experiment.load({"scale": "smoke"}, ROOT / "config.yaml")
     rng = random.Random(2)
     for number in trials("weights: one byte altered, before each stage", 0, len(STAGES)):
-        stage, altered = STAGES[number]
+        module, altered = STAGES[number]
+        stage = module.split(".")[1]
         trained = "tafs_grpo.preference.shapes-flux.0"
         name = trained if stage == "train" else "base.shapes.shapes-flux"
         folder = tmp_path / str(number) / name
         folder.mkdir(parents=True)
-        run = runs.runs(settings)[name]
-        (folder / "run.json").write_text(runs.to_json(run.describe()))
-        how = evaluations.evaluations(settings)[name]
-        (folder / "evaluation.json").write_text(runs.to_json(how))
+        (folder / "run.json").write_text(plan.runs[name].to_json())
+        (folder / "evaluation.json").write_text(plan.evaluations[name].to_json())
         file = tmp_path / "tafs/shapes/weights" / altered
         whole = file.read_bytes()
         alter(file, rng)
         done = subprocess.run(
-            [sys.executable, "-m", f"tafs.{stage}", str(folder)],
+            [sys.executable, "-m", f"tafs.{module}", str(folder)],
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(tmp_path)},
             capture_output=True,

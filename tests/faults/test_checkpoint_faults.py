@@ -1,4 +1,4 @@
-"""Damage to the resume state is noticed, and costs one interval at most."""
+"""Damage to the resume state is detected and costs at most one checkpoint interval."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PRINT = "5f1c"
 
 
 def content(iteration: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """What a training keeps, in small: adapter, average, two moments a parameter, settings."""
+    """Return the small equivalent of a training's state."""
     generator = torch.Generator().manual_seed(iteration)
     names = [f"{kind}/{n}" for kind in ("lora", "ema", "optimizer") for n in range(4)]
     tensors = {name: torch.randn(16, 8, generator=generator) for name in names}
@@ -32,7 +32,7 @@ def save(folder: Path, iteration: int) -> None:
 
 
 def loaded(folder: Path) -> int:
-    """The iteration of the state that is used, which must be as it was saved."""
+    """Return the iteration of the loaded state, which must be as it was saved."""
     state = checkpoint.load(folder, PRINT)
     assert state is not None
     tensors, values = content(state.iteration)
@@ -54,7 +54,7 @@ def newest(folder: Path) -> list[Path]:
     return sorted(max(p for p in folder.iterdir() if p.name.isdecimal()).iterdir())
 
 
-def test_a_flipped_bit_is_noticed_and_the_previous_state_used(saved, tmp_path, trials) -> None:
+def test_after_a_flipped_bit_the_previous_state_is_used(saved, tmp_path, trials) -> None:
     draw = random.Random(7)
     for number in trials("checkpoint: one bit flipped", 20, 200):
         folder = Path(shutil.copytree(saved, tmp_path / str(number)))
@@ -62,11 +62,11 @@ def test_a_flipped_bit_is_noticed_and_the_previous_state_used(saved, tmp_path, t
         data = bytearray(file.read_bytes())
         data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
         file.write_bytes(data)
-        # White space in the manifest may be another one, and the state the same.
+        # A bit of the manifest's white space may not change its meaning.
         assert loaded(folder) in ((10, 20) if file.name == checkpoint.MANIFEST else (10,))
 
 
-def test_a_truncation_is_noticed_and_the_previous_state_used(saved, tmp_path, trials) -> None:
+def test_after_a_truncation_the_previous_state_is_used(saved, tmp_path, trials) -> None:
     draw = random.Random(8)
     for number in trials("checkpoint: truncated", 10, 50):
         folder = Path(shutil.copytree(saved, tmp_path / str(number)))
@@ -76,7 +76,7 @@ def test_a_truncation_is_noticed_and_the_previous_state_used(saved, tmp_path, tr
 
 
 def saving(folder: Path, step: int, after: bool) -> Callable[[], None]:
-    """Saves, and kills itself before or after its fsync or rename of that number."""
+    """Return what saves, and kills its process around its fsync or rename number `step`."""
     taken = 0
 
     def counted(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -99,10 +99,10 @@ def saving(folder: Path, step: int, after: bool) -> Callable[[], None]:
     return work
 
 
-def test_a_kill_around_every_fsync_and_rename_costs_one_interval_at_most(
+def test_a_kill_around_any_fsync_or_rename_costs_one_interval_at_most(
     saved, tmp_path, trials
 ) -> None:
-    """Three files, their folder, the rename, and the folder of all: six points, each side."""
+    """Fsync of three files and their folder, the rename, fsync of the parent: six steps."""
     points = [(step, after) for step in range(1, 7) for after in (False, True)]
     ends = []
     for number in trials("checkpoint: kill -9 before or after an fsync or rename", 12, 12):
@@ -113,5 +113,5 @@ def test_a_kill_around_every_fsync_and_rename_costs_one_interval_at_most(
         save(folder, 40)
         assert loaded(folder) == 40
         assert len(list(folder.iterdir())) == checkpoint.KEPT
-    # Until the rename, which is the fifth, the state before; from then on the new one.
+    # Before the rename, the fifth step, the previous state is used, afterwards the new one.
     assert ends == [20] * 9 + [30] * 3

@@ -1,7 +1,7 @@
-"""Credentials in the environment of a whole run: none of its files holds a trace of them.
+"""No file of a whole run contains a credential from its environment.
 
-The results lie under a path with a space and letters of several scripts, which every stage has to
-take.
+The results are under a path with a space and letters of several scripts, which every stage must
+support.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from urllib.parse import quote
 import pyarrow.parquet
 import pytest
 from PIL import Image
+from support.project_copy import NEEDED
 
 ROOT = Path(__file__).resolve().parents[2]
-NEEDED = ("config.yaml", "claims.yaml", "environment.yml", "workflow", "tafs", "baselines")
 SECRETS = {
     "HF_TOKEN": "hf_Canary+One/Xq7!wZ2k9",
     "WANDB_API_KEY": "wandbcanary0123456789abcdef01",
@@ -35,7 +35,7 @@ RUN_S = 3000
 
 @pytest.fixture(scope="module")
 def left_behind(request, tmp_path_factory) -> list[Path]:
-    """All that a run of everything, its report and its tracking have written."""
+    """Return all files of a run of everything, its report and its tracking."""
     if not request.config.getoption("--torture"):
         pytest.skip("a run of everything takes minutes")
     folder = tmp_path_factory.mktemp("secrets")
@@ -64,23 +64,23 @@ def left_behind(request, tmp_path_factory) -> list[Path]:
 
 
 def forms(secret: str) -> Iterator[bytes]:
-    """The secret as it may have been written."""
+    """Yield the forms in which a secret may have been written."""
     plain = secret.encode()
     yield plain
     yield plain[::-1]
     yield plain.hex().encode()
     yield quote(secret, safe="").encode()
     yield plain.decode().encode("utf-16-le")
-    for shift in range(3):  # wherever it stands in what was encoded
+    for shift in range(3):  # depends on its position in the encoded data
         encoded = base64.b64encode(b"\0" * shift + plain)
-        # The first and the last characters depend on what is beside it.
+        # The first and last characters depend on the neighbouring data.
         whole = encoded[-(-shift * 8 // 6) + (1 if shift else 0) : -4]
         yield whole
         yield whole.replace(b"+", b"-").replace(b"/", b"_")
 
 
 def contents(file: Path) -> Iterator[bytes]:
-    """A file's bytes, and what is compressed or encoded in it."""
+    """Yield a file's bytes and what is compressed or encoded in it."""
     data = file.read_bytes()
     yield data
     if data.startswith(b"PAR1"):
@@ -105,7 +105,7 @@ def traces(secret: str, files: list[Path]) -> list[Path]:
     return [f for f in files if any(form in part for part in contents(f) for form in wanted)]
 
 
-def test_no_file_holds_a_credential(left_behind, trials):
+def test_no_file_contains_a_credential(left_behind, trials):
     kinds = {file.suffix for file in left_behind}
     assert {".db", ".html", ".json", ".jsonl", ".log", ".parquet", ".pdf", ".png"} <= kinds
     secrets = list(SECRETS.values())
@@ -114,7 +114,7 @@ def test_no_file_holds_a_credential(left_behind, trials):
 
 
 @pytest.mark.parametrize("name", SECRETS)
-def test_a_credential_would_be_found_in_any_form(tmp_path, name):
+def test_a_credential_is_found_in_any_form(tmp_path, name):
     secret = SECRETS[name]
     plain = secret.encode()
     written = [plain, plain[::-1], plain.hex().encode(), quote(secret, safe="").encode()]

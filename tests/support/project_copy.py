@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from tafs.common import yaml_files
 
 ROOT = Path(__file__).resolve().parents[2]
 NEEDED = (
@@ -128,18 +131,11 @@ def reduced(folder: Path, iterations: int) -> Project:
     """Copy the project with one method and one table at its scale."""
     place = copied(folder, folder / "results")
     file = folder / "config.yaml"
-    text = file.read_text()
-    six = "[dance_grpo, mix_grpo, flow_grpo, rg_lcd, reward_instruct, tafs_grpo]"
-    changes = {
-        six: "[tafs_grpo]",
-        "experiments: [table2, equal_compute, gains, table7]\n    iterations: 2": (
-            f"experiments: [gains]\n    iterations: {iterations}"
-        ),
-    }
-    for old, new in changes.items():
-        assert text.count(old) == 1
-        text = text.replace(old, new)
-    file.write_text(text[: text.index("\n# The search that")])  # it names the other methods
+    config = yaml_files.load_yaml(file, dict)
+    config["scales"]["smoke"] |= {"experiments": ["gains"], "iterations": iterations}
+    config["experiments"]["gains"]["methods"] = ["tafs_grpo"]
+    del config["tuning"]  # it names the other methods
+    file.write_text(json.dumps(config), encoding="utf-8")
     return place
 
 
