@@ -1,4 +1,4 @@
-"""The command line: what it loads, how it refuses, and what it hands on."""
+"""The command `tafs`: its imports, its errors and the arguments that it passes on."""
 
 from __future__ import annotations
 
@@ -45,13 +45,16 @@ def test_help_names_the_commands_and_loads_no_torch():
     "arguments, said",
     [
         ([], "tafs: the following arguments are required: COMMAND (see tafs --help)"),
-        (["plan", "--nodes", "0"], "tafs plan: argument --nodes: '0' is no number from 1"),
-        (["plan", "--gpu-hour-price", "nan"], "--gpu-hour-price: 'nan' is no number above 0"),
+        (
+            ["plan", "--nodes", "0"],
+            "tafs plan: argument --nodes: '0' is not a whole number above 0",
+        ),
+        (["plan", "--gpu-hour-price", "nan"], "--gpu-hour-price: 'nan' is not a number above 0"),
         (["status", "--sc", "smoke"], "tafs: unrecognized arguments: --sc smoke"),
-        (["status", "--every", "-1"], "argument --every: '-1' is no number above 0"),
+        (["status", "--every", "-1"], "argument --every: '-1' is not a number above 0"),
     ],
 )
-def test_a_wrong_argument_is_refused_in_one_line(capsys, arguments, said):
+def test_a_wrong_argument_is_one_line(capsys, arguments, said):
     with pytest.raises(SystemExit) as ended:
         cli.main(arguments)
     assert ended.value.code == 2
@@ -60,7 +63,7 @@ def test_a_wrong_argument_is_refused_in_one_line(capsys, arguments, said):
 
 
 @pytest.mark.parametrize("command", ["plan", "status", "sync"])
-def test_a_wrong_scale_is_refused_in_one_line(command):
+def test_an_unknown_scale_is_one_line(command):
     done = tafs(command, "--scale", "smoek")
     [line] = done.stderr.splitlines()
     assert done.returncode == 2
@@ -69,13 +72,13 @@ def test_a_wrong_scale_is_refused_in_one_line(command):
     )
 
 
-def test_a_folder_without_a_configuration_is_refused_in_one_line(tmp_path):
+def test_a_folder_without_a_configuration_is_one_line(tmp_path):
     done = tafs("status", folder=tmp_path)
     refusal = "config.yaml: cannot be read (No such file or directory); put a file there"
     assert (done.returncode, done.stderr) == (2, f"tafs status: {refusal}\n")
 
 
-def test_status_is_shown_of_the_scale_that_is_asked_for(tmp_path):
+def test_status_shows_the_scale_that_is_asked_for(tmp_path):
     done = tafs("status", "--scale", "smoke", "--results", str(tmp_path))
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("scale smoke: 7 waiting; 0 of 14 jobs done\n")
@@ -84,11 +87,12 @@ def test_status_is_shown_of_the_scale_that_is_asked_for(tmp_path):
 @pytest.fixture
 def two_runs(tmp_path, monkeypatch) -> list[Path]:
     monkeypatch.chdir(ROOT)
-    plan = graph.read({"scale": "smoke", "results": str(tmp_path)})
-    folders = [Path(plan.root) / "runs" / name for name in list(plan.runs)[-2:]]
-    for folder in folders:
+    found = graph.read({"scale": "smoke", "results": str(tmp_path)})
+    runs = list(found.plan.runs.values())[-2:]
+    folders = [Path(found.folder(run.name)) for run in runs]
+    for run, folder in zip(runs, folders, strict=True):
         folder.mkdir(parents=True)
-        (folder / "run.json").write_text(plan.description(folder.name))
+        (folder / "run.json").write_text(run.to_json())
         Journal(folder / "journal.jsonl").append("start", fingerprint="x")
     return folders
 
@@ -109,8 +113,8 @@ def test_sync_mirrors_the_scales_runs_or_those_that_are_named(two_runs, tmp_path
         assert client.get_experiment_by_name("preference") is not None
 
 
-def test_sync_says_that_no_run_is_there(tmp_path):
+def test_sync_without_runs_is_one_line(tmp_path):
     done = tafs("sync", "--scale", "smoke", "--results", str(tmp_path))
     assert (done.returncode, done.stderr) == (
-        *(2, f"tafs sync: {tmp_path}/smoke: no run is there yet; start it first\n"),
+        *(2, f"tafs sync: {tmp_path}/smoke: contains no runs; start them with snakemake first\n"),
     )

@@ -284,7 +284,7 @@ def test_files_that_are_being_written_are_ignored(graph):
 
 
 def test_time_left_is_that_of_all_trainings_divided_by_those_that_run():
-    """3 x 2 s, 4 x 6 s, and one that has not started, at its method's 2 s: 5 x 2 s; two at a time."""
+    """3 x 2 s, 4 x 6 s, and 5 x 2 s of a run at its method's pace; two at a time."""
 
     def state(name: str, done: int, total: int, pace: float | None) -> State:
         return State(name, name, (done, total), "", pace, None, None, "", "", (0, 2))

@@ -1,0 +1,77 @@
+"""The graph lists exactly Snakemake's jobs, with their inputs and resources."""
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tafs.orchestration import graph as graphs
+from tafs.orchestration import snakemake_hooks
+from tafs.orchestration.graph import Graph, Job
+
+ROOT = Path(__file__).resolve().parents[2]
+TAFS = "tafs_grpo.preference.flux-dev.0"
+
+
+@pytest.fixture(scope="module")
+def paper() -> Graph:
+    return graphs.read({"scale": "paper"}, ROOT / "config.yaml")
+
+
+def with_scale(graph: Graph, **changes) -> Graph:
+    """The graph with other settings of its scale."""
+    config = graph.plan.config
+    scale = config.active.model_copy(update=changes)
+    changed = config.model_copy(update={"scales": {**config.scales, config.scale: scale}})
+    return Graph(dataclasses.replace(graph.plan, config=changed))
+
+
+@pytest.mark.parametrize("scale", ["smoke", "paper"])
+def test_the_jobs_are_those_of_a_forced_dry_run(scale, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    overrides = {"scale": scale, "results": str(tmp_path)}
+    options = [f"{key}={value}" for key, value in overrides.items()]
+    planned = snakemake_hooks.dry_run(["all", "--forceall", "--config", *options])
+    expected = Counter(
+        Job(job.rule, job.wildcards.get("run") or job.wildcards.get("resource", ""))
+        for job in planned
+    )
+    assert Counter(graphs.read(overrides).jobs()) == expected
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_jobs_wait_for_the_downloads_that_they_read(paper):
+    names = [Path(mark).name for mark in paper.fetched(TAFS)]
+    assert names == ["clip-vit-h-14", "clip-vit-l-14", "flux-dev", "pickapic", "pickscore"]
+    judging = {Path(mark).name for mark in paper.fetched(TAFS, judging=True)}
+    assert {"flux-dev", "pickapic", "hpsv2", "imagereward"} <= judging
+    assert not judging & {"unifiedreward", "mask2former"}
+    assert "unifiedreward" in {Path(mark).name for mark in paper.served_inputs}
+    assert graphs.read({"scale": "smoke"}, ROOT / "config.yaml").reward_check == []
+
+
+def test_training_takes_all_gpus_of_its_nodes_and_other_stages_one(paper):
+    train = paper.resources("train")
+    assert (train["gpu"], train["nodes"], train["train_processes"]) == (8, 1, 8)
+    assert [train["mem_mb"](None, attempt) for attempt in (1, 2, 3)] == [480_000, 720_000, 960_000]
+    assert paper.resources("evaluate")["gpu"] == 1
+    assert "train_processes" not in paper.resources("evaluate")
+
+
+def test_training_on_several_nodes_asks_for_gpus_per_node(paper):
+    train = with_scale(paper, processes=16, nodes=2).resources("train")
+    assert train["gres"] == "gpu:8" and "gpu" not in train
+    assert (train["mpi"], train["nodes"], train["tasks"], train["tasks_per_gpu"]) == (
+        "srun",
+        2,
+        2,
+        0,
+    )
+
+
+def test_the_servers_command_reaches_the_jobs_quoted(paper):
+    server = ("it's", "{folder}")
+    evaluation = paper.scale.evaluation.model_copy(update={"server": server})
+    found = with_scale(paper, evaluation=evaluation).environment
+    assert found.format() == """HF_HUB_OFFLINE=1 TAFS_SERVER='["it'"'"'s", "{folder}"]'"""
