@@ -69,8 +69,8 @@ def _base(name: str, layout: str, folder: Path) -> str:
         folder,
         f"An embedded base model: a diffusers pipeline with {layout}.",
         f"Flow matching on {recipe['scenes']:,} rendered scenes of the training captions per "
-        f"cycle, batch size {recipe['batch']}, AdamW, cosine cycles of {steps_taken}; the weights are "
-        f"averaged ({seconds / 60:.0f} minutes on one core).",
+        f"cycle, batch size {recipe['batch']}, AdamW, cosine cycles of {steps_taken}; the weights "
+        f"are averaged ({seconds / 60:.0f} minutes on one core).",
         "Strict GenEval accuracy of the shipped weights on held-out captions, four images each:\n\n"
         + "\n".join(rows)
         + "\n\nWith ten images each and different noise: "

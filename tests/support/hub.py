@@ -1,13 +1,13 @@
-"""A Hugging Face hub on 127.0.0.1 for the real client, and the part of GitHub that is needed.
+"""A Hugging Face hub on 127.0.0.1 for the real client, and the necessary part of GitHub.
 
-FOLDER/OWNER/NAME/ holds a model's files, FOLDER/datasets/OWNER/NAME/ a data set's and
-FOLDER/github/OWNER/NAME/ those of a repository on GitHub. A repository has one revision, a digest
-of its content. Files with the suffixes of weights are served as the hub serves Git LFS files, with
-their SHA-256 as ETag, all others with git's hash.
+The files of models are in FOLDER/OWNER/NAME/, those of data sets in FOLDER/datasets/OWNER/NAME/ and
+those of GitHub repositories in FOLDER/github/OWNER/NAME/. A repository has one revision, a digest
+of its content. Weights are served like Git LFS files, with their SHA-256 as ETag, and other files
+with git's hash.
 
-    python tests/support/hub.py FOLDER -- COMMAND ...
+    HF_HOME=... python tests/support/hub.py FOLDER -- COMMAND ...
 
-runs a command against it; give it an HF_HOME of its own, where no real models lie.
+runs a command that uses this hub; HF_HOME must not contain real models.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ GITHUB_FILE = re.compile(r"/raw/([^/]+/[^/]+)/([0-9a-f]{40})/(.+)")
 
 @dataclass
 class Faults:
-    """What goes wrong, by a file's path inside its repository or by OWNER/NAME."""
+    """Failures, by a file's path in its repository or by OWNER/NAME."""
 
-    truncate_once: dict[str, int] = field(default_factory=dict)  # hang up after so many bytes
-    changed: set[str] = field(default_factory=set)  # their first byte is another
+    truncate_once: dict[str, int] = field(default_factory=dict)  # bytes before hanging up
+    changed: set[str] = field(default_factory=set)  # their first byte is changed
     absent: set[str] = field(default_factory=set)  # listed, but answered with 404
     gated: set[str] = field(default_factory=set)  # repositories that need an accepted token
     accepted_tokens: set[str] = field(default_factory=set)
@@ -76,7 +76,7 @@ def listing(repository: Path) -> dict[str, Content]:
 
 
 def revision(repository: Path) -> str:
-    """40 hexadecimal digits that change with any file."""
+    """40 hexadecimal digits that depend on all files."""
     lines = [f"{name} {facts.git}\n" for name, facts in listing(repository).items()]
     return hashlib.sha1("".join(lines).encode(), usedforsecurity=False).hexdigest()
 
@@ -86,7 +86,7 @@ class _Handler(BaseHTTPRequestHandler):
     hub: Hub
 
     def log_message(self, *_: object) -> None:
-        """The test's own output is enough."""
+        """Log nothing."""
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -114,10 +114,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(404)
 
     def _repository(self, kind: str | None, name: str, wanted: str | None) -> Path | None:
-        """Its folder; None after an answer that refuses it."""
+        """The repository's folder; None after refusing the request."""
         repository = self.hub.folder / ("datasets" if kind else "") / name
         if not repository.is_dir():
-            # The hub does not tell a missing repository from a private one.
+            # The hub does not distinguish missing from private repositories.
             self._refuse(404 if self._token() else 401, "RepoNotFound", "Repository not found")
             return None
         if self._token() and self._token() not in self._tokens():
@@ -224,7 +224,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class Hub:
-    """The server, for a `with` block; `faults` may change meanwhile, `requests` is what came."""
+    """The server, a context manager; `faults` can be changed, `requests` are those received."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -243,7 +243,7 @@ class Hub:
         self._server.server_close()
 
     def environment(self, **more: str) -> dict[str, str]:
-        """This process's environment, with this hub instead of the real one and no token."""
+        """This process's environment with this hub and without a token."""
         ours = ("HF_", "HUGGING", "TRANSFORMERS_OFFLINE")
         kept = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
         local = {"HF_ENDPOINT": self.url, "TAFS_GITHUB": self.url, "NO_PROXY": "127.0.0.1"}
@@ -255,7 +255,7 @@ def main() -> None:
         print("usage: python tests/support/hub.py FOLDER -- COMMAND ...", file=sys.stderr)
         sys.exit(2)
     if "HF_HOME" not in os.environ:
-        print("HF_HOME: set it to a folder of its own, where no real models lie", file=sys.stderr)
+        print("HF_HOME: set it to a folder without real models", file=sys.stderr)
         sys.exit(2)
     with Hub(Path(sys.argv[1])) as hub:
         environment = hub.environment(HF_HOME=os.environ["HF_HOME"])

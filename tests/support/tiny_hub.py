@@ -1,15 +1,16 @@
-"""The paper's scale on a laptop: every repository of resources.yaml with a tiny random checkpoint.
+"""The scale `paper` on a laptop: a tiny random checkpoint for each repository of resources.yaml.
 
-    python tests/support/tiny_hub.py FOLDER [EXPERIMENT ...]
+    PYTHONPATH=tests python tests/support/tiny_hub.py FOLDER [EXPERIMENT ...]
 
-makes FOLDER a copy of the project whose scale `paper` is small, locks and fetches its resources
-from a hub on 127.0.0.1 with the real client, and runs `snakemake all --config scale=paper` there:
-every job of the real graph, or of some of its experiments. Layouts, file names, configuration
-fields and tensor names are the published ones; so is the code.
+copies the project to FOLDER with a small scale `paper`, pins and fetches its resources from a hub
+on 127.0.0.1 with the real client, and runs `snakemake all --config scale=paper` there: all jobs of
+the real graph, or those of some experiments. Layouts, file names, configuration fields and tensor
+names are the published ones.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import subprocess
@@ -22,7 +23,7 @@ import tafs.common.torchvision_patch  # noqa: F401 - before anything imports tor
 
 # isort: split
 import torch
-import yaml
+from ruamel.yaml import YAML
 from safetensors.torch import save_file
 from support import tiny_detector, tiny_pipelines, tiny_rewards
 from support.hub import Hub
@@ -33,11 +34,11 @@ from tafs.common import yaml_files
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = (
     *("config.yaml", "claims.yaml", "resources.yaml", "environment.yml", "pyproject.toml"),
-    *("workflow", "tafs", "baselines"),
+    *("setup.py", "README.md", "workflow", "tafs", "baselines"),
 )
-STEPS = 4  # of every model at the most
+STEPS = 4  # largest number of steps of a model
 PICKAPIC = (40, 8)  # training and test prompts
-# What is small about the scale: sizes and budgets, and that the GPU is a processor.
+# Small sizes and budgets, on a CPU.
 SCALE: Mapping[str, Any] = {
     "device": "cpu",
     "processes": 2,
@@ -58,12 +59,12 @@ EVALUATION: Mapping[str, Any] = {
     "correlation_prompts": 12,
     "batch": 6,
     "resolution": 64,
-    "server": [sys.executable, str(ROOT / "tests" / "chat_server.py"), "{port}"],
+    "server": [sys.executable, str(ROOT / "tests" / "support" / "chat_server.py"), "{port}"],
 }
 
 
 def unifiedreward(folder: Path) -> None:
-    """CodeGoat24/UnifiedReward-7b-v1.5, of which only the server reads more than the names."""
+    """CodeGoat24/UnifiedReward-7b-v1.5; only the server would read the content."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text('{"architectures": ["LlavaQwenForCausalLM"]}')
     (folder / "merges.txt").write_text("#version: 0.2\n")
@@ -71,7 +72,7 @@ def unifiedreward(folder: Path) -> None:
 
 
 def siglip(folder: Path) -> None:
-    """google/siglip-so400m-patch14-384, the same."""
+    """google/siglip-so400m-patch14-384; only the server would read the content."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     (folder / "spiece.model").write_bytes(b"pieces")
@@ -120,7 +121,7 @@ WRITERS: Mapping[str, Callable[[Path], object]] = {
 
 
 def write(folder: Path) -> Path:
-    """A hub's folder with every repository of resources.yaml."""
+    """Write every repository of resources.yaml into a hub's folder."""
     for name, resource in lockfile.read(ROOT / "resources.yaml").items():
         place = folder / resource.hub if resource.hub else folder / "github" / str(resource.github)
         WRITERS[name](place)
@@ -128,7 +129,7 @@ def write(folder: Path) -> Path:
 
 
 def configure(file: Path, experiments: Sequence[str], methods: Sequence[str] = ()) -> str:
-    """config.yaml with a small scale `paper`, of these experiments and methods or of all."""
+    """The text of config.yaml with a small scale `paper` and some experiments and methods."""
     content = yaml_files.load_yaml(file, dict)
     scale = content["scales"]["paper"]
     scale |= SCALE
@@ -136,25 +137,33 @@ def configure(file: Path, experiments: Sequence[str], methods: Sequence[str] = (
     if experiments:
         scale["experiments"] = list(experiments)
     if methods:
-        scale["without"] = [name for name in content["methods"] if name not in methods]
-    return yaml.safe_dump(content, sort_keys=False)
+        scale["exclude_methods"] = [name for name in content["methods"] if name not in methods]
+    return _text(content)
+
+
+def _text(content: Mapping[str, Any]) -> str:
+    out = io.StringIO()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.sort_base_mapping_type_on_output = False
+    yaml.dump(content, out)
+    return out.getvalue()
 
 
 def project(folder: Path, experiments: Sequence[str] = (), methods: Sequence[str] = ()) -> Path:
-    """A copy of the project whose scale `paper` is small; see `configure`."""
+    """Copy the project with a small scale `paper`; see `configure`."""
     copy(folder)
     file = folder / "config.yaml"
     file.write_text(configure(file, experiments, methods))
-    file = folder / "tafs" / "models.yaml"
+    file = folder / "tafs" / "models" / "models.yaml"
     models = yaml_files.load_yaml(file, dict)
     for model in models.values():
         model["steps"] = min(model["steps"], STEPS)
-    file.write_text(yaml.safe_dump(models, sort_keys=False))
+    file.write_text(_text(models))
     return folder
 
 
 def copy(folder: Path) -> None:
-    """What the graph needs of the project."""
+    """Copy the files that the graph needs; weights are linked."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in COPIED:
         if (ROOT / name).is_file():
@@ -168,7 +177,7 @@ def copy(folder: Path) -> None:
 
 
 def environment(folder: Path, hub: Hub) -> dict[str, str]:
-    """For commands in the copy: its own code, the hub and a cache of its own."""
+    """The environment of commands in the copy: its own code and cache, and the hub."""
     programs = Path(sys.executable).parent
     return hub.environment(
         HF_HOME=str(folder / "huggingface"),
@@ -179,7 +188,7 @@ def environment(folder: Path, hub: Hub) -> dict[str, str]:
 
 
 def run(folder: Path, *experiments: str) -> int:
-    """Everything; the exit code of the command that failed, or 0."""
+    """Run everything; return the exit code of the first failed command, or 0."""
     project(folder, experiments)
     repositories = folder / "hub"
     if not repositories.exists():
