@@ -212,8 +212,7 @@ def test_no_configuration_is_unpickled_or_runs_what_its_tags_name(tmp_path, tria
         "!!python/module:os",
     )
     texts = [payload(marker) for payload in PAYLOADS]
-    for tag in tags:
-        texts += [tag.encode(), b"a: " + tag.encode(), b"- " + tag.encode(), tag.encode() + b": 1"]
+    texts += [form.replace(b"TAG", t.encode()) for t in tags for form in (b"a: TAG", b"- TAG")]
     readers: tuple[Callable[[Path], object], ...] = (
         validate.read,
         claims.read,
@@ -375,30 +374,30 @@ def rewards(tmp_path_factory) -> Callable[[str], tuple[Path, Callable[[], object
     root = tmp_path_factory.mktemp("rewards")
     tiny_rewards.clip(root / "clip")
 
+    def imagereward(folder: Path) -> None:
+        tiny_rewards.bert_tokenizer(root / "bert")
+        tiny_rewards.imagereward(folder, root / "bert")
+
+    hpsv2, files = "HPS_v2.1_compressed.pt", ("ImageReward.pt", "med_config.json")
+    known: dict[str, tuple[Callable[[Path], object], Callable[[Path], object]]] = {
+        "clip": (tiny_rewards.clip, CLIPScore),
+        "pickscore": (tiny_rewards.pickscore, lambda f: PickScore(f, root / "clip")),
+        "hpsv2": (lambda f: tiny_rewards.hpsv2(f / hpsv2), lambda f: HPSv2(f / hpsv2)),
+        "mask2former": (
+            tiny_detector.mask2former,
+            lambda f: Mask2FormerDetector(f, root / "clip"),
+        ),
+        "imagereward": (
+            imagereward,
+            lambda f: ImageReward(*(f / name for name in files), root / "bert"),
+        ),
+    }
+
     def ask(name: str) -> tuple[Path, Callable[[], object]]:
-        folder = root / name
-        new = not folder.exists()
-        if name == "clip":
-            return folder, lambda: CLIPScore(folder)
-        if name == "pickscore":
-            if new:
-                tiny_rewards.pickscore(folder)
-            return folder, lambda: PickScore(folder, root / "clip")
-        if name == "hpsv2":
-            file = folder / "HPS_v2.1_compressed.pt"
-            if new:
-                tiny_rewards.hpsv2(file)
-            return folder, lambda: HPSv2(file)
-        if name == "mask2former":
-            if new:
-                tiny_detector.mask2former(folder)
-            return folder, lambda: Mask2FormerDetector(folder, root / "clip")
-        if new:
-            tiny_rewards.bert_tokenizer(root / "bert")
-            tiny_rewards.imagereward(folder, root / "bert")
-        return folder, lambda: ImageReward(
-            folder / "ImageReward.pt", folder / "med_config.json", root / "bert"
-        )
+        folder, (make, load) = root / name, known[name]
+        if not folder.exists():
+            make(folder)
+        return folder, lambda: load(folder)
 
     return ask
 
