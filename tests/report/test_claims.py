@@ -284,7 +284,6 @@ def test_verdicts_are_written_for_people_and_for_machines(runs: list[Path], tmp_
     (record,) = json.loads((tmp_path / "claims.json").read_text(encoding="utf-8"))
     assert (record["verdict"], record["comparisons"][0]["supports"]) == ("reproduced", 1)
     assert record["comparisons"][0]["n_seeds"] == 3  # of the trained models
-    assert "random_weights" not in record and "RANDOM" not in text
     claims.write([found], "paper", tmp_path, ["flux-dev"])
     text = (tmp_path / "claims.md").read_text(encoding="utf-8")
     assert "RANDOM WEIGHTS: flux-dev. These verdicts mean nothing." in text

@@ -246,13 +246,7 @@ def test_notes_state_the_images_the_resampling_and_what_bold_means(
         assert "Missing and left out: 2 of 216 values of CLIP." in text(tmp_path, ending)
 
 
-def test_published_values_stand_beside_ours_on_request_only(
-    runs: list[Path], tmp_path: Path
-) -> None:
-    table2(runs, tmp_path / "own")
-    contents = [file.read_bytes() for file in (tmp_path / "own").rglob("*") if file.is_file()]
-    assert len(contents) == 6
-    assert not any(b"paper" in content or b"published" in content for content in contents)
+def test_published_values_stand_beside_ours(runs: list[Path], tmp_path: Path) -> None:
     table2(runs, tmp_path, published=True)
     assert rows(tmp_path)[3]["pickscore_published"] == "22.46"
     assert "(paper: 22.46)" in text(tmp_path, "md")

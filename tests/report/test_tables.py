@@ -237,11 +237,6 @@ def published(rows: list[dict[str, Any]], column: str) -> list[str | None]:
     return [row[column].published for row in rows]
 
 
-def test_the_papers_tables_are_shipped() -> None:
-    names = sorted(file.name for file in tables.PUBLISHED.glob("*.csv"))
-    assert names == [f"table{i}.csv" for i in range(1, 8)]
-
-
 def test_published_values_are_found_by_label(runs: list[Path]) -> None:
     rows = filled(runs, published=True, few=(4, 8))
     # Table 2 gives no numbers of steps: its values stand beside a system's first row.
@@ -350,7 +345,3 @@ def test_a_broken_input_is_reported_in_one_line_that_names_the_file(
 def test_gains_without_the_base_model_are_refused(runs: list[Path]) -> None:
     with pytest.raises(ValueError, match=r"^table2: no base model 'shapes-sd3'; set `base: true`"):
         filled(runs[1:], kind="gains")
-
-
-def test_every_metric_has_a_synthetic_score() -> None:
-    assert set(synthetic.SCORES) == set(METRICS)
