@@ -1,16 +1,15 @@
-"""What tracking costs a training whose server is dead: `python benchmarks/tracking.py`.
+"""Measure what tracking costs a training whose server is dead: `python benchmarks/tracking.py`.
 
-A real training, alone and beside `python -m tafs.tracking.cli sync --every` to a server that refuses
-connections and to one that takes them and never answers, in turn and every time in another order.
-Printed are the medians over the repeats of the ratios to the training alone: of the trainer's CPU
-time, which other work on the machine changes little, and of its wall time, with their ranges. What
-"alone again" differs by is the noise.
+The same training runs alone, and beside `python -m tafs.tracking.cli sync --every` to a server
+that refuses connections and to one that accepts them and never answers. The order changes with each
+repeat. The table shows medians over the repeats and ratios to the training alone with their range:
+of the trainer's CPU time, which other work on the machine hardly changes, and of its wall time. The
+row "alone again" shows the noise.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import socket
@@ -23,31 +22,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tafs.experiment import runs as runs_
-from tafs.experiment import validate
+from tafs.experiment import plan
 
 ROOT = Path(__file__).resolve().parent.parent
 HOST = "127.0.0.1"
 ALONE, AGAIN = "alone", "alone again"
 REFUSES, SILENT = "the server is gone", "the server never answers"
 PLACES = (ALONE, REFUSES, AGAIN, SILENT)
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def describe(folder: Path, iterations: int) -> Path:
-    runs = runs_.runs(validate.read(ROOT / "config.yaml", {"scale": "smoke"}))
-    description = next(r for r in runs.values() if r.variant == "tafs_grpo").describe()
-    description["settings"] = {**description["settings"], "iterations": iterations}
-    description["snapshots"] = []
-    run = folder / "runs" / description["name"]
+    """Write the run.json of a TAFS-GRPO run of the smoke scale; the run's folder."""
+    specs = plan.load({"scale": "smoke"}, ROOT / "config.yaml").runs.values()
+    spec = next(spec for spec in specs if spec.variant == "tafs_grpo")
+    assert spec.training is not None
+    training = spec.training.model_copy(update={"iterations": iterations})
+    spec = spec.model_copy(update={"training": training, "snapshots": ()})
+    run = folder / "runs" / spec.name
     run.mkdir(parents=True)
-    (run / "run.json").write_text(json.dumps(description))
+    (run / "run.json").write_text(spec.to_json(), encoding="utf-8")
     return run
 
 
 @contextmanager
 def tracked(place: str, folder: Path, every: float) -> Iterator[None]:
-    """A sync loop that has met the server before the block begins."""
+    """Sync in the background; the first sync has failed before the block begins."""
     if place in (ALONE, AGAIN):
         yield
         return
@@ -59,13 +59,13 @@ def tracked(place: str, folder: Path, every: float) -> Iterator[None]:
         command = [sys.executable, "-m", "tafs.tracking.cli", "sync", "--every", str(every)]
         command += ["--server", url, "--store", str(folder), "--runs", str(folder / "runs")]
         loop = subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, stderr=subprocess.PIPE, text=True
+            command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
         )
         try:
             assert loop.stderr
             line = loop.stderr.readline()
             if url not in line:
-                raise RuntimeError(f"sync said: {line}")
+                raise RuntimeError(f"unexpected line of the sync: {line}")
             yield
         finally:
             loop.send_signal(signal.SIGTERM)
@@ -73,23 +73,19 @@ def tracked(place: str, folder: Path, every: float) -> Iterator[None]:
 
 
 def train(place: str, iterations: int, every: float) -> tuple[float, float, bytes]:
-    """The trainer's CPU and wall seconds, and its adapter."""
+    """The trainer's CPU seconds and wall seconds, and its adapter."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         run = describe(folder, iterations)
         with tracked(place, folder, every):
             start = time.perf_counter()
-            trainer = subprocess.Popen(
-                [sys.executable, "-m", "tafs.training.train", str(run)],
-                cwd=ROOT,
-                env={**os.environ, **ENVIRONMENT},
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
+            command = [sys.executable, "-m", "tafs.training.train", str(run)]
+            silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            trainer = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, **silent)
             _, status, used = os.wait4(trainer.pid, 0)
             wall = time.perf_counter() - start
         if status:
-            raise RuntimeError(f"training failed ({status})")
+            raise RuntimeError(f"the training failed ({status})")
         return used.ru_utime + used.ru_stime, wall, (run / "adapter.safetensors").read_bytes()
 
 
@@ -118,8 +114,8 @@ def main() -> None:
             cells.append(f"{statistics.median(kind[place]):8.1f}")
             cells.append(f"{statistics.median(ratios):6.3f} {spread:>15}")
         print(f"{place:24}", *cells)
-    same = "the same" if len(adapters) == 1 else "NOT the same"
-    print(f"the {len(PLACES) * arguments.repeats} adapters are {same}, bit for bit")
+    same = "identical" if len(adapters) == 1 else "NOT identical"
+    print(f"the {len(PLACES) * arguments.repeats} adapters are {same}")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ RESTART = (
     "start it with --artifacts-destination, or correct --server or its credentials "
     "(MLFLOW_TRACKING_USERNAME and _PASSWORD, or MLFLOW_TRACKING_TOKEN), and sync again"
 )
-logging.getLogger("mlflow").setLevel(logging.WARNING)  # also if it was imported before
+logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # MLflow also raises what it logs
 
 
 class SyncError(RuntimeError):
@@ -118,11 +118,8 @@ def open_store(store: Path) -> MlflowClient:
 
     Raises:
         UnavailableError: it is damaged, or written by a newer MLflow.
-        ValueError: MLflow cannot open its path.
     """
     database = (store / DATABASE).resolve()
-    if "?" in str(database):
-        raise ValueError(f"{store}: MLflow cannot open a path with a question mark")
     # A new database is renamed when it is complete: a partial one could not be opened again.
     made = database if database.exists() else database.with_name(f"incoming-{DATABASE}")
     try:

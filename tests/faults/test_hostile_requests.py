@@ -1,4 +1,4 @@
-"""`make ui`: requests that come from elsewhere, ask for other files or want something to run."""
+"""`make ui`: requests from elsewhere, for other files, or to run something, and what it shows."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import psutil
 import pytest
-from support import synthetic
+from support.mirrored_runs import SHOWN, runs, trained_run
 
-from tafs.tracking import cli, mlflow_mirror
+from tafs.tracking import ENVIRONMENT, cli, mlflow_mirror
 
 ROOT = Path(__file__).resolve().parents[2]
-SECRET = "canary-of-a-file-outside"
+SECRET = "content of a file outside the artifacts"
 START_S = 180
+Trials = Callable[[str, int, int], Iterator[int]]
 
 
 @dataclass(frozen=True)
@@ -31,29 +33,18 @@ class Server:
     port: int
     pid: int
     run_id: str
-    folder: Path  # the store stands in it, beside a file that nobody may read
+    folder: Path  # holds the store, beside a file that nobody may read
 
     def ask(
-        self,
-        method: str,
-        path: str,
-        body: object = None,
-        host: str | None = None,
-        **headers: str,
+        self, method: str, path: str, body: object = None, **headers: str
     ) -> tuple[int, bytes, dict[str, str]]:
-        """Status, body and headers (in lower case) of a request whose path is sent as it is."""
+        """Status, body and headers (in lower case) of a request whose path is sent unchanged."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         content = json.dumps(body).encode() if body is not None else b""
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        sent = {"Host": f"127.0.0.1:{self.port}", "Content-Type": "application/json", **headers}
         try:
             connection.putrequest(method, path, skip_host=True)
-            sent = {
-                "Host": host if host is not None else f"127.0.0.1:{self.port}",
-                "Content-Type": "application/json",
-                "Content-Length": str(len(content)),
-                **named,
-            }
-            for name, value in sent.items():
+            for name, value in {**sent, "Content-Length": str(len(content))}.items():
                 connection.putheader(name, value)
             connection.endheaders(content)
             answer = connection.getresponse()
@@ -62,20 +53,25 @@ class Server:
         finally:
             connection.close()
 
+    def artifact(self, path: str) -> str:
+        return f"/get-artifact?run_id={self.run_id}&path={path}"
+
+    def processes(self) -> list[psutil.Process]:
+        parent = psutil.Process(self.pid)
+        return [parent, *parent.children(recursive=True)]
+
+    def outside(self) -> set[Path]:
+        return {f for f in self.folder.rglob("*") if "artifacts" not in f.parts}
+
 
 @pytest.fixture(scope="module")
-def server(request, tmp_path_factory) -> Iterator[Server]:
-    """A real server on a store with one run, started in an environment that would open it."""
-    if not request.config.getoption("--torture"):
-        pytest.skip("the server takes long to start")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server on a store with one run, started with variables that would open it."""
     folder = tmp_path_factory.mktemp("ui")
-    run = synthetic.write_run(
-        folder / "runs", "tafs_grpo", prompts=12, images=1, iterations=2, nfe=(4,)
-    )
-    mlflow_mirror.sync([run], folder / "store")
+    mlflow_mirror.sync([trained_run(folder / "run")], folder / "store")
     (folder / "secret.txt").write_text(SECRET)
     (folder / "store" / "secret.txt").write_text(SECRET)
-    [artifacts] = (folder / "store" / "artifacts").glob("*/*/artifacts")
+    (run,) = runs(folder / "store")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -90,16 +86,16 @@ def server(request, tmp_path_factory) -> Iterator[Server]:
         "HF_TOKEN": "hf_canary",
         "AWS_SECRET_ACCESS_KEY": "aws_canary",
     }
+    command = [sys.executable, "-m", "tafs.tracking.cli", "ui", "--port", str(port)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "tafs.tracking.cli", "ui", "--store", str(folder / "store")]
-        + ["--port", str(port)],
+        [*command, "--store", str(folder / "store")],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), **opening},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    found = Server(port, process.pid, artifacts.parent.name, folder)
+    found = Server(port, process.pid, run.info.run_id, folder)
     try:
         end = time.monotonic() + START_S
         while True:
@@ -107,8 +103,7 @@ def server(request, tmp_path_factory) -> Iterator[Server]:
                 assert found.ask("GET", "/health")[0] == 200
                 break
             except OSError:
-                assert process.poll() is None
-                assert time.monotonic() < end
+                assert process.poll() is None and time.monotonic() < end
                 time.sleep(0.2)
         yield found
     finally:
@@ -116,78 +111,62 @@ def server(request, tmp_path_factory) -> Iterator[Server]:
         process.wait()
 
 
-def family(server: Server) -> list[psutil.Process]:
-    parent = psutil.Process(server.pid)
-    return [parent, *parent.children(recursive=True)]
-
-
-def test_it_listens_to_this_machine_alone(server):
-    listening = {
-        connection.laddr[:2]
-        for process in family(server)
-        for connection in process.net_connections("inet")
-        if connection.status == psutil.CONN_LISTEN
-    }
+def test_it_listens_on_this_machine_only_and_gets_no_credential_or_foreign_setting(
+    server: Server,
+) -> None:
+    listening = set()
+    for process in server.processes():
+        listening |= {
+            connection.laddr[:2]
+            for connection in process.net_connections("inet")
+            if connection.status == psutil.CONN_LISTEN
+        }
+        known = process.environ()
+        assert not {"HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "MLFLOW_HOST"} & set(known)
+        assert {**ENVIRONMENT, **cli.SERVER_ENVIRONMENT}.items() <= known.items()
     assert listening == {("127.0.0.1", server.port)}
 
 
-def test_it_knows_no_credential_and_no_setting_from_elsewhere(server):
-    for process in family(server):
-        known = process.environ()
-        assert not {"HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "MLFLOW_HOST"} & set(known)
-        for name, value in {**mlflow_mirror.ENVIRONMENT, **cli.SERVER_ENVIRONMENT}.items():
-            assert known[name] == value
-
-
-def test_it_shows_the_runs(server):
+def test_it_shows_runs_files_and_images_and_writes_nothing_elsewhere(server: Server) -> None:
     status, page, headers = server.ask("GET", "/")
-    assert status == 200
-    assert b"<html" in page
+    assert (status, b"<html" in page) == (200, True)
     assert headers["x-frame-options"] == "DENY"
     assert headers["x-content-type-options"] == "nosniff"
-    status, content, _ = server.ask("GET", artifact(server, "run.json"))
-    assert status == 200
-    assert json.loads(content)["method"] == "tafs_grpo"
+    status, content, _ = server.ask("GET", server.artifact("run.json"))
+    assert (status, content) == (200, (server.folder / "run" / "run.json").read_bytes())
     asked = {"experiment_ids": ["0", "1"]}
-    status, content, _ = server.ask("POST", "/ajax-api/2.0/mlflow/runs/search", asked)
-    assert status == 200
-    assert json.loads(content)["runs"]
+    _, content, _ = server.ask("POST", "/ajax-api/2.0/mlflow/runs/search", asked)
+    assert len(json.loads(content)["runs"]) == 1
+    listing = f"/ajax-api/2.0/mlflow/artifacts/list?run_id={server.run_id}&path=images"
+    _, content, _ = server.ask("GET", listing)
+    images = [file["path"] for file in json.loads(content)["files"]]
+    assert len(images) == 2 * SHOWN
+    for image in images:
+        status, content, _ = server.ask("GET", server.artifact(quote(image)))
+        assert (status, content[:4] in (b"\x89PNG", b"RIFF")) == (200, True)
+    assert {f.name for f in server.folder.iterdir()} == {"run", "secret.txt", "store"}
 
 
-def artifact(server: Server, path: str) -> str:
-    return f"/get-artifact?run_id={server.run_id}&path={path}"
+HOSTS = ("example.org", "evil.test:5000", "192.168.0.1", "10.0.0.1:80", "0.0.0.0", "localhost.x")
 
 
-HOSTS = (
-    "example.org",
-    "evil.test:5000",
-    "192.168.0.1",
-    "10.0.0.1:80",
-    "0.0.0.0",
-    "localhost.x",
-    "",
-)
-
-
-def test_another_host_or_origin_is_refused(server, trials):
-    for number in trials("requests: of another host or origin", 0, 4 * len(HOSTS)):
-        other = HOSTS[number % len(HOSTS)]
-        paths = ("/", artifact(server, "run.json"), "/api/2.0/mlflow/experiments/search", "/x")
-        status, content, _ = server.ask("GET", paths[number // len(HOSTS)], host=other)
+def test_another_host_or_origin_is_refused(server: Server, trials: Trials) -> None:
+    for number in trials("requests: of another host or origin", 7, 28):
+        other = [*HOSTS, ""][number % 7]
+        paths = ("/", server.artifact("run.json"), "/api/2.0/mlflow/experiments/search", "/x")
+        status, content, _ = server.ask("GET", paths[number // 7], Host=other)
         assert status in (400, 403)
         assert b"tafs_grpo" not in content
         origin = f"http://{other or 'null'}"
-        status, _, headers = server.ask(
-            "POST", "/api/2.0/mlflow/experiments/create", {"name": f"x{number}"}, Origin=origin
-        )
-        assert status == 403
-        assert headers.get("access-control-allow-origin") not in ("*", origin)
-        _, _, headers = server.ask("GET", artifact(server, "run.json"), Origin=origin)
-        assert headers.get("access-control-allow-origin") not in ("*", origin)
+        create = ("POST", "/api/2.0/mlflow/experiments/create", {"name": f"x{number}"})
+        for request in (create, ("GET", server.artifact("run.json"))):
+            status, _, headers = server.ask(*request, Origin=origin)
+            assert status == 403 or request != create
+            assert headers.get("access-control-allow-origin") not in ("*", origin)
 
 
 def outside(rng: random.Random) -> str:
-    """A path that leaves the artifacts' folder if it is believed."""
+    """A path that leaves the folder of the artifacts if the server believes it."""
     dots = ["..", "%2e%2e", "%2E.", "..%00", "%252e%252e", "..;", "....", ".%2e", "%c0%ae%c0%ae"]
     slashes = ["/", "%2f", "%2F", "//", "%5c", "\\", "%252f"]
     up = "".join(rng.choice(dots) + rng.choice(slashes) for _ in range(rng.randrange(1, 9)))
@@ -195,13 +174,13 @@ def outside(rng: random.Random) -> str:
     return rng.choice(["", "/", "file:///", "samples/"]) + up + target
 
 
-def test_no_file_outside_the_artifacts_is_read_or_written(server, trials):
+def test_no_file_outside_the_artifacts_is_read_or_written(server: Server, trials: Trials) -> None:
     rng = random.Random(0)
-    before = {f for f in server.folder.rglob("*") if "artifacts" not in f.parts}
-    for number in trials("requests: paths outside the store", 0, 200):
+    before = server.outside()
+    for number in trials("requests: paths outside the store", 20, 200):
         path = outside(rng)
         addresses = (
-            artifact(server, path),
+            server.artifact(path),
             f"/api/2.0/mlflow-artifacts/artifacts/{path}",
             f"/ajax-api/2.0/mlflow-artifacts/artifacts/{path}",
             f"/api/2.0/mlflow-artifacts/artifacts?path={path}",
@@ -210,14 +189,14 @@ def test_no_file_outside_the_artifacts_is_read_or_written(server, trials):
             f"/{path}",
         )
         for address in addresses:
-            _, content, _ = server.ask("GET", address.replace(" ", "%20"))
+            _, content, _ = server.ask("GET", address)
             assert SECRET.encode() not in content, address
             assert b"root:" not in content, address
             assert not content.startswith(b"SQLite"), address
         target = addresses[1 + number % 2]
         server.ask("PUT", target, {"written": number})
         server.ask("DELETE", target)
-        assert {f for f in server.folder.rglob("*") if "artifacts" not in f.parts} == before
+        assert server.outside() == before
     assert (server.folder / "secret.txt").read_text() == SECRET
 
 
@@ -237,27 +216,16 @@ RUNNING = (
     ("POST", "/v1/traces", {}),
     ("POST", "/invocations", {}),
 )
-
-
 NOTHING = (b"", b"{}", b"[]", b'{"endpoints":[]}')
 
 
-def test_nothing_is_run_or_called(server, trials):
-    for number in trials("requests: jobs, assistant, gateway", 0, len(RUNNING)):
+def test_requests_run_and_call_nothing(server: Server, trials: Trials) -> None:
+    for number in trials("requests: jobs, assistant, gateway", len(RUNNING), len(RUNNING)):
         method, path, body = RUNNING[number]
         status, content, _ = server.ask(method, path, body)
         assert status >= 400 or content.strip() in NOTHING, (path, status, content[:200])
         assert status != 500, (path, content[:200])
-
-
-def test_no_address_is_called_back(server):
-    status, content, _ = server.ask(
-        "POST",
-        "/api/2.0/mlflow/webhooks",
-        {
-            "name": "x",
-            "url": "https://example.org/hook",
-            "events": [{"entity": "REGISTERED_MODEL", "action": "CREATED"}],
-        },
-    )
+    events = [{"entity": "REGISTERED_MODEL", "action": "CREATED"}]
+    hook = {"name": "x", "url": "https://example.org/hook", "events": events}
+    status, content, _ = server.ask("POST", "/api/2.0/mlflow/webhooks", hook)
     assert status == 400, content

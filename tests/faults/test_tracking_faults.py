@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import signal
 import subprocess
 import threading
 import time
@@ -116,59 +115,46 @@ def changed(file: Path) -> Condition:
     return lambda: state() != before
 
 
-def test_the_next_sync_completes_one_whose_server_was_killed(
+@pytest.mark.parametrize(
+    "fault, few", [("server killed in the middle of a sync", 2), ("sync killed in the middle", 4)]
+)
+def test_the_next_sync_completes_one_that_was_killed(
     trials: Trials,
     server: Server,
     runs: list[Path],
     expected: Contents,
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    fault: str,
+    few: int,
 ) -> None:
+    """Killed syncs are in turn to a server and into a store, also while the store is created."""
     interrupted = 0
-    arguments = ["sync", "--store", str(server.folder), "--server", server.url, *map(str, runs)]
-    for number in trials("tracking: server killed in the middle of a sync", 2, 20):
-        server.forget()
-        server.start()
-        # The first kill is immediate, so that at least one sync is interrupted.
-        delay = random.Random(number).uniform(0, 1.5) if number else 0
-        killer = after(changed(server.database), delay, server.kill)
-        code = cli.main(arguments)
-        killer.join()
-        out, err = capsys.readouterr()
-        if code:
-            interrupted += 1
-            assert (code, out, err.count("\n")) == (1, "", 1)
-            assert err.startswith(f"tracking: {server.url}: MLflow cannot use it (")
-        server.start()
-        for _ in range(2):
-            assert cli.main(arguments) == 0
-            assert contents(server.folder) == expected
-        assert f"{len(runs)} runs in {server.url} (0 new points" in capsys.readouterr().out
-    assert interrupted
-
-
-def test_the_next_sync_completes_one_that_was_killed(
-    trials: Trials, server: Server, runs: list[Path], expected: Contents, tmp_path: Path
-) -> None:
-    """In turn to a server and into a store, also while the store is created."""
-    interrupted = 0
-    for number in trials("tracking: sync killed in the middle", 4, 20):
-        store = tmp_path / f"store-{number}"
-        arguments = ["--store", str(store)]
-        condition, latest = changed(store / ".lock"), 3.0
-        if to_server := number % 2 == 0:
+    for number in trials(f"tracking: {fault}", few, 20):
+        store, log = tmp_path / f"store-{number}", tmp_path / f"log-{number}"
+        to_server = fault.startswith("server") or number % 2 == 0
+        arguments = ["--store", str(store), *map(str, runs)]
+        if to_server:
             server.forget()
             server.start()
             arguments += ["--server", server.url]
-            condition, latest = changed(server.database), 1.5
-        arguments += map(str, runs)
-        delay = random.Random(number).uniform(0, latest) if number else 0
-        process = start_sync(arguments, tmp_path / "log")
-        after(condition, delay, process.kill).join()
+        # The first kill is immediate, so that at least one sync is interrupted.
+        delay = random.Random(number).uniform(0, 1.5 if to_server else 3) if number else 0
+        begun = changed(server.database if to_server else store / ".lock")
+        process = start_sync(arguments, log)
+        kill = server.kill if fault.startswith("server") else process.kill
+        after(begun, delay, kill).join()
         process.join()
-        interrupted += process.exitcode == -signal.SIGKILL
+        interrupted += process.exitcode != 0
+        if fault.startswith("server"):
+            if process.exitcode:
+                (line,) = log.read_text().splitlines()
+                assert line.startswith(f"tracking: {server.url}: MLflow cannot use it (")
+            server.start()
         for _ in range(2):
             assert cli.main(["sync", *arguments]) == 0
             assert contents(server.folder if to_server else store) == expected
+        assert " (0 new points" in capsys.readouterr().out.splitlines()[-1]
     assert interrupted
 
 
@@ -230,7 +216,7 @@ def test_a_full_disk_is_one_line_and_the_next_sync_completes_the_store(
 ) -> None:
     arguments = ["sync", "--store", str(disk / "store"), *map(str, runs)]
     full = 0
-    for number in trials("tracking: disk full during a sync", 4, 20):
+    for number in trials("tracking: disk full during a sync", 6, 20):
         shutil.rmtree(disk / "store", ignore_errors=True)
         # From no room at all to room for most of the store.
         room = int(random.Random(number).uniform(0, 1.8e6)) if number else 0

@@ -35,7 +35,8 @@ def describe(folder: Path, **changes: Any) -> None:
         "scale": "smoke",
         "rewards": {"toy": 0.5},
         "training": {"iterations": 100, "lora": {"rank": 4}},
-        "hyperparameters": {"learning_rate": 3e-4, "steps": [1, 2], "note": "n" * 7000},
+        "hyperparameters": {"learning_rate": 3e-4, "steps": [1, 2], "note": "n" * 7000}
+        | {"a=b": 1, "x" * 300: None},
         **changes,
     }
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -83,16 +84,23 @@ def test_a_second_sync_changes_nothing(store: Path, finished: Path) -> None:
     assert state() == before
 
 
-def test_a_run_that_trains_is_completed_by_later_syncs(store: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "growing"
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_that_trains_is_completed_by_later_syncs(
+    store: Path, tmp_path: Path, fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the first sync fails after it has added points."""
+    folder = tmp_path / f"growing-{fails}"
     describe(folder)
     assert sync([folder], store).waiting == 1
     journal = Journal(folder / ".state" / "journal.jsonl")
     begin(journal)
     for iteration in range(5):
         iterate(journal, iteration)
-    sync([folder], store)
-    (run,) = runs(store, "growing")
+    with monkeypatch.context() as patch, pytest.raises(SyncError) if fails else nullcontext():
+        if fails:
+            patch.setattr(mlflow_mirror.MlflowClient, "log_artifact", None)
+        sync([folder], store)
+    (run,) = runs(store, folder.name)
     assert (run.info.status, len(history(store, run, "kl"))) == ("RUNNING", 5)
 
     # Killed, resumed from a state that is two iterations old, and finished.
@@ -101,9 +109,10 @@ def test_a_run_that_trains_is_completed_by_later_syncs(store: Path, tmp_path: Pa
     journal.append("end", time=START + 200)
     os.replace(journal.path, folder / "journal.jsonl")
     sync([folder], store)
-    (run,) = runs(store, "growing")
+    (run,) = runs(store, folder.name)
     assert run.info.status == "FINISHED"
-    assert [step for step, *_ in history(store, run, "kl")] == list(range(8))
+    for key in ("kl", "reward/toy/last", "seconds/total"):
+        assert [step for step, *_ in history(store, run, key)] == list(range(8))
     copy = artifacts(run, store)["journal.jsonl"]
     assert copy.read_bytes() == (folder / "journal.jsonl").read_bytes()
 
@@ -129,26 +138,6 @@ def test_a_sync_that_fails_at_any_call_is_completed_by_the_next(
         sync([folder], tmp_path / "store")
     sync([folder], tmp_path / "store")
     assert contents(tmp_path / "store") == contents(tmp_path / "whole")
-
-
-def test_iterations_repeated_after_a_failed_sync_are_not_added_twice(
-    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "both"
-    describe(folder)
-    journal = Journal(folder / "journal.jsonl")
-    begin(journal)
-    for iteration in range(5):
-        iterate(journal, iteration)
-    with monkeypatch.context() as patch, pytest.raises(SyncError):
-        patch.setattr(mlflow_mirror.MlflowClient, "log_artifact", None)
-        sync([folder], store)
-    for iteration in range(3, 7):
-        iterate(journal, iteration, delay=100)
-    sync([folder], store)
-    (run,) = runs(store, "both")
-    for key in ("kl", "reward/toy/last", "seconds/total"):
-        assert [step for step, *_ in history(store, run, key)] == list(range(7))
 
 
 def test_rewritten_scores_add_only_values_that_changed(store: Path, tmp_path: Path) -> None:

@@ -48,12 +48,16 @@ def test_scores_are_the_means_that_the_tables_show_at_their_models_iteration(
     assert points(view, "score/other/ode/nfe_4") == [(100, 1.0)]
 
 
-def test_parameters_and_tags_are_flat_and_cut_visibly(view: run_view.RunView) -> None:
+def test_parameters_and_tags_are_flat_and_within_the_limits_of_mlflow(
+    view: run_view.RunView,
+) -> None:
     assert view.parameters["hyperparameters/learning_rate"] == "0.0003"
     assert view.parameters["hyperparameters/steps"] == "[1, 2]"
     assert view.parameters["training/lora/rank"] == "4"
+    assert view.parameters["hyperparameters/a_b"] == "1"
+    assert max(map(len, view.parameters)) == 250
     note = view.parameters["hyperparameters/note"]
-    assert (len(note), note[-23:]) == (6000, "nnn... (7000 characters)"[-23:])
+    assert (len(note), note.lstrip("n")) == (6000, "... (7000 characters)")
     assert len(view.tags["provenance/note"]) == 5000
     assert view.tags["provenance/weights/sd3"] == "d" * 64
     assert view.tags["mlflow.source.git.commit"] == "c0ffee"
@@ -68,14 +72,6 @@ def test_sample_images_are_spread_over_the_prompts_and_named_by_them(
     assert [key for key, *_ in found] == [f"samples/ode-4/prompt_{10 * row}" for row in shown]
     assert [image[0, 0, 0] for _, image, *_ in found] == list(shown)
     assert {step for *_, step, _ in found} == {100}
-
-
-def test_keys_that_mlflow_rejects_are_rewritten(tmp_path: Path) -> None:
-    odd = {"a=b": 1, "x" * 300: None}
-    view = run_view.read_run(trained_run(tmp_path / "odd", hyperparameters=odd))
-    assert view is not None
-    assert view.parameters["hyperparameters/a_b"] == "1"
-    assert max(map(len, view.parameters)) == 250
 
 
 def test_a_folder_in_which_nothing_has_started_has_no_view(tmp_path: Path) -> None:

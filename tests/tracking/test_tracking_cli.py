@@ -78,10 +78,8 @@ def test_a_store_that_cannot_be_written_is_one_line(
     tmp_path: Path, finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")
-    assert str(tmp_path / "file") in line(
-        ["sync", finished, "--store", tmp_path / "file" / "x"], capsys
-    )
-    assert "question mark" in line(["sync", finished, "--store", tmp_path / "a?b"], capsys)
+    store = tmp_path / "file" / "x"
+    assert str(tmp_path / "file") in line(["sync", finished, "--store", store], capsys)
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):
