@@ -44,6 +44,11 @@ two blue squares
 a green ring left of a black cross
 a yellow triangle
 three circles
+a black ring
+a square above a triangle
+a red square and a blue ring
+four crosses
+a green triangle
 """
 
 

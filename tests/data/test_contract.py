@@ -76,7 +76,7 @@ def test_the_template_is_a_prompt_set(tmp_path, folder):
     namespace = {"__file__": str(file), "__name__": "my_prompts"}
     exec(compile(file.read_text(), str(file), "exec"), namespace)  # noqa: S102
     stub = namespace["PROMPT_SET"]
-    assert [len(stub.prompts(split, folder)) for split in ("train", "test")] == [4, 1]
+    assert [len(stub.prompts(split, folder)) for split in ("train", "test")] == [8, 2]
     test_both_splits_hold_different_prompts_with_text(stub, folder)
     test_the_description_is_complete(stub, folder)
     before = prompts.digest(stub.train(folder))
@@ -99,4 +99,4 @@ def test_a_prompt_set_of_an_installed_package_is_found(tmp_path):
     points = {"tafs.prompts": {"extra": "their_package.animals"}}
     with packages.installed(tmp_path, files, points):
         out = packages.run_with(tmp_path, code)
-    assert out == "('extra', 'shapes') 4 False ['prompts.extra']\n"
+    assert out == "('extra', 'shapes') 8 False ['prompts.extra']\n"
