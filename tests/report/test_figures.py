@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +58,21 @@ def records(run: Path) -> list[dict[str, Any]]:
     return [r for r in map(json.loads, text.splitlines()) if r["kind"] == "iteration"]
 
 
-def value(runs: list[Path], method: str, metric: str, nfe: int, iteration: int = 6) -> float:
-    """The mean over seeds and images, read from the files."""
-    found = pd.concat(pd.read_parquet(run / "scores.parquet") for run in runs if method in run.name)
-    at = (found["metric"] == metric) & (found["nfe"] == nfe)
-    if method != "base":
-        at &= found["iteration"] == iteration
-    return float(found[at]["value"].mean())
+def value(runs: list[Path], variant: str, metric: str, nfe: int, iteration: int = 6) -> float:
+    """A system's mean over seeds and images."""
+    (system,) = (s for s in table(runs).distinct if s.spec.variant == variant)
+    at = iteration if system.spec.trained else 0
+    return float(system.values(system.spec.sampler, nfe, metric, at).mean())
+
+
+def effects(runs: list[Path], variant: str, metrics: Sequence[str], nfe: int = 4) -> stats.Array:
+    """A system's gains on the base model at four steps, [metrics, seeds]."""
+    loaded = table(runs)
+    (system,) = (s for s in loaded.distinct if s.spec.variant == variant)
+    base = loaded.base_of(system)
+    own = [system.values(system.spec.sampler, nfe, metric) for metric in metrics]
+    reference = [base.values("ode", 4, metric) for metric in metrics]
+    return np.array([stats.effects(*pair) for pair in zip(own, reference, strict=True)])
 
 
 # -- all figures -----------------------------------------------------------------------------------
@@ -185,22 +193,6 @@ def test_compute_goes_from_the_base_model_to_the_whole_training(
         assert lines(axes[0])[label].get_ydata()[0] == pytest.approx(accuracy)
 
 
-def effects(runs: list[Path], run: Path, metrics: tuple[str, ...], nfe: int) -> list[float]:
-    """One run's gains on the base model at four steps, read from the files."""
-    gains = []
-    for metric in metrics:
-        arrays = []
-        for folder, n in ((runs[0], 4), (run, nfe)):
-            found = pd.read_parquet(folder / "scores.parquet")
-            last = found["iteration"].max()
-            found = found[(found["nfe"] == n) & (found["iteration"] == last)]
-            wide = found[found["metric"] == metric].pivot(index="prompt", columns="image")
-            arrays.append(wide["value"].to_numpy())
-        base, own = arrays
-        gains.append((np.nanmean(own) - np.nanmean(base)) / np.nanstd(np.nanmean(base, 1)))
-    return gains
-
-
 def test_the_pareto_front_is_the_best_of_at_most_so_many_steps(
     own_runs: list[Path], draw: Callable[..., Figure]
 ) -> None:
@@ -218,8 +210,8 @@ def test_the_pareto_front_is_the_best_of_at_most_so_many_steps(
     front = found.pop("Pareto front")
     titles = ("shapes-sd3", "Flow-GRPO", "TAFS-GRPO")
     expected = {
-        title: [np.mean(effects(runs, run, metrics, n)) for n in (1, 4)]
-        for title, run in zip(titles, runs, strict=True)
+        title: [np.mean(effects(runs, variant, metrics, n)) for n in (1, 4)]
+        for title, variant in zip(titles, synthetic.METHODS, strict=True)
     }
     assert set(found) == set(expected)
     for title, gains in expected.items():
@@ -252,9 +244,9 @@ def test_hacking_compares_gains_on_trained_rewards_with_those_on_other_metrics(
 ) -> None:
     (axes,) = draw("hacking", runs).axes
     point = lines(axes)["TAFS-GRPO"]
-    inside = [effects(runs, run, ("pickscore", "clip"), 4) for run in runs[3:]]
+    inside = effects(runs, "tafs_grpo", ("pickscore", "clip"))
     others = ("geneval", "hpsv2", "imagereward", "unifiedreward")
-    outside = [effects(runs, run, others, 4) for run in runs[3:]]
+    outside = effects(runs, "tafs_grpo", others)
     assert point.get_xdata() == pytest.approx([np.mean(inside)])
     assert point.get_ydata() == pytest.approx([np.mean(outside)])
     assert axes.get_xlabel() == "Gain on PickScore, CLIP"
@@ -264,7 +256,7 @@ def test_profiles_fall_from_one_to_zero_and_name_the_interquartile_mean(
     runs: list[Path], draw: Callable[..., Figure]
 ) -> None:
     found = lines(draw("profiles", runs).axes[0])
-    gains = [effects(runs, run, tuple(METRICS), 4) for run in runs[3:]]
+    gains = effects(runs, "tafs_grpo", tuple(METRICS))
     assert f"TAFS-GRPO ({stats.interquartile_mean(gains):+.2f})" in found
     assert len(found) == 2
     for line in found.values():

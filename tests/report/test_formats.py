@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import html
 import json
 import re
 from collections.abc import Sequence
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -65,27 +65,11 @@ def provenance(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "provenance" / "table2.json").read_text(encoding="utf-8"))
 
 
-class Page(HTMLParser):
-    """The tags, attributes and cells of a page."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: dict[str, str | None] = {}
-        self.cells: list[list[str]] = []
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes |= dict(attrs)
-        if tag == "tr":
-            self.cells.append([])
-        if tag in ("th", "td"):
-            self.cells[-1].append("")
-
-    def handle_data(self, data: str) -> None:
-        if self.cells and self.cells[-1] and data.strip():
-            self.cells[-1][-1] += data
+def cells(page: str) -> list[list[str]]:
+    """The texts of the rows of an HTML table."""
+    rows = re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)
+    found = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in rows]
+    return [[html.unescape(re.sub("<[^>]*>", "", cell)) for cell in row] for row in found]
 
 
 def test_equal_input_gives_equal_bytes(runs: list[Path], tmp_path: Path) -> None:
@@ -182,16 +166,17 @@ def test_html_escapes_special_characters_and_is_one_page_without_scripts(
     runs: list[Path], tmp_path: Path
 ) -> None:
     write(renamed(synthetic.table_spec(runs), SPECIAL), runs[0].parent, tmp_path)
-    page = Page(text(tmp_path, "html"))
-    assert text(tmp_path, "html").startswith("<!DOCTYPE html>")
-    assert set(page.tags) <= PLAIN_TAGS
-    assert set(page.attributes) <= {"charset", "type", "id", "class"}
-    assert "url(" not in text(tmp_path, "html") and "@import" not in text(tmp_path, "html")
-    header, *body = page.cells
+    page = text(tmp_path, "html")
+    assert page.startswith("<!DOCTYPE html>")
+    assert set(re.findall(r"<(\w+)", page)) <= PLAIN_TAGS
+    attributes = " ".join(re.findall(r"<\w+ ([^>]*)>", page))
+    assert set(re.findall(r"([\w-]+)=", attributes)) <= {"charset", "type", "id", "class"}
+    assert "url(" not in page and "@import" not in page
+    header, *body = cells(page)
     assert header[:3] == [SPECIAL, "Steps", "NFE_old"]
     assert [row[0] for row in body] == [SPECIAL] * 4
-    assert text(tmp_path, "html").count("border-top") == 1  # the rule
-    assert "tbody tr:nth-child(3) td" in text(tmp_path, "html")
+    assert page.count("border-top") == 1  # the rule
+    assert "tbody tr:nth-child(3) td" in page
 
 
 def test_markdown_escapes_special_characters(runs: list[Path], tmp_path: Path) -> None:
@@ -214,7 +199,7 @@ def test_the_csv_quotes_labels_that_spreadsheets_would_evaluate(
 
 def test_columns_may_share_a_title(runs: list[Path], tmp_path: Path) -> None:
     write(renamed(synthetic.table_spec(runs), "Steps"), runs[0].parent, tmp_path)
-    assert Page(text(tmp_path, "html")).cells[0][:2] == ["Steps", "Steps"]
+    assert cells(text(tmp_path, "html"))[0][:2] == ["Steps", "Steps"]
     assert r"Steps & Steps & $\mathrm{NFE}" in text(tmp_path, "tex")
 
 

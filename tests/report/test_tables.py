@@ -285,6 +285,14 @@ def emptied(run: Path) -> None:
     pd.read_parquet(file).iloc[:0].to_parquet(file)
 
 
+def without(column: str, value: Any) -> Callable[[pd.DataFrame], pd.DataFrame]:
+    return lambda found: found[found[column] != value]
+
+
+def twice(found: pd.DataFrame) -> pd.DataFrame:
+    return pd.concat([found, found[found["nfe"] == 8].iloc[-1:]])
+
+
 ITERATION = '{"kind": "iteration", "iteration": 0}\n'
 
 
@@ -304,25 +312,13 @@ ITERATION = '{"kind": "iteration", "iteration": 0}\n'
         ("scores", rescored(lambda s: s.drop(columns="tag")), "scores.parquet: not a table of sc"),
         (
             "scores",
-            rescored(lambda s: s[s["nfe"] != 4]),
-            r"scores.parquet: no \w+ for sampler ode at nfe 4 \(available: ode 1, ode 8\)",
+            rescored(without("nfe", 4)),
+            r"no \w+ for sampler ode at nfe 4 \(available: ode 1",
         ),
-        (
-            "scores",
-            rescored(lambda s: s[s["metric"] != "clip"]),
-            "scores.parquet: no clip for sampler ode at nfe 4",
-        ),
-        ("scores", rescored(lambda s: s[s["prompt"] != 3]), "its prompts differ from those of"),
-        (
-            "scores",
-            rescored(lambda s: pd.concat([s, s[s["nfe"] == 8].iloc[-1:]])),
-            "has two values for sampler ode nfe 8 metric unifiedreward iteration 6 prompt 17 ima",
-        ),
-        (
-            "compute",
-            rescored(lambda s: s[s["iteration"] != 2]),
-            r"scores.parquet: no \w+ for sampler ode at nfe 4 after iteration 2 \(available",
-        ),
+        ("scores", rescored(without("metric", "clip")), "no clip for sampler ode at nfe 4"),
+        ("scores", rescored(without("prompt", 3)), "its prompts differ from those of"),
+        ("scores", rescored(twice), "two values for sampler ode nfe 8 metric unifiedreward iter"),
+        ("compute", rescored(without("iteration", 2)), "sampler ode at nfe 4 after iteration 2 "),
         ("correlation", removed("trajectory_rewards.parquet"), "not found; the workflow's rule t"),
         ("correlation", overwritten("trajectory_rewards.parquet", "x"), "not a table of step sco"),
         ("correlation", emptied, "trajectory_rewards.parquet: contains no scores"),

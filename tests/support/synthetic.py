@@ -12,17 +12,7 @@ import numpy as np
 import pandas as pd
 from safetensors.numpy import save_file
 
-from tafs.assets.sources import AssetSettings
-from tafs.experiment.specs import (
-    EvalSetting,
-    EvalSpec,
-    LoraSpec,
-    RowSpec,
-    RunSpec,
-    TableSpec,
-    TrainingSpec,
-    TrajectorySpec,
-)
+from tafs.experiment.specs import EvalSpec, RowSpec, RunSpec, TableSpec
 from tafs.report import results
 from tafs.report.results import LoadedTable
 
@@ -71,13 +61,10 @@ METHODS = {
         "TAFS-GRPO", "anneal", gain=0.55, steps=1.8, seconds=2.2, nfe_old=4, nfe_theta=3
     ),
 }
-ASSETS = AssetSettings(
-    assets="shapes",
-    lock="resources.lock.yaml",
-    device="cpu",
-    dtype="float32",
-    gradient_checkpointing=False,
-)
+ASSETS = {"assets": "shapes", "lock": "resources.lock.yaml", "device": "cpu"}
+ASSETS |= {"dtype": "float32", "gradient_checkpointing": False}
+TRAINING = {"prompts_per_iteration": 8, "group_size": 10, "micro_batch": 48, "checkpoint_every": 5}
+TRAINING |= {"lora": {"rank": 16, "alpha": 32}}
 
 
 def tags(prompts: int) -> list[str]:
@@ -100,14 +87,6 @@ def write_run(
     invented = METHODS[method]
     trained = bool(invented.seconds)
     shares = (0.25, 0.5, 0.75, 1.0) if trained else ()
-    training = TrainingSpec(
-        iterations=iterations,
-        prompts_per_iteration=8,
-        group_size=10,
-        micro_batch=48,
-        checkpoint_every=5,
-        lora=LoraSpec(rank=16, alpha=32),
-    )
     given = {
         "name": f"{method}-{seed}",
         "variant": method,
@@ -121,7 +100,7 @@ def write_run(
         "scale": "shapes",
         "assets": ASSETS,
         "resolution": 24,
-        "training": training if trained else None,
+        "training": {**TRAINING, "iterations": iterations} if trained else None,
         "rewards": {"pickscore": 1.0, "clip": 1.0} if trained else {},
         "sampler": invented.sampler,
         "nfe_old": invented.nfe_old,
@@ -130,22 +109,24 @@ def write_run(
         "snapshots": sorted({invented.iterations_at(iterations, s) for s in shares} - {iterations}),
     }
     run = RunSpec.model_validate(given | fields)
-    places = [(n, None) for n in [*nfe, *([] if trained else [FULL])]]
-    places += [(FEW, iteration) for iteration in run.snapshots]
-    settings = tuple(
-        EvalSetting(sampler=run.sampler, nfe=n, images_per_prompt=images, iteration=iteration)
-        for n, iteration in places
-    )
-    evaluation = EvalSpec(
-        weights={"clip": "c" * 64},
-        random_weights=(),
-        prompts_per_tag=None,
-        batch=64,
-        full_steps=FULL,
-        resolution=24,
-        served=served,
-        trajectories=TrajectorySpec(nfe=FEW, prompts=prompts),
-        settings=settings,
+    points = [(n, None) for n in [*nfe, *([] if trained else [FULL])]]
+    points += [(FEW, iteration) for iteration in run.snapshots]
+    settings = [
+        {"sampler": run.sampler, "nfe": n, "images_per_prompt": images, "iteration": iteration}
+        for n, iteration in points
+    ]
+    evaluation = EvalSpec.model_validate(
+        {
+            "weights": {"clip": "c" * 64},
+            "random_weights": [],
+            "prompts_per_tag": None,
+            "batch": 64,
+            "full_steps": FULL,
+            "resolution": 24,
+            "served": served,
+            "trajectories": {"nfe": FEW, "prompts": prompts},
+            "settings": settings,
+        }
     )
     folder = root / run.name
     folder.mkdir(parents=True)
@@ -153,7 +134,7 @@ def write_run(
     (folder / "evaluation.json").write_text(evaluation.to_json(), encoding="utf-8")
     # Every run has its own noise; what a prompt's images share comes from common streams.
     own = np.random.default_rng([1, sum(map(ord, method)), seed])
-    _write_scores(folder, run, evaluation, invented, prompts, own)
+    _write_scores(folder, run, evaluation, prompts, own)
     _write_samples(folder, evaluation, prompts, own)
     if trained:
         _write_journal(folder, invented, iterations, own)
@@ -173,13 +154,9 @@ def write_runs(root: Path, seeds: int = 3, **options: Any) -> list[Path]:
 
 
 def _write_scores(
-    folder: Path,
-    run: RunSpec,
-    evaluation: EvalSpec,
-    invented: Invented,
-    prompts: int,
-    own: np.random.Generator,
+    folder: Path, run: RunSpec, evaluation: EvalSpec, prompts: int, own: np.random.Generator
 ) -> None:
+    invented = METHODS[run.method]
     shared = np.random.default_rng(0)
     images = evaluation.settings[0].images_per_prompt
     tables = []
@@ -291,12 +268,8 @@ def table_spec(
 ) -> TableSpec:
     """A table of these runs: base models, then methods in the order of METHODS.
 
-    Args:
-        runs: folders of runs.
-        few: the numbers of steps of the rows.
-        full: the base models' full number of steps; None: they have no such row.
-        kind: of the table.
-        fields: replace fields of the TableSpec.
+    `few` are the steps of the rows, `full` those of the base models' first row (None: no such
+    row); `fields` replaces fields of the TableSpec.
     """
     specs = [RunSpec.read(run / "run.json") for run in runs]
     systems: dict[tuple[str, ...], list[RunSpec]] = {}
