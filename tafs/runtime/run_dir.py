@@ -48,15 +48,6 @@ class RunDir:
         """
         return read_json(self.folder / "run.json")
 
-    @cached_property
-    def evaluation(self) -> dict[str, Any]:
-        """The content of evaluation.json: how the run is evaluated.
-
-        Raises:
-            FileNotFoundError, ValueError: the file is missing or not a JSON object; names it.
-        """
-        return read_json(self.folder / "evaluation.json")
-
     def snapshot(self, iteration: int) -> Path:
         """Return the adapter's file after an iteration that run.json lists in `snapshots`."""
         return self.snapshots / f"{iteration}.safetensors"
