@@ -1,4 +1,4 @@
-"""The workflow on a real Slurm, and what clusters do to it: it ends with the same tables.
+"""The workflow on a real Slurm with the faults of clusters: it ends with the same tables.
 
 `make test-slurm`; skipped where no Slurm can be started.
 """
@@ -28,10 +28,10 @@ pytestmark = pytest.mark.skipif(
     bool(slurm_cluster.missing()), reason=f"no Slurm can be started: {slurm_cluster.missing()}"
 )
 
-ITERATIONS = 60  # enough to be disturbed among them
+ITERATIONS = 60  # enough for a fault among them
 PROFILE = ("--profile", "slurm", "--slurm-init-seconds-before-status-checks", "3")
-OUTAGE = 45.0  # s; Snakemake asks for its jobs in it
-FOLLOWED = 300.0  # s, as for a requeued job, which Slurm holds back for two minutes
+OUTAGE = 45.0  # s; Snakemake polls its jobs meanwhile
+FOLLOWED = 300.0  # s; Slurm holds a requeued job for two minutes
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def project(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(project, tmp_path_factory) -> Project:
-    """Without Slurm."""
+    """A finished workflow, without Slurm."""
     place = Project(project, tmp_path_factory.mktemp("undisturbed"))
     done = place.snakemake("all")
     assert done.returncode == 0, done.stderr
@@ -55,7 +55,7 @@ def undisturbed(project, tmp_path_factory) -> Project:
 
 
 def iterations(place: Project) -> int:
-    """Of the training in progress."""
+    """The number of iterations of the training in progress."""
     return recorded(RunDir(place.smoke / "runs" / RUN))
 
 
@@ -64,7 +64,7 @@ def kinds(place: Project) -> list[str]:
 
 
 def holder(place: Project) -> dict[str, Any]:
-    """The training in progress: its `pid` and Slurm's id of its `job`."""
+    """The lock's holder: `pid`, and `job`, Slurm's id."""
     held = (place.smoke / "runs" / RUN / ".locks" / "train").read_bytes()
     return dict(json.loads(held))
 
@@ -75,7 +75,7 @@ def control(*command: str) -> str:
 
 
 def disturbed(place: Project, act: Callable[[str], None], *arguments: str) -> str:
-    """The workflow, disturbed while it trains; what it said."""
+    """Run the workflow and call `act` with Slurm's job id while it trains; return its stderr."""
     workflow = place.start("all", *PROFILE, *arguments)
     try:
         wait(lambda: iterations(place) >= 5 or workflow.poll() is not None, "a training", 240.0)
@@ -91,7 +91,7 @@ def disturbed(place: Project, act: Callable[[str], None], *arguments: str) -> st
 
 
 def called_again(place: Project, undisturbed: Project) -> str:
-    """What the same command says, which takes up the training and ends as if undisturbed."""
+    """Repeat the command, which continues the training with the same results; return its stderr."""
     done = place.snakemake("all", *PROFILE)
     assert done.returncode == 0, done.stderr
     assert "resume" in kinds(place)
@@ -117,7 +117,7 @@ def test_a_cancelled_job_is_submitted_again_and_continues(
 def test_a_job_near_its_time_limit_is_continued_by_another(
     slurm, place, undisturbed, trials
 ) -> None:
-    """And uses up no retry: there are none. Another iteration as slow would not fit in the job."""
+    """Without using up a retry: there are none. A second iteration as slow would not fit."""
 
     def stall(id: str) -> None:
         process = holder(place)["pid"]
@@ -132,10 +132,10 @@ def test_a_job_near_its_time_limit_is_continued_by_another(
         assert_same(place, undisturbed)
 
 
-def test_a_job_that_is_ended_by_its_time_limit_is_submitted_again(
+def test_a_job_that_slurm_ends_at_its_time_limit_is_submitted_again(
     slurm, place, undisturbed, trials
 ) -> None:
-    """It hangs, until Slurm kills it."""
+    """The job hangs until Slurm ends it."""
 
     def hang(id: str) -> None:
         control("scontrol", "update", f"JobId={id}", "TimeLimit=1")
@@ -147,9 +147,7 @@ def test_a_job_that_is_ended_by_its_time_limit_is_submitted_again(
         assert_same(place, undisturbed)
 
 
-def test_a_workflow_that_is_killed_is_continued_by_the_same_command(
-    slurm, place, undisturbed, trials
-) -> None:
+def test_the_same_command_continues_a_killed_workflow(slurm, place, undisturbed, trials) -> None:
     for _ in trials("Slurm: kill -9 of snakemake", 1, 1):
         workflow = place.start("all", *PROFILE)
         wait(lambda: iterations(place) >= 5, "a training", 240.0)
@@ -161,7 +159,7 @@ def test_a_workflow_that_is_killed_is_continued_by_the_same_command(
         assert slurm.jobs()[orphan] == "CANCELLED"
 
 
-def test_a_workflow_that_is_interrupted_leaves_no_job_and_is_continued(
+def test_an_interrupted_workflow_leaves_no_job_and_is_continued(
     slurm, place, undisturbed, trials
 ) -> None:
     for _ in trials("Slurm: Ctrl-C of snakemake", 0, 1):
@@ -174,7 +172,9 @@ def test_a_workflow_that_is_interrupted_leaves_no_job_and_is_continued(
         assert "cancelled" not in called_again(place, undisturbed)
 
 
-def test_an_outage_of_slurms_controller_is_waited_for(slurm, place, undisturbed, trials) -> None:
+def test_the_workflow_outlasts_an_outage_of_the_controller(
+    slurm, place, undisturbed, trials
+) -> None:
     def outage(id: str) -> None:
         slurm.end("slurmctld", signal.SIGKILL)
         time.sleep(OUTAGE)
@@ -193,7 +193,7 @@ def test_a_requeued_job_continues(slurm, place, undisturbed, trials) -> None:
 
 
 def urgent(slurm: Cluster) -> None:
-    """Take all nodes for a job of another user's, so to say."""
+    """Submit a job of higher priority that takes all nodes."""
     nodes = f"--nodes={len(slurm.names)}"
     control(
         "sbatch", "--partition=urgent", "--exclusive", nodes, "--output=/dev/null", "--wrap=sleep 5"
@@ -210,7 +210,7 @@ def test_a_preempted_job_that_slurm_requeues_continues(slurm, place, undisturbed
 def test_a_preempted_job_that_slurm_ends_is_submitted_again(
     slurm, place, undisturbed, trials
 ) -> None:
-    """Snakemake's executor would await it for ever."""
+    """Without tafs.orchestration.slurm, Snakemake would wait for it forever."""
     for _ in trials("Slurm: preemption with cancellation", 0, 1):
         resources = ("--default-resources", "slurm_partition=spare", "runtime=60")
         disturbed(place, lambda id: urgent(slurm), *resources)
@@ -236,22 +236,31 @@ def test_a_job_whose_node_fails_runs_elsewhere(slurm, place, undisturbed, trials
 
 
 def untimed(place: Project) -> dict[str, object]:
-    """As `outcome`, but for how long the iterations took."""
+    """Return `outcome` without the times of iterations."""
     found: dict[str, object] = dict(outcome(place))
     assert b"iteration time: " in (place.smoke / "claims.md").read_bytes()
     claims = (place.smoke / "claims.md").read_text().splitlines()
     found["claims.md"] = [line for line in claims if "iteration time: " not in line]
-    for suffix in ("csv", "md", "tex", "html", "parquet"):  # the same numbers in each
+    for suffix in ("csv", "md", "tex", "html", "parquet"):
         del found[f"tables/table2.{suffix}"]
     table = pd.read_csv(place.smoke / "tables" / "table2.csv")
     found["table2"] = table.drop(columns="iteration_time_s").to_csv()
     return found
 
 
-def test_the_whole_graph_gives_the_tables_that_it_gives_without_slurm(
+def test_a_refused_submission_is_not_retried_and_shows_the_message_of_sbatch(slurm, place):
+    done = place.snakemake("all", *PROFILE, "--default-resources", "slurm_partition=gpuu")
+    assert done.returncode == 1
+    refusals = [line for line in done.stderr.splitlines() if "invalid partition" in line]
+    assert len(refusals) == 2  # of the base model and of the training, once each
+    assert "sbatch call" not in done.stderr
+    assert "with 2 failed" in done.stderr
+
+
+def test_the_whole_workflow_gives_the_same_tables_as_without_slurm(
     slurm, tmp_path_factory, trials
 ) -> None:
-    """Every method, table and figure of the scale, by the command of the README."""
+    """Every method, table and figure of the smoke scale."""
     for _ in trials("Slurm: the whole graph, undisturbed", 0, 1):
         folder = tmp_path_factory.mktemp("whole")
         places = [copied(folder, folder / "slurm"), Project(folder, folder / "local")]

@@ -1,9 +1,8 @@
-"""A real Slurm on one machine: `python tests/slurm/cluster.py FOLDER` runs it until Ctrl-C.
+"""A real Slurm on one machine: `python tests/support/slurm_cluster.py FOLDER`, until Ctrl-C.
 
-Needs root and Debian's slurmctld, slurmd, slurm-client and munge. Its nodes are declared, with GPUs
-that no program can use: whatever asks for them is scheduled, and computes on the CPU. All files lie
-in the folder but /etc/slurm/slurm.conf and gres.conf, links that are removed again; a Slurm that
-this machine already has is refused.
+Needs root and Debian's slurm-wlm and munge. Its nodes have declared GPUs, which jobs can request
+but not use. All files are in the folder, except the links /etc/slurm/slurm.conf and gres.conf,
+which are removed afterwards. It does not start on a machine that has a Slurm of its own.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from pathlib import Path
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
 ETC = Path("/etc/slurm")
-GPUS = 8  # of each node
-PATIENCE = 60.0  # s for a daemon to come or go
-PORTS = 17001  # of the first node's daemon, and the next ones' from there
+GPUS = 8  # per node
+PATIENCE = 60.0  # s for a daemon to start or stop
+PORTS = 17001  # port of the first node's daemon; the others follow
 
 SLURM_CONF = """\
 ClusterName=one-machine
@@ -66,19 +65,19 @@ NODE = (
 
 
 def missing() -> str:
-    """What this machine lacks for a Slurm of its own, in a few words; "" if nothing."""
+    """What prevents a Slurm on this machine; "" if nothing does."""
     if os.geteuid() != 0:
-        return "it needs root"
+        return "needs root"
     absent = [name for name in PROGRAMS if not find(name)]
     if absent:
         return f"{', '.join(absent)} not found (apt-get install slurm-wlm munge)"
     if (ETC / "slurm.conf").exists() and not left_over(ETC / "slurm.conf"):
-        return f"{ETC}/slurm.conf is there: this machine has a Slurm"
+        return f"{ETC}/slurm.conf exists: this machine has a Slurm"
     return ""
 
 
 def left_over(file: Path) -> bool:
-    """Whether it is a link of a cluster's that was killed."""
+    """Whether a file is the link of a cluster that was killed."""
     if not file.is_symlink():
         return False
     pid = file.resolve().parent.parent / "run" / "slurmctld.pid"
@@ -91,17 +90,19 @@ def find(program: str) -> str | None:
 
 @dataclass
 class Cluster:
-    """Its daemons run from `start` to `stop`.
+    """A cluster whose daemons run from `start` to `stop`.
 
     Args:
-        folder: for all of its files; short, since sockets lie in it.
-        nodes, cores: declared, however many there are.
+        folder: for all its files; its path must be short, because it holds sockets.
+        nodes: number of declared nodes.
+        cores: declared per node.
+        memory: declared per node, in MB.
     """
 
     folder: Path
     nodes: int = 2
     cores: int = 4
-    memory: int = 1_000_000  # MB
+    memory: int = 1_000_000
     _munged: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
     @property
@@ -109,14 +110,18 @@ class Cluster:
         return [f"h100-{number}" for number in range(self.nodes)]
 
     def start(self) -> None:
-        """Raises RuntimeError where the machine lacks something or a daemon does not come."""
+        """Start all daemons.
+
+        Raises:
+            RuntimeError: the machine lacks something, or a daemon does not start.
+        """
         if missing():
             raise RuntimeError(f"no Slurm can be started: {missing()}")
         for name in ("etc", "run", "log", "spool", "state", "dev"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         for number in range(GPUS):
             device = self.folder / "dev" / f"nvidia{number}"
-            if not device.exists():  # a plain file would be scheduled and not be made visible
+            if not device.exists():  # a regular file would not appear in CUDA_VISIBLE_DEVICES
                 os.mknod(device, 0o600 | 0o020000, os.makedev(195, number))
         host = socket.gethostname()
         nodes = [
@@ -135,7 +140,7 @@ class Cluster:
         ETC.mkdir(exist_ok=True)
         for name, content in (("slurm.conf", text), ("gres.conf", gres)):
             (self.folder / "etc" / name).write_text(content)
-            # The plugin's inner srun does not see SLURM_CONF.
+            # The executor's inner srun does not get SLURM_CONF.
             if left_over(ETC / name):
                 (ETC / name).unlink()
             (ETC / name).symlink_to(self.folder / "etc" / name)
@@ -143,7 +148,7 @@ class Cluster:
             ["install", "-d", "-o", "munge", "-g", "munge", "-m", "0755", "/run/munge"], check=True
         )
         place = Path("/run/munge/munge.socket.2")
-        place.unlink(missing_ok=True)  # of one that was killed
+        place.unlink(missing_ok=True)  # left by a cluster that was killed
         munged = ["runuser", "-u", "munge", "--", find("munged"), "--foreground"]
         with (self.folder / "log" / "munged.log").open("ab") as log:
             self._munged = subprocess.Popen([str(p) for p in munged], stdout=log, stderr=log)
@@ -161,19 +166,19 @@ class Cluster:
         subprocess.run([str(find("slurmd")), "-N", name], check=True)
 
     def states(self, quiet: bool = False) -> list[str]:
-        """Of the nodes."""
+        """The states of the nodes."""
         asked = ["sinfo", "-h", "-N", "-p", "gpu", "-o", "%T"]
         done = subprocess.run(asked, capture_output=True, text=True, check=not quiet)
         return done.stdout.split()
 
     def jobs(self) -> dict[str, str]:
-        """State of every job that Slurm knows, by its id."""
+        """The state of every job that Slurm knows, by id."""
         asked = ["squeue", "-h", "-t", "all", "-o", "%i %T"]
         done = subprocess.run(asked, capture_output=True, text=True, check=True)
         return dict(line.split() for line in done.stdout.splitlines())
 
     def end(self, daemon: str, how: signal.Signals = signal.SIGTERM) -> None:
-        """`slurmctld`, or a node's `slurmd.NAME`; by the id in its file."""
+        """End a daemon, `slurmctld` or `slurmd.NODE`, by the process id in its file."""
         file = self.folder / "run" / f"{daemon}.pid"
         if not file.exists():
             return
@@ -186,7 +191,7 @@ class Cluster:
         file.unlink(missing_ok=True)
 
     def stop(self) -> None:
-        """End its jobs and daemons, and take the links away."""
+        """End all jobs and daemons, and remove the links."""
         if self.states(quiet=True):
             subprocess.run(["scancel", "--user=root"], check=False)
         for daemon in (*(f"slurmd.{name}" for name in self.names), "slurmctld"):
@@ -212,7 +217,11 @@ class Cluster:
 
 
 def wait(ready: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
-    """Raises RuntimeError where it is not ready in time."""
+    """Wait until `ready`.
+
+    Raises:
+        RuntimeError: after so many seconds.
+    """
     deadline = time.monotonic() + seconds
     while not ready():
         if time.monotonic() > deadline:
@@ -222,7 +231,7 @@ def wait(ready: Callable[[], bool], what: str, seconds: float = PATIENCE) -> Non
 
 def main() -> None:
     if len(sys.argv) != 2:
-        print("usage: python tests/slurm/cluster.py FOLDER", file=sys.stderr)
+        print("usage: python tests/support/slurm_cluster.py FOLDER", file=sys.stderr)
         sys.exit(2)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
