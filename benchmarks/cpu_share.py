@@ -1,9 +1,9 @@
-"""How much of `make all`'s CPU time is not sampling, rewards or updates.
+"""The share of CPU time of `make all` outside sampling, rewards and updates.
 
     rm -rf results/shapes; /usr/bin/time -v make all 2>time.txt
     python benchmarks/cpu_share.py results/shapes time.txt
 
-Every job has one thread, so on idle cores a phase's seconds are CPU seconds.
+Every job has one thread, so on idle cores the seconds of a phase are CPU seconds.
 """
 
 from __future__ import annotations
@@ -16,31 +16,40 @@ from pathlib import Path
 from tafs.runtime import journal
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="The share of CPU time outside the work itself.")
-    parser.add_argument("results", type=Path, help="results/SCALE")
-    parser.add_argument("time", type=Path, help="the output of /usr/bin/time -v")
-    arguments = parser.parse_args()
-    text = arguments.time.read_text(errors="replace")
-    seconds = [
-        float(re.search(rf"{kind} time \(seconds\): ([\d.]+)", text)[1])  # type: ignore[index]
-        for kind in ("User", "System")
-    ]
-    cpu = sum(seconds)
+def cpu_seconds(text: str) -> float:
+    """User and system seconds in the output of /usr/bin/time -v."""
+    found = re.findall(r"(?:User|System) time \(seconds\): ([\d.]+)", text)
+    if len(found) != 2:
+        raise SystemExit("cpu_share: the second file is not the output of /usr/bin/time -v")
+    return sum(map(float, found))
+
+
+def phase_seconds(results: Path) -> dict[str, float]:
+    """Seconds of each phase, from the journals of trainings and the logs of evaluations."""
     phases = {"sample": 0.0, "reward": 0.0, "update": 0.0}
-    for file in sorted(arguments.results.glob("runs/*/journal.jsonl")):
+    for file in sorted(results.glob("runs/*/journal.jsonl")):
         for record in journal.iterations(file):
             for phase in phases:
                 phases[phase] += record["seconds"][phase]
-    for log in sorted(arguments.results.glob("logs/evaluate/*.log")):
-        for line in log.read_text().splitlines():
+    for log in sorted(results.glob("logs/evaluate/*.log")):
+        for line in log.read_text(encoding="utf-8").splitlines():
             if line.startswith('{"evaluated"'):
                 for phase, value in json.loads(line)["seconds"].items():
                     phases[phase] += value
-    work = sum(phases.values())
+    return phases
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The share of CPU time outside the phases.")
+    parser.add_argument("results", type=Path, help="results/SCALE")
+    parser.add_argument("time", type=Path, help="the output of /usr/bin/time -v")
+    options = parser.parse_args()
+    cpu = cpu_seconds(options.time.read_text(errors="replace"))
+    phases = phase_seconds(options.results)
     shares = "  ".join(f"{phase} {value:.0f} s" for phase, value in phases.items())
     print(f"CPU {cpu:.0f} s   {shares}")
-    print(f"outside sampling, rewards and updates: {100 * (1 - work / cpu):.1f} %")
+    share = 100 * (1 - sum(phases.values()) / cpu)
+    print(f"outside sampling, rewards and updates: {share:.1f} %")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Iteration times against their network calls: `python benchmarks/training_loop.py`.
+"""Compare iteration times with their network calls: `python benchmarks/training_loop.py`.
 
-In every round each method runs one real iteration, in turn, and the bare network calls that it
-needs (sampling without gradients, forward and backward passes, decoding, reward models, in the same
-micro-batches). Printed are the medians: seconds, how much the iteration takes over its bare calls,
-and its ratio to TAFS-GRPO's beside what the count of evaluations predicts (`Method.forward_equivalents`) and what
-the paper's Tables 2 and 4 print.
+In every round, each method runs one real iteration, and then the bare network calls that it needs:
+sampling without gradients, forward and backward passes, decoding and reward models, in the same
+micro-batches. The table shows medians over the rounds: seconds, the iteration's time relative to
+its bare calls, and its ratio to TAFS-GRPO's iteration beside the ratio of network evaluations
+(`Method.forward_equivalents`) and the ratio of the times in the paper's Tables 2 and 4.
 """
 
 from __future__ import annotations
@@ -16,17 +16,14 @@ from pathlib import Path
 
 import torch
 
-from tafs.experiment import runs, validate
+from tafs import experiment
 from tafs.methods.policy_gradient import PolicyGradient
-from tafs.models.base import Backbone
-from tafs.rewards import registry
-from tafs.runtime import main as main_
-from tafs.runtime import run_dir
-from tafs.training.trainer import Trainer
+from tafs.runtime.main import limit_threads
+from tafs.training.trainer import Trainer, trainer_of
 
 ROOT = Path(__file__).resolve().parent.parent
-REFERENCE = "tafs_grpo"
-# Iteration times in seconds: Tables 2 and 4.
+REFERENCE, TASK = "tafs_grpo", "preference"
+# Seconds per iteration in Tables 2 and 4.
 PAPER = {
     "tafs_grpo": 116,
     "tafs_n_annealed_1": 47,
@@ -37,69 +34,68 @@ PAPER = {
 }
 
 
-def trainer(run: runs.Run) -> Trainer:
-    description = run.describe()
-    rewards = registry.load(list(run.rewards), description["settings"]["world"])
-    return Trainer(description, run_dir.load_backbone(description), rewards)
-
-
-def bare(run: Trainer) -> float:
-    """Seconds of the network calls of one iteration, and nothing else."""
-    backbone: Backbone = run.backbone
-    method = run.method
+def bare(trainer: Trainer) -> float:
+    """Seconds of the network calls of one iteration without anything else."""
+    backbone, method = trainer.backbone, trainer.method
     assert isinstance(method, PolicyGradient)
+    prompt = trainer.prompts[0]
     with torch.no_grad():
-        cond = backbone.encode(["a red ring"] * run.micro_batch)
-    x = torch.randn(run.micro_batch, *backbone.latent_shape)
-    t = torch.full((run.micro_batch,), 0.5)
+        cond = backbone.encode([prompt.text] * trainer.micro_batch)
+    x = torch.randn(trainer.micro_batch, *backbone.latent_shape, device=backbone.device)
+    t = torch.full((trainer.micro_batch,), 0.5, device=backbone.device)
     scored = len(method.scored_steps())
     start = time.perf_counter()
-    for part in run.micro_batches():
+    for part in trainer.micro_batches():
         size = part.stop - part.start
-        few, at, of = x[:size], t[:size], cond[:size]
         with torch.no_grad():
             for _ in range(int(method.nfe_old)):
-                backbone.velocity(few, at, of)
-            images = backbone.decode(few.repeat(scored, 1, 1, 1), run.decode_dtype)
-            run.rewards.score(images, run.prompts[:1] * len(images))
+                backbone.velocity(x[:size], t[:size], cond[:size])
+            images = backbone.decode(x[:size].repeat(scored, 1, 1, 1), trainer.decode_dtype)
+            trainer.rewards.score(images, [prompt] * len(images))
         for _ in range(method.nfe_theta):
-            backbone.velocity(few, at, of).sum().backward()
-    return time.perf_counter() - start
+            backbone.velocity(x[:size], t[:size], cond[:size]).sum().backward()
+    if backbone.device.type == "cuda":
+        torch.cuda.synchronize(backbone.device)
+    seconds = time.perf_counter() - start
+    for parameter in trainer.parameters.values():
+        parameter.grad = None
+    return seconds
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Iteration time against its network calls.")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser = argparse.ArgumentParser(description="Compare iteration times with network calls.")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds that are measured")
     parser.add_argument("--scale", default="shapes")
     parser.add_argument("--backbone", default="shapes-flux")
-    arguments = parser.parse_args()
-    main_.limit_threads()
-    settings = validate.read(ROOT / "config.yaml", {"scale": arguments.scale})
-    known = [r for r in runs.runs(settings).values() if r.backbone == arguments.backbone]
-    trainers = {
-        name: trainer(next(r for r in known if r.variant == name and r.task == "preference"))
-        for name in PAPER
-        if any(r.variant == name and r.task == "preference" for r in known)
+    options = parser.parse_args()
+    limit_threads()
+    plan = experiment.load({"scale": options.scale}, ROOT / "config.yaml")
+    runs = {
+        run.variant: run
+        for run in reversed(list(plan.runs.values()))  # the first seed
+        if (run.backbone, run.task) == (options.backbone, TASK)
     }
-    if REFERENCE not in trainers:
-        parser.error(f"no run of {REFERENCE} on {arguments.backbone} at scale {arguments.scale}")
+    if REFERENCE not in runs:
+        parser.error(f"no run of {REFERENCE} on {options.backbone} at scale {options.scale}")
+    trainers = {name: trainer_of(runs[name]) for name in PAPER if name in runs}
     iteration: dict[str, list[float]] = {name: [] for name in trainers}
     overhead: dict[str, list[float]] = {name: [] for name in trainers}
-    for repeat in range(arguments.repeats + 1):
-        for name, run in trainers.items():
-            seconds = run.iterate(repeat)["seconds"]["total"]
-            alone = bare(run)
-            if repeat:  # the first round warms up
+    for repeat in range(options.repeats + 1):
+        for name, trainer in trainers.items():
+            seconds = trainer.iterate(repeat)["seconds"]["total"]
+            calls = bare(trainer)
+            if repeat:  # the first round is a warm-up
                 iteration[name].append(seconds)
-                overhead[name].append(seconds / alone)
-    print(f"{'':18} seconds  over bare calls  ratio to TAFS-GRPO  evaluations predict  paper")
-    for name, run in trainers.items():
+                overhead[name].append(seconds / calls)
+    reference = trainers[REFERENCE].method.forward_equivalents
+    print(f"{'':18} seconds  over bare calls  ratio to TAFS-GRPO  of evaluations  paper")
+    for name, trainer in trainers.items():
         pairs = zip(iteration[name], iteration[REFERENCE], strict=True)
-        ratio = statistics.median(a / b for a, b in pairs)
         print(
             f"{name:18} {statistics.median(iteration[name]):7.2f} "
-            f"{statistics.median(overhead[name]):16.3f} {ratio:19.3f} "
-            f"{run.method.forward_equivalents / trainers[REFERENCE].method.forward_equivalents:20.3f} "
+            f"{statistics.median(overhead[name]):16.3f} "
+            f"{statistics.median(a / b for a, b in pairs):19.3f} "
+            f"{trainer.method.forward_equivalents / reference:15.3f} "
             f"{PAPER[name] / PAPER[REFERENCE]:6.2f}"
         )
 

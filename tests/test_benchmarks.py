@@ -1,0 +1,94 @@
+"""Every script of benchmarks/ runs and prints its figures; rehearse.py has its own tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = {
+    file.name for file in (ROOT / "benchmarks").glob("*.py") if "__main__" in file.read_text()
+}
+TESTED = {"cpu_share.py", "rehearse.py", "same_results.py", "tracking.py", "training_loop.py"}
+
+
+def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, f"benchmarks/{script}", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+
+
+def printed(script: str, *arguments: object) -> str:
+    done = run(script, *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_script_has_a_test():
+    assert SCRIPTS == TESTED
+
+
+def test_training_loop_compares_the_methods_of_a_scale():
+    head, *rows = printed("training_loop.py", "--scale", "smoke", "--repeats", 1).splitlines()
+    assert "over bare calls" in head
+    found = {row.split()[0]: [float(cell) for cell in row.split()[1:]] for row in rows}
+    assert {"tafs_grpo", "flow_grpo", "mix_grpo", "dance_grpo"} <= set(found)
+    assert found["tafs_grpo"][2:] == [1.0, 1.0, 1.0]
+    assert found["flow_grpo"][3:] == [pytest.approx(28 / 13, abs=1e-3), 2.14]
+
+
+def test_training_loop_names_a_backbone_without_runs():
+    done = run("training_loop.py", "--scale", "smoke", "--backbone", "nothing")
+    assert done.returncode == 2
+    assert "no run of tafs_grpo on nothing at scale smoke" in done.stderr
+
+
+def test_cpu_share_adds_journals_and_evaluations(tmp_path):
+    folder = tmp_path / "runs" / "run"
+    folder.mkdir(parents=True)
+    seconds = {"sample": 1.0, "reward": 2.0, "update": 3.0, "total": 6.0}
+    record = {"kind": "iteration", "iteration": 0, "seconds": seconds}
+    (folder / "journal.jsonl").write_text(json.dumps(record) + "\n")
+    log = tmp_path / "logs" / "evaluate" / "run.log"
+    log.parent.mkdir(parents=True)
+    evaluated = {"evaluated": "run", "seconds": {"sample": 4.0, "reward": 5.0}}
+    log.write_text(f"a warning\n{json.dumps(evaluated)}\n")
+    time = tmp_path / "time.txt"
+    time.write_text("\tUser time (seconds): 18.00\n\tSystem time (seconds): 2.00\n")
+    assert printed("cpu_share.py", tmp_path, time).splitlines() == [
+        "CPU 20 s   sample 5 s  reward 7 s  update 3 s",
+        "outside sampling, rewards and updates: 25.0 %",
+    ]
+    time.write_text("")
+    assert "not the output of /usr/bin/time -v" in run("cpu_share.py", tmp_path, time).stderr
+
+
+def test_same_results_names_the_files_that_differ(tmp_path):
+    for name, value in (("a", 1.0), ("b", 1.0), ("c", 2.0)):
+        folder = tmp_path / name / "runs" / "run"
+        folder.mkdir(parents=True)
+        save_file({"x": torch.tensor([value])}, folder / "adapter.safetensors")
+    assert printed("same_results.py", tmp_path / "a", tmp_path / "b") == "the same\n"
+    other = run("same_results.py", tmp_path / "a", tmp_path / "c")
+    assert (other.returncode, other.stdout) == (1, "runs/run/adapter.safetensors: differs\n")
+
+
+def test_tracking_measures_a_training_beside_dead_servers():
+    _, *rows, last = printed(
+        "tracking.py", "--repeats", 1, "--iterations", 2, "--every", 1
+    ).splitlines()
+    names = [re.split(r"\s{2,}", row)[0].strip() for row in rows]
+    assert names == ["alone", "the server is gone", "alone again", "the server never answers"]
+    assert last == "the 4 adapters are identical"
