@@ -29,9 +29,6 @@ META, CPU = torch.device("meta"), torch.device("cpu")
 TINY = models.SIZES["tiny"]
 
 
-# -- models ----------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def full() -> dict[str, Any]:
     """The full-size backbones without storage."""
@@ -123,9 +120,6 @@ def test_the_reference_runs_first_on_groups_of_one_micro_batch():
     assert found.training.micro_batch == found.training.group_size == 12
     assert found.hyperparameters["updates"] == 1
     assert found.rewards == PLAN.config.tasks["preference"].rewards
-
-
-# -- the report ------------------------------------------------------------------------------------
 
 
 def row(variant: str, title: str, **values: Any) -> Any:
