@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import logging
 import subprocess
 import sys
@@ -14,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from support.hpsv2_package import BPE_VOCABULARY, import_hpsv2
 from transformers.utils import logging as transformers_logging
 
@@ -46,38 +44,6 @@ def bert_vocabulary(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         BertTokenizer, "from_pretrained", lambda name: BertTokenizer(vocab=vocabulary)
     )
     return vocabulary
-
-
-@pytest.fixture
-def scorer(
-    imagereward: Any,
-    bert_vocabulary: dict[str, int],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Any:
-    """image-reward's own classes with few, narrow layers; the text width must be 768."""
-    from ImageReward.models.BLIP import blip_pretrain, vit
-
-    def narrow_vit(size: str, image_size: int, *_: object) -> tuple[torch.nn.Module, int]:
-        assert (size, image_size) == ("large", 224)
-        encoder = vit.VisionTransformer(
-            img_size=image_size, patch_size=16, embed_dim=32, depth=2, num_heads=2
-        )
-        return encoder, 32
-
-    monkeypatch.setattr(blip_pretrain, "create_vit", narrow_vit)
-    config = {
-        "hidden_size": 768,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 64,
-        "vocab_size": 16,
-        "add_cross_attention": True,
-    }
-    path = tmp_path / "med_config.json"
-    path.write_text(json.dumps(config))
-    torch.manual_seed(0)
-    return imagereward.ImageReward(med_config=str(path)).eval()
 
 
 def test_every_named_package_imports_in_one_process(hpsv2: Any, imagereward: Any) -> None:
@@ -145,26 +111,6 @@ def test_image_rewards_patches_are_necessary_and_affect_no_other_class(
     for name in ("all_tied_weights_keys", "get_head_mask", "invert_attention_mask"):
         assert not hasattr(PreTrainedModel, name)
     assert not hasattr(BertTokenizer.from_pretrained(""), "additional_special_tokens_ids")
-
-
-def test_image_rewards_score_depends_on_the_image_and_on_the_prompt(scorer: Any) -> None:
-    # An untrained head is nearly constant, so its inputs are compared.
-    seen: list[torch.Tensor] = []
-    scorer.mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    gradient = Image.linear_gradient("L").convert("RGB")
-    scorer.score("a red square", gradient)
-    scorer.score("a red square", gradient.rotate(90))
-    scorer.score("a blue square", gradient)
-    assert not torch.equal(seen[0], seen[1])
-    assert not torch.equal(seen[0], seen[2])
-
-
-def test_image_reward_ignores_padding(scorer: Any) -> None:
-    image = torch.zeros(1, 3, 224, 224)
-    token_ids = torch.tensor([[2, 5, 6, 7, 3, 0, 0]])
-    mask = torch.tensor([[1, 1, 1, 1, 1, 0, 0]])
-    padded = scorer.score_gard(token_ids, mask, image)
-    torch.testing.assert_close(scorer.score_gard(token_ids[:, :5], mask[:, :5], image), padded)
 
 
 def test_blips_tokenizer_appends_its_two_tokens(

@@ -67,6 +67,15 @@ def test_scores_are_float32_and_repeatable(reward):
     assert torch.equal(scores, reward.score(images(), PROMPTS))
 
 
+def test_scores_do_not_depend_on_batch_or_order(reward):
+    together = reward.score(images(), PROMPTS)
+    order = [2, 0, 1]
+    shuffled = reward.score(images()[order], [PROMPTS[i] for i in order])
+    alone = [reward.score(images()[i : i + 1], PROMPTS[i : i + 1]) for i in range(3)]
+    torch.testing.assert_close(shuffled, together[order], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.cat(alone), together, atol=1e-5, rtol=1e-5)
+
+
 def test_wrong_images_are_refused_in_one_line_that_names_the_reward(reward):
     broken = images()
     broken[1, 0, 0, 0] = float("nan")

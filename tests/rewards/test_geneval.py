@@ -30,69 +30,43 @@ def test_relations_follow_the_offset_of_the_centres(dx, dy, expected):
     assert relations(thing("a", 50 + dx, 50 + dy), thing("b", 50, 50)) == expected
 
 
-def test_both_of_two_objects_are_required():
-    row = {"tag": "two_object", "include": [include("ring"), include("cross")]}
-    assert geneval_verdict([thing("ring"), thing("cross")], row) == (True, 1.0)
-    assert geneval_verdict([thing("ring"), thing("ring")], row) == (False, 0.5)
-    assert geneval_verdict([], row) == (False, 0.0)
+TWO = {"tag": "two_object", "include": [include("ring"), include("cross")]}
+THREE = {"tag": "counting", "include": [include("ring", 3)], "exclude": [include("ring", 4)]}
+ONE = {"tag": "single_object", "include": [include("ring")]}
+RED = {"tag": "colors", "include": [include("ring", color="red")]}
+BOTH = {
+    "tag": "color_attr",
+    "include": [include("ring", color="red"), include("cross", color="blue")],
+}
+LEFT = {"tag": "position", "include": [include("ring"), include("cross", position=["left of", 0])]}
+rings = [thing("ring", 20 * i) for i in range(7)]
+red, blue = thing("ring", color="red"), thing("ring", color="blue")
 
 
 @pytest.mark.parametrize(
-    ("found", "correct", "graded"),
-    [(3, True, 1.0), (2, False, 2 / 3), (4, False, 2 / 3), (0, False, 0.0), (7, False, 0.0)],
+    ("row", "found", "correct", "graded"),
+    [
+        (TWO, [thing("ring"), thing("cross")], True, 1.0),
+        (TWO, [thing("ring"), thing("ring")], False, 0.5),
+        (TWO, [], False, 0.0),
+        (THREE, rings[:3], True, 1.0),
+        (THREE, rings[:2], False, 2 / 3),
+        (THREE, rings[:4], False, 2 / 3),
+        (THREE, [], False, 0.0),
+        (THREE, rings, False, 0.0),
+        (ONE, rings[:2], True, 1.0),  # a surplus counts only if the row excludes it
+        (RED, [red], True, 1.0),
+        (RED, [blue], False, 0.5),
+        (RED, [blue, red], False, 0.5),  # only the most confident object counts
+        (BOTH, [red, thing("cross", color="blue")], True, 1.0),
+        (BOTH, [blue, thing("cross", color="red")], False, 0.5),
+        (LEFT, [thing("ring", 50), thing("cross", 0)], True, 1.0),
+        (LEFT, [thing("ring", 0), thing("cross", 50)], False, 2 / 3),
+        (LEFT, [thing("cross", 0)], False, 1 / 3),
+    ],
 )
-def test_counting_gives_partial_credit_and_penalises_a_surplus(found, correct, graded):
-    row = {
-        "tag": "counting",
-        "include": [include("ring", 3)],
-        "exclude": [{"class": "ring", "count": 4}],
-    }
-    verdict = geneval_verdict([thing("ring", 20 * i) for i in range(found)], row)
-    assert verdict.correct is correct
-    assert verdict.graded == pytest.approx(graded)
-
-
-def test_a_surplus_is_ignored_if_the_row_does_not_exclude_it():
-    row = {"tag": "single_object", "include": [include("ring")]}
-    assert geneval_verdict([thing("ring"), thing("ring", 30)], row) == (True, 1.0)
-
-
-def test_a_wrong_colour_still_gives_credit_for_the_object():
-    row = {"tag": "colors", "include": [include("ring", color="red")]}
-    assert geneval_verdict([thing("ring", color="red")], row) == (True, 1.0)
-    assert geneval_verdict([thing("ring", color="blue")], row) == (False, 0.5)
-
-
-def test_swapped_colours_are_wrong():
-    row = {
-        "tag": "color_attr",
-        "include": [include("ring", color="red"), include("cross", color="blue")],
-    }
-    assert geneval_verdict([thing("ring", color="red"), thing("cross", color="blue")], row).correct
-    assert geneval_verdict([thing("ring", color="blue"), thing("cross", color="red")], row) == (
-        False,
-        0.5,
-    )
-
-
-def test_only_the_most_confident_objects_of_a_class_count():
-    row = {"tag": "colors", "include": [include("ring", color="red")]}
-    confident_first = [
-        thing("ring", color="blue", score=0.9),
-        thing("ring", color="red", score=0.5),
-    ]
-    assert not geneval_verdict(confident_first, row).correct
-
-
-def test_a_relation_requires_its_target():
-    row = {
-        "tag": "position",
-        "include": [include("ring"), include("cross", position=["left of", 0])],
-    }
-    assert geneval_verdict([thing("ring", 50), thing("cross", 0)], row) == (True, 1.0)
-    right = geneval_verdict([thing("ring", 0), thing("cross", 50)], row)
-    assert right.correct is False and right.graded == pytest.approx(2 / 3)
-    assert geneval_verdict([thing("cross", 0)], row).correct is False
+def test_the_verdict_of_constructed_detections(row, found, correct, graded):
+    assert geneval_verdict(found, row) == (correct, pytest.approx(graded))
 
 
 def test_offsets_below_a_thousandth_of_a_pixel_are_ignored():

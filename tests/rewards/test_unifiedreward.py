@@ -109,18 +109,6 @@ def test_scores_are_the_servers_grades_in_the_order_of_the_images():
     }
 
 
-def test_scores_do_not_depend_on_batch_or_order():
-    images = torch.rand(12, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
-    order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
-    with ChatServer() as server:
-        reward = scorer(server)
-        together = reward(images, captions(12))
-        shuffled = reward(images[order], [captions(12)[i] for i in order])
-        alone = torch.cat([reward(images[i : i + 1], captions(12)[i : i + 1]) for i in range(12)])
-    assert torch.equal(shuffled, together[order])
-    assert torch.equal(alone, together)
-
-
 def test_a_request_contains_the_exact_image_and_the_question():
     image = torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(3))
     with ChatServer() as server:
@@ -221,12 +209,6 @@ def test_the_allowed_share_refers_to_the_images_of_all_calls():
         with pytest.raises(RunFailed, match=r"5 of 40 .* \(5 no_score\); at most 4 may be missing"):
             reward(grey(10), captions(10))
     assert reward.missing == {"no_score": 5}
-
-
-def test_the_given_share_may_be_missing():
-    with ChatServer(faults={"nonsense": 0.5}) as server:
-        scores = scorer(server, missing_share=0.5)(grey(8), captions(8))
-    assert scores.isnan().sum() == 4
 
 
 def test_an_unreachable_server_is_refused_by_its_url():
