@@ -60,6 +60,8 @@ def load(overrides: Mapping[str, Any] | None = None, path: Path = Path("config.y
                 f"set everything else in {path}"
             )
     method, seeds = given.pop("method", None), given.pop("seeds", None)
+    if seeds is None and "seeds" in (overrides or {}):  # snakemake reads `seeds=` as None
+        raise ConfigError("--config seeds=: give a number from 1 to 1000")
     if "results" in given:
         given["results"] = str(given["results"])  # snakemake reads 2026 as a number
     config = validate.read(path, given)

@@ -180,7 +180,7 @@ def test_an_unknown_key_in_the_configuration_is_named_in_one_line(project):
         ("scael=shapes", "--config scael: only scale, results, method, seeds can be set on the"),
         ("seeds=0", "--config seeds=0: give a number from 1 to 1000"),
         ("seeds=True", "--config seeds=True: give a number from 1 to 1000"),
-        ("seeds=", "--config seeds=None: give a number from 1 to 1000"),
+        ("seeds=", "--config seeds=: give a number from 1 to 1000"),
     ],
 )
 def test_a_wrong_option_on_the_command_line_is_named_in_one_line(project, given, said):
