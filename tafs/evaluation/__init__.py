@@ -1,0 +1,1 @@
+"""Evaluation of a run: images (`generate`), scores (`evaluate`), server scores (`served`)."""

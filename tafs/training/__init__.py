@@ -1,0 +1,1 @@
+"""Training of a run: iterations (`trainer`), the loop (`train`), its files (`recorder`)."""
