@@ -1,10 +1,12 @@
 """The graph lists exactly Snakemake's jobs, with their inputs and resources."""
 
 import dataclasses
+import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 from tafs.orchestration import graph as graphs
 from tafs.orchestration import snakemake_hooks
@@ -75,3 +77,11 @@ def test_the_servers_command_reaches_the_jobs_quoted(paper):
     evaluation = paper.scale.evaluation.model_copy(update={"server": server})
     found = with_scale(paper, evaluation=evaluation).environment
     assert found.format() == """HF_HUB_OFFLINE=1 TAFS_SERVER='["it'"'"'s", "{folder}"]'"""
+
+
+def test_the_slurm_profile_sets_gpus_in_exactly_the_rules_that_use_them():
+    profile = YAML(typ="safe").load(ROOT / "slurm" / "profile.yaml")
+    rules = "".join(file.read_text() for file in (ROOT / "workflow" / "rules").glob("*.smk"))
+    assert set(profile["set-resources"]) == set(re.findall(r'GRAPH\.resources\("(\w+)"\)', rules))
+    assert not any("gpu" in name.partition("=")[0] for name in profile["default-resources"])
+    assert profile["group-components"] == ["evaluations=4"]
