@@ -203,12 +203,12 @@ class _Rows:
         return found[0]
 
     def values(self, name: RowName, metric: str) -> tuple[System, stats.Array, str]:
-        """(system, its scores on the reported scale, the row in words)."""
+        """(system, its scores on the reported scale with higher better, the row in words)."""
         row = self.row(name)
         said = f"{row.spec.label} at {row.spec.nfe} steps"
         if row.spec.iteration is not None:
             said += f" after {row.spec.iteration} iterations"
-        return row.system, METRICS[metric].factor * row.values(metric), said
+        return row.system, METRICS[metric].factor * row.quality(metric), said
 
 
 def _differences(claim: Claim, table: _Rows) -> Iterator[tuple[str, Estimate, int]]:

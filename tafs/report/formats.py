@@ -24,6 +24,7 @@ from pandas.io.formats.style_render import CSSDict
 from tafs.common.files import sha256
 from tafs.report import stats
 from tafs.report.tables import Cell, Column, Line, Number, Score, Table, fill
+from tafs.rewards.metrics import METRICS
 
 
 def write(table: Table, out_dir: Path, published: bool = False) -> list[Path]:
@@ -243,9 +244,12 @@ def _latex_cell(cell: Cell) -> str:
 def _title(column: Column, latex: bool = False, plain: Callable[[str], str] | None = None) -> str:
     if isinstance(column, Number) and latex:
         return column.latex
-    if isinstance(column, Score):
-        return rf"{column.title} $\uparrow$" if latex else f"{column.title} ↑"
-    return plain(column.title) if plain else escape(column.title, LATEX if latex else MARKDOWN)
+    title = plain(column.title) if plain else escape(column.title, LATEX if latex else MARKDOWN)
+    if not isinstance(column, Score):
+        return title
+    if METRICS[column.metric].higher_is_better:
+        return rf"{title} $\uparrow$" if latex else f"{title} ↑"
+    return rf"{title} $\downarrow$" if latex else f"{title} ↓"
 
 
 def _notes(table: Table, lines: Sequence[Line]) -> list[str]:

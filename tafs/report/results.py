@@ -234,6 +234,11 @@ class System:
             arrays.append(scores.values[sampler, nfe, metric, at])
         return np.stack(arrays)
 
+    def quality(self, sampler: str, nfe: int, metric: str, iteration: int | None = None) -> Array:
+        """Scores with the sign for which higher is better; see `values`."""
+        found = self.values(sampler, nfe, metric, iteration)
+        return found if METRICS[metric].higher_is_better else -found
+
 
 def check_paired(scores: Scores, other: Scores) -> None:
     """Raise ValueError, naming both files, unless both scored the same prompts and images."""

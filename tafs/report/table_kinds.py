@@ -64,7 +64,7 @@ def _gains_table(loaded: LoadedTable) -> Table:
         loaded.base_of(row.system)
 
     def values(row: Row, metrics: Sequence[str]) -> list[stats.Array]:
-        return [row.values(metric) for metric in metrics]
+        return [row.quality(metric) for metric in metrics]
 
     def gain(metrics: Sequence[str]) -> Callable[[Row], stats.Estimate]:
         def estimate(row: Row) -> stats.Estimate:

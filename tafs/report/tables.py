@@ -30,6 +30,10 @@ class Row:
         """The row's scores, [seeds, prompts, images]; see `System.values`."""
         return self.system.values(self.spec.sampler, self.spec.nfe, metric, self.spec.iteration)
 
+    def quality(self, metric: str) -> stats.Array:
+        """The row's scores, with the sign for which higher is better; see `System.quality`."""
+        return self.system.quality(self.spec.sampler, self.spec.nfe, metric, self.spec.iteration)
+
 
 @dataclass(frozen=True)
 class Number:
@@ -188,7 +192,13 @@ def _score_cells(name: str, rows: Sequence[Row]) -> list[Cell]:
     best = None
     # With one seed, the effect of another seed is unknown.
     if all(len(row.system.results) > 1 for row in rows if row.system.spec.trained):
-        best = stats.supported_winner(arrays, first.tags, sources=sources, macro=metric.macro)
+        best = stats.supported_winner(
+            arrays,
+            first.tags,
+            sources=sources,
+            higher_is_better=metric.higher_is_better,
+            macro=metric.macro,
+        )
     return [
         _estimated(
             stats.mean_interval(array, first.tags, macro=metric.macro), metric.digits, i == best

@@ -6,17 +6,21 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 from support import synthetic
+from support.synthetic import change_scores
 
 from tafs.experiment.schema import FIGURES
 from tafs.experiment.specs import ReportSpec, Spec, TableSpec
 from tafs.report import build, results
+from tafs.rewards.metrics import METRICS
 
 CLAIM = """
 - id: gain
@@ -171,3 +175,41 @@ def test_a_broken_run_ends_the_command_with_one_line(
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     assert message.startswith(f"report: {root}/runs/flow_grpo-1/run.json: not found")
+
+
+def test_a_metric_may_be_better_when_it_is_lower(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the opposite sign and direction, every comparison has the same result."""
+
+    def compared() -> tuple[list[float], list[str], list[str]]:
+        build.build(root)
+        verdicts = json.loads((root / "claims.json").read_text(encoding="utf-8"))
+        gains = pd.read_csv(root / "tables" / "gains.csv")
+        scores = pd.read_csv(root / "tables" / "scores.csv")
+        return (
+            gains.select_dtypes("number").to_numpy().ravel().tolist(),
+            [str(comparison) for verdict in verdicts for comparison in verdict["comparisons"]],
+            scores["clip_best"].tolist(),
+        )
+
+    for run in (root / "runs").glob("tafs_grpo*"):
+        change_scores(run, lambda found: found.assign(value=found["value"] + 10))
+    before = compared()
+    assert before[2] == [0, 0, 0, 1]
+    assert "CLIP ↑" in (root / "tables" / "scores.md").read_text(encoding="utf-8")
+    plugin = METRICS.plugins["clip"]
+    lower = replace(plugin, metric=replace(plugin.metric, higher_is_better=False))
+    monkeypatch.setitem(METRICS.plugins, "clip", lower)
+    for run in (root / "runs").iterdir():
+        change_scores(
+            run,
+            lambda found: found.assign(
+                value=found["value"].where(found["metric"] != "clip", -found["value"])
+            ),
+        )
+    after = compared()
+    assert after[0] == pytest.approx(before[0], nan_ok=True)
+    assert after[1:] == before[1:]
+    assert "CLIP ↓" in (root / "tables" / "scores.md").read_text(encoding="utf-8")
+    assert r"CLIP $\downarrow$" in (root / "tables" / "scores.tex").read_text(encoding="utf-8")

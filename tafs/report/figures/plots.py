@@ -91,7 +91,7 @@ def pareto(table: LoadedTable, out_dir: Path, name: str) -> list[Path]:
     systems, metrics = table.distinct, table.metrics
     nfe, few = table.spec.curve_nfe, table.spec.few_nfe
     drawn = {
-        (system, n, metric): system.values(system.spec.sampler, n, metric)
+        (system, n, metric): system.quality(system.spec.sampler, n, metric)
         for system in systems
         for n in {*nfe, few}
         for metric in metrics
@@ -215,8 +215,8 @@ def _base(table: LoadedTable, system: System) -> System:
 def _effects(table: LoadedTable, system: System, metric: str) -> Array:
     """Each seed's gain on the base model of its backbone at few steps; see `stats.effects`."""
     base, nfe = _base(table, system), table.spec.few_nfe
-    own = system.values(system.spec.sampler, nfe, metric)
-    return stats.effects(own, base.values(base.spec.sampler, nfe, metric))
+    own = system.quality(system.spec.sampler, nfe, metric)
+    return stats.effects(own, base.quality(base.spec.sampler, nfe, metric))
 
 
 def _estimate(
