@@ -88,7 +88,7 @@ PLUGIN = ModelPlugin(
 def write(name: str, pipeline: str = PIPELINE, folder: Path = FOLDER) -> Path:
     """Write the plug-in and return its file.
 
-    The entry has the values of the catalogue's first model with this pipeline class, if any.
+    The entry has the values of the first published model with this pipeline class, if any.
 
     Args:
         name: of the model, as in config.yaml.
@@ -113,7 +113,8 @@ def write(name: str, pipeline: str = PIPELINE, folder: Path = FOLDER) -> Path:
         raise ValueError(f"{name!r} is taken; choose another name")
     if not folder.is_dir():
         raise ValueError(f"{folder}/ does not exist; run this command in the project's folder")
-    like = next((model for model in models.values() if model.pipeline == pipeline), None)
+    published = [model for model in models.values() if model.assets == "hub"]
+    like = next((model for model in published if model.pipeline == pipeline), None)
     title = "".join(part.capitalize() for part in name.split("-"))
     trained = pipeline in catalog.backbones()
     parts = [HEAD, IMPORTS, PLUGIN] if trained else [HEAD, BACKBONE, "\n", PLUGIN]

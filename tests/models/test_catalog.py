@@ -134,10 +134,10 @@ def test_an_installed_package_adds_models_as_a_mapping_or_a_file(install, as_fil
 
 
 def test_an_installed_package_adds_a_backbone_for_a_pipeline_class(install, tmp_path):
-    text = template.write("theirs", "SanaPipeline", tmp_path).read_text()
+    text = template.write("theirs", "OtherPipeline", tmp_path).read_text()
     with install(text):
         assert catalog.read()["theirs"].trainable
-        backbone = catalog.backbones()["SanaPipeline"]
+        backbone = catalog.backbones()["OtherPipeline"]
         assert str(backbone) == "<class 'their_package.theirs.TheirsBackbone'>"
 
 
@@ -147,8 +147,8 @@ def test_an_installed_package_adds_a_backbone_for_a_pipeline_class(install, tmp_
         (plugin(repr({"flux-dev": ENTRY})), "theirs.py: models: 'flux-dev' is also defined in .*y"),
         (plugin(repr({"theirs": {}})), "theirs.py: models: missing key 'theirs.title'; add it"),
         (
-            plugin(repr({"theirs": ENTRY | {"pipeline": "SanaPipeline"}})),
-            "theirs.trainable: no backbone trains a SanaPipeline .available: FluxPipeline, ",
+            plugin(repr({"theirs": ENTRY | {"pipeline": "OtherPipeline"}})),
+            "theirs.trainable: no backbone trains a OtherPipeline .available: FluxPipeline, ",
         ),
         (
             plugin("{}", ", backbones={'FluxPipeline': int}"),
