@@ -292,7 +292,7 @@ def test_processes_that_see_different_states_do_not_train(alone, tmp_path, capfd
         train.train(RunDir(folders[processes.rank]), processes)
 
     assert in_two_processes(work) == [1, 1]
-    problem = "the processes found states of different iterations ([1, 0], in order of rank)"
+    problem = "the processes found states of different iterations ([1, 0], by rank)"
     assert problem in capfd.readouterr().err
     assert RunDir(folders[0]).checkpoints.exists()
 
