@@ -28,6 +28,10 @@ KEPT_BYTES = 4 << 30  # memory for prompt embeddings on the host, per process
 ADAPTER_NAME = re.compile(r"\.[^.]+\.weight$")  # peft's name of an adapter, which files lack
 TIMESTEPS = 1000  # many networks take t in [0, 1] as a timestep in [0, 1000]
 
+# On H100 and H200 cuDNN's attention, PyTorch's default there since 2.11, can return NaN gradients
+# (https://github.com/pytorch/pytorch/issues/196678); FLUX.1-dev's were NaN. Flash attention is used.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 # The adapted layers of networks with joint attention: all of its projections, as in Flow-GRPO's
 # public settings for SD3.5-M (those for FLUX.1 add the feed-forward layers of the double blocks).
 # The single blocks of FLUX.1 have no attention output projection; the second attention of SD3.5-M,

@@ -367,3 +367,7 @@ def test_shipped_tokenizers_are_those_that_the_code_builds(name):
     for prompt in PROMPTS:
         assert components["tokenizer"](prompt).input_ids == text.clip_tokenizer()(prompt).input_ids
         assert t5(prompt).input_ids == text.t5_tokenizer()(prompt).input_ids
+
+
+def test_cudnn_attention_with_its_wrong_gradients_is_off():
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
