@@ -222,15 +222,5 @@ def test_clips_tokenizer_is_clips(folders):
 
     tokenizer = CLIPTokenizer.from_pretrained(folders["flux-dev"] / "tokenizer")
     assert len(tokenizer) == 49408
-    # "a photo of a cat", as CLIP's own tokenizer numbers it.
+    # The numbers of CLIP's published tokenizer.
     assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
-
-
-def test_t5s_tokenizer_knows_the_words_of_its_prompts(folders):
-    from transformers import T5Tokenizer
-
-    tokenizer = T5Tokenizer.from_pretrained(folders["flux-dev"] / "tokenizer_2")
-    ids = tokenizer("a photo of a bench").input_ids
-    assert ids[-1] == 1 and 2 not in ids
-    assert tokenizer.decode(ids, skip_special_tokens=True) == "a photo of a bench"
-    assert len(tokenizer) <= tiny_pipelines.T5_TOKENS

@@ -1,8 +1,8 @@
-"""Random, tiny checkpoints in the layouts of the published ones, file for file.
+"""Tiny random checkpoints in the layouts of the published ones, file by file.
 
-Each function writes one folder as its repository on huggingface.co holds it and returns it: the
-same model_index.json, sub-folders, weight files and configuration keys, only with small numbers
-and fewer layers. Weights are bfloat16 and depend on the seed alone.
+Each function writes and returns a folder like the repository on huggingface.co: with the same
+model_index.json, sub-folders, weight files and configuration keys, but small sizes and few layers.
+Weights are bfloat16 and depend on the seed only.
 """
 
 from __future__ import annotations
@@ -122,20 +122,20 @@ def _flux_transformer(guided: bool = True) -> FluxTransformer2DModel:
 
 
 def turbo_alpha(folder: Path, seed: int = 1) -> Path:
-    """alimama-creative/FLUX.1-Turbo-Alpha: an adapter of every linear layer, in bfloat16."""
+    """alimama-creative/FLUX.1-Turbo-Alpha: an adapter for all linear layers, in bfloat16."""
     return _adapter(folder / "diffusion_pytorch_model.safetensors", seed, torch.bfloat16)
 
 
 def hyper_flux(folder: Path, seed: int = 2) -> Path:
-    """ByteDance/Hyper-SD's file for FLUX.1-dev: an adapter of every linear layer, in float32."""
+    """ByteDance/Hyper-SD's file for FLUX.1-dev: an adapter for all linear layers, in float32."""
     return _adapter(folder / "Hyper-FLUX.1-dev-8steps-lora.safetensors", seed, torch.float32)
 
 
 def _adapter(file: Path, seed: int, dtype: torch.dtype) -> Path:
-    """An adapter in diffusers' own keys.
+    """Write an adapter with the keys of diffusers.
 
-    The published files' sizes, 694 MB in bfloat16 and 1.39 GB in float32, are those of rank 64 for
-    every linear layer of FLUX.1-dev's transformer.
+    The sizes of the published files, 694 MB in bfloat16 and 1.39 GB in float32, are those of rank
+    64 for all linear layers of FLUX.1-dev's transformer.
     """
     with _seeded(seed):
         tensors = {}
@@ -481,7 +481,7 @@ def _vae(scaling: float, shift: float) -> AutoencoderKL:
 
 
 def _clip_tokenizer(folder: Path, pad: str = "<|endoftext|>", length: int = 77) -> None:
-    """CLIP's own tokenizer, from the vocabulary that open_clip ships."""
+    """Write CLIP's tokenizer, from the vocabulary in open_clip."""
     vocabulary, merges = _clip_vocabulary()
     start, end = "<|startoftext|>", "<|endoftext|>"
     special = {"bos_token": start, "eos_token": end, "pad_token": pad, "unk_token": end}
@@ -504,11 +504,11 @@ def _clip_tokenizer(folder: Path, pad: str = "<|endoftext|>", length: int = 77) 
 
 @functools.cache
 def _clip_vocabulary() -> tuple[dict[str, int], list[str]]:
-    """CLIP's tokens by number and its merges, most frequent first."""
+    """Return CLIP's numbers of tokens, and its merges with the most frequent first."""
     [package] = importlib.util.find_spec("open_clip").submodule_search_locations
     with gzip.open(Path(package) / CLIP_VOCABULARY, "rt", encoding="utf-8") as file:
         lines = file.read().split("\n")
-    # Bytes that print stand for themselves, the others for characters from 256 on.
+    # Printable bytes represent themselves; the others are characters from 256 on.
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     letters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
@@ -519,7 +519,7 @@ def _clip_vocabulary() -> tuple[dict[str, int], list[str]]:
 
 
 def _t5_tokenizer(folder: Path) -> None:
-    """A SentencePiece tokenizer of T5's kind that has seen GenEval's prompts only."""
+    """Write a SentencePiece tokenizer like T5's, trained on GenEval's prompts."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "spiece.model").write_bytes(_sentencepiece("unigram", 400))
     special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
@@ -531,7 +531,7 @@ def _t5_tokenizer(folder: Path) -> None:
 
 
 def _gemma_tokenizer(folder: Path) -> None:
-    """A byte-pair tokenizer of Gemma's kind that has seen GenEval's prompts only."""
+    """Write a byte-pair tokenizer like Gemma's, trained on GenEval's prompts."""
     folder.mkdir(parents=True, exist_ok=True)
     trained = _sentencepiece("bpe", 600)
     (folder / "tokenizer.model").write_bytes(trained)
@@ -543,7 +543,7 @@ def _gemma_tokenizer(folder: Path) -> None:
         "pad_token": "<pad>",
         "unk_token": "<unk>",
     }
-    # A piece comes before all that are made of it, so merges in the pieces' order are the trained.
+    # Each piece precedes the pieces that contain it, so this is the order of the trained merges.
     merges = [
         (piece[:i], piece[i:])
         for piece in vocabulary
@@ -560,7 +560,7 @@ def _gemma_tokenizer(folder: Path) -> None:
 
 @functools.cache
 def _sentencepiece(kind: str, size: int) -> bytes:
-    """A SentencePiece model of at most `size` pieces: T5's kind ("unigram") or Gemma's ("bpe")."""
+    """Train a SentencePiece model of at most `size` pieces: "unigram" (T5) or "bpe" (Gemma)."""
     settings: dict[str, Any] = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
     if kind == "bpe":
         names = {"bos_piece": "<bos>", "eos_piece": "<eos>", "byte_fallback": True}
@@ -584,7 +584,7 @@ def _sentencepiece(kind: str, size: int) -> bytes:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Within it torch's global numbers depend on the seed; afterwards they go on as before."""
+    """Seed torch's global generator inside the `with` block, and restore it afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
@@ -595,7 +595,7 @@ def _save(module: Any, folder: Path, stem: str, shards: int = 1, variant: str = 
     module.eval().to(torch.float16 if variant == "fp16" else torch.bfloat16)
     folder.mkdir(parents=True, exist_ok=True)
     dotted = f".{variant}" if variant else ""
-    # Elsewhere first: transformers clears away the shards of an earlier variant.
+    # In another folder first, because transformers deletes the shards of other variants.
     with TemporaryDirectory() as elsewhere:
         module.save_pretrained(elsewhere)
         shutil.copy(Path(elsewhere, "config.json"), folder)
