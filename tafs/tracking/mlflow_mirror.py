@@ -19,7 +19,7 @@ import shutil
 import sqlite3
 import tempfile
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,7 +161,7 @@ class Mirror:
             raise UnavailableError(f"{self._place}: {reason}; {self._remedy}") from None
 
     def update(self, folder: Path) -> tuple[RunView | None, int]:
-        """Mirror a run; returns its view (None if nothing has started) and the new points."""
+        """Mirror a run; return its view (None if nothing has started) and its new points."""
         for _ in range(ATTEMPTS - 1):
             try:
                 return self._update(read_run(folder))
@@ -264,8 +264,10 @@ def _signature(folder: Path, store: Path, server: str | None) -> Signature:
     """Change with every file that is mirrored, and with the store or server."""
 
     def state(file: Path) -> tuple[int, ...]:
-        found = file.stat() if file.exists() else None
-        return (found.st_ino, found.st_size, found.st_mtime_ns) if found else ()
+        with suppress(FileNotFoundError):
+            found = file.stat()
+            return found.st_ino, found.st_size, found.st_mtime_ns
+        return ()
 
     run = RunDir(folder)
     files = [folder / "run.json", run.journal, run.state / "journal.jsonl", run.adapter]

@@ -258,7 +258,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "fault, few", [("gone at the start", 1), ("killed while a run trains", 1), ("gone", 0)]
+    "fault, few", [("gone at the start", 1), ("killed while a run trains", 1), ("gone for good", 0)]
 )
 def test_training_does_not_notice_a_server_that_fails(
     trials: Trials,
@@ -292,7 +292,7 @@ def test_training_does_not_notice_a_server_that_fails(
             train.train(run)
         assert run.adapter.read_bytes() == adapter
 
-        if fault == "gone":
+        if fault == "gone for good":
             known = failures()
             wait_for(lambda known=known: failures() > known)
         else:

@@ -239,3 +239,14 @@ def test_a_store_that_mlflow_cannot_open_is_named_with_the_remedy(
     with pytest.raises(UnavailableError, match=message):
         sync([finished], tmp_path)
     assert database.read_bytes() == before
+
+
+def test_any_text_is_kept_literally_and_writes_nothing_outside_the_store(tmp_path: Path) -> None:
+    texts = ["../../x", "a\nb", "\x00", "a'b\"c`d", "$(touch x)", "%s{}", "<script>", "汉字"]
+    folders = [
+        trained_run(tmp_path / "runs" / str(number), title=text, task=text, name=text)
+        for number, text in enumerate(texts)
+    ]
+    sync(folders, tmp_path / "store")
+    assert {run.data.tags["title"] for run in runs(tmp_path / "store")} == set(texts)
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "store"}
