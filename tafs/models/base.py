@@ -29,7 +29,7 @@ ADAPTER_NAME = re.compile(r"\.[^.]+\.weight$")  # peft's name of an adapter, whi
 TIMESTEPS = 1000  # many networks take t in [0, 1] as a timestep in [0, 1000]
 
 # On H100 and H200 cuDNN's attention, PyTorch's default there since 2.11, can return NaN gradients
-# (https://github.com/pytorch/pytorch/issues/196678), as with FLUX.1-dev. Use flash attention instead.
+# (https://github.com/pytorch/pytorch/issues/196678; seen with FLUX.1-dev), so it is not used.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 # The adapted layers of networks with joint attention: all of its projections, as in Flow-GRPO's
