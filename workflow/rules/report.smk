@@ -21,7 +21,9 @@ rule report:
         scores=GRAPH.files("scores.parquet", "evaluate"),
         samples=GRAPH.files("samples.safetensors", "evaluate"),
         served_scores=GRAPH.files("served_scores.parquet", "score_served"),
-        trajectory_rewards=GRAPH.files("trajectory_rewards.parquet", "trajectory_rewards"),
+        trajectory_rewards=GRAPH.files(
+            "trajectory_rewards.parquet", "trajectory_rewards"
+        ),
     output:
         # Files with labels appear in Snakemake's own report.
         [

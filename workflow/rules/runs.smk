@@ -50,11 +50,11 @@ rule train:
         **GRAPH.resources("train"),
         runtime=0,  # minutes; 0: no limit, unless a profile sets one
     shell:
-        # Near the time limit it saves its state and exits with the code of errors.CONTINUE. Names
-        # in braces are not part of the rule: another number of processes trains no run again.
+        # Near the time limit it saves its state and exits with the code of errors.CONTINUE. The
+        # numbers of processes and nodes are resources, so that changing them retrains no run.
         'python -m tafs.runtime.launch "$(dirname {input.run:q})" '
-        "--minutes {resources.runtime} --started $(date +%s) "
-        "--processes {GRAPH.scale.processes} --nodes {GRAPH.scale.nodes} > {log:q} 2>&1"
+        "--processes={resources.train_processes} --nodes={resources.train_nodes} "
+        "--minutes={resources.runtime} --started=$(date +%s) > {log:q} 2>&1"
 
 
 rule evaluate:
