@@ -25,8 +25,8 @@ from tafs.data.prompts import Prompt, digest
 from tafs.models import catalog, loading
 from tafs.models.catalog import Model
 from tafs.rewards import metrics
-from tafs.rewards.metrics import METRICS, Metric
-from tafs.rewards.registry import Reward, RewardSet, load
+from tafs.rewards.metrics import METRICS, Metric, Reward
+from tafs.rewards.registry import RewardSet, load
 from tafs.shapes import weights
 
 

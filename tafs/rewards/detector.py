@@ -25,8 +25,8 @@ from tafs.data.prompts import Prompt
 from tafs.rewards import learned
 from tafs.rewards.clip import CLIPScore
 from tafs.rewards.geneval import Detection, geneval_verdict
-from tafs.rewards.metrics import METRICS
-from tafs.rewards.registry import Reward, check_images
+from tafs.rewards.metrics import METRICS, Reward
+from tafs.rewards.registry import check_images
 
 # Labels of COCO checkpoints on the hub, some of them Pascal VOC's -> GenEval's class names.
 SPELLINGS = {

@@ -11,44 +11,41 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from tafs.common import errors, files
 from tafs.data.prompts import Prompt
-from tafs.rewards.registry import Reward
+from tafs.rewards.metrics import Reward
 
 SIDE = 224  # pixels
 TOLERANCE = 1e-3  # relative to the stored score
 NEAR_ZERO = 1e-4  # absolute, in units of the training score
 SERVED_TOLERANCE = 0.1  # half a grade: a server's output depends on how requests are batched
 
+Stored = dict[str, dict[str, dict[str, float]]]  # by reward, digest of the weights, and image
+
 # Captions with GenEval's metadata and COCO's classes, which every reward can score.
 PROMPTS = {
-    "gradient": Prompt(
-        "a photo of a blue kite",
-        {"tag": "colors", "include": [{"class": "kite", "count": 1, "color": "blue"}]},
-    ),
-    "disc": Prompt(
-        "a photo of a red frisbee",
-        {"tag": "colors", "include": [{"class": "frisbee", "count": 1, "color": "red"}]},
-    ),
-    "two discs": Prompt(
-        "a photo of a green apple left of a blue sports ball",
-        {
-            "tag": "position",
-            "include": [
+    name: Prompt(f"a photo of {text}", {"tag": tag, "include": include})
+    for name, text, tag, include in (
+        ("gradient", "a blue kite", "colors", [{"class": "kite", "count": 1, "color": "blue"}]),
+        ("disc", "a red frisbee", "colors", [{"class": "frisbee", "count": 1, "color": "red"}]),
+        (
+            "two discs",
+            "a green apple left of a blue sports ball",
+            "position",
+            [
                 {"class": "sports ball", "count": 1, "color": "blue"},
                 {"class": "apple", "count": 1, "color": "green", "position": ["left of", 0]},
             ],
-        },
-    ),
-    "rings": Prompt(
-        "a photo of a bench",
-        {"tag": "single_object", "include": [{"class": "bench", "count": 1}]},
-    ),
+        ),
+        ("rings", "a bench", "single_object", [{"class": "bench", "count": 1}]),
+    )
 }
 
 
@@ -82,16 +79,11 @@ def scores(reward: Reward, device: torch.device | str = "cpu") -> list[float]:
 def check(
     name: str, scores: Sequence[float], stored: Mapping[str, float], tolerance: float = NEAR_ZERO
 ) -> None:
-    """Compare a reward's scores with the stored ones.
-
-    Args:
-        name: the reward.
-        scores: in the order of PROMPTS.
-        stored: expected scores by image.
-        tolerance: absolute tolerance; the relative TOLERANCE always applies too.
+    """Compare a reward's scores, in the order of PROMPTS, with the stored ones by image.
 
     Raises:
-        RunFailed: a score differs by more, or none is stored; names reward, image and scores.
+        RunFailed: a score differs by more than `tolerance` and by more than the relative TOLERANCE,
+            or none is stored; names reward, image and scores.
     """
     for image, found in zip(PROMPTS, scores, strict=True):
         expected = stored.get(image, math.nan)
@@ -102,52 +94,29 @@ def check(
             )
 
 
-def verify(
-    rewards: Sequence[Reward],
-    digests: Mapping[str, str],
-    file: Path,
-    device: torch.device | str = "cpu",
-) -> None:
-    """Check rewards against the golden scores of their weights.
-
-    Args:
-        rewards: the rewards to check.
-        digests: SHA-256 of each reward's weights, by the reward's name.
-        file: JSON, {reward: {digest: {image: score}}}.
-        device: device of the rewards.
-
-    Raises:
-        RunFailed: a score differs, or none is stored for a reward's weights.
-        ValueError: the file has another format; names it.
-    """
-    known = _read(file)
-    for reward in rewards:
-        stored = known.get(reward.name, {}).get(digests[reward.name])
-        if stored is None:
-            raise errors.RunFailed(
-                f"reward {reward.name}: {file} has no golden scores of its weights; run the "
-                "workflow's rule check_rewards first"
-            )
-        check(reward.name, scores(reward, device), stored, _tolerance(reward))
-
-
 def record(
     rewards: Sequence[Reward],
     digests: Mapping[str, str],
     file: Path,
     device: torch.device | str = "cpu",
+    *,
+    store: bool = True,
 ) -> dict[str, dict[str, float]]:
     """Check rewards whose golden scores are stored, and store those of the others.
 
     Args:
-        rewards, digests, device: as for `verify`.
-        file: as for `verify`; created if it does not exist.
+        rewards: the rewards, on `device`.
+        digests: SHA-256 of each reward's weights, by the reward's name.
+        file: JSON, {reward: {digest: {image: score}}}; created if it does not exist.
+        device: device of the rewards.
+        store: whether scores may be added.
 
     Returns:
         The scores {reward: {image: score}}.
 
     Raises:
-        RunFailed: a score differs, or a new score is not finite.
+        RunFailed: a score differs, a new score is not finite, or none is stored for a reward's
+            weights and `store` is off.
         ValueError: the file has another format; names it.
     """
     known = _read(file)
@@ -155,10 +124,16 @@ def record(
     added = False
     for reward in rewards:
         name, digest = reward.name, digests[reward.name]
-        found[name] = dict(zip(PROMPTS, scores(reward, device), strict=True))
         of_reward = known.setdefault(name, {})
+        if digest not in of_reward and not store:
+            raise errors.RunFailed(
+                f"reward {name}: {file} has no golden scores of its weights; run the workflow's "
+                "rule check_rewards first"
+            )
+        found[name] = dict(zip(PROMPTS, scores(reward, device), strict=True))
         if digest in of_reward:
-            check(name, list(found[name].values()), of_reward[digest], _tolerance(reward))
+            tolerance = SERVED_TOLERANCE if reward.metric.served else NEAR_ZERO
+            check(name, list(found[name].values()), of_reward[digest], tolerance)
             continue
         for image, score in found[name].items():
             if not math.isfinite(score):
@@ -170,24 +145,16 @@ def record(
     return found
 
 
-def _tolerance(reward: Reward) -> float:
-    return SERVED_TOLERANCE if reward.metric.served else NEAR_ZERO
+verify = partial(record, store=False)
 
 
-def _read(file: Path) -> dict[str, dict[str, dict[str, float]]]:
+def _read(file: Path) -> Stored:
     """The stored scores; empty if there is no file."""
     if not file.exists():
         return {}
     try:
-        known = json.loads(file.read_text(encoding="utf-8"))
-        return {
-            name: {
-                digest: {image: float(score) for image, score in of.items()}
-                for digest, of in digests.items()
-            }
-            for name, digests in known.items()
-        }
-    except (ValueError, AttributeError, TypeError):
+        return TypeAdapter(Stored).validate_json(file.read_bytes())
+    except ValidationError:
         raise ValueError(
             f"{file}: does not hold golden scores; delete it to store them again"
         ) from None

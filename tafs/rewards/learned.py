@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tafs.data.prompts import Prompt
-from tafs.rewards.metrics import Metric
-from tafs.rewards.registry import Reward, check_images
+from tafs.rewards.metrics import Metric, Reward
+from tafs.rewards.registry import check_images
 
 KEPT_CAPTIONS = 32_768  # captions whose token ids are cached; more than Pick-a-Pic has prompts
 
 
 class LearnedReward(ABC):
-    """A frozen, differentiable reward model on one device; a `registry.Scorer`.
+    """A frozen, differentiable reward model on one device; a `metrics.Scorer`.
 
     Args:
         model: the model; it is converted to float32.

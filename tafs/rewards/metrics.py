@@ -7,21 +7,20 @@ how to add one. Reading METRICS imports these declarations only, not the models 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from tafs.common.plugins import Group
+from tafs.data.prompt_sets import Folder
+from tafs.data.prompts import Prompt
 
 if TYPE_CHECKING:
-    from tafs.rewards.registry import Reward
+    from torch import Tensor
 
 # The paper's order, which tables and figures follow; installed metrics come after, by name.
 ORDER = ("geneval", "pickscore", "clip", "hpsv2", "imagereward", "unifiedreward")
-
-Folder = Callable[[str], Path]  # an entry of resources.yaml -> the folder of its verified files
 
 
 @dataclass(frozen=True)
@@ -53,14 +52,45 @@ class Metric:
         return {"name": self.name, "version": self.version, "scale": f"{self.scale:g}"}
 
 
+class Scorer(Protocol):
+    """Scores images against prompts on the training scale."""
+
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """images [B, 3, H, W] in [0, 1] -> [B] float32; NaN is a missing value."""
+        ...
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A loaded reward model."""
+
+    metric: Metric  # a variant of a registered metric replaces fields of it
+    score: Scorer
+    details: Callable[[], dict[str, str]] = dict  # further entries of its provenance
+
+    @property
+    def name(self) -> str:
+        return self.metric.name
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether the gradient of a score reaches the images."""
+        return self.metric.differentiable and not self.metric.served
+
+    def report(self, scores: Tensor) -> Tensor:
+        """Training-scale scores on the published scale."""
+        return self.metric.scale * scores
+
+    def record(self) -> dict[str, str]:
+        """Name, version, scale and details, for the provenance of a result."""
+        return self.metric.record() | self.details()
+
+
 @dataclass(frozen=True)
 class RewardPlugin:
-    """A metric and the functions that load its model.
+    """A metric and the functions that load its model to a device.
 
-    Args:
-        metric: its description.
-        build: (device, folder) -> Reward, on the training scale.
-        build_strict: the variant that evaluations use, where it differs from the training reward.
+    `build_strict` is the variant for evaluations, where it differs from the training reward.
     """
 
     metric: Metric

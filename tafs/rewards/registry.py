@@ -1,60 +1,18 @@
-"""Rewards on one device: scorers, sets of them, and the checks of their input."""
+"""Sets of rewards on one device, and the checks of their input."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from tafs.data.prompts import Prompt
-from tafs.rewards.metrics import Metric, plugin
+from tafs.rewards.metrics import Reward, plugin
 
 # Share of an iteration's or an evaluation's images that may have no score before the work stops.
 MISSING_SHARE = 0.1
 ROUNDING = 1e-3  # tolerated excess over [0, 1] of a pixel; a quarter of an 8-bit step
-
-
-class Scorer(Protocol):
-    """Scores images against prompts on the training scale."""
-
-    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """images [B, 3, H, W] in [0, 1] -> [B] float32; NaN is a missing value."""
-        ...
-
-
-@dataclass(frozen=True)
-class Reward:
-    """A loaded reward model.
-
-    Args:
-        metric: its description; a variant of a registered metric replaces fields of it.
-        score: scores on the training scale.
-        details: further entries of its provenance.
-    """
-
-    metric: Metric
-    score: Scorer
-    details: Callable[[], dict[str, str]] = dict
-
-    @property
-    def name(self) -> str:
-        return self.metric.name
-
-    @property
-    def differentiable(self) -> bool:
-        """Whether the gradient of a score reaches the images."""
-        return self.metric.differentiable and not self.metric.served
-
-    def report(self, scores: Tensor) -> Tensor:
-        """Training-scale scores on the published scale."""
-        return self.metric.scale * scores
-
-    def record(self) -> dict[str, str]:
-        """Name, version, scale and details, for the provenance of a result."""
-        return self.metric.record() | self.details()
 
 
 class RewardSet:
@@ -77,14 +35,11 @@ class RewardSet:
             ValueError: an image holds NaN or infinity; names the rewards and the image.
         """
         check_finite(", ".join(self.names), images)
-        out = {}
-        for reward in self.rewards:
-            parts = [
-                reward.score(images[low : low + chunk], prompts[low : low + chunk])
-                for low in range(0, len(images), chunk)
-            ]
-            out[reward.name] = torch.cat(parts)
-        return out
+        parts = [slice(low, low + chunk) for low in range(0, len(images), chunk)]
+        return {
+            reward.name: torch.cat([reward.score(images[part], prompts[part]) for part in parts])
+            for reward in self.rewards
+        }
 
     def differentiate(self, images: Tensor, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """Training-scale scores by name, [B] each, with gradients to the images.
@@ -139,10 +94,7 @@ def check_images(name: str, images: Tensor, prompts: Sequence[Prompt]) -> None:
 
 
 def load(names: Sequence[str], build: Callable[[str], Reward]) -> RewardSet:
-    """Load rewards by name.
-
-    Args:
-        build: name -> Reward, as an asset source loads it.
+    """Load rewards by name with an asset source's `build`.
 
     Raises:
         ValueError: an unknown reward; lists those available.

@@ -19,12 +19,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tafs.data.prompts import Prompt
-from tafs.rewards.metrics import Folder, Metric, RewardPlugin
+from tafs.rewards.metrics import Folder, Metric, Reward, RewardPlugin
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from tafs.rewards.registry import Reward
 
 METRIC = Metric(
     name="{name}",
@@ -43,7 +41,7 @@ def build(device: str, folder: Folder) -> Reward:
     import torch
     from PIL import Image
 
-    from tafs.rewards.registry import Reward, check_images
+    from tafs.rewards.registry import check_images
 
     def score(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """images [B, 3, H, W] in [0, 1] -> training scores [B], float32; higher is better."""

@@ -9,14 +9,16 @@ import base64
 import http.client
 import io
 import json
+import math
 import re
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
-from urllib.parse import urlsplit
+from contextlib import closing
+from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
 
 import torch
 from PIL import Image
@@ -24,8 +26,8 @@ from torch import Tensor
 
 from tafs.common.errors import RunFailed
 from tafs.data.prompts import Prompt
-from tafs.rewards.metrics import METRICS
-from tafs.rewards.registry import MISSING_SHARE, Reward, check_images
+from tafs.rewards.metrics import METRICS, Metric, Reward
+from tafs.rewards.registry import MISSING_SHARE, check_images
 
 GRADES = 5
 # The question of Flow-GRPO's reward (`unifiedreward_score_sglang` of flow_grpo/rewards.py in
@@ -48,6 +50,7 @@ MAX_TOKENS = 512
 MAX_ANSWER = 1_000_000  # bytes
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0  # seconds between attempts, doubled each time
 
+_ADDRESS = re.compile(r"http://([\w.-]+|\[[\da-fA-F:]+\]):(\d{1,5})/?")
 _SCORE = re.compile(r"Final Score:\**\s*(\S+)")
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 _TRANSIENT = frozenset({429, 500, 502, 503, 504})
@@ -58,6 +61,7 @@ class Missing(Exception):
     """An image has no score; the message is the reason, in one word. The run goes on."""
 
 
+@dataclass(eq=False)
 class UnifiedReward:
     """Grades of a chat server divided by 5; NaN where the server gives none.
 
@@ -75,29 +79,20 @@ class UnifiedReward:
         ValueError: `url` has another format.
     """
 
-    metric = METRICS["unifiedreward"]
+    metric: ClassVar[Metric] = METRICS["unifiedreward"]
 
-    def __init__(
-        self,
-        url: str,
-        model: str = metric.version,
-        *,
-        workers: int = 64,
-        timeout: float = 120.0,
-        attempts: int = 5,
-        missing_share: float = MISSING_SHARE,
-        images: int | None = None,
-        side: int = SIDE,
-    ) -> None:
-        self.url = url
-        self.address = _address(url)
-        self.model = model
-        self.workers = workers
-        self.timeout = timeout
-        self.attempts = attempts
-        self.missing_share = missing_share
-        self.images = images
-        self.side = side
+    url: str
+    model: str = metric.version
+    _: KW_ONLY
+    workers: int = 64
+    timeout: float = 120.0
+    attempts: int = 5
+    missing_share: float = MISSING_SHARE
+    images: int | None = None
+    side: int = SIDE
+
+    def __post_init__(self) -> None:
+        self.address = _address(self.url)
         self.asked = 0
         self.missing: Counter[str] = Counter()
 
@@ -114,33 +109,36 @@ class UnifiedReward:
         of = self.images or len(prompts)
         allowed = int(self.missing_share * of)
         before = self.missing if self.images else Counter[str]()
-        call = _Call(len(prompts), allowed - before.total())
+        missing, stopped, lock = Counter(before), threading.Event(), threading.Lock()
 
         def score(i: int) -> float:
-            if call.stopped.is_set():
-                return float("nan")
+            if stopped.is_set():
+                return math.nan
             try:
-                return self._score(Image.fromarray(arrays[i]), prompts[i].text, call.stopped)
+                body = self._body(Image.fromarray(arrays[i]), prompts[i].text)
+                return grade(_content(self._ask(body, stopped)))
             except Missing as reason:
-                call.miss(str(reason))
-                return float("nan")
+                with lock:
+                    if not stopped.is_set():  # after a stop, the remaining images are not tried
+                        missing[str(reason)] += 1
+                        if missing.total() > allowed:
+                            stopped.set()
+                return math.nan
             except RunFailed:
-                call.stopped.set()
+                stopped.set()
                 raise
 
         with ThreadPoolExecutor(max(1, min(self.workers, len(prompts)))) as pool:
             grades = list(pool.map(score, range(len(prompts))))
-        missing = before + call.missing
-        self.asked += call.images
-        self.missing += call.missing
+        self.asked += len(prompts)
+        self.missing += missing - before
         if missing.total() > allowed:
             reasons = ", ".join(f"{count} {name}" for name, count in sorted(missing.items()))
             raise RunFailed(
                 f"unifiedreward: {missing.total()} of {of} images have no score from {self.url} "
                 f"({reasons}); at most {allowed} may be missing"
             )
-        scores = torch.tensor(grades, dtype=torch.float32, device=images.device)
-        return scores / GRADES
+        return torch.tensor(grades, dtype=torch.float32, device=images.device) / GRADES
 
     def reward(self) -> Reward:
         return Reward(self.metric, self, self.details)
@@ -155,13 +153,10 @@ class UnifiedReward:
             **counts,
         }
 
-    def _score(self, image: Image.Image, caption: str, stopped: threading.Event) -> float:
+    def _body(self, image: Image.Image, caption: str) -> bytes:
+        """The JSON of a chat completion's request."""
         if image.size != (self.side, self.side):
             image = image.resize((self.side, self.side), Image.Resampling.BICUBIC)
-        body = json.dumps(self._question(image, caption)).encode()
-        return grade(_content(self._ask(body, stopped)))
-
-    def _question(self, image: Image.Image, caption: str) -> dict[str, Any]:
         data = io.BytesIO()
         image.save(data, format="PNG")
         url = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
@@ -169,12 +164,13 @@ class UnifiedReward:
             {"type": "image_url", "image_url": {"url": url}},
             {"type": "text", "text": QUESTION.format(caption=caption)},
         ]
-        return {
+        question = {
             "model": self.model,
             "messages": [{"role": "user", "content": content}],
             "temperature": 0,
             "max_tokens": MAX_TOKENS,
         }
+        return json.dumps(question).encode()
 
     def _ask(self, body: bytes, stopped: threading.Event) -> bytes:
         """The body of the answer; transient failures are retried.
@@ -186,7 +182,9 @@ class UnifiedReward:
         pause = FIRST_PAUSE
         for left in reversed(range(self.attempts)):
             try:
-                status, answer = self._post(body)
+                status, answer = _request(
+                    self.address, "POST", "/v1/chat/completions", self.timeout, body
+                )
             except _Unreachable as error:
                 if not left:
                     raise RunFailed(
@@ -217,34 +215,9 @@ class UnifiedReward:
             pause = min(2 * pause, LONGEST_PAUSE)
         raise Missing("stopped")
 
-    def _post(self, body: bytes) -> tuple[int, bytes]:
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        return _request(
-            self.address, "POST", "/v1/chat/completions", self.timeout, body=body, headers=headers
-        )
-
 
 class _Unreachable(Exception):
     """The connection could not be opened."""
-
-
-class _Call:
-    """State that the threads of one call share: missing scores, and whether to stop."""
-
-    def __init__(self, images: int, allowed: int) -> None:
-        self.images = images
-        self.allowed = allowed
-        self.missing: Counter[str] = Counter()
-        self.stopped = threading.Event()
-        self._lock = threading.Lock()
-
-    def miss(self, reason: str) -> None:
-        """Count a missing score; after a stop, the remaining images were not tried."""
-        with self._lock:
-            if not self.stopped.is_set():
-                self.missing[reason] += 1
-                if self.missing.total() > self.allowed:
-                    self.stopped.set()
 
 
 def grade(text: str) -> float:
@@ -255,12 +228,10 @@ def grade(text: str) -> float:
             [1, 5] ("out_of_range").
     """
     answers = [match.strip("*").rstrip(".") for match in _SCORE.findall(text)]
-    if not all(_NUMBER.fullmatch(answer) for answer in answers):
+    numeric = all(_NUMBER.fullmatch(answer) for answer in answers)
+    if not numeric or len({float(answer) for answer in answers}) != 1:
         raise Missing("no_score")
-    grades = {float(answer) for answer in answers}
-    if len(grades) != 1:
-        raise Missing("no_score")
-    [found] = grades
+    found = float(answers[0])
     if not 1 <= found <= GRADES:
         raise Missing("out_of_range")
     return found
@@ -282,7 +253,7 @@ def wait_ready(url: str, timeout: float, alive: Callable[[], bool] = lambda: Tru
     deadline = time.monotonic() + timeout
     while True:
         try:
-            status, _ = _request(address, "GET", "/v1/models", timeout=5.0)
+            status, _ = _request(address, "GET", "/v1/models", 5.0)
             problem = f"status {status}"
             if status == 200:
                 return
@@ -296,29 +267,19 @@ def wait_ready(url: str, timeout: float, alive: Callable[[], bool] = lambda: Tru
 
 
 def _address(url: str) -> tuple[str, int]:
-    """Host and port.
+    """Host and port of http://HOST:PORT.
 
     Raises:
-        ValueError: not http://HOST:PORT; names the URL.
+        ValueError: the URL has another format; names it.
     """
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError:
-        parts, port = urlsplit(""), None
-    plain = parts.scheme == "http" and parts.hostname and "@" not in parts.netloc
-    if not plain or port is None or parts.path.strip("/") or parts.query or parts.fragment:
+    found = _ADDRESS.fullmatch(url)
+    if found is None or int(found[2]) > 65535:
         raise ValueError(f"{url!r} is not the address of a chat server, http://HOST:PORT")
-    return str(parts.hostname), port
+    return found[1].strip("[]"), int(found[2])
 
 
 def _request(
-    address: tuple[str, int],
-    method: str,
-    path: str,
-    timeout: float,
-    body: bytes | None = None,
-    headers: dict[str, str] | None = None,
+    address: tuple[str, int], method: str, path: str, timeout: float, body: bytes | None = None
 ) -> tuple[int, bytes]:
     """Status and body of one request on a new connection.
 
@@ -330,13 +291,13 @@ def _request(
         Missing: the body is longer than MAX_ANSWER ("too_long").
     """
     deadline = time.monotonic() + timeout
-    connection = http.client.HTTPConnection(*address, timeout=timeout)
-    try:
+    headers = {"Content-Type": "application/json", "Accept": "application/json"}
+    with closing(http.client.HTTPConnection(*address, timeout=timeout)) as connection:
         try:
             connection.connect()
         except OSError as error:
             raise _Unreachable(error.strerror or str(error)) from None
-        connection.request(method, path, body=body, headers=headers or {})
+        connection.request(method, path, body=body, headers=headers)
         response = connection.getresponse()
         answer = b""
         while part := response.read1(65536):
@@ -346,8 +307,6 @@ def _request(
             if time.monotonic() > deadline:
                 raise TimeoutError
         return response.status, answer
-    finally:
-        connection.close()
 
 
 def _content(answer: bytes) -> str:
@@ -359,7 +318,7 @@ def _content(answer: bytes) -> str:
     try:
         content = json.loads(answer)["choices"][0]["message"]["content"]
     except (ValueError, KeyError, IndexError, TypeError):
-        raise Missing("malformed") from None
+        content = None
     if not isinstance(content, str):
         raise Missing("malformed")
     return content

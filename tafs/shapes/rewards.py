@@ -13,8 +13,8 @@ from transformers import CLIPTokenizer
 
 from tafs.data.prompts import Prompt
 from tafs.rewards.geneval import geneval_verdict
-from tafs.rewards.metrics import METRICS
-from tafs.rewards.registry import Reward, check_images
+from tafs.rewards.metrics import METRICS, Reward
+from tafs.rewards.registry import check_images
 from tafs.shapes import scorers, weights
 from tafs.shapes.detector import detect
 

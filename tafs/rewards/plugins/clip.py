@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from tafs.rewards.metrics import Folder, Metric, RewardPlugin
-
-if TYPE_CHECKING:
-    from tafs.rewards.registry import Reward
+from tafs.rewards.metrics import Folder, Metric, Reward, RewardPlugin
 
 METRIC = Metric(
     name="clip",

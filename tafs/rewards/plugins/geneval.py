@@ -5,12 +5,9 @@ Training uses the graded credit of a prompt's requirements, evaluation the stric
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
 
-from tafs.rewards.metrics import Folder, Metric, RewardPlugin
-
-if TYPE_CHECKING:
-    from tafs.rewards.registry import Reward
+from tafs.rewards.metrics import Folder, Metric, Reward, RewardPlugin
 
 METRIC = Metric(
     name="geneval",
@@ -27,19 +24,11 @@ METRIC = Metric(
 )
 
 
-def build(device: str, folder: Folder) -> Reward:
-    return _build(device, folder, strict=False)
-
-
-def build_strict(device: str, folder: Folder) -> Reward:
-    return _build(device, folder, strict=True)
-
-
-def _build(device: str, folder: Folder, *, strict: bool) -> Reward:
+def build(device: str, folder: Folder, strict: bool = False) -> Reward:
     from tafs.rewards.detector import GenEval, Mask2FormerDetector
 
     detector = Mask2FormerDetector(folder("mask2former"), folder("clip-vit-l-14"), device)
     return GenEval(detector, strict=strict).reward()
 
 
-REWARD = RewardPlugin(METRIC, build, build_strict)
+REWARD = RewardPlugin(METRIC, build, partial(build, strict=True))

@@ -6,12 +6,7 @@ evaluation starts; only the embedded model scores in the training process.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from tafs.rewards.metrics import Folder, Metric, RewardPlugin
-
-if TYPE_CHECKING:
-    from tafs.rewards.registry import Reward
+from tafs.rewards.metrics import Folder, Metric, Reward, RewardPlugin
 
 METRIC = Metric(
     name="unifiedreward",
