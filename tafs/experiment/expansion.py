@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from tafs.assets import sources
 from tafs.assets.sources import AssetSettings
@@ -12,7 +13,6 @@ from tafs.experiment.specs import (
     PIPELINE,
     EvalSetting,
     EvalSpec,
-    LoraSpec,
     RowSpec,
     RunSpec,
     TableSpec,
@@ -32,8 +32,7 @@ SystemKey = tuple[str, str, str, str]  # variant, task, prompt set, backbone
 
 def asset_settings(config: Config) -> AssetSettings:
     """Where the active scale's models, rewards and prompts come from."""
-    fields = set(AssetSettings.model_fields)
-    return AssetSettings(**config.active.model_dump(include=fields))
+    return AssetSettings(**config.active.model_dump(include={*AssetSettings.model_fields}))
 
 
 class Expansion:
@@ -53,8 +52,6 @@ class Expansion:
         self.tables = tuple(self._table(*named) for named in self.experiments)
         self.evaluations = self._evaluations()
 
-    # -- runs ----------------------------------------------------------------------------------
-
     def _add_runs(self, experiment: Experiment) -> None:
         prompts = self._prompt_set(experiment)
         seeds = self.scale.ablation_seeds if experiment.ablation else self.scale.seeds
@@ -73,23 +70,16 @@ class Expansion:
 
     def _base_run(self, model: str, prompts: str) -> RunSpec:
         entry = catalog.read()[model]
-        weights, random = self._weights([model], [prompts])
-        return RunSpec(
+        return self._run(
+            prompts,
+            model,
             name=f"{BASE}.{prompts}.{model}",
             variant=BASE,
             method=BASE,
             title=entry.title,
             task="",
-            prompts=prompts,
-            backbone=model,
-            model=entry.settings(),
             seed=0,
-            scale=self.config.scale,
-            assets=self.assets,
-            resolution=self.scale.resolution,
             sampler="ode" if entry.trainable else PIPELINE,
-            weights=weights,
-            random_weights=random,
         )
 
     def _training_run(
@@ -97,44 +87,40 @@ class Expansion:
     ) -> RunSpec:
         name, hyperparameters = self.variants.resolve(variant)
         method = self.variants.method(variant)
-        rewards = self.config.tasks[task].rewards
-        scale = self.scale
-        weights, random = self._weights([backbone, *sorted(rewards)], [prompts])
-        return RunSpec(
+        kept = {self.variants.iterations_at(variant, share) for share in SNAPSHOT_SHARES}
+        return self._run(
+            prompts,
+            backbone,
             name=f"{variant}.{task}.{backbone}.{seed}",
             variant=variant,
             method=name,
             title=self.variants.title(variant),
             task=task,
-            prompts=prompts,
-            backbone=backbone,
-            model=catalog.read()[backbone].settings(),
             seed=seed,
-            scale=self.config.scale,
-            assets=self.assets,
-            resolution=scale.resolution,
-            training=TrainingSpec(
-                iterations=scale.iterations,
-                prompts_per_iteration=scale.prompts_per_iteration,
-                group_size=scale.group_size,
-                micro_batch=scale.micro_batch,
-                checkpoint_every=scale.checkpoint_every,
-                lora=LoraSpec(rank=scale.lora.rank, alpha=scale.lora.alpha),
-            ),
-            rewards=rewards,
+            training=TrainingSpec(**self.scale.model_dump(include={*TrainingSpec.model_fields})),
+            rewards=self.config.tasks[task].rewards,
             hyperparameters=hyperparameters,
             sampler=method.evaluation_sampler,
             nfe_old=method.nfe_old,
             nfe_theta=method.nfe_theta,
             forward_equivalents=method.forward_equivalents,
-            snapshots=self._snapshots(variant),
-            weights=weights,
-            random_weights=random,
+            snapshots=tuple(sorted(kept - {self.scale.iterations})),
         )
 
-    def _snapshots(self, variant: str) -> tuple[int, ...]:
-        found = {self.variants.iterations_at(variant, share) for share in SNAPSHOT_SHARES}
-        return tuple(sorted(found - {self.scale.iterations}))
+    def _run(self, prompts: str, backbone: str, **fields: Any) -> RunSpec:
+        names = [backbone, *sorted(fields.get("rewards", ()))]
+        weights, random = self._weights(names, [prompts])
+        return RunSpec(
+            prompts=prompts,
+            backbone=backbone,
+            model=catalog.read()[backbone].settings(),
+            scale=self.config.scale,
+            assets=self.assets,
+            resolution=self.scale.resolution,
+            weights=weights,
+            random_weights=random,
+            **fields,
+        )
 
     def _weights(
         self, names: Sequence[str], prompt_sets: Sequence[str] = ()
@@ -160,8 +146,6 @@ class Expansion:
         kept = [v for v in experiment.methods if v not in self.scale.exclude_methods]
         return list(itertools.product(kept, experiment.tasks))
 
-    # -- tables --------------------------------------------------------------------------------
-
     def _table(self, name: str, experiment: Experiment) -> TableSpec:
         evaluation = self.scale.evaluation
         rows = [*self._untrained_rows(experiment)]
@@ -182,7 +166,7 @@ class Expansion:
         )
 
     def _untrained_rows(self, experiment: Experiment) -> Iterator[RowSpec]:
-        prompts, few = self._prompt_set(experiment), self.scale.evaluation.few_nfe
+        few = self.scale.evaluation.few_nfe
         roles = {model: role for role, model in self.scale.model_roles.items()}
         for model in self._untrained(experiment):
             compared = model in self.scale.models
@@ -194,42 +178,43 @@ class Expansion:
             else:
                 steps = []
             for nfe in dict.fromkeys(steps):
-                yield RowSpec(
+                yield self._row(
+                    (BASE, "", self._prompt_set(experiment), model),
                     label=catalog.read()[model].title,
-                    runs=tuple(self.systems[BASE, "", prompts, model]),
-                    variant=BASE,
-                    task="",
                     role=roles.get(model, ""),
-                    backbone=model,
                     nfe=nfe,
-                    full_steps=full,
                     sampler=PIPELINE if compared else "ode",
                 )
 
     def _trained_rows(self, experiment: Experiment, below: bool) -> Iterator[RowSpec]:
         """The rows of trained systems; `below` rows of untrained ones."""
-        prompts = self._prompt_set(experiment)
         steps = experiment.nfe or (self.scale.evaluation.few_nfe,)
         for role in experiment.model_roles:
             backbone = self.scale.model_roles[role]
             for number, (variant, task) in enumerate(self._trained(experiment)):
-                names = self.systems[variant, task, prompts, backbone]
                 at = experiment.kind == "compute"
                 for nfe in steps:
-                    yield RowSpec(
+                    yield self._row(
+                        (variant, task, self._prompt_set(experiment), backbone),
                         label=self._label(experiment, variant, task, backbone),
-                        runs=tuple(names),
-                        variant=variant,
-                        task=task,
                         role=role,
-                        backbone=backbone,
                         nfe=nfe,
-                        full_steps=self._full_steps(backbone),
                         iteration=self.variants.iterations_at(variant, 1.0) if at else None,
-                        sampler=self.runs[names[0]].sampler,
+                        sampler=self.variants.method(variant).evaluation_sampler,
                         rule=below and number == 0 and nfe == steps[0],
                     )
                     below = True
+
+    def _row(self, key: SystemKey, **fields: Any) -> RowSpec:
+        variant, task, _, backbone = key
+        return RowSpec(
+            runs=tuple(self.systems[key]),
+            variant=variant,
+            task=task,
+            backbone=backbone,
+            full_steps=self._full_steps(backbone),
+            **fields,
+        )
 
     def _label(self, experiment: Experiment, variant: str, task: str, backbone: str) -> str:
         """What tables and figures call a trained system."""
@@ -245,8 +230,6 @@ class Expansion:
         """A model's own number of steps, which a scale may set for base models."""
         entry = catalog.read()[model]
         return (entry.trainable and self.scale.evaluation.base_nfe) or entry.steps
-
-    # -- evaluations ---------------------------------------------------------------------------
 
     def _evaluations(self) -> dict[str, EvalSpec]:
         evaluation = self.scale.evaluation

@@ -10,8 +10,10 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from tafs.common.yaml_files import NAME
-from tafs.experiment.specs import Kind
 
+# What a table prints: every metric at its steps, the same at equal training compute, the gains of
+# all metrics in one number, or the correlation of earlier images' rewards with the final image's.
+Kind = Literal["scores", "compute", "gains", "correlation"]
 # Kinds of figures; tafs.report.figures has a function for each.
 FIGURES = ("steps", "pareto", "compute", "curves", "images", "hacking", "profiles")
 # Characters that a shell, Snakemake's patterns and MLflow's URLs leave as they are.

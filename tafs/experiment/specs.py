@@ -13,17 +13,15 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from tafs.assets.sources import AssetSettings
 from tafs.common.yaml_files import first_problem
+from tafs.experiment.schema import Kind, Lora
 from tafs.runtime.run_dir import BASE
 
-# What a table prints: every metric at its steps, the same at equal training compute, the gains of
-# all metrics in one number, or the correlation of earlier images' rewards with the final image's.
-Kind = Literal["scores", "compute", "gains", "correlation"]
 PIPELINE = "pipeline"  # the sampler of a model that is compared as published
 
 
@@ -55,11 +53,6 @@ class Spec(BaseModel):
             ) from None
 
 
-class LoraSpec(Spec):
-    rank: int
-    alpha: int
-
-
 class TrainingSpec(Spec):
     """The training loop's settings."""
 
@@ -68,7 +61,7 @@ class TrainingSpec(Spec):
     group_size: int
     micro_batch: int
     checkpoint_every: int
-    lora: LoraSpec
+    lora: Lora
 
 
 class RunSpec(Spec):
@@ -154,11 +147,6 @@ class RowSpec(Spec):
     iteration: int | None = None  # of a snapshot; None: the final model
     sampler: str
     rule: bool = False  # a line above the row
-
-    @property
-    def system(self) -> tuple[str, ...]:
-        """Equal for rows of the same runs."""
-        return self.runs
 
 
 class TableSpec(Spec):

@@ -129,11 +129,7 @@ def seed_means(array: Array, groups: tuple[int, ...], weights: Array, macro: boo
 
 
 def draw_means(
-    array: Array,
-    groups: tuple[int, ...],
-    macro: bool,
-    by: Resampling,
-    stream: int,
+    array: Array, groups: tuple[int, ...], macro: bool, by: Resampling, stream: int
 ) -> Array:
     """Resampled means, [resamples]; the prompts' draws depend only on `by` and are shared."""
     if not len(array):
@@ -189,20 +185,13 @@ def resampled_factors(n_seeds: int, groups: tuple[int, ...]) -> str:
 
 
 def interval_of(
-    value: float,
-    draws: Array,
-    n_seeds: int,
-    n_images: int,
-    n_missing: int,
-    resampled: str,
+    value: float, draws: Array, n_seeds: int, n_images: int, n_missing: int, resampled: str
 ) -> Estimate:
+    counts = (n_seeds, n_images, n_missing)
     draws = draws[np.isfinite(draws)]
     if not resampled or not np.isfinite(value) or not len(draws):
-        nan = float("nan")
-        return Estimate(value, nan, nan, n_seeds, n_images, n_missing, "", 1.0)
+        return Estimate(value, np.nan, np.nan, *counts, "", 1.0)
     low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     below, above = int((draws <= 0).sum()), int((draws >= 0).sum())
     p_value = min(1.0, 2 * (1 + min(below, above)) / (1 + len(draws)))
-    return Estimate(
-        value, float(low), float(high), n_seeds, n_images, n_missing, resampled, p_value
-    )
+    return Estimate(value, float(low), float(high), *counts, resampled, p_value)

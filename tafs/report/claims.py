@@ -9,9 +9,9 @@ nothing, because the effect of another seed is unknown.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -21,7 +21,7 @@ from tafs.experiment.schema import Name, Text
 from tafs.experiment.specs import RowSpec
 from tafs.report import stats
 from tafs.report.formats import MARKDOWN, escape
-from tafs.report.results import LoadedTable, System, check_paired, step_correlation
+from tafs.report.results import LoadedTable, check_paired, step_correlation
 from tafs.report.stats import Estimate
 from tafs.report.tables import Row
 from tafs.rewards.metrics import METRICS
@@ -44,38 +44,120 @@ class RowName(_Strict):
     nfe: int | Literal["few", "full"] | None = None  # few and full are the scale's
 
 
-class Better(_Strict):
+Metrics = Annotated[tuple[Name, ...], Field(min_length=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class _Test(_Strict):
+    """What a claim says about rows."""
+
+    @property
+    def pairs(self) -> Sequence[tuple[RowName, RowName]]:
+        """The rows that are compared with each other."""
+        return ()
+
+    def compare(self, rows: _Rows) -> list[Comparison]:
+        raise NotImplementedError
+
+
+class _Differences(_Test):
+    """Differences of metrics between the first and the second row of every pair."""
+
+    metrics: Metrics
+
+    def compare(self, rows: _Rows) -> list[Comparison]:
+        margin = self.margin if isinstance(self, Holds) else 0.0
+        tested = [
+            rows.difference(*pair, metric, margin) for metric in self.metrics for pair in self.pairs
+        ]
+        adjusted = stats.holm([estimate.p_value for _, estimate in tested])
+        comparisons = []
+        for (what, estimate), p_value in zip(tested, adjusted, strict=True):
+            sure = p_value <= 1 - stats.LEVEL
+            sign = int(np.sign(estimate.value)) if sure else 0
+            if margin:  # non-inferiority: only failing to reach the margin contradicts
+                sign = 1 if sure and estimate.value > 0 else -1 if estimate.high < 0 else 0
+            decided = sign if estimate.n_seeds > 1 else 0
+            comparisons.append(Comparison(what, estimate, p_value, decided))
+        return comparisons
+
+
+class Better(_Differences):
     row: RowName
     than: Annotated[tuple[RowName, ...], Field(min_length=1)]
-    metrics: Annotated[tuple[Name, ...], Field(min_length=1)]
+
+    @property
+    def pairs(self) -> Sequence[tuple[RowName, RowName]]:
+        return [(self.row, other) for other in self.than]
 
 
-class Rising(_Strict):
+class Rising(_Differences):
     rows: Annotated[tuple[RowName, ...], Field(min_length=2)]
-    metrics: Annotated[tuple[Name, ...], Field(min_length=1)]
+
+    @property
+    def pairs(self) -> Sequence[tuple[RowName, RowName]]:
+        return list(zip(self.rows[1:], self.rows[:-1], strict=True))
 
 
-class Holds(_Strict):
+class _TwoRows(_Test):
     row: RowName
     than: RowName
-    metrics: Annotated[tuple[Name, ...], Field(min_length=1)]
-    margin: Annotated[float, Field(gt=0)]  # standard deviations of the prompts of `than`
+
+    @property
+    def pairs(self) -> Sequence[tuple[RowName, RowName]]:
+        return [(self.row, self.than)]
 
 
-class Faster(_Strict):
-    row: RowName
-    than: RowName
-    share: Annotated[float, Field(gt=0)]  # of the other's iteration time, as published
-    within: Annotated[float, Field(gt=0)]  # of that share
+class Holds(_Differences, _TwoRows):
+    margin: Positive  # standard deviations of the prompts of `than`
 
 
-class Correlated(_Strict):
-    """Pearson's r of an earlier image's reward with the final image's, of a base model."""
+class Faster(_TwoRows):
+    """The ratio of median iteration times; its interval resamples iterations."""
+
+    share: Positive  # of the other's iteration time, as published
+    within: Positive  # of that share
+
+    def compare(self, rows: _Rows) -> list[Comparison]:
+        systems = [rows.row(name).system for name in (self.row, self.than)]
+        times = [np.array([t for r in s.results for t in r.seconds()]) for s in systems]
+        rng = np.random.default_rng(0)
+        draws = [
+            np.median(t[rng.integers(len(t), size=(stats.RESAMPLES, len(t)))], axis=1)
+            for t in times
+        ]
+        value = float(np.median(times[0]) / np.median(times[1]))
+        low, high = np.quantile(draws[0] / draws[1], [(1 - stats.LEVEL) / 2, (1 + stats.LEVEL) / 2])
+        least, most = self.share * (1 - self.within), self.share * (1 + self.within)
+        sign = 1 if least <= low and high <= most else -1 if high < least or low > most else 0
+        seeds = min(len(system.results) for system in systems)
+        images = sum(len(t) for t in times)
+        estimate = Estimate(value, float(low), float(high), seeds, images, 0, "iterations", 1.0)
+        what = f"iteration time: published share {self.share:g} +- {100 * self.within:g} %"
+        return [Comparison(what, estimate, 1.0, sign)]
+
+
+class Correlated(_Test):
+    """Pearson's r of an earlier image's reward with the final image's, of a base model.
+
+    It supports the claim if its interval lies above the threshold, and contradicts it below.
+    """
 
     role: Name | None = None  # of the base model; None: the only one
     step: Annotated[int, Field(ge=1)]  # of the earlier image
     above: Annotated[float, Field(ge=-1, lt=1)]
-    metrics: Annotated[tuple[Name, ...], Field(min_length=1)]
+    metrics: Metrics
+
+    def compare(self, rows: _Rows) -> list[Comparison]:
+        base = rows.row(RowName(method=BASE, role=self.role)).system
+        comparisons = []
+        for metric in self.metrics:
+            r = step_correlation(base.results[0], metric, self.step)
+            sign = 1 if r.low > self.above else -1 if r.high < self.above else 0
+            title = METRICS[metric].title
+            what = f"{title}: r of image {self.step} with the last (above {self.above:g})"
+            comparisons.append(Comparison(what, r, r.p_value, sign))
+        return comparisons
 
 
 class Claim(_Strict):
@@ -90,20 +172,14 @@ class Claim(_Strict):
     correlated: Correlated | None = None
 
     @property
+    def tests(self) -> dict[str, _Test]:
+        """What is tested, by kind; `read` refuses a claim without exactly one."""
+        return {kind: test for kind in KINDS if (test := getattr(self, kind))}
+
+    @property
     def methods(self) -> set[str]:
         """The methods that it compares."""
-
-        def named(value: Any) -> Iterator[str]:
-            if isinstance(value, RowName):
-                yield value.method
-            elif isinstance(value, BaseModel):
-                for field in type(value).model_fields:
-                    yield from named(getattr(value, field))
-            elif isinstance(value, tuple):
-                for part in value:
-                    yield from named(part)
-
-        return set(named(self))
+        return {name.method for test in self.tests.values() for pair in test.pairs for name in pair}
 
 
 KINDS = ("better", "rising", "holds", "faster", "correlated")
@@ -138,9 +214,8 @@ def read(path: Path) -> list[Claim]:
             name = raw.get("id", number) if isinstance(raw, dict) else number
             problem = first_problem(error, Claim)
             raise ConfigError(f"{path}: claim {name}: {problem}") from None
-        kinds = [k for k in KINDS if getattr(claim, k)]
-        if len(kinds) != 1:
-            said = " and ".join(kinds) or "nothing"
+        if len(claim.tests) != 1:
+            said = " and ".join(claim.tests) or "nothing"
             raise ConfigError(
                 f"{path}: claim {claim.id}: tests {said}; give exactly one of {', '.join(KINDS)}"
             )
@@ -154,23 +229,12 @@ def assess_claim(claim: Claim, loaded: LoadedTable) -> Verdict:
     Raises:
         ValueError: a row or a metric is missing; names it.
     """
-    table = _Rows(claim, loaded)
-    if claim.faster:
-        return _assess_times(claim, claim.faster, table)
-    if claim.correlated:
-        return _assess_correlations(claim, claim.correlated, table)
-    tested = list(_differences(claim, table))
-    adjusted = stats.holm([estimate.p_value for _, estimate, _ in tested])
-    comparisons = []
-    for (what, estimate, sides), p_value in zip(tested, adjusted, strict=True):
-        sure = p_value <= 1 - stats.LEVEL
-        sign = int(np.sign(estimate.value)) if sure else 0
-        if sides == 1:  # non-inferiority: only failing to reach the margin contradicts
-            sign = 1 if sure and estimate.value > 0 else -1 if estimate.high < 0 else 0
-        if estimate.n_seeds < 2:
-            sign = 0
-        comparisons.append(Comparison(what, estimate, p_value, sign))
-    return Verdict(claim, _verdict(comparisons), tuple(comparisons))
+    (test,) = claim.tests.values()
+    comparisons = tuple(test.compare(_Rows(claim, loaded)))
+    signs = {comparison.sign for comparison in comparisons}
+    if -1 in signs:
+        return Verdict(claim, NOT_REPRODUCED, comparisons)
+    return Verdict(claim, REPRODUCED if signs == {1} else UNDECIDED, comparisons)
 
 
 class _Rows:
@@ -202,102 +266,42 @@ class _Rows:
             )
         return found[0]
 
-    def values(self, name: RowName, metric: str) -> tuple[System, stats.Array, str]:
-        """(system, its scores on the reported scale with higher better, the row in words)."""
-        row = self.row(name)
-        said = f"{row.spec.label} at {row.spec.nfe} steps"
-        if row.spec.iteration is not None:
-            said += f" after {row.spec.iteration} iterations"
-        return row.system, METRICS[metric].factor * row.quality(metric), said
+    def difference(
+        self, one: RowName, other: RowName, metric: str, margin: float
+    ) -> tuple[str, Estimate]:
+        """(what is compared, how much better one row is than another in a metric).
 
-
-def _differences(claim: Claim, table: _Rows) -> Iterator[tuple[str, Estimate, int]]:
-    """(what, difference, 2 for a two-sided test and 1 for non-inferiority) of every comparison."""
-    pairs: list[tuple[RowName, RowName]] = []
-    metrics: tuple[str, ...] = ()
-    margin = 0.0
-    if claim.better:
-        pairs = [(claim.better.row, other) for other in claim.better.than]
-        metrics = claim.better.metrics
-    elif claim.rising:
-        rows = claim.rising.rows
-        pairs, metrics = list(zip(rows[1:], rows[:-1], strict=True)), claim.rising.metrics
-    elif claim.holds:
-        pairs, metrics = [(claim.holds.row, claim.holds.than)], claim.holds.metrics
-        margin = claim.holds.margin
-    for metric in metrics:
+        Scores are on the reported scale; `margin`, in standard deviations of the other row's
+        prompts, is added to the first.
+        """
         if metric not in METRICS:
             known = ", ".join(METRICS)
-            raise ValueError(f"claim {claim.id}: unknown metric {metric!r} (available: {known})")
-        for one, other in pairs:
-            (a, left, said), (b, right, than) = (table.values(n, metric) for n in (one, other))
-            spread = float(np.nanstd(np.nanmean(right, axis=(0, 2))))
-            tags = a.scores.tags
-            check_paired(a.scores, b.scores)
-            difference = stats.paired_difference(
-                left + margin * spread,
-                right,
-                tags,
-                same_seeds=[r.run.folder for r in a.results] == [r.run.folder for r in b.results],
-                macro=METRICS[metric].macro,
+            raise ValueError(
+                f"claim {self.claim.id}: unknown metric {metric!r} (available: {known})"
             )
-            # A base model is not trained, so it has no seeds to vary.
-            seeds = min(
-                len(s.results)
-                for s in (a, b)
-                if s.spec.trained or not (a.spec.trained or b.spec.trained)
-            )
-            difference = difference._replace(n_seeds=seeds)
-            allowed = f" + {margin:g} sd" if margin else ""
-            what = f"{METRICS[metric].title}: {said}{allowed} - {than}"
-            yield what, difference, 1 if margin else 2
-
-
-def _assess_correlations(claim: Claim, test: Correlated, table: _Rows) -> Verdict:
-    """Reproduced if every interval lies above the threshold, not reproduced if one lies below."""
-    base = table.row(RowName(method=BASE, role=test.role)).system
-    comparisons = []
-    for metric in test.metrics:
-        r = step_correlation(base.results[0], metric, test.step)
-        sign = 1 if r.low > test.above else -1 if r.high < test.above else 0
-        what = (
-            f"{METRICS[metric].title}: r of image {test.step} with the last (above {test.above:g})"
+        left, right = self.row(one), self.row(other)
+        a, b = left.system, right.system
+        reference = METRICS[metric].factor * right.quality(metric)
+        spread = float(np.nanstd(np.nanmean(reference, axis=(0, 2))))
+        check_paired(a.scores, b.scores)
+        difference = stats.paired_difference(
+            METRICS[metric].factor * left.quality(metric) + margin * spread,
+            reference,
+            a.scores.tags,
+            same_seeds=[r.run.folder for r in a.results] == [r.run.folder for r in b.results],
+            macro=METRICS[metric].macro,
         )
-        comparisons.append(Comparison(what, r, r.p_value, sign))
-    return Verdict(claim, _verdict(comparisons), tuple(comparisons))
+        # A base model is not trained, so it has no seeds to vary.
+        trained = [system for system in (a, b) if system.spec.trained] or [a, b]
+        seeds = min(len(system.results) for system in trained)
+        allowed = f" + {margin:g} sd" if margin else ""
+        what = f"{METRICS[metric].title}: {_in_words(left)}{allowed} - {_in_words(right)}"
+        return what, difference._replace(n_seeds=seeds)
 
 
-def _assess_times(claim: Claim, test: Faster, table: _Rows) -> Verdict:
-    """The ratio of median iteration times; its interval resamples iterations."""
-    times = [
-        np.array([t for r in table.row(n).system.results for t in r.seconds()])
-        for n in (test.row, test.than)
-    ]
-    rng = np.random.default_rng(0)
-    draws = [
-        np.median(t[rng.integers(len(t), size=(stats.RESAMPLES, len(t)))], axis=1) for t in times
-    ]
-    value = float(np.median(times[0]) / np.median(times[1]))
-    low, high = np.quantile(draws[0] / draws[1], [(1 - stats.LEVEL) / 2, (1 + stats.LEVEL) / 2])
-    bounds = (test.share * (1 - test.within), test.share * (1 + test.within))
-    inside, outside = bounds[0] <= low and high <= bounds[1], high < bounds[0] or low > bounds[1]
-    seeds = min(len(table.row(n).system.results) for n in (test.row, test.than))
-    images = sum(len(t) for t in times)
-    estimate = Estimate(value, float(low), float(high), seeds, images, 0, "iterations", 1.0)
-    sign = 1 if inside else -1 if outside else 0
-    what = f"iteration time: published share {test.share:g} +- {100 * test.within:g} %"
-    comparison = Comparison(what, estimate, 1.0, sign)
-    return Verdict(claim, _verdict([comparison]), (comparison,))
-
-
-def _verdict(comparisons: Sequence[Comparison]) -> str:
-    signs = {comparison.sign for comparison in comparisons}
-    if -1 in signs:
-        return NOT_REPRODUCED
-    return REPRODUCED if signs == {1} else UNDECIDED
-
-
-# -- reporting -----------------------------------------------------------------------------------
+def _in_words(row: Row) -> str:
+    after = "" if row.spec.iteration is None else f" after {row.spec.iteration} iterations"
+    return f"{row.spec.label} at {row.spec.nfe} steps{after}"
 
 
 def write(
@@ -324,9 +328,7 @@ def write(
         lines.append(f"| {said} | {source} | **{verdict}** | {effects} | {seeds} |")
     record = [
         {
-            "id": claim.id,
-            "claim": claim.claim,
-            "source": claim.source,
+            **claim.model_dump(include={"id", "claim", "source"}),
             "scale": scale,
             **({"random_weights": list(random)} if random else {}),
             "verdict": verdict,

@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ from tafs.common.files import sha256
 from tafs.report import stats
 from tafs.report.tables import Cell, Column, Line, Number, Score, Table, fill
 from tafs.rewards.metrics import METRICS
+
+COUNTS = ("n_seeds", "n_images", "n_missing", "resampled")
+ESTIMATE = ("low", "high", *COUNTS)  # fields of an estimate in the CSV
+BRACKETS = "Brackets hold 95 % intervals."
 
 
 def write(table: Table, out_dir: Path, published: bool = False) -> list[Path]:
@@ -43,51 +48,40 @@ def write(table: Table, out_dir: Path, published: bool = False) -> list[Path]:
         table = replace(table, caption=caption, notes=[note, *table.notes])
     csv_text = _csv(table, lines, published, random)
     texts = {
-        "csv": csv_text,
-        "md": _markdown(table, lines),
-        "tex": _latex(table, lines),
-        "html": _html(table, lines),
+        f"tables/{table.name}.csv": csv_text,
+        f"tables/{table.name}.md": _markdown(table, lines),
+        f"tables/{table.name}.tex": _latex(table, lines),
+        f"tables/{table.name}.html": _html(table, lines),
+        f"provenance/{table.name}.json": _provenance(table, lines),
     }
-    files = []
-    for ending, text in texts.items():
-        files.append(out_dir / "tables" / f"{table.name}.{ending}")
-        _write_text(files[-1], text)
-    files.append(out_dir / "tables" / f"{table.name}.parquet")
-    pd.read_csv(io.StringIO(csv_text)).to_parquet(files[-1], index=False)
-    files.append(out_dir / "provenance" / f"{table.name}.json")
-    _write_text(files[-1], _provenance(table, lines))
-    return files
-
-
-def _write_text(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8", newline="\n")
+    for name, text in texts.items():
+        (out_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        (out_dir / name).write_text(text, encoding="utf-8", newline="\n")
+    parquet = out_dir / "tables" / f"{table.name}.parquet"
+    pd.read_csv(io.StringIO(csv_text)).to_parquet(parquet, index=False)
+    return [*(out_dir / name for name in texts), parquet]
 
 
 def _csv(table: Table, lines: Sequence[Line], published: bool, random: Sequence[str]) -> str:
     header = ["row", "variant", "backbone", "sampler", "nfe"]
     for column in table.columns:
-        name = column.name
-        header.append(name)
-        if not isinstance(column, Number):
-            extra = ("low", "high", "n_seeds", "n_images", "n_missing", "resampled", "best")
-            header += [f"{name}_{field}" for field in extra]
-        if published:
-            header.append(f"{name}_published")
+        extra = [*ESTIMATE, "best"] if not isinstance(column, Number) else []
+        extra += ["published"] if published else []
+        header += [column.name, *(f"{column.name}_{field}" for field in extra)]
     header += ["random_weights"] if random else []
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(header)
     for line in lines:
         row = line.row.spec
-        fields: list[Any] = [_no_formula(row.label), row.variant, row.backbone]
-        fields += [row.sampler, row.nfe]
+        # A spreadsheet would take the label for a formula.
+        label = f"'{row.label}" if row.label.startswith(("=", "+", "-", "@")) else row.label
+        fields: list[Any] = [label, row.variant, row.backbone, row.sampler, row.nfe]
         for cell in line.cells:
             fields.append(_exact(cell.value))
             if cell.estimate:
-                e = cell.estimate
-                fields += [_exact(e.low), _exact(e.high), e.n_seeds, e.n_images, e.n_missing]
-                fields += [e.resampled, int(cell.best)]
+                fields += [_exact(getattr(cell.estimate, field)) for field in ESTIMATE]
+                fields.append(int(cell.best))
             if published:
                 fields.append(cell.published or "")
         fields += [" ".join(random)] if random else []
@@ -95,13 +89,11 @@ def _csv(table: Table, lines: Sequence[Line], published: bool, random: Sequence[
     return out.getvalue()
 
 
-def _no_formula(text: str) -> str:
-    """Quote a label that a spreadsheet would take for a formula."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
-
-
-def _exact(value: float | None) -> str:
-    return "" if value is None or not math.isfinite(value) else f"{value:.10g}"
+def _exact(value: Any) -> Any:
+    """A number as its shortest text of ten digits; None and NaN are empty."""
+    if not isinstance(value, float):
+        return value
+    return f"{value:.10g}" if math.isfinite(value) else ""
 
 
 def _markdown(table: Table, lines: Sequence[Line]) -> str:
@@ -113,10 +105,8 @@ def _markdown(table: Table, lines: Sequence[Line]) -> str:
         label = escape(line.row.spec.label, MARKDOWN)
         rows.append([label, str(line.row.spec.nfe), *cells, _seeds(line)])
     body = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    notes = "\n".join(f"- {escape(note, MARKDOWN)}" for note in _notes(table, lines))
-    caption = escape(table.caption, MARKDOWN)
-    interval = "Brackets hold 95 % intervals."
-    return f"{caption}\n\n{body}\n\n- {interval}\n{notes}\n"
+    notes = [f"- {escape(note, MARKDOWN)}" for note in [BRACKETS, *_notes(table, lines)]]
+    return "\n\n".join([escape(table.caption, MARKDOWN), body, "\n".join(notes)]) + "\n"
 
 
 def _cell(cell: Cell, bold: str, small: str) -> str:
@@ -173,7 +163,7 @@ def _html(table: Table, lines: Sequence[Line]) -> str:
         html.escape,
         lambda cell: _cell(cell, "<b>{}</b>", "<small>{}</small>"),
     )
-    notes = ["Brackets hold 95 % intervals.", *_notes(table, lines)]
+    notes = [BRACKETS, *_notes(table, lines)]
     items = "".join(f"<br>{html.escape(note)}" for note in notes)
     styled.set_caption(f"{html.escape(table.caption)}<small>{items}</small>")
     ruled = [
@@ -189,15 +179,12 @@ def _html(table: Table, lines: Sequence[Line]) -> str:
 def _latex(table: Table, lines: Sequence[Line]) -> str:
     """A table* for booktabs; intervals are given as half their width."""
 
-    def plain(text: str) -> str:
-        return escape(text, LATEX)
-
+    plain = partial(escape, special=LATEX)
     styled = _styled(table, lines, lambda c: _title(c, latex=True), plain, _latex_cell)
-    notes = [escape(note, LATEX) for note in _notes(table, lines)]
-    beside = any(cell.published is not None for line in lines for cell in line.cells)
-    notes.insert(0, r"$\pm$: half the width of the 95\,\% interval.")
-    if beside:
-        notes.insert(1, "In parentheses: the published value.")
+    notes = [r"$\pm$: half the width of the 95\,\% interval."]
+    if any(cell.published is not None for line in lines for cell in line.cells):
+        notes.append("In parentheses: the published value.")
+    notes += map(plain, _notes(table, lines))
     # Styler prints these as commands before the tabular.
     styled.set_table_styles(
         [
@@ -227,12 +214,8 @@ def _with_rules(latex: str, lines: Sequence[Line]) -> str:
 
 
 def _latex_cell(cell: Cell) -> str:
-    if cell.value is None:
-        text = "--"
-    else:
-        number = f"{cell.value:.{cell.digits}f}"
-        text = rf"\textbf{{{number}}}" if cell.best else number
-        text = text.replace("-", "$-$")
+    number = "--" if cell.value is None else f"{cell.value:.{cell.digits}f}".replace("-", "$-$")
+    text = rf"\textbf{{{number}}}" if cell.best else number
     if cell.estimate and math.isfinite(cell.estimate.low):
         half = (cell.estimate.high - cell.estimate.low) / 2
         text += rf"{{\tiny\,$\pm$\,{half:.{cell.digits}f}}}"
@@ -247,9 +230,8 @@ def _title(column: Column, latex: bool = False, plain: Callable[[str], str] | No
     title = plain(column.title) if plain else escape(column.title, LATEX if latex else MARKDOWN)
     if not isinstance(column, Score):
         return title
-    if METRICS[column.metric].higher_is_better:
-        return rf"{title} $\uparrow$" if latex else f"{title} ↑"
-    return rf"{title} $\downarrow$" if latex else f"{title} ↓"
+    arrow, symbol = ("up", "↑") if METRICS[column.metric].higher_is_better else ("down", "↓")
+    return rf"{title} $\{arrow}arrow$" if latex else f"{title} {symbol}"
 
 
 def _notes(table: Table, lines: Sequence[Line]) -> list[str]:
@@ -263,15 +245,11 @@ def _notes(table: Table, lines: Sequence[Line]) -> list[str]:
         )
     cells = [cell for line in lines for cell in line.cells if cell.estimate]
     kinds = {cell.estimate.resampled for cell in cells if cell.estimate}
-    if "seeds and prompts" in kinds:
-        both = "seeds and of prompts within their task; with one seed, of prompts only"
-        notes.append(f"Intervals: {stats.RESAMPLES:,} resamples of {both}.")
-    elif "prompts" in kinds and scored:
-        notes.append(
-            f"Intervals: {stats.RESAMPLES:,} resamples of prompts within their task, not of seeds."
-        )
-    elif "prompts" in kinds:
-        notes.append(f"Intervals: {stats.RESAMPLES:,} resamples of prompts.")
+    if "seeds and prompts" in kinds or "prompts" in kinds:
+        units = "prompts within their task, not of seeds" if scored else "prompts"
+        if "seeds and prompts" in kinds:
+            units = "seeds and of prompts within their task; with one seed, of prompts only"
+        notes.append(f"Intervals: {stats.RESAMPLES:,} resamples of {units}.")
     if any(cell.best for cell in cells):
         notes.append(
             "Bold: better than every other row, by paired differences over the same prompts and "
@@ -302,16 +280,7 @@ def _provenance(table: Table, lines: Sequence[Line]) -> str:
             "method": result.spec.method,
             "seed": result.spec.seed,
             "scale": result.spec.scale,
-            "sha256": {
-                file.name: sha256(file)
-                for file in (
-                    result.run.adapter,
-                    result.run.scores,
-                    result.run.served_scores,
-                    result.run.trajectory_rewards,
-                )
-                if file.is_file()
-            },
+            "sha256": {file.name: sha256(file) for file in result.files},
             "metrics": result.evaluation.weights,
             **result.origin,
         }
@@ -327,7 +296,14 @@ def _provenance(table: Table, lines: Sequence[Line]) -> str:
                 "nfe": row.nfe,
                 "iteration": row.iteration,
                 "cells": {
-                    column.name: _cell_record(cell)
+                    column.name: {
+                        "value": cell.value,
+                        **{
+                            field: getattr(cell.estimate, field)
+                            for field in COUNTS
+                            if cell.estimate
+                        },
+                    }
                     for column, cell in zip(table.columns, line.cells, strict=True)
                 },
             }
@@ -338,16 +314,6 @@ def _provenance(table: Table, lines: Sequence[Line]) -> str:
         "statistics": {"level": stats.LEVEL, "resamples": stats.RESAMPLES},
     }
     return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-
-
-def _cell_record(cell: Cell) -> dict[str, Any]:
-    estimate = cell.estimate
-    counts = (
-        {k: getattr(estimate, k) for k in ("n_seeds", "n_images", "n_missing", "resampled")}
-        if estimate
-        else {}
-    )
-    return {"value": cell.value, **counts}
 
 
 MARKDOWN = {c: f"\\{c}" for c in "\\`*_|<>[]"}

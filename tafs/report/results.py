@@ -50,7 +50,14 @@ def read_scores(file: Path, *more: Path) -> Scores:
     Raises:
         ValueError: a file is missing or unreadable, or has an image twice; names the file.
     """
-    table = pd.concat([_read_long(part) for part in (file, *more)], ignore_index=True)
+    columns = ["prompt", "tag", "image", "iteration", "sampler", "nfe", "metric", "value"]
+    # Categories of two files differ, and would come back as objects.
+    names_as_text = dict.fromkeys(("tag", "sampler", "metric"), "str")
+    parts = [
+        _read(file, columns, "scores", "evaluate"),
+        *(_read(part, columns, "scores", "score_served") for part in more),
+    ]
+    table = pd.concat([part.astype(names_as_text) for part in parts], ignore_index=True)
     axes = ["sampler", "nfe", "metric", "iteration", "prompt", "image"]
     codes, names = zip(*(pd.factorize(table[name], sort=True) for name in axes), strict=True)
     shape = tuple(len(found) for found in names)
@@ -78,62 +85,39 @@ def read_scores(file: Path, *more: Path) -> Scores:
     )
 
 
-def _read_long(file: Path) -> pd.DataFrame:
+def read_trajectory_rewards(file: Path) -> pd.DataFrame:
+    """trajectory_rewards.parquet: prompt, step, metric, value; raises as `read_scores`."""
+    return _read(file, ["prompt", "step", "metric", "value"], "step scores", "trajectory_rewards")
+
+
+def _read(file: Path, columns: list[str], what: str, rule: str) -> pd.DataFrame:
     if not file.is_file():
-        stage = "score_served" if file.name.startswith("served_scores") else "evaluate"
-        raise ValueError(f"{file}: not found; the workflow's rule {stage} writes it")
-    columns = ["prompt", "tag", "image", "iteration", "sampler", "nfe", "metric", "value"]
+        raise ValueError(f"{file}: not found; the workflow's rule {rule} writes it")
     try:
         table = pd.read_parquet(file, columns=columns)
     except (ValueError, KeyError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{file}: not a table of scores ({reason})") from None
-    if table.empty:
-        raise ValueError(f"{file}: contains no scores")
-    # Categories of two files differ, and would come back as objects.
-    return table.astype({name: "str" for name in ("tag", "sampler", "metric")})
-
-
-def read_trajectory_rewards(file: Path) -> pd.DataFrame:
-    """trajectory_rewards.parquet: prompt, step, metric, value.
-
-    Raises:
-        ValueError: it is missing or unreadable; names the file.
-    """
-    if not file.is_file():
-        raise ValueError(f"{file}: not found; the workflow's rule trajectory_rewards writes it")
-    try:
-        table = pd.read_parquet(file, columns=["prompt", "step", "metric", "value"])
-    except (ValueError, KeyError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{file}: not a table of step scores ({reason})") from None
+        raise ValueError(f"{file}: not a table of {what} ({reason})") from None
     if table.empty:
         raise ValueError(f"{file}: contains no scores")
     return table
 
 
 class Result:
-    """One run's folder; every file is read once, when it is first needed."""
+    """One run's folder; every file is read once, when it is first needed.
+
+    A file that is missing or broken raises FileNotFoundError or ValueError, which names it.
+    """
 
     def __init__(self, folder: Path | str) -> None:
         self.run = RunDir(Path(folder))
 
     @cached_property
     def spec(self) -> RunSpec:
-        """run.json.
-
-        Raises:
-            FileNotFoundError, ValueError: it is missing or broken; names the file.
-        """
         return run_spec(self.run)
 
     @cached_property
     def evaluation(self) -> EvalSpec:
-        """evaluation.json.
-
-        Raises:
-            FileNotFoundError, ValueError: it is missing or broken; names the file.
-        """
         return eval_spec(self.run)
 
     @property
@@ -143,11 +127,7 @@ class Result:
 
     @cached_property
     def origin(self) -> dict[str, Any]:
-        """The journal's fingerprint and provenance; {} of a run that is not trained.
-
-        Raises:
-            ValueError: see `iterations`.
-        """
+        """The journal's fingerprint and provenance; {} of a run that is not trained."""
         if not self.iterations:
             return {}
         start = journal.read(self.run.journal)[0]
@@ -155,13 +135,16 @@ class Result:
 
     @cached_property
     def scores(self) -> Scores:
-        """The evaluation's scores, and a server's where one scored the images.
-
-        Raises:
-            ValueError: a file is missing or broken; names it.
-        """
+        """The evaluation's scores, and a server's where one scored the images."""
         served = [self.run.served_scores] if self.evaluation.served else []
         return read_scores(self.run.scores, *served)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that the numbers of tables come from."""
+        run = self.run
+        files = (run.adapter, run.scores, run.served_scores, run.trajectory_rewards)
+        return [file for file in files if file.is_file()]
 
     @cached_property
     def trajectory_rewards(self) -> pd.DataFrame:
@@ -169,11 +152,7 @@ class Result:
 
     @cached_property
     def iterations(self) -> list[dict[str, Any]]:
-        """The journal's iterations; [] of a run that is not trained.
-
-        Raises:
-            ValueError: the journal of a trained run is missing or empty; names the file.
-        """
+        """The journal's iterations; [] of a run that is not trained."""
         if not self.spec.trained:
             return []
         if not self.run.journal.is_file():
@@ -278,15 +257,28 @@ class LoadedTable:
         known = self.metrics
         return [m for m in known if m in rewards], [m for m in known if m not in rewards]
 
-    def base_of(self, system: System) -> System:
-        """The untrained model that a system started from.
+    @property
+    def trained(self) -> list[System]:
+        """The trained systems.
 
         Raises:
-            ValueError: it is not in the table; names it.
+            ValueError: there is none.
+        """
+        found = [system for system in self.distinct if system.spec.trained]
+        if not found:
+            raise ValueError(f"{self.spec.name}: no run is trained")
+        return found
+
+    def base_of(self, system: System) -> System:
+        """The untrained model that a system started from, scored on the same prompts.
+
+        Raises:
+            ValueError: it is not in the table, or was scored on others; names it.
         """
         backbone = system.spec.backbone
         for other in self.distinct:
             if not other.spec.trained and other.spec.backbone == backbone:
+                check_paired(system.scores, other.scores)
                 return other
         raise ValueError(f"{self.spec.name}: no base model {backbone!r}; set `base: true`")
 

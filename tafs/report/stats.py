@@ -36,6 +36,8 @@ from tafs.report.bootstrap import (
 
 __all__ = ["LEVEL", "RESAMPLES", "Array", "Estimate", "Resampling"]
 
+Metrics = Sequence[ArrayLike]  # one [seeds, prompts, images] per metric
+
 
 def mean(values: ArrayLike, strata: Sequence[str], *, macro: bool = False) -> float:
     """The mean over seeds of each seed's mean; NaN if there is no value.
@@ -52,20 +54,14 @@ def mean(values: ArrayLike, strata: Sequence[str], *, macro: bool = False) -> fl
 
 
 def mean_interval(
-    values: ArrayLike,
-    strata: Sequence[str],
-    *,
-    macro: bool = False,
-    by: Resampling = DEFAULT,
+    values: ArrayLike, strata: Sequence[str], *, macro: bool = False, by: Resampling = DEFAULT
 ) -> Estimate:
     """The mean (see `mean`) and its interval."""
     array, groups = checked(values, strata)
     draws = draw_means(array, groups, macro, by, stream=0)
-    missing = int(np.isnan(np.asarray(values)).sum())
-    n_images = int(np.isfinite(array).sum())
+    counts = (len(array), int(np.isfinite(array).sum()), int(np.isnan(np.asarray(values)).sum()))
     value = mean(array, strata, macro=macro)
-    resampled = resampled_factors(len(array), groups)
-    return interval_of(value, draws, len(array), n_images, missing, resampled)
+    return interval_of(value, draws, *counts, resampled_factors(len(array), groups))
 
 
 def paired_difference(
@@ -98,9 +94,8 @@ def paired_difference(
     if not common.any():
         return interval_of(np.nan, np.empty(0), 0, 0, int(common.size), "")
     left, right = np.where(common, left, np.nan), np.where(common, right, np.nan)
-    streams = (0, 0) if same_seeds else (0, 1)
-    draws = draw_means(left, groups, macro, by, streams[0])
-    draws = draws - draw_means(right, groups, macro, by, streams[1])
+    draws = draw_means(left, groups, macro, by, stream=0)
+    draws = draws - draw_means(right, groups, macro, by, stream=0 if same_seeds else 1)
     value = mean(left, strata, macro=macro) - mean(right, strata, macro=macro)
     n_images, n_missing = int(common.sum()), int((~common).sum())
     resampled = resampled_factors(max(len(left), len(right)), groups)
@@ -132,11 +127,7 @@ def effects(values: ArrayLike, reference: ArrayLike) -> Array:
 
 
 def interquartile_effect(
-    values: Sequence[ArrayLike],
-    reference: Sequence[ArrayLike],
-    strata: Sequence[str],
-    *,
-    by: Resampling = DEFAULT,
+    values: Metrics, reference: Metrics, strata: Sequence[str], *, by: Resampling = DEFAULT
 ) -> Estimate:
     """The interquartile mean of the effects over all seeds and metrics, and its interval.
 
@@ -175,22 +166,12 @@ def interquartile_effect(
         moved = interquartile_means(np.concatenate(resampled, axis=1)) - draws
         # Drawing n of n seeds has (n - 1) / n of the variance of n - 1 of n (Rao & Wu, 1988).
         draws = draws + student(n_seeds) * np.sqrt(n_seeds / (n_seeds - 1)) * moved
-    return interval_of(
-        interquartile_mean(np.concatenate(gains)),
-        draws,
-        n_seeds,
-        n_images,
-        n_missing,
-        resampled_factors(n_seeds, groups),
-    )
+    value, factors = interquartile_mean(np.concatenate(gains)), resampled_factors(n_seeds, groups)
+    return interval_of(value, draws, n_seeds, n_images, n_missing, factors)
 
 
 def probability_of_improvement(
-    a: Sequence[ArrayLike],
-    b: Sequence[ArrayLike],
-    strata: Sequence[str],
-    *,
-    by: Resampling = DEFAULT,
+    a: Metrics, b: Metrics, strata: Sequence[str], *, by: Resampling = DEFAULT
 ) -> Estimate:
     """How often a prompt is better under a than under b, ties counting half, and its interval.
 
@@ -258,17 +239,9 @@ def correlation(x: ArrayLike, y: ArrayLike, *, by: Resampling = DEFAULT) -> Esti
         rng=np.random.default_rng(by.seed),
         batch=100,
     ).confidence_interval
+    r, low, high = float(found.statistic), float(interval.low), float(interval.high)
     missing = int((~kept).sum())
-    return Estimate(
-        float(found.statistic),
-        float(interval.low),
-        float(interval.high),
-        1,
-        len(left),
-        missing,
-        "prompts",
-        float(found.pvalue),
-    )
+    return Estimate(r, low, high, 1, len(left), missing, "prompts", float(found.pvalue))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -278,7 +251,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     steps = (len(p) - np.arange(len(p))) * p[order]
     adjusted = np.empty_like(p)
     adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1)
-    return [float(x) for x in adjusted]
+    return list(map(float, adjusted))
 
 
 def supported_winner(
@@ -310,12 +283,7 @@ def supported_winner(
         if i != best:
             same = sources is not None and sources[i] == sources[best]
             difference = paired_difference(
-                rows[best],
-                rows[i],
-                strata,
-                same_seeds=same,
-                macro=macro,
-                by=by,
+                rows[best], rows[i], strata, same_seeds=same, macro=macro, by=by
             )
             p_values.append(difference.p_value)
     return best if max(holm(p_values)) <= 1 - LEVEL else None

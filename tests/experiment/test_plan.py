@@ -12,8 +12,8 @@ from tafs.common.yaml_files import load_yaml
 from tafs.experiment import EvalSpec, Plan, ReportSpec, RunSpec, TableSpec
 from tafs.experiment import plan as plan_module
 from tafs.experiment.expansion import Expansion
-from tafs.experiment.schema import FIGURES, Config, Evaluation
-from tafs.experiment.specs import EvalSetting, Kind, fingerprint
+from tafs.experiment.schema import FIGURES, Config, Evaluation, Kind
+from tafs.experiment.specs import EvalSetting, fingerprint
 from tafs.experiment.validate import check
 from tafs.models import catalog
 from tafs.report import figures, table_kinds

@@ -234,12 +234,12 @@ def test_figures_show_any_text_literally(runs, tmp_path, trials):
     table = synthetic.loaded(runs)
     for number in trials("names: text in figures", 1, len(LINES)):
         text = LINES[number]
-        loaded = synthetic.load(with_text(table, text[:60]), runs[0].parent)
-        drawn = figures.plots.profiles(loaded, tmp_path, f"profiles{number}")
         samples = runs[0] / "samples.safetensors"  # the base model's give the captions
         tensors = load_file(samples)
         save_file(tensors, samples, {"captions": json.dumps([text] * len(tensors["prompts"]))})
-        drawn += figures.image_grid(loaded, tmp_path, f"grid{number}")
+        figures_of = {"profiles": f"profiles{number}", "images": f"grid{number}"}
+        spec = with_text(table, text[:60]).model_copy(update={"figures": figures_of})
+        drawn = figures.draw(synthetic.load(spec, runs[0].parent), tmp_path)
         assert all(f.parent == tmp_path and f.stat().st_size > 1000 for f in drawn)
 
 

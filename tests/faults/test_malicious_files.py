@@ -146,10 +146,11 @@ def loads_of_a_run(run: RunDir, base: RunDir) -> Iterator[tuple[Path, Any]]:
     yield run.served_scores, lambda: results.read_scores(run.scores, run.served_scores)
     steps = base.trajectory_rewards
     yield steps, lambda: results.read_trajectory_rewards(steps)
-    view, table = run_view.read_run(run.folder), synthetic.loaded([base.folder, run.folder])
+    view = run_view.read_run(run.folder)
+    table = synthetic.loaded([base.folder, run.folder], figures={"images": "grid"})
     assert view is not None
     yield run.samples, lambda: list(run_view.sample_images(view))
-    yield run.samples, lambda: figures.image_grid(table, run.folder, "grid")
+    yield run.samples, lambda: figures.draw(table, run.folder)
     for name in ("run.json", "scores.parquet", "journal.jsonl", "served_scores.parquet"):
         yield run.folder / name, lambda: run_view.read_run(run.folder)
     yield run.folder / "run.json", lambda: run_inputs.run_spec(run)

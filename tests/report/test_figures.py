@@ -137,7 +137,7 @@ def test_systems_differ_in_colour_and_trained_models_in_line_style(tmp_path: Pat
             small: dict[str, Any] = {"prompts": 6, "images": 1, "nfe": (4,)}
             runs.append(synthetic.write_run(tmp_path, method, **fields, **small))
     systems = table(runs).distinct
-    looks = dict(zip([s.label for s in systems], style.looks(systems), strict=True))
+    looks = {system.label: look for system, look in style.looks(systems).items()}
     assert len(set(looks.values())) == 6
     for variant in ("base", "tafs_grpo", "b"):
         one, two = looks[f"{variant}-one"], looks[f"{variant}-two"]

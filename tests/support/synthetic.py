@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from safetensors.numpy import save_file
 
+from tafs.assets.sources import AssetSettings
 from tafs.experiment.specs import EvalSpec, RowSpec, RunSpec, TableSpec
 from tafs.report import results
 from tafs.report.results import LoadedTable
@@ -61,8 +62,13 @@ METHODS = {
         "TAFS-GRPO", "anneal", gain=0.55, steps=1.8, seconds=2.2, nfe_old=4, nfe_theta=3
     ),
 }
-ASSETS = {"assets": "shapes", "lock": "resources.lock.yaml", "device": "cpu"}
-ASSETS |= {"dtype": "float32", "gradient_checkpointing": False}
+ASSETS = AssetSettings(
+    assets="shapes",
+    lock="resources.lock.yaml",
+    device="cpu",
+    dtype="float32",
+    gradient_checkpointing=False,
+)
 TRAINING = {"prompts_per_iteration": 8, "group_size": 10, "micro_batch": 48, "checkpoint_every": 5}
 TRAINING |= {"lora": {"rank": 16, "alpha": 32}}
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from tafs.assets.sources import AssetSettings
 from tafs.data import prompts
 from tafs.data.plugins.shapes import FOLDER
-from tafs.experiment.specs import LoraSpec, RunSpec, TrainingSpec
+from tafs.experiment.schema import Lora
+from tafs.experiment.specs import RunSpec, TrainingSpec
 from tafs.methods import PolicyGradient
 from tafs.methods.registry import method_class
 from tafs.models import Conditioning
@@ -149,7 +150,7 @@ def toy_run(
             assets="shapes", lock="", device="cpu", dtype="float32", gradient_checkpointing=False
         ),
         resolution=1,
-        training=TrainingSpec(**{**settings, **(training or {})}, lora=LoraSpec(rank=1, alpha=1)),
+        training=TrainingSpec(**{**settings, **(training or {})}, lora=Lora(rank=1, alpha=1)),
         rewards=dict(rewards or {"clip": 1.0}),
         hyperparameters={"learning_rate": 0.02, **clipping, **hyperparameters},
         sampler="ode",

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from tafs.report.figures import plots
-from tafs.report.figures.image_grid import image_grid
-from tafs.report.figures.learning_curves import learning_curves
+from matplotlib.figure import Figure
+
+from tafs.report.figures import image_grid, learning_curves, plots, style
 from tafs.report.results import LoadedTable
 
-DRAW: Mapping[str, Callable[[LoadedTable, Path, str], list[Path]]] = {
+DRAW: Mapping[str, Callable[[LoadedTable], Figure]] = {
     "steps": plots.steps,
     "pareto": plots.pareto,
     "compute": plots.compute,
-    "curves": learning_curves,
-    "images": image_grid,
+    "curves": learning_curves.draw,
+    "images": image_grid.draw,
     "hacking": plots.hacking,
     "profiles": plots.profiles,
 }
@@ -27,8 +27,8 @@ def draw(table: LoadedTable, out_dir: Path) -> list[Path]:
     Raises:
         ValueError: an input is missing or broken; names it.
     """
-    return [
-        file
-        for kind, name in table.spec.figures.items()
-        for file in DRAW[kind](table, out_dir, name)
-    ]
+    files = []
+    with style.style():
+        for kind, name in table.spec.figures.items():
+            files += style.save(DRAW[kind](table), out_dir, name, table.results)
+    return files

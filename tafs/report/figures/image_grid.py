@@ -13,39 +13,34 @@ import numpy as np
 from matplotlib.figure import Figure
 from safetensors import SafetensorError, safe_open
 
-from tafs.report.figures.style import DPI, save, style
+from tafs.report.figures.style import DPI
 from tafs.report.results import LoadedTable, Result
 from tafs.runtime.run_dir import SAMPLES_PER_TAG
 
-ROWS = 12  # of prompts in a grid, by default
+ROWS = 12  # of prompts in a grid
 
 
-def image_grid(
-    table: LoadedTable, out_dir: Path, name: str, *, per_tag: int | None = None
-) -> list[Path]:
+def draw(table: LoadedTable) -> Figure:
     """The same prompts and start noise side by side, from each system's lowest seed.
-
-    Args:
-        per_tag: prompts shown of each tag, of those whose images are kept; None: ROWS in total.
 
     Raises:
         ValueError: an input is missing or broken; names it.
     """
-    columns: list[tuple[str, Result, str]] = []
+    titles, images = [], []
+    scores = table.distinct[0].scores
+    tags = dict(zip(scores.prompts, scores.tags, strict=True))
+    per_tag = max(min(SAMPLES_PER_TAG, ROWS // len(set(tags.values()))), 1)
+    groups: dict[str, list[int]] = {}
+    for prompt, tag in sorted(tags.items()):
+        groups.setdefault(tag, []).append(prompt)
+    shown = [prompt for group in groups.values() for prompt in group[:per_tag]]
+    captions = _captions(table.results[0])
     for system in table.distinct:
         few = table.spec.few_nfe
         for n in dict.fromkeys([few] if system.spec.trained else [system.full_steps, few]):
-            title = f"{textwrap.fill(system.label, 14)}\n{n} steps"
-            columns.append((title, system.results[0], f"{system.spec.sampler}-{n}"))
-    scores = table.distinct[0].scores
-    tags = dict(zip(scores.prompts, scores.tags, strict=True))
-    fair = min(SAMPLES_PER_TAG, ROWS // len(set(tags.values())))
-    shown = _first_of_each(tags, per_tag or max(fair, 1))
-    captions = _captions(columns[0][1])
-    images = [_samples(result, key, shown) for _, result, key in columns]
-    with style():
-        figure = _grid([title for title, _, _ in columns], images, shown, captions, tags)
-        return save(figure, out_dir, name, table.distinct)
+            titles.append(f"{textwrap.fill(system.label, 14)}\n{n} steps")
+            images.append(_samples(system.results[0], f"{system.spec.sampler}-{n}", shown))
+    return _grid(titles, images, shown, captions, tags)
 
 
 def _grid(
@@ -93,11 +88,6 @@ def _grid(
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
-    """samples.safetensors.
-
-    Raises:
-        ValueError: it is missing or broken; names it.
-    """
     if not file.is_file():
         raise ValueError(f"{file}: not found; the workflow's rule evaluate writes it")
     try:
@@ -130,11 +120,3 @@ def _samples(result: Result, key: str, shown: Sequence[int]) -> np.ndarray:
             raise ValueError(f"{file}: has no prompt {missing[0]}")
         part = stored.get_slice(key)
         return np.concatenate([part[place[p] : place[p] + 1] for p in shown])
-
-
-def _first_of_each(tags: Mapping[int, str], count: int) -> list[int]:
-    """The first prompts of each tag; tags in the order of their first prompt."""
-    groups: dict[str, list[int]] = {}
-    for prompt in sorted(tags):
-        groups.setdefault(tags[prompt], []).append(prompt)
-    return [prompt for group in groups.values() for prompt in group[:count]]

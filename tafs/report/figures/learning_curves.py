@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tafs.report.figures.style import legend, looks, save, style
+from tafs.report.figures.style import legend, looks
 from tafs.report.results import LoadedTable, Result, System
 from tafs.report.stats import Array
 from tafs.rewards.metrics import METRICS
 
 
-def learning_curves(table: LoadedTable, out_dir: Path, name: str) -> list[Path]:
+def draw(table: LoadedTable) -> Figure:
     """Each training reward of the final image against iterations and against compute time.
 
     Thin lines are the seeds; thick lines are their means and bands their ranges, of running means
@@ -26,46 +25,37 @@ def learning_curves(table: LoadedTable, out_dir: Path, name: str) -> list[Path]:
     Raises:
         ValueError: no run is trained, or an input is missing or broken; names it.
     """
-    systems = table.distinct
-    look_of = dict(zip(systems, looks(systems), strict=True))
-    trained = [system for system in systems if system.spec.trained]
-    if not trained:
-        raise ValueError(f"{table.spec.name}: no run is trained")
+    systems, trained = table.distinct, table.trained
+    look_of = looks(systems)
     names = _training_rewards(trained)
     pace = {s: float(np.median(np.concatenate([r.seconds() for r in s.results]))) for s in trained}
     longest = max(pace[s] * len(r.iterations) for s in trained for r in s.results)
     larger = (unit for unit in (("h", 3600), ("min", 60)) if longest > 5 * unit[1])
     unit, scale = next(larger, ("s", 1))
     window = max(1, min(len(r.iterations) for s in trained for r in s.results) // 8)
-    with style():
-        size = (3.2 * len(names) + 0.2, 4.7)
-        figure = Figure(figsize=size, layout="constrained")
-        panels = figure.subplots(2, len(names), squeeze=False, sharey="col")
-        for j, reward in enumerate(names):
-            title = METRICS[reward].title if reward in METRICS else reward
-            panels[0, j].set_title(title)
-            for axes, xlabel in zip(
-                panels[:, j], ("Iteration", f"Compute time ({unit})"), strict=True
-            ):
-                axes.set_xlabel(xlabel)
-            panels[0, j].xaxis.set_major_locator(MaxNLocator(integer=True))
-            for system in trained:
-                curves = [_reward(result, reward) for result in system.results]
-                if any(curve is None for curve in curves):
-                    continue
-                rewards = [curve for curve in curves if curve is not None]
-                colour, label = look_of[system].colour, system.label
-                numbers = [
-                    np.array([r["iteration"] for r in result.iterations], dtype=float)
-                    for result in system.results
-                ]
-                clock = [(number + 1) * pace[system] / scale for number in numbers]
-                _seeds(panels[0, j], numbers, rewards, colour, label, window)
-                _seeds(panels[1, j], clock, rewards, colour, label, window)
-        for axes in panels[:, 0]:
-            axes.set_ylabel(f"Reward, mean of {window} iterations" if window > 1 else "Reward")
-        legend(figure, *panels[0])
-        return save(figure, out_dir, name, systems)
+    figure = Figure(figsize=(3.2 * len(names) + 0.2, 4.7), layout="constrained")
+    panels = figure.subplots(2, len(names), squeeze=False, sharey="col")
+    for j, reward in enumerate(names):
+        panels[0, j].set_title(METRICS[reward].title if reward in METRICS else reward)
+        panels[0, j].set_xlabel("Iteration")
+        panels[1, j].set_xlabel(f"Compute time ({unit})")
+        panels[0, j].xaxis.set_major_locator(MaxNLocator(integer=True))
+        for system in trained:
+            if any(reward not in r.iterations[0].get("rewards", {}) for r in system.results):
+                continue
+            rewards = [_reward(result, reward) for result in system.results]
+            colour, label = look_of[system].colour, system.label
+            numbers = [
+                np.array([r["iteration"] for r in result.iterations], dtype=float)
+                for result in system.results
+            ]
+            clock = [(number + 1) * pace[system] / scale for number in numbers]
+            _seeds(panels[0, j], numbers, rewards, colour, label, window)
+            _seeds(panels[1, j], clock, rewards, colour, label, window)
+    for axes in panels[:, 0]:
+        axes.set_ylabel(f"Reward, mean of {window} iterations" if window > 1 else "Reward")
+    legend(figure, *panels[0])
+    return figure
 
 
 def _training_rewards(trained: Sequence[System]) -> list[str]:
@@ -81,10 +71,8 @@ def _training_rewards(trained: Sequence[System]) -> list[str]:
     return [m for m in METRICS if m in found] + sorted(found - set(METRICS))
 
 
-def _reward(result: Result, name: str) -> Array | None:
-    """The reward of the last scored step, [iterations]; None if the run has no such reward."""
-    if name not in result.iterations[0].get("rewards", {}):
-        return None
+def _reward(result: Result, name: str) -> Array:
+    """The reward of the last scored step, [iterations]."""
     try:
         values = [record["rewards"][name][-1] for record in result.iterations]
     except (KeyError, IndexError, TypeError):

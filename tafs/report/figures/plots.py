@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tafs.report import stats
-from tafs.report.figures.style import Look, legend, line, looks, save, style
-from tafs.report.results import LoadedTable, System, check_paired
+from tafs.report.figures.style import Look, legend, line, looks
+from tafs.report.results import LoadedTable, System
 from tafs.report.stats import Array
 from tafs.rewards.metrics import METRICS
 
 
-def steps(table: LoadedTable, out_dir: Path, name: str) -> list[Path]:
+def steps(table: LoadedTable) -> Figure:
     """Figure 4: every metric against the number of inference steps, a line per method.
 
     Each method is sampled with its own few-step sampler. Lines are means over seeds, bands 95 %
@@ -26,26 +25,23 @@ def steps(table: LoadedTable, out_dir: Path, name: str) -> list[Path]:
     Raises:
         ValueError: an input is missing or broken; names it.
     """
-    systems, metrics, nfe = table.distinct, table.metrics, table.spec.curve_nfe
-    with style():
-        figure, panels = _panels(metrics, "Inference steps (NFE)")
-        for axes, metric in zip(panels, metrics, strict=True):
-            axes.set_xticks(list(nfe))
-            for system, look in zip(systems, looks(systems), strict=True):
-                estimates = [_estimate(system, n, metric) for n in nfe]
-                _band(axes, nfe, estimates, look, system.label)
-                if not system.spec.trained:
-                    value = _estimate(system, system.full_steps, metric).value
-                    at_full = f"{system.label}, {system.full_steps} steps"
-                    dots = (0, (1, 2)) if look.line == "-" else (0, (1, 5))
-                    axes.axhline(
-                        value, color=look.colour, linestyle=dots, linewidth=1.2, label=at_full
-                    )
-        legend(figure, panels[0])
-        return save(figure, out_dir, name, systems)
+    metrics, nfe = table.metrics, table.spec.curve_nfe
+    figure, panels = _panels(metrics, "Inference steps (NFE)")
+    for axes, metric in zip(panels, metrics, strict=True):
+        axes.set_xticks(list(nfe))
+        for system, look in looks(table.distinct).items():
+            estimates = [_estimate(system, n, metric) for n in nfe]
+            _band(axes, nfe, estimates, look, system.label)
+            if not system.spec.trained:
+                value = _estimate(system, system.full_steps, metric).value
+                at_full = f"{system.label}, {system.full_steps} steps"
+                dots = (0, (1, 2)) if look.line == "-" else (0, (1, 5))
+                axes.axhline(value, color=look.colour, linestyle=dots, linewidth=1.2, label=at_full)
+    legend(figure, panels[0])
+    return figure
 
 
-def compute(table: LoadedTable, out_dir: Path, name: str) -> list[Path]:
+def compute(table: LoadedTable) -> Figure:
     """Every metric against training compute, a line per method; all start at their base model.
 
     Compute is the number of forward passes per image of an iteration, times iterations; a pass
@@ -55,30 +51,28 @@ def compute(table: LoadedTable, out_dir: Path, name: str) -> list[Path]:
     Raises:
         ValueError: no run is trained or a base model is missing, or an input is broken; names it.
     """
-    systems, metrics, nfe = table.distinct, table.metrics, table.spec.few_nfe
-    trained = _trained(table)
-    look_of = dict(zip(systems, looks(systems), strict=True))
+    metrics, nfe, trained = table.metrics, table.spec.few_nfe, table.trained
+    look_of = looks(table.distinct)
     whole = min(s.spec.forward_equivalents * s.spec.iterations for s in trained)
-    with style():
-        figure, panels = _panels(metrics, "Evaluations per image")
-        for axes, metric in zip(panels, metrics, strict=True):
-            for system in trained:
-                base = _estimate(_base(table, system), nfe, metric)
-                at = [*system.spec.snapshots, system.spec.iterations]
-                estimates = [base, *(_estimate(system, nfe, metric, i) for i in at)]
-                x = [0.0, *(system.spec.forward_equivalents * i for i in at)]
-                _band(axes, x, estimates, look_of[system], system.label)
-            axes.set_xscale("symlog", linthresh=whole / 4)
-            axes.set_xlim(left=0)
-            axes.axvline(whole, color="#999999", linestyle=":", linewidth=0.8)
-            ticks = [0.0, whole / 4, whole, 4 * whole]
-            axes.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks], minor=False)
-            axes.minorticks_off()
-        legend(figure, panels[0])
-        return save(figure, out_dir, name, systems)
+    figure, panels = _panels(metrics, "Evaluations per image")
+    for axes, metric in zip(panels, metrics, strict=True):
+        for system in trained:
+            base = _estimate(table.base_of(system), nfe, metric)
+            at = [*system.spec.snapshots, system.spec.iterations]
+            estimates = [base, *(_estimate(system, nfe, metric, i) for i in at)]
+            x = [0.0, *(system.spec.forward_equivalents * i for i in at)]
+            _band(axes, x, estimates, look_of[system], system.label)
+        axes.set_xscale("symlog", linthresh=whole / 4)
+        axes.set_xlim(left=0)
+        axes.axvline(whole, color="#999999", linestyle=":", linewidth=0.8)
+        ticks = [0.0, whole / 4, whole, 4 * whole]
+        axes.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks], minor=False)
+        axes.minorticks_off()
+    legend(figure, panels[0])
+    return figure
 
 
-def pareto(table: LoadedTable, out_dir: Path, name: str) -> list[Path]:
+def pareto(table: LoadedTable) -> Figure:
     """Quality against inference steps: which system is best at a given number of steps.
 
     Quality is the gain on the base model at few steps, in standard deviations of its prompts, as
@@ -99,35 +93,31 @@ def pareto(table: LoadedTable, out_dir: Path, name: str) -> list[Path]:
     # The first images of a prompt start from the same noise at every number of steps.
     images = min(values.shape[2] for values in drawn.values())
     front = np.full(len(nfe), -np.inf)
-    with style():
-        figure = Figure(figsize=(3.8, 3.4), layout="constrained")
-        axes = figure.subplots()
-        for system, look in zip(systems, looks(systems), strict=True):
-            base = _base(table, system)
-            values = []
-            for n in nfe:
-                effects = [
-                    stats.effects(
-                        drawn[system, n, m][:, :, :images],
-                        drawn[base, few, m][:, :, :images],
-                    )
-                    for m in metrics
-                ]
-                values.append(stats.interquartile_mean(np.concatenate(effects)))
-            front = np.maximum(front, values)
-            axes.plot(nfe, values, **line(look), label=system.label, linewidth=1)
-        best = np.maximum.accumulate(front)
-        axes.step(
-            nfe, best, where="post", color="#bbbbbb", linewidth=4, zorder=0, label="Pareto front"
-        )
-        axes.set_xticks(list(nfe))
-        axes.set_xlabel("Inference steps (NFE)")
-        axes.set_ylabel("Gain on the base model,\nin standard deviations")
-        legend(figure, axes, columns=3)
-        return save(figure, out_dir, name, systems)
+    figure = Figure(figsize=(3.8, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for system, look in looks(systems).items():
+        base = table.base_of(system)
+        values = []
+        for n in nfe:
+            effects = [
+                stats.effects(
+                    drawn[system, n, m][:, :, :images], drawn[base, few, m][:, :, :images]
+                )
+                for m in metrics
+            ]
+            values.append(stats.interquartile_mean(np.concatenate(effects)))
+        front = np.maximum(front, values)
+        axes.plot(nfe, values, **line(look), label=system.label, linewidth=1)
+    best = np.maximum.accumulate(front)
+    axes.step(nfe, best, where="post", color="#bbbbbb", linewidth=4, zorder=0, label="Pareto front")
+    axes.set_xticks(list(nfe))
+    axes.set_xlabel("Inference steps (NFE)")
+    axes.set_ylabel("Gain on the base model,\nin standard deviations")
+    legend(figure, axes, columns=3)
+    return figure
 
 
-def hacking(table: LoadedTable, out_dir: Path, name: str) -> list[Path]:
+def hacking(table: LoadedTable) -> Figure:
     """Reward hacking: gain on the trained rewards against gain on the held-out metrics.
 
     Gains are on the base model at the same few steps, in standard deviations of its prompts, so
@@ -137,35 +127,32 @@ def hacking(table: LoadedTable, out_dir: Path, name: str) -> list[Path]:
     Raises:
         ValueError: no base model is among the runs, or an input is missing or broken; names it.
     """
-    systems, (inside, outside) = table.distinct, table.domains
-    _trained(table)
+    (inside, outside), trained = table.domains, table.trained
     if not outside:
         raise ValueError(f"{table.spec.name}: every metric is a trained reward; none is held out")
-    with style():
-        figure = Figure(figsize=(3.6, 3.9), layout="constrained")
-        axes = figure.subplots()
-        for system, (colour, marker, _) in zip(systems, looks(systems), strict=True):
-            if not system.spec.trained:
-                continue
-            x, y = (
-                np.mean([_effects(table, system, metric) for metric in metrics], axis=0)
-                for metrics in (inside, outside)
-            )
-            if len(x) > 1:
-                axes.plot(x, y, ".", color=colour, alpha=0.5, markersize=3)
-            label = system.label
-            axes.plot(x.mean(), y.mean(), marker, color=colour, markersize=7, label=label)
-        axes.axline((0, 0), slope=1, color="#999999", linestyle=":", linewidth=0.8)
-        axes.axhline(0, color="#cccccc", linewidth=0.6)
-        axes.axvline(0, color="#cccccc", linewidth=0.6)
-        for set_label, metrics in ((axes.set_xlabel, inside), (axes.set_ylabel, outside)):
-            titles = ", ".join(METRICS[metric].title for metric in metrics)
-            set_label(textwrap.fill(f"Gain on {titles}", 44))
-        legend(figure, axes, columns=2)
-        return save(figure, out_dir, name, systems)
+    figure = Figure(figsize=(3.6, 3.9), layout="constrained")
+    axes = figure.subplots()
+    look_of = looks(table.distinct)
+    for system in trained:
+        colour, marker, _ = look_of[system]
+        x, y = (
+            np.mean([_effects(table, system, metric) for metric in metrics], axis=0)
+            for metrics in (inside, outside)
+        )
+        if len(x) > 1:
+            axes.plot(x, y, ".", color=colour, alpha=0.5, markersize=3)
+        axes.plot(x.mean(), y.mean(), marker, color=colour, markersize=7, label=system.label)
+    axes.axline((0, 0), slope=1, color="#999999", linestyle=":", linewidth=0.8)
+    axes.axhline(0, color="#cccccc", linewidth=0.6)
+    axes.axvline(0, color="#cccccc", linewidth=0.6)
+    for set_label, metrics in ((axes.set_xlabel, inside), (axes.set_ylabel, outside)):
+        titles = ", ".join(METRICS[metric].title for metric in metrics)
+        set_label(textwrap.fill(f"Gain on {titles}", 44))
+    legend(figure, axes, columns=2)
+    return figure
 
 
-def profiles(table: LoadedTable, out_dir: Path, name: str) -> list[Path]:
+def profiles(table: LoadedTable) -> Figure:
     """Performance profiles (Agarwal et al., 2021): the share of a method's scores above a gain.
 
     A score is the gain of one seed on one metric over the base model at the same few steps, in
@@ -174,47 +161,30 @@ def profiles(table: LoadedTable, out_dir: Path, name: str) -> list[Path]:
     Raises:
         ValueError: no base model is among the runs, or an input is missing or broken; names it.
     """
-    systems = table.distinct
+    look_of = looks(table.distinct)
     gains = {
         system: np.concatenate([_effects(table, system, m) for m in table.metrics])
-        for system in _trained(table)
+        for system in table.trained
     }
     everything = np.concatenate(list(gains.values()))
     margin = 0.05 * float(np.ptp(everything)) + 1e-3
     grid = np.linspace(everything.min() - margin, everything.max() + margin, 400)
-    with style():
-        figure = Figure(figsize=(3.6, 3.2), layout="constrained")
-        axes = figure.subplots()
-        for system, (colour, _, _) in zip(systems, looks(systems), strict=True):
-            if system.spec.trained:
-                values = gains[system]
-                above = (values[:, None] > grid).mean(0)
-                label = f"{system.label} ({stats.interquartile_mean(values):+.2f})"
-                axes.plot(grid, above, color=colour, label=label)
-        axes.set_xlabel("Gain on the base model, in standard deviations")
-        axes.set_ylabel("Share of seeds and metrics above it")
-        axes.set_ylim(-0.02, 1.02)
-        legend(figure, axes, columns=2)
-        return save(figure, out_dir, name, systems)
-
-
-def _trained(table: LoadedTable) -> list[System]:
-    found = [system for system in table.distinct if system.spec.trained]
-    if not found:
-        raise ValueError(f"{table.spec.name}: no run is trained")
-    return found
-
-
-def _base(table: LoadedTable, system: System) -> System:
-    """The base model of a system's backbone, scored on the same prompts."""
-    base = table.base_of(system)
-    check_paired(system.scores, base.scores)
-    return base
+    figure = Figure(figsize=(3.6, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for system, values in gains.items():
+        above = (values[:, None] > grid).mean(0)
+        label = f"{system.label} ({stats.interquartile_mean(values):+.2f})"
+        axes.plot(grid, above, color=look_of[system].colour, label=label)
+    axes.set_xlabel("Gain on the base model, in standard deviations")
+    axes.set_ylabel("Share of seeds and metrics above it")
+    axes.set_ylim(-0.02, 1.02)
+    legend(figure, axes, columns=2)
+    return figure
 
 
 def _effects(table: LoadedTable, system: System, metric: str) -> Array:
     """Each seed's gain on the base model of its backbone at few steps; see `stats.effects`."""
-    base, nfe = _base(table, system), table.spec.few_nfe
+    base, nfe = table.base_of(system), table.spec.few_nfe
     own = system.quality(system.spec.sampler, nfe, metric)
     return stats.effects(own, base.quality(base.spec.sampler, nfe, metric))
 
@@ -224,8 +194,7 @@ def _estimate(
 ) -> stats.Estimate:
     """A metric's mean with the system's own sampler, on the reported scale."""
     values = METRICS[metric].factor * system.values(system.spec.sampler, nfe, metric, iteration)
-    tags = system.scores.tags
-    return stats.mean_interval(values, tags, macro=METRICS[metric].macro)
+    return stats.mean_interval(values, system.scores.tags, macro=METRICS[metric].macro)
 
 
 def _panels(metrics: Sequence[str], xlabel: str) -> tuple[Figure, list[Axes]]:
@@ -247,11 +216,7 @@ def _panels(metrics: Sequence[str], xlabel: str) -> tuple[Figure, list[Axes]]:
 
 
 def _band(
-    axes: Axes,
-    x: Sequence[float],
-    estimates: Sequence[stats.Estimate],
-    look: Look,
-    label: str,
+    axes: Axes, x: Sequence[float], estimates: Sequence[stats.Estimate], look: Look, label: str
 ) -> None:
     """Draw values as a line, and their intervals as a band."""
     low, high = [e.low for e in estimates], [e.high for e in estimates]

@@ -13,7 +13,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tafs.report.results import System
+from tafs.report.results import Result, System
 
 DPI = 200
 
@@ -85,13 +85,14 @@ class Look(NamedTuple):
     line: str
 
 
-def looks(systems: Sequence[System]) -> list[Look]:
+def looks(systems: Sequence[System]) -> dict[System, Look]:
     """A look per system: a method's own colour and marker, and a line style per trained model."""
     trained = list(dict.fromkeys(s.spec.backbone for s in systems if s.spec.trained))
     free = iter(OTHERS * len(systems))
     taken: dict[tuple[str, ...], tuple[str, str]] = {}
-    found = []
-    for spec in (system.spec for system in systems):
+    found = {}
+    for system in systems:
+        spec = system.spec
         key: tuple[str, ...] = (spec.variant, spec.task)
         if not spec.trained and spec.backbone not in trained:
             key = (spec.backbone,)
@@ -99,7 +100,7 @@ def looks(systems: Sequence[System]) -> list[Look]:
             own = LOOKS.get(spec.method)
             taken[key] = own if own and own not in taken.values() else next(free)
         place = trained.index(spec.backbone) if spec.backbone in trained else 0
-        found.append(Look(*taken[key], LINES[place % len(LINES)]))
+        found[system] = Look(*taken[key], LINES[place % len(LINES)])
     return found
 
 
@@ -132,9 +133,9 @@ def style() -> Iterator[None]:
         yield
 
 
-def save(figure: Figure, out_dir: Path, name: str, systems: Sequence[System]) -> list[Path]:
+def save(figure: Figure, out_dir: Path, name: str, results: Sequence[Result]) -> list[Path]:
     """Write NAME.png and NAME.pdf without dates and versions: equal figures are equal files."""
-    if any(result.random_weights for system in systems for result in system.results):
+    if any(result.random_weights for result in results):
         width, height = figure.get_size_inches()
         figure.text(
             0.5,
