@@ -29,7 +29,7 @@ START_UP = {"cuda": 120.0, "cpu": 8.0}  # s for a job to import libraries and lo
 PNG_RATIO = 0.5  # size of a PNG file relative to the image's pixels
 STATE_COPIES = 2 * 4  # generations of the resume state x (adapter, average, AdamW's two moments)
 FLOAT_BYTES = 4
-TEST_PROMPTS = {"pickapic": 2048}  # of prompt sets that are counted before they are downloaded
+TEST_PROMPTS = 2048  # assumed of a set that is not downloaded yet; as many as Pick-a-Pic has
 MODELLED = ("train", "evaluate", "trajectory_rewards")
 BASIS = {"trajectory_rewards": "evaluate"}  # stage -> the stage whose measurements correct it
 HOUR, GB = 3600.0, 1e9
@@ -117,8 +117,7 @@ class Workload:
         try:
             known = self.graph.source.prompts(prompt_set, "test")
         except ValueError:  # not downloaded yet
-            count = TEST_PROMPTS[prompt_set]
-            return min(count, per_tag or count), run_dir.SAMPLES_PER_TAG
+            return min(TEST_PROMPTS, per_tag or TEST_PROMPTS), run_dir.SAMPLES_PER_TAG
         chosen = [known[i] for i in prompts.first_of_each(known, per_tag)]
         return len(chosen), len(prompts.first_of_each(chosen, run_dir.SAMPLES_PER_TAG))
 
