@@ -126,7 +126,7 @@ class Graph:
         yield from (Job("fetch", Path(mark).name) for mark in sorted(fetched))
         if self.reward_check:
             yield Job("check_rewards")
-        yield from map(Job, ("report_spec", "report", "track", "all"))
+        yield from map(Job, ("report_spec", "compare", "track", "all"))
 
     # -- assets ----------------------------------------------------------------------------------
 

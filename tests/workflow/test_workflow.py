@@ -18,7 +18,7 @@ FLOW, TAFS = "flow_grpo.preference.shapes-flux.0", "tafs_grpo.preference.shapes-
 BASE = "base.shapes.shapes-flux"
 METHODS = ("dance_grpo", "mix_grpo", "flow_grpo", "rg_lcd", "reward_instruct", "tafs_grpo")
 TRAINED = [f"{name}.preference.shapes-flux.0" for name in METHODS]
-REPORTED = {("report", ""), ("track", ""), ("all", "")}
+REPORTED = {("compare", ""), ("track", ""), ("all", "")}
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ rule report_spec:
         "printf '%s\\n' {params.spec:q} > {output:q} 2> {log:q}"
 
 
-rule report:
+rule compare:
     input:
         spec=rules.report_spec.output,
         claims="claims.yaml",
@@ -55,9 +55,9 @@ rule report:
         GRAPH.output("provenance", GRAPH.tables, ["json"]),
         f"{ROOT}/claims.json",
     log:
-        f"{ROOT}/logs/report.log",
+        f"{ROOT}/logs/compare.log",
     benchmark:
-        f"{ROOT}/benchmarks/report.tsv"
+        f"{ROOT}/benchmarks/compare.tsv"
     conda:
         "../../environment.yml"
     resources:

@@ -33,7 +33,7 @@ from tafs.runtime.progress import duration
 from tafs.runtime.run_dir import BASE
 
 STAGES = ("fetch", "check_rewards", *graphs.STAGES)
-ORDER = ("describe", "describe_evaluation", *STAGES, "report_spec", "report", "track")
+ORDER = ("describe", "describe_evaluation", *STAGES, "report_spec", "compare", "track")
 # stage -> the stage of the same run that it waits for
 AFTER = {"evaluate": "train", "trajectory_rewards": "train", "score_served": "evaluate"}
 ASSUMPTION = {"cuda": "40 % of an H100's 989 in dense bfloat16", "cpu": "one core, small networks"}
