@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
@@ -75,9 +74,6 @@ def effects(runs: list[Path], variant: str, metrics: Sequence[str], nfe: int = 4
     return np.array([stats.effects(*pair) for pair in zip(own, reference, strict=True)])
 
 
-# -- all figures -----------------------------------------------------------------------------------
-
-
 def test_equal_input_gives_equal_files(runs: list[Path], tmp_path: Path) -> None:
     kinds = {kind: f"figure_{kind}" for kind in FIGURES}
     runs = [runs[0], *runs[-2:]]
@@ -107,27 +103,6 @@ def test_only_figures_of_random_weights_are_marked(
     assert marked()
 
 
-def test_drawing_leaves_matplotlibs_settings_alone(
-    runs: list[Path], draw: Callable[..., Figure]
-) -> None:
-    def parameters() -> dict[str, Any]:
-        # Reading the backend would choose one.
-        return {k: matplotlib.rcParams[k] for k in matplotlib.rcParams if k != "backend"}
-
-    with matplotlib.rc_context({"font.size": 17}):
-        before = parameters()
-        draw("images", runs)
-        assert parameters() == before
-
-
-def test_a_method_has_one_colour_in_all_figures(
-    runs: list[Path], draw: Callable[..., Figure]
-) -> None:
-    tafs, _ = style.LOOKS["tafs_grpo"]
-    for kind in ("steps", "compute", "curves", "pareto", "hacking"):
-        assert lines(draw(kind, runs).axes[0])["TAFS-GRPO"].get_color() == tafs
-
-
 def test_systems_differ_in_colour_and_trained_models_in_line_style(tmp_path: Path) -> None:
     runs = []
     for backbone in ("one", "two"):
@@ -151,9 +126,6 @@ def test_one_prompt_per_task_and_one_iteration_can_be_drawn(
 ) -> None:
     small: dict[str, Any] = {"prompts": 6, "images": 1, "iterations": 1, "nfe": (1, 4)}
     assert draw(kind, synthetic.write_runs(tmp_path / "runs", seeds=1, **small)).axes
-
-
-# -- inference steps and compute -------------------------------------------------------------------
 
 
 def test_steps_has_a_panel_per_metric_and_a_line_per_system(
@@ -265,9 +237,6 @@ def test_profiles_fall_from_one_to_zero_and_name_the_interquartile_mean(
         assert (np.diff(shares) <= 0).all()
 
 
-# -- learning curves -------------------------------------------------------------------------------
-
-
 def test_learning_curves_show_the_rewards_of_the_final_images(
     runs: list[Path], draw: Callable[..., Figure]
 ) -> None:
@@ -310,9 +279,6 @@ def test_long_training_is_shown_in_hours_and_missing_rewards_as_gaps(
     assert gaps.tolist() == [True] + [False] * 5
 
 
-# -- images ----------------------------------------------------------------------------------------
-
-
 def test_the_image_grid_shows_the_same_prompts_of_every_task_for_each_system(
     runs: list[Path], draw: Callable[..., Figure]
 ) -> None:
@@ -334,9 +300,6 @@ def test_the_image_grid_shows_the_same_prompts_of_every_task_for_each_system(
         for i, column in enumerate(columns):
             if column is not None:
                 assert (images[4 * row + i] == column[row]).all()
-
-
-# -- errors ----------------------------------------------------------------------------------------
 
 
 def test_broken_samples_are_reported_in_one_line_that_names_the_file(

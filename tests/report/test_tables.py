@@ -45,9 +45,6 @@ def values(runs: list[Path], method: str, metric: str) -> np.ndarray:
     return np.stack([table["value"].to_numpy() for table in wide])
 
 
-# -- scores ----------------------------------------------------------------------------------------
-
-
 def test_rows_are_those_of_the_spec_in_order(runs: list[Path]) -> None:
     table = table_kinds.build(synthetic.loaded(runs[::-1], few=(4, 8)))
     rows = [(r.spec.label, r.spec.sampler, r.spec.nfe, r.first) for r in table.rows]
@@ -86,15 +83,6 @@ def test_training_columns_are_those_of_the_runs(runs: list[Path]) -> None:
     records = [json.loads(line) for file in journals for line in file.read_text().splitlines()]
     times = [r["seconds"]["total"] for r in records if r["kind"] == "iteration"]
     assert [tafs[name].value for name in columns] == [4, 3, pytest.approx(np.median(times))]
-
-
-def test_the_last_record_of_a_repeated_iteration_counts(own_runs: list[Path]) -> None:
-    for run in own_runs[1:3]:
-        with (run / "journal.jsonl").open("a") as file:
-            for i in range(6):
-                record = {"kind": "iteration", "iteration": i, "seconds": {"total": 77.0}}
-                file.write(json.dumps(record) + "\n")
-    assert filled(own_runs)[2]["iteration_time_s"].value == 77
 
 
 def test_missing_values_are_left_out_and_counted(own_runs: list[Path]) -> None:
@@ -152,9 +140,6 @@ def test_one_prompt_per_task_gives_values_without_intervals(tmp_path: Path) -> N
         assert np.isnan(row["clip"].estimate.low) and not row["clip"].best
 
 
-# -- equal compute ---------------------------------------------------------------------------------
-
-
 def test_at_equal_compute_a_snapshot_is_shown(runs: list[Path]) -> None:
     # An iteration costs Flow-GRPO 10 + 3 x 6 evaluations and TAFS-GRPO 4 + 3 x 3. TAFS-GRPO's six
     # take 78, which pays for two of Flow-GRPO's.
@@ -167,9 +152,6 @@ def test_at_equal_compute_a_snapshot_is_shown(runs: list[Path]) -> None:
     expected = [means["base", 0], means["flow_grpo", 2], means["tafs_grpo", 6]]
     assert [row["clip"].value for row in rows] == pytest.approx(expected)
     assert means["flow_grpo", 2] != means["flow_grpo", 6]
-
-
-# -- gains -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -213,9 +195,6 @@ def test_the_reference_is_not_compared_with_itself(runs: list[Path]) -> None:
     assert tafs.value is None
 
 
-# -- correlations ----------------------------------------------------------------------------------
-
-
 def test_correlations_are_those_of_the_file(runs: list[Path]) -> None:
     table = table_kinds.build(synthetic.loaded(runs, kind="correlation"))
     assert [row.spec.label for row in table.rows] == ["R2 with R4", "R3 with R4"]
@@ -228,9 +207,6 @@ def test_correlations_are_those_of_the_file(runs: list[Path]) -> None:
             assert cell.value == pytest.approx(pearsonr(own[step], own[4]).statistic)
             assert cell.estimate.low < cell.value < cell.estimate.high
             assert cell.estimate.n_images == 18
-
-
-# -- the paper's values ----------------------------------------------------------------------------
 
 
 def published(rows: list[dict[str, Any]], column: str) -> list[str | None]:
@@ -263,9 +239,6 @@ def test_published_values_are_found_by_steps_where_the_paper_gives_them(
     run = synthetic.write_run(tmp_path, method, title=title, **{**SMALL, "nfe": (4, 8, 40)})
     rows = filled([run], published=True, name="table1", **options)
     assert published(rows, "geneval") == expected
-
-
-# -- errors ----------------------------------------------------------------------------------------
 
 
 def removed(name: str) -> Callable[[Path], None]:
