@@ -19,10 +19,7 @@ PROCESSOR = ("preprocessor_config.json", "tokenizer_config.json")
 class CLIPScore(learned.DualEncoder):
     """CLIP's cosine of image and caption (Hessel et al., 2021, arXiv 2104.08718).
 
-    Args:
-        folder: openai/clip-vit-large-patch14: model, image processor and tokenizer.
-        device: device of the model.
-        processor: folder of the image processor and the tokenizer; default: `folder`.
+    `folder` holds the model; `processor`, by default the same, image processor and tokenizer.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or damaged; names it and the remedy.
@@ -74,15 +71,8 @@ class CLIPScore(learned.DualEncoder):
 class PickScore(CLIPScore):
     """PickScore v1: the cosine times the learned temperature (Kirstain et al., arXiv 2305.01569).
 
-    The training scale is divided by 26, as in Flow-GRPO.
-
-    Args:
-        folder: yuvalkirstain/PickScore_v1.
-        processor: laion/CLIP-ViT-H-14-laion2B-s32B-b79K: image processor and tokenizer.
-        device: device of the model.
-
-    Raises:
-        FileNotFoundError, ValueError: a file is missing or damaged; names it and the remedy.
+    The training scale is divided by 26, as in Flow-GRPO. `processor` is the folder of
+    laion/CLIP-ViT-H-14-laion2B-s32B-b79K.
     """
 
     metric = METRICS["pickscore"]

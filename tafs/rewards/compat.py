@@ -37,7 +37,8 @@ def import_imagereward() -> ModuleType:
     # Removed from transformers' PreTrainedModel; added to image-reward's own classes only.
     base = med.BertPreTrainedModel
     base.all_tied_weights_keys = {}
-    base.get_head_mask = _no_head_mask
+    # image-reward never masks a head.
+    base.get_head_mask = lambda _, head_mask, num_hidden_layers: [head_mask] * num_hidden_layers
     base.invert_attention_mask = _invert_attention_mask
     blip.init_tokenizer = blip_pretrain.init_tokenizer = _blip_tokenizer
     return package
@@ -55,14 +56,7 @@ def build_imagereward(
     """Build an untrained ImageReward with a tokenizer from a folder and an encoder of any size.
 
     image-reward itself downloads the tokenizer and supports two sizes of the image encoder.
-
-    Args:
-        med_config: med_config.json of the text encoder.
-        tokenizer: folder of bert-base-uncased's tokenizer.
-        width: width of the image encoder.
-        depth: its number of layers.
-        patch: its patch size in pixels.
-        device: device of the model.
+    `width`, `depth` (layers) and `patch` (pixels) are those of the image encoder.
 
     Raises:
         RuntimeError: the tokenizer is incomplete.
@@ -142,30 +136,17 @@ def _unsupported(*_: object, **__: object) -> NoReturn:
     raise NotImplementedError("head pruning and gradient checkpointing are not supported here")
 
 
-def _no_head_mask(_: object, head_mask: None, num_hidden_layers: int) -> list[None]:
-    """transformers 4's `get_head_mask`; image-reward never masks a head."""
-    return [head_mask] * num_hidden_layers
-
-
 def _invert_attention_mask(model: Any, mask: torch.Tensor) -> torch.Tensor:
     """transformers 4's `invert_attention_mask`: 1 (attend) -> 0, 0 (ignore) -> the dtype's minimum.
 
-    Args:
-        mask: [B, keys] or [B, queries, keys].
-
-    Returns:
-        [B, 1, 1 or queries, keys].
+    [B, keys] or [B, queries, keys] -> [B, 1, 1 or queries, keys].
     """
     mask = mask[:, None, None, :] if mask.dim() == 2 else mask[:, None, :, :]
     return (1.0 - mask.to(model.dtype)) * torch.finfo(model.dtype).min
 
 
 def _blip_tokenizer(source: str = "bert-base-uncased") -> Any:
-    """BLIP's tokenizer; `additional_special_tokens_ids` was removed, so [ENC] is found by name.
-
-    Args:
-        source: name or folder of bert-base-uncased's tokenizer.
-    """
+    """BLIP's tokenizer; `additional_special_tokens_ids` was removed, so [ENC] is found by name."""
     from transformers import BertTokenizer
 
     tokenizer = BertTokenizer.from_pretrained(source)

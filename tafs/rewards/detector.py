@@ -19,6 +19,8 @@ import tafs.common.torchvision_patch  # noqa: F401  # isort: skip
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.ops import masks_to_boxes
+from transformers import Mask2FormerForUniversalSegmentation
 
 from tafs.data.geneval_rows import CLASSES, COLORS
 from tafs.data.prompts import Prompt
@@ -30,15 +32,9 @@ from tafs.rewards.registry import check_images
 
 # Labels of COCO checkpoints on the hub, some of them Pascal VOC's -> GenEval's class names.
 SPELLINGS = {
-    "mouse": "computer mouse",
-    "remote": "tv remote",
-    "keyboard": "computer keyboard",
-    "motorbike": "motorcycle",
-    "aeroplane": "airplane",
-    "sofa": "couch",
-    "pottedplant": "potted plant",
-    "diningtable": "dining table",
-    "tvmonitor": "tv",
+    **{"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"},
+    **{"motorbike": "motorcycle", "aeroplane": "airplane", "sofa": "couch", "tvmonitor": "tv"},
+    **{"pottedplant": "potted plant", "diningtable": "dining table"},
 }
 COLOR_TEMPLATES = (
     "a photo of a {color} {name}",
@@ -96,10 +92,8 @@ class Mask2FormerDetector:
     """Detects objects of COCO's classes, and the colours that prompts ask for.
 
     Args:
-        folder: Mask2FormerForUniversalSegmentation trained on COCO's instances, in the layout of
-            facebook/mask2former-swin-small-coco-instance.
-        clip_folder: the CLIP that classifies colours, in the layout of
-            openai/clip-vit-large-patch14.
+        folder: a model in the layout of facebook/mask2former-swin-small-coco-instance.
+        clip_folder: classifies colours; in the layout of openai/clip-vit-large-patch14.
         device: device of both models.
         batch: images per forward pass.
 
@@ -113,18 +107,18 @@ class Mask2FormerDetector:
     ) -> None:
         self.device = torch.device(device)
         self.batch = batch
-        self.model = _load(folder).to(self.device)
+        name = GenEval.metric.name
+        learned.require(name, folder / "config.json", folder / "model.safetensors")
+        model = learned.pretrained(name, Mask2FormerForUniversalSegmentation, folder)
+        self.model = model.eval().requires_grad_(False).to(self.device)
         self.classes = class_names(self.model.config.id2label, folder)
         self.colors = ColorClassifier(clip_folder, self.device)
 
     @torch.no_grad()
     def detect(self, images: Tensor, prompts: Sequence[Prompt]) -> list[list[Detection]]:
-        """The objects of each image, most confident first.
+        """The objects of each image [B, 3, H, W] in [0, 1], most confident first.
 
-        Args:
-            images: [B, 3, H, W] in [0, 1].
-            prompts: with GenEval's metadata, which decides the threshold and which objects' colours
-                are classified.
+        The prompts' metadata decides the threshold and which objects' colours are classified.
 
         Raises:
             ValueError: a prompt asks for an unknown class or colour.
@@ -132,11 +126,8 @@ class Mask2FormerDetector:
         for prompt in prompts:
             check_row(prompt)
         pixels = (images.detach().to(self.device, torch.float32).clamp(0, 1) * 255).round()
-        found: list[list[Detection]] = []
-        for low in range(0, len(pixels), self.batch):
-            high = low + self.batch
-            found += self._detect(pixels[low:high], prompts[low:high])
-        return found
+        parts = [slice(low, low + self.batch) for low in range(0, len(pixels), self.batch)]
+        return [found for part in parts for found in self._detect(pixels[part], prompts[part])]
 
     def _detect(self, pixels: Tensor, prompts: Sequence[Prompt]) -> list[list[Detection]]:
         inputs, inside = prepare(pixels)
@@ -211,22 +202,15 @@ def class_names(id2label: Mapping[int, str], folder: Path) -> tuple[str, ...]:
 
 
 def check_row(prompt: Prompt) -> None:
-    """Check that the detector knows a prompt's classes and colours.
-
-    Raises:
-        ValueError: an unknown class or colour; names it and the prompt.
-    """
+    """Refuse a prompt (ValueError) with a class or colour that the detector does not know."""
     for item in (*prompt.row.get("include", ()), *prompt.row.get("exclude", ())):
+        problem = None
         if item["class"] not in CLASSES:
-            raise ValueError(
-                f"GenEval cannot judge {prompt.text!r}: the detector does not know "
-                f"the class {item['class']!r}"
-            )
-        if item.get("color", COLORS[0]) not in COLORS:
-            raise ValueError(
-                f"GenEval cannot judge {prompt.text!r}: the colour {item['color']!r} "
-                f"is not one of {', '.join(COLORS)}"
-            )
+            problem = f"the detector does not know the class {item['class']!r}"
+        elif item.get("color", COLORS[0]) not in COLORS:
+            problem = f"the colour {item['color']!r} is not one of {', '.join(COLORS)}"
+        if problem:
+            raise ValueError(f"GenEval cannot judge {prompt.text!r}: {problem}")
 
 
 def to_color(names: Sequence[str], row: Mapping[str, Any]) -> list[int]:
@@ -268,21 +252,19 @@ def instances(
     size: tuple[int, int],
     threshold: float,
 ) -> list[Instance]:
-    """One image's objects, most confident first, at most MAX_OBJECTS of a class.
+    """One image's objects that score above the threshold, at most MAX_OBJECTS of a class.
 
-    A score is the class's probability times the mean probability of the mask's pixels. A box spans
-    the mask's pixels, end exclusive. Masks may overlap.
+    The most confident come first. A score is the class's probability times the mean probability of
+    the mask's pixels. A box spans the mask's pixels, end exclusive. Masks may overlap.
 
     Args:
         class_logits: [Q, classes + 1], the last one for "no object".
         mask_logits: [Q, h, w] of the padded input.
         padded: height and width of the input.
-        inside: height and width of the input without its padding.
-        size: height and width of the image, and of masks and boxes.
-        threshold: objects score above it.
+        inside: the same without its padding.
+        size: the same of the image, of masks and of boxes.
+        threshold: for the scores.
     """
-    from torchvision.ops import masks_to_boxes
-
     probabilities = class_logits.softmax(-1)[:, :-1]
     classes = probabilities.shape[1]
     best, index = probabilities.flatten().topk(min(MAX_INSTANCES, probabilities.numel()))
@@ -299,8 +281,6 @@ def instances(
     scores = best * inner
     order = scores.argsort(descending=True, stable=True)
     order = order[scores[order] > threshold]
-    if len(order) == 0:
-        return []
     labels, masks, scores = index[order] % classes, masks[order], scores[order]
     boxes = masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1], device=masks.device)
     found: list[Instance] = []
@@ -322,12 +302,3 @@ def crop(pixels: Tensor, instance: Instance) -> Tensor:
     """
     left, top, right, bottom = (int(edge) for edge in instance.box)
     return torch.where(instance.mask, pixels, GREY)[:, top:bottom, left:right] / 255
-
-
-def _load(folder: Path) -> Any:
-    """Load the frozen Mask2Former in float32."""
-    from transformers import Mask2FormerForUniversalSegmentation
-
-    learned.require(GenEval.metric.name, folder / "config.json", folder / "model.safetensors")
-    model = learned.pretrained(GenEval.metric.name, Mask2FormerForUniversalSegmentation, folder)
-    return model.eval().requires_grad_(False)

@@ -31,30 +31,19 @@ class Verdict(NamedTuple):
 
 def relations(a: Detection, b: Detection) -> set[str]:
     """The relations of `a` to `b` in GenEval, from the direction of the centres' offset."""
-    centre_a = ((a.box[0] + a.box[2]) / 2, (a.box[1] + a.box[3]) / 2)
-    centre_b = ((b.box[0] + b.box[2]) / 2, (b.box[1] + b.box[3]) / 2)
-    offset = [centre_a[i] - centre_b[i] for i in (0, 1)]
-    size_a = (abs(a.box[2] - a.box[0]), abs(a.box[3] - a.box[1]))
-    size_b = (abs(b.box[2] - b.box[0]), abs(b.box[3] - b.box[1]))
-    revised = []
-    for i in (0, 1):
-        slack = POSITION_THRESHOLD * (size_a[i] + size_b[i])
-        magnitude = max(abs(offset[i]) - slack, 0.0)
-        revised.append(magnitude if offset[i] > 0 else -magnitude)
+    offset, revised = [], []
+    for low, high in ((0, 2), (1, 3)):  # x, y
+        step = (a.box[low] + a.box[high]) / 2 - (b.box[low] + b.box[high]) / 2
+        sizes = abs(a.box[high] - a.box[low]) + abs(b.box[high] - b.box[low])
+        magnitude = max(abs(step) - POSITION_THRESHOLD * sizes, 0.0)
+        offset.append(step)
+        revised.append(magnitude if step > 0 else -magnitude)
     if max(abs(value) for value in revised) < NO_OFFSET:
         return set()
     norm = (offset[0] ** 2 + offset[1] ** 2) ** 0.5
     dx, dy = (value / norm for value in revised)
-    found = set()
-    if dx < -0.5:
-        found.add("left of")
-    if dx > 0.5:
-        found.add("right of")
-    if dy < -0.5:
-        found.add("above")
-    if dy > 0.5:
-        found.add("below")
-    return found
+    named = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
+    return {name for name, holds in named.items() if holds}
 
 
 def geneval_verdict(detections: Sequence[Detection], row: Mapping[str, Any]) -> Verdict:
@@ -77,10 +66,9 @@ def geneval_verdict(detections: Sequence[Detection], row: Mapping[str, Any]) -> 
     by_class: dict[str, list[Detection]] = {}
     for detection in detections:
         by_class.setdefault(detection.label, []).append(detection)
-    excluded = [(item["class"], item["count"]) for item in row.get("exclude", ())]
-    limited = {name for name, _ in excluded}
-
-    correct = True
+    limits = row.get("exclude", ())
+    limited = {limit["class"] for limit in limits}
+    correct = all(len(by_class.get(limit["class"], [])) < limit["count"] for limit in limits)
     credits: list[float] = []
     matched: list[list[Detection] | None] = []
     for item in row["include"]:
@@ -102,6 +90,4 @@ def geneval_verdict(detections: Sequence[Detection], row: Mapping[str, Any]) -> 
             complete = complete and others is not None and all(pairs)
         matched.append(found if complete else None)
         correct = correct and complete
-    for name, limit in excluded:
-        correct = correct and len(by_class.get(name, [])) < limit
     return Verdict(correct, sum(credits) / len(credits))

@@ -25,10 +25,6 @@ VISION_HEAD_WIDTH, TEXT_HEAD_WIDTH = 80, 64
 class HPSv2(learned.DualEncoder):
     """The cosine of HPSv2.1, with hpsv2's preprocessing: longer side to 224, black borders.
 
-    Args:
-        file: HPS_v2.1_compressed.pt of xswu/HPSv2.
-        device: device of the model.
-
     Raises:
         FileNotFoundError, ValueError: the file is missing or damaged; names it and the remedy.
     """

@@ -19,11 +19,8 @@ TOKENS = 35  # per caption; longer ones are truncated
 class ImageReward(learned.LearnedReward):
     """The standardised score of image-reward's own model: mean 0, standard deviation 1.
 
-    Args:
-        file: ImageReward.pt of THUDM/ImageReward.
-        med_config: med_config.json of THUDM/ImageReward.
-        tokenizer: folder of bert-base-uncased's tokenizer.
-        device: device of the model.
+    `file` and `med_config` are those of THUDM/ImageReward, `tokenizer` the folder of
+    bert-base-uncased's.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or damaged; names it and the remedy.
@@ -32,11 +29,7 @@ class ImageReward(learned.LearnedReward):
     metric = METRICS["imagereward"]
 
     def __init__(
-        self,
-        file: Path,
-        med_config: Path,
-        tokenizer: Path,
-        device: torch.device | str = "cpu",
+        self, file: Path, med_config: Path, tokenizer: Path, device: torch.device | str = "cpu"
     ) -> None:
         learned.require(self.name, file, med_config, tokenizer / "vocab.txt")
         state = learned.read_state(self.name, file)

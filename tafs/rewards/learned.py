@@ -1,7 +1,8 @@
 """Base classes of the published reward models: frozen weights, differentiable preprocessing.
 
 They score float32 images of any resolution. Each model's preprocessing works on tensors, so that
-gradients reach the images. Weights are read from local files; nothing is downloaded.
+gradients reach the images. Weights are read from local files; nothing is downloaded. Functions that
+read a checkpoint raise a FileNotFoundError or ValueError with the reward, the file and the remedy.
 """
 
 from __future__ import annotations
@@ -28,11 +29,7 @@ KEPT_CAPTIONS = 32_768  # captions whose token ids are cached; more than Pick-a-
 class LearnedReward(ABC):
     """A frozen, differentiable reward model on one device; a `metrics.Scorer`.
 
-    Args:
-        model: the model; it is converted to float32.
-        mean: mean of the pixels' normalisation, one value per channel.
-        std: its standard deviation.
-        device: device of the model and of the images.
+    The model is converted to float32. `mean` and `std` normalise the pixels of each channel.
     """
 
     metric: ClassVar[Metric]
@@ -128,22 +125,14 @@ def resize_longer_side(images: Tensor, side: int) -> Tensor:
 
 
 def require(name: str, *files: Path) -> None:
-    """Check that a checkpoint's files exist.
-
-    Raises:
-        FileNotFoundError: names the reward, the file and the remedy.
-    """
+    """Refuse a checkpoint with missing files (FileNotFoundError)."""
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"reward {name}: {file} is missing; fetch the model again")
 
 
 def pretrained(name: str, kind: Any, folder: Path) -> Any:
-    """Load a model of transformers' class `kind` in float32; every weight must be in the folder.
-
-    Raises:
-        ValueError: a file is missing or damaged; names the reward, the folder and the remedy.
-    """
+    """Load a model of transformers' class `kind` in float32; every weight must be in the folder."""
     try:
         model, found = kind.from_pretrained(
             folder,
@@ -162,11 +151,7 @@ def pretrained(name: str, kind: Any, folder: Path) -> Any:
 
 
 def read_state(name: str, file: Path) -> dict[str, Any]:
-    """Read a PyTorch checkpoint of tensors and plain values to the CPU.
-
-    Raises:
-        FileNotFoundError, ValueError: missing or damaged; names reward, file and remedy.
-    """
+    """Read a PyTorch checkpoint of tensors and plain values to the CPU."""
     require(name, file)
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
@@ -184,11 +169,7 @@ def count_layers(state: Mapping[str, Tensor], layers: str) -> int:
 
 
 def fill(name: str, model: nn.Module, state: Mapping[str, Tensor], file: Path) -> None:
-    """Load all of a model's weights from a state dict; surplus entries are ignored.
-
-    Raises:
-        ValueError: a weight is missing or has another shape; names reward, file and weight.
-    """
+    """Load all of a model's weights from a state dict; surplus entries are ignored."""
     try:
         missing = model.load_state_dict(state, strict=False).missing_keys
     except RuntimeError as error:
