@@ -36,35 +36,20 @@ def installed(group: str) -> tuple[EntryPoint, ...]:
 
 
 @dataclass(frozen=True)
-class Plugin:
-    """Where a plug-in comes from."""
-
-    name: str
-    module: str
-    attribute: str
-    origin: str  # "this project", or the name and version of an installed package
-
-    @property
-    def location(self) -> str:
-        """The module and the package, for messages."""
-        return f"{self.module} of {self.origin}"
-
-
-@dataclass(frozen=True)
 class Group:
     """The plug-ins of one kind.
 
     Args:
         kind: in messages, "method"; the entry-point group is then "tafs.methods".
         attribute: the name of the object that a plug-in's module defines, "METHOD".
-        package: the importable package whose modules are the shipped plug-ins, except modules
-            whose names begin with "_"; None if there is none.
+        package: the package whose modules are the shipped plug-ins, except modules whose names
+            begin with "_".
         modules: further shipped plug-ins, (name, module) each.
     """
 
     kind: str
     attribute: str
-    package: str | None = None
+    package: str
     modules: tuple[tuple[str, str], ...] = ()
 
     def names(self) -> list[str]:
@@ -85,10 +70,10 @@ class Group:
         try:
             spec = importlib.util.find_spec(plugin.module)  # imports the packages around it
         except Exception as error:
-            raise self._broken(plugin, error) from error
+            raise self._broken(plugin, _location(plugin), error) from error
         if spec is None or spec.origin is None:
             raise ValueError(
-                f"{self.kind} {name!r}: {plugin.location} was not found; reinstall the package"
+                f"{self.kind} {name!r}: {_location(plugin)} was not found; reinstall the package"
             )
         return Path(spec.origin)
 
@@ -99,59 +84,52 @@ class Group:
             ValueError: there is no such plug-in, its module cannot be imported or does not define
                 the object; names the file or the module and the package.
         """
-        plugin = self._plugin(name)
-        source = self.source(name)
+        plugin, source = self._plugin(name), self.source(name)
+        where = f"{source} ({_origin(plugin)})"
         try:
             found: Any = importlib.import_module(plugin.module)
         except Exception as error:  # a plug-in's module may raise anything
-            raise self._broken(plugin, error, source) from error
-        for part in plugin.attribute.split("."):
+            raise self._broken(plugin, where, error) from error
+        attribute = plugin.attr or self.attribute
+        for part in attribute.split("."):
             if not hasattr(found, part):
                 raise ValueError(
-                    f"{self.kind} {name!r}: {source} ({plugin.origin}) defines no "
-                    f"{plugin.attribute}; define it there"
+                    f"{self.kind} {name!r}: {where} defines no {attribute}; define it there"
                 )
             found = getattr(found, part)
         return found
 
-    def origin(self, name: str) -> str:
-        """Return "this project", or the name and version of the installed package.
-
-        Raises:
-            ValueError: there is no such plug-in; names it.
-        """
-        return self._plugin(name).origin
-
-    def _plugin(self, name: str) -> Plugin:
+    def _plugin(self, name: str) -> EntryPoint:
         available = self._plugins()
         if name not in available:
             hint = suggestion(name, sorted(available))
             raise ValueError(one_line(f"unknown {self.kind} {name!r}{hint}", 600))
         return available[name]
 
-    def _plugins(self) -> dict[str, Plugin]:
-        modules = dict(self.modules)
-        if self.package is not None:
-            path = importlib.import_module(self.package).__path__
-            files = [info.name for info in pkgutil.iter_modules(path)]
-            modules |= {name: f"{self.package}.{name}" for name in files if name[0] != "_"}
-        found = {n: Plugin(n, m, self.attribute, "this project") for n, m in modules.items()}
-        for point in installed(f"tafs.{self.kind}s"):
-            origin = "an installed package"
-            if point.dist is not None:
-                origin = f"package {point.dist.name} {point.dist.version}"
-            plugin = Plugin(point.name, point.module, point.attr or self.attribute, origin)
+    def _plugins(self) -> dict[str, EntryPoint]:
+        group = f"tafs.{self.kind}s"
+        path = importlib.import_module(self.package).__path__
+        files = [info.name for info in pkgutil.iter_modules(path) if info.name[0] != "_"]
+        shipped = {**dict(self.modules), **{name: f"{self.package}.{name}" for name in files}}
+        found = {name: EntryPoint(name, module, group) for name, module in shipped.items()}
+        for plugin in installed(group):
             other = found.setdefault(plugin.name, plugin)
-            if (other.module, other.attribute) != (plugin.module, plugin.attribute):
+            if other.value != plugin.value:
                 raise ValueError(
-                    f"{self.kind} {plugin.name!r} is defined twice, by {other.location} and by "
-                    f"{plugin.location}; rename or uninstall one of them"
+                    f"{self.kind} {plugin.name!r} is defined twice, by {_location(other)} and by "
+                    f"{_location(plugin)}; rename or uninstall one of them"
                 )
         return found
 
-    def _broken(self, plugin: Plugin, error: Exception, source: Path | None = None) -> ValueError:
-        where = f"{source} ({plugin.origin})" if source else plugin.location
-        problem = f"{type(error).__name__}: {error}"
-        return ValueError(
-            one_line(f"{self.kind} {plugin.name!r}: {where} cannot be imported ({problem})", 600)
-        )
+    def _broken(self, plugin: EntryPoint, where: str, error: Exception) -> ValueError:
+        problem = f"cannot be imported ({type(error).__name__}: {error})"
+        return ValueError(one_line(f"{self.kind} {plugin.name!r}: {where} {problem}", 600))
+
+
+def _origin(plugin: EntryPoint) -> str:
+    dist = plugin.dist
+    return "this project" if dist is None else f"package {dist.name} {dist.version}"
+
+
+def _location(plugin: EntryPoint) -> str:
+    return f"{plugin.module} of {_origin(plugin)}"

@@ -11,13 +11,7 @@ from tafs.common.plugins import Group
 
 
 def write(group: Group, name: str, folder: Path, text: str) -> Path:
-    """Write NAME.py into a folder and return the file.
-
-    Args:
-        group: the group of the plug-in, whose names are taken.
-        name: name of the plug-in.
-        folder: an existing folder.
-        text: content of the file.
+    """Write NAME.py with this text into a folder and return the file.
 
     Raises:
         ValueError: the name is not a module name in lower case or is taken, or there is no folder.
@@ -27,12 +21,12 @@ def write(group: Group, name: str, folder: Path, text: str) -> Path:
         raise ValueError(
             f"{shown(name)} is not a valid name: use lower-case letters, digits and underscores"
         )
-    if keyword.iskeyword(name):
+    if keyword.iskeyword(name) or keyword.iskeyword(name.capitalize()):
         raise ValueError(f"{name!r} is a Python keyword; choose another name")
     if name in group.names():
         raise ValueError(f"{name!r} is taken; choose another name")
     if not folder.is_dir():
-        raise ValueError(f"{folder}: not found; create the folder first")
+        raise ValueError(f"{folder}/ does not exist; run this command in the project's folder")
     file = folder / f"{name}.py"
     with file.open("x", encoding="utf-8") as out:
         out.write(text)

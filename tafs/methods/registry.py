@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -24,22 +23,8 @@ STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 LARGEST = 10**6  # largest integer hyperparameter; larger numbers of steps or updates are typos
 
 
-def names() -> list[str]:
-    """Return the names of all methods, sorted; imports none of them.
-
-    Raises:
-        ValueError: two methods have the same name; names both.
-    """
-    return METHODS.names()
-
-
-def source_file(name: str) -> Path:
-    """Return a method's file; when it changes, the method's runs are trained again.
-
-    Raises:
-        ValueError: there is no such method; suggests one.
-    """
-    return METHODS.source(name)
+names = METHODS.names
+source_file = METHODS.source  # when this file changes, the method's runs are trained again
 
 
 def method_class(name: str) -> type[Method]:
@@ -75,8 +60,7 @@ def create(name: str, hyperparameters: Mapping[str, Any]) -> Method:
         try:
             TypeAdapter(types[key], config=STRICT).validate_python(value)
         except ValidationError as error:
-            problem = error.errors()[0]["msg"]
-            problem = f"{problem[0].lower()}{problem[1:]}"
+            problem = error.errors()[0]["msg"].replace("Input", "input", 1)
             raise ValueError(f"{key}: {problem} (got {shown(value)})") from None
         if isinstance(value, int) and abs(value) > LARGEST:
             raise ValueError(f"{key}: {value} is too large; the maximum is {LARGEST}")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import keyword
 import sys
 from pathlib import Path
 
-from tafs.common import errors, yaml_files
+from tafs.common import errors, stubs
 from tafs.methods import registry
 from tafs.runtime import run_dir
 
@@ -48,39 +47,16 @@ METHOD = {title}
 '''
 
 
-def class_name(name: str) -> str:
-    """Return the class name for a name with underscores: "my_method" -> "MyMethod".
-
-    Raises:
-        ValueError: the name is not a Python module name of lower-case letters, digits and
-            underscores.
-    """
-    if not yaml_files.NAME.fullmatch(name) or "-" in name:
-        raise ValueError(
-            f"{errors.shown(name)} is not a valid name: use lower-case letters, digits and "
-            "underscores"
-        )
-    title = "".join(part.capitalize() for part in name.split("_"))
-    if keyword.iskeyword(name) or keyword.iskeyword(title):
-        raise ValueError(f"{name!r} is a Python keyword; choose another name")
-    return title
-
-
 def write(name: str, folder: Path = FOLDER) -> Path:
-    """Write the stub and return its file.
+    """Write the stub and return its file; "my_method" gives the class MyMethod.
 
     Raises:
         ValueError: the name is invalid or taken, or the folder does not exist.
     """
-    title = class_name(name)
-    if name in registry.names() or name == run_dir.BASE:
+    if name == run_dir.BASE:
         raise ValueError(f"{name!r} is taken; choose another name")
-    if not folder.is_dir():
-        raise ValueError(f"{folder}/ does not exist; run this command in the project's folder")
-    file = folder / f"{name}.py"
-    with file.open("x", encoding="utf-8") as out:
-        out.write(TEMPLATE.replace("{title}", title))
-    return file
+    title = "".join(part.capitalize() for part in name.split("_"))
+    return stubs.write(registry.METHODS, name, folder, TEMPLATE.replace("{title}", title))
 
 
 def main() -> None:

@@ -31,7 +31,6 @@ def test_an_entry_point_of_an_installed_package_is_a_plugin(install, tmp_path, v
         assert "theirs" in SHIPPED.names()
         assert SHIPPED.source("theirs") == tmp_path / "their_package" / "theirs.py"
         assert SHIPPED.load("theirs") == 3
-        assert SHIPPED.origin("theirs") == "package their-package 1.0"
     assert "theirs" not in SHIPPED.names()
 
 
