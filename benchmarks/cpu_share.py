@@ -16,14 +16,6 @@ from pathlib import Path
 from tafs.runtime import journal
 
 
-def cpu_seconds(text: str) -> float:
-    """User and system seconds in the output of /usr/bin/time -v."""
-    found = re.findall(r"(?:User|System) time \(seconds\): ([\d.]+)", text)
-    if len(found) != 2:
-        raise SystemExit("cpu_share: the second file is not the output of /usr/bin/time -v")
-    return sum(map(float, found))
-
-
 def phase_seconds(results: Path) -> dict[str, float]:
     """Seconds of each phase, from the journals of trainings and the logs of evaluations."""
     phases = {"sample": 0.0, "reward": 0.0, "update": 0.0}
@@ -44,12 +36,15 @@ def main() -> None:
     parser.add_argument("results", type=Path, help="results/SCALE")
     parser.add_argument("time", type=Path, help="the output of /usr/bin/time -v")
     options = parser.parse_args()
-    cpu = cpu_seconds(options.time.read_text(errors="replace"))
+    text = options.time.read_text(errors="replace")
+    found = re.findall(r"(?:User|System) time \(seconds\): ([\d.]+)", text)
+    if len(found) != 2:
+        parser.error("the second file is not the output of /usr/bin/time -v")
+    cpu = sum(map(float, found))
     phases = phase_seconds(options.results)
     shares = "  ".join(f"{phase} {value:.0f} s" for phase, value in phases.items())
     print(f"CPU {cpu:.0f} s   {shares}")
-    share = 100 * (1 - sum(phases.values()) / cpu)
-    print(f"outside sampling, rewards and updates: {share:.1f} %")
+    print(f"outside sampling, rewards and updates: {1 - sum(phases.values()) / cpu:.1%}")
 
 
 if __name__ == "__main__":

@@ -3,16 +3,14 @@
     python benchmarks/rehearse.py --backbone flux --out flux.md
     python benchmarks/rehearse.py --backbone flux --compile --micro-batch 24 --out compiled.md
 
-The network and autoencoder of FLUX.1-dev or SD3.5-M and the preference task's reward models
-(PickScore's CLIP ViT-H-14, CLIP ViT-L-14) are built with random weights, which take as long as
-trained ones. The training loop runs one iteration of every method on them, with config.yaml's scale
-`paper`. Text encoders are not built, because an iteration finds its prompts' embeddings ready;
-embeddings and tokens are drawn at random.
+The network and autoencoder of FLUX.1-dev or SD3.5-M and the preference task's reward models have
+random weights, which take as long as trained ones. The training loop runs one iteration of every
+method on them, with config.yaml's scale `paper`. Text encoders are not built, because an iteration
+finds its prompts' embeddings ready; embeddings and tokens are drawn at random.
 
-First, single calls of the models are timed; they determine how many images the iterations have, so
-that all methods end within --time-limit. The report in Markdown is rewritten after every method. A
-method that runs out of memory, or produces numbers that are not finite, is listed as failed, and
-the next one runs. The models are built by rehearse_models.py, the report by rehearse_report.py.
+Timed single calls of the models determine how many images the iterations have, so that all methods
+end within --time-limit. The report in Markdown is rewritten after every method. A method that runs
+out of memory, or produces numbers that are not finite, is listed as failed, and the next one runs.
 """
 
 from __future__ import annotations
@@ -35,7 +33,7 @@ import diffusers
 import pandas as pd
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
-from rehearse_models import CLASSES, SIZES, Rehearsed, build, reward_models
+from rehearse_models import SIZES, Rehearsed, build, reward_models
 from rehearse_report import Row, Setting, render
 
 from tafs import experiment
@@ -63,9 +61,6 @@ OUT_OF_MEMORY = "out of GPU memory; give a smaller --micro-batch, or leave out -
 PEAKS = {r"H100 80GB HBM3$": 989.0, r"H200$": 989.0, r"A100(?!.*MIG)": 312.0}
 
 
-# -- planning --------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Calls:
     """Seconds of single calls on one micro-batch."""
@@ -75,19 +70,19 @@ class Calls:
     reward: float  # decoding and scoring, with gradients
 
 
-def synchronize(device: torch.device) -> None:
+def clock(device: torch.device) -> float:
+    """Seconds, after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     """Seconds of the second call; the first one allocates, compiles and loads kernels."""
     work()
-    synchronize(device)
-    start = time.perf_counter()
+    start = clock(device)
     work()
-    synchronize(device)
-    return time.perf_counter() - start
+    return clock(device) - start
 
 
 def time_calls(backbone: Rehearsed, rewards: RewardSet, prompt: Prompt, micro_batch: int) -> Calls:
@@ -124,15 +119,11 @@ def predict(method: Method, calls: Calls) -> float:
 
 
 def affordable(seconds: Mapping[str, float], available: float, most: int) -> int:
-    """Choose the number of micro-batches that every method runs.
+    """Choose the number of micro-batches that every method runs, at most `most`.
 
     Args:
         seconds: of one micro-batch, by method.
         available: seconds for all methods together.
-        most: the maximum.
-
-    Raises:
-        ValueError: one micro-batch of each method takes longer than `available`.
     """
     one = sum(seconds.values())
     if one > available:
@@ -142,9 +133,6 @@ def affordable(seconds: Mapping[str, float], available: float, most: int) -> int
             "--methods"
         )
     return min(most, int(available / one))
-
-
-# -- one method ------------------------------------------------------------------------------------
 
 
 class Rehearsal(Trainer):
@@ -170,13 +158,9 @@ def one_iteration(run: RunSpec, micro_batch: int, images: int) -> RunSpec:
         "group_size": micro_batch,
         "micro_batch": micro_batch,
     }
-    return run.model_copy(
-        update={
-            # The iteration is too small to be divided among several optimiser steps.
-            "hyperparameters": {**run.hyperparameters, "updates": 1},
-            "training": run.training.model_copy(update=training),
-        }
-    )
+    # The iteration is too small to be divided among several optimiser steps.
+    changed = {"hyperparameters": {**run.hyperparameters, "updates": 1}}
+    return run.model_copy(update={**changed, "training": run.training.model_copy(update=training)})
 
 
 def rehearse(
@@ -192,10 +176,9 @@ def rehearse(
         torch.cuda.reset_peak_memory_stats(backbone.device)
     trainer = Rehearsal(run, backbone, rewards, prompts)
     images = trainer.groups * trainer.group_size
-    begun = time.perf_counter()
+    begun = clock(backbone.device)
     seconds = trainer.iterate(0)["seconds"]
-    synchronize(backbone.device)
-    kl = time.perf_counter() - begun - seconds["total"]
+    kl = clock(backbone.device) - begun - seconds["total"]
     start, sampled, scored, end = trainer.counts
     sampling, updating = (
         {grad: (after[grad] - before[grad]) / images for grad in (False, True)}
@@ -218,13 +201,10 @@ def rehearse(
     )
 
 
-# -- the command -----------------------------------------------------------------------------------
-
-
 def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time the paper's iterations at full size.")
     add = parser.add_argument
-    add("--backbone", choices=sorted(CLASSES), default="flux")
+    add("--backbone", choices=sorted(SIZES["full"].backbones), default="flux")
     add("--size", choices=SIZES, default="full")
     add("--methods", nargs="+", metavar="METHOD", help=f"default: those of config.yaml's {TABLE}")
     add("--micro-batch", type=int, help="default: the paper scale's")
@@ -241,11 +221,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
 
 
 def runs_of(plan: Plan, wanted: Sequence[str] | None) -> list[RunSpec]:
-    """The methods' runs on the task, the reference method first.
-
-    Raises:
-        ValueError: an unknown method; lists the known ones.
-    """
+    """The methods' runs on the task, the reference method first."""
     config = plan.config
     model = config.active.model_roles[TIMED]
     known = {
@@ -270,8 +246,8 @@ def peak_of(name: str, given: float | None) -> float | None:
 
 def published_times() -> dict[str, float]:
     """Seconds of an iteration in the paper's Table 2, by the method's title."""
-    table = pd.read_csv(ROOT / "tafs" / "report" / "paper" / f"{TABLE}.csv")
-    return dict(table.set_index("method")["iteration_time_s"].dropna())
+    table = pd.read_csv(ROOT / f"tafs/report/paper/{TABLE}.csv", index_col="method")
+    return dict(table["iteration_time_s"].dropna())
 
 
 def setting_of(
@@ -326,12 +302,7 @@ def models_of(
 
 
 def work(options: argparse.Namespace, command: str) -> None:
-    """Run all methods and write the report.
-
-    Raises:
-        ValueError: an option is wrong.
-        RunFailed: no method could be measured.
-    """
+    """Run all methods and write the report."""
     start = time.perf_counter()
     limit_threads()
     torch.manual_seed(0)

@@ -123,30 +123,19 @@ class Rehearsed(flops.Textless):
             super().add_lora(rank, alpha, generator)
 
 
-class RandomFlux(Rehearsed, flops.TextlessFlux):
-    """FLUX.1."""
-
-
-class RandomSD3(Rehearsed, flops.TextlessSD3):
-    """Stable Diffusion 3.5."""
-
-
-CLASSES: dict[str, type[Rehearsed]] = {"flux": RandomFlux, "sd3": RandomSD3}
-
-
 def build(
     role: str, size: Size, plan: Plan, device: torch.device, *, checkpointing: bool = False
 ) -> Rehearsed:
     """A backbone as `Backbone.load` gives it, with an adapter, on random weights."""
     scale = plan.config.active
-    backbone = flops.build(
-        CLASSES[role],
+    backbone: Rehearsed = flops.build(
         size.backbones[role],
         catalog.read()[scale.model_roles[role]],
         resolution=size.resolution,
         dtype=getattr(torch, scale.dtype),
         device=device,
         lora_rank=scale.lora.rank,
+        kind=Rehearsed,
     )
     if checkpointing:
         for module in (backbone.transformer, backbone.pipeline.vae):

@@ -52,15 +52,8 @@ class Setting:
 
     def utilisation(self, evaluations: float, seconds: float) -> float | None:
         """Model FLOP/s utilisation of evaluations, in units of one forward pass."""
-        if self.peak is None:
-            return None
-        return evaluations * self.network.forward / seconds / self.peak
-
-    def sampling_mfu(self, row: Row) -> float | None:
-        return self.utilisation(row.nfe_old, row.sample)
-
-    def update_mfu(self, row: Row, trained: float = 3.0) -> float | None:
-        return self.utilisation(row.others + trained * row.nfe_theta, row.update)
+        flops = evaluations * self.network.forward
+        return None if self.peak is None else flops / seconds / self.peak
 
 
 NOTES = """\
@@ -88,6 +81,7 @@ def percent(value: float | None) -> str:
 
 def cells(row: Row, setting: Setting, reference: Row | None) -> dict[str, str]:
     """A table row by column."""
+    mfu = setting.utilisation
     published = setting.published.get(row.title)
     compared = setting.published.get(reference.title) if reference else None
     return {
@@ -98,9 +92,9 @@ def cells(row: Row, setting: Setting, reference: Row | None) -> dict[str, str]:
         "sample s/image": number(row.sample),
         "reward s/image": number(row.reward),
         "update s/image": number(row.update),
-        "MFU sample": percent(setting.sampling_mfu(row)),
-        "MFU update": percent(setting.update_mfu(row)),
-        "computed": percent(setting.update_mfu(row, setting.trained_cost)),
+        "MFU sample": percent(mfu(row.nfe_old, row.sample)),
+        "MFU update": percent(mfu(row.others + 3 * row.nfe_theta, row.update)),
+        "computed": percent(mfu(row.others + setting.trained_cost * row.nfe_theta, row.update)),
         "peak GiB": number(row.peak),
         "s/iteration": number(setting.share * row.total),
         "published s": number(published),
@@ -115,14 +109,7 @@ def render(
     failed: Mapping[str, str] | None = None,
     pending: Sequence[str] = (),
 ) -> str:
-    """The report in Markdown.
-
-    Args:
-        setting: common facts.
-        rows: the measured methods, at least one.
-        failed: reasons by variant.
-        pending: variants that have not run yet.
-    """
+    """The report in Markdown; `failed` are reasons by variant, `pending` has not run yet."""
     reference = next((row for row in rows if row.variant == setting.reference), None)
     table = [cells(row, setting, reference) for row in rows]
     lines = [list(table[0]), ["---", *["---:"] * (len(table[0]) - 1)]]

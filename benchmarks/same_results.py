@@ -11,6 +11,7 @@ code that should change no result is checked by running one scale before and aft
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,14 +50,12 @@ def _same(a: Path, b: Path) -> bool:
 
 
 def main() -> None:
-    if len(sys.argv) != 3:
-        print("usage: python benchmarks/same_results.py A B", file=sys.stderr)
-        sys.exit(2)
+    parser = argparse.ArgumentParser(description="Whether two folders hold the same results.")
+    parser.add_argument("folders", nargs=2, type=Path, metavar="results/SCALE")
     try:
-        found = list(differences(Path(sys.argv[1]), Path(sys.argv[2])))
+        found = list(differences(*parser.parse_args().folders))
     except ValueError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+        parser.error(str(error))
     print("\n".join(found) or "the same")
     sys.exit(bool(found))
 

@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="rounds that are measured")
     parser.add_argument("--scale", default="shapes")
     parser.add_argument("--backbone", default="shapes-flux")
+    parser.add_argument("--methods", nargs="+", choices=PAPER, default=list(PAPER))
     options = parser.parse_args()
     limit_threads()
     plan = experiment.load({"scale": options.scale}, ROOT / "config.yaml")
@@ -77,9 +78,9 @@ def main() -> None:
     }
     if REFERENCE not in runs:
         parser.error(f"no run of {REFERENCE} on {options.backbone} at scale {options.scale}")
-    trainers = {name: trainer_of(runs[name]) for name in PAPER if name in runs}
-    iteration: dict[str, list[float]] = {name: [] for name in trainers}
-    overhead: dict[str, list[float]] = {name: [] for name in trainers}
+    wanted = {REFERENCE, *options.methods} & runs.keys()
+    trainers = {name: trainer_of(runs[name]) for name in PAPER if name in wanted}
+    iteration, overhead = ({name: [] for name in trainers} for _ in range(2))
     for repeat in range(options.repeats + 1):
         for name, trainer in trainers.items():
             seconds = trainer.iterate(repeat)["seconds"]["total"]

@@ -9,14 +9,13 @@ Writes results/SCALE/tuning/METHOD.csv and continues where it was stopped.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from tafs import experiment
 from tafs.common import errors, files
@@ -37,11 +36,7 @@ COLUMNS = ("method", "hyperparameters", "nfe", "score", "base_score", "iteration
 
 
 def trials(plan: Plan) -> list[RunSpec]:
-    """Every method at every point of its grid, on the tuning seed.
-
-    Raises:
-        ConfigError: config.yaml has no `tuning`.
-    """
+    """Every method at every point of its grid, on the tuning seed."""
     tuning = plan.config.tuning
     if tuning is None:
         raise ConfigError("config.yaml: missing key 'tuning'")
@@ -103,17 +98,7 @@ def is_trained(run: RunDir, trial: RunSpec) -> bool:
 def run_trial(
     trial: RunSpec, folder: Path, evaluation: Evaluation, base_score: float
 ) -> dict[str, Any]:
-    """Train and score one point of a grid; a trial that was stopped continues.
-
-    Args:
-        trial: the run.
-        folder: the trials' folder.
-        evaluation: the number of steps and the batch size.
-        base_score: the score of the untrained model, which is recorded beside the trial's.
-
-    Returns:
-        COLUMNS.
-    """
+    """Train and score one point of a grid, or continue it; return its row of COLUMNS."""
     run = RunDir(folder / trial.name)
     files.atomic_text(run.folder / "run.json", trial.to_json())
     with run.alone("train"):
@@ -133,11 +118,7 @@ def run_trial(
 
 
 def search(plan: Plan, only: str | None = None) -> None:
-    """Run the trials of all methods or of one; write the tables after each trial.
-
-    Raises:
-        ConfigError: `only` is not a method with a grid.
-    """
+    """Run the trials of all methods or of one; write the tables after each trial."""
     known = trials(plan)
     chosen = [trial for trial in known if only in (None, trial.variant)]
     if not chosen:
@@ -155,11 +136,8 @@ def search(plan: Plan, only: str | None = None) -> None:
         found = rows.setdefault(trial.variant, [])
         found.append(run_trial(trial, folder, scale.evaluation, base_score))
         print(f"{number}/{len(chosen)} {found[-1]}", flush=True)
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(found)
-        files.atomic_text(folder / f"{trial.variant}.csv", text.getvalue())
+        table = pd.DataFrame(found, columns=COLUMNS).to_csv(index=False)
+        files.atomic_text(folder / f"{trial.variant}.csv", table)
 
 
 def main() -> None:
@@ -169,8 +147,7 @@ def main() -> None:
     parser.add_argument("--only", metavar="METHOD", help="search one method only")
     options = parser.parse_args()
     overrides = {"scale": options.scale}
-    if options.results:
-        overrides["results"] = options.results
+    overrides |= {"results": options.results} if options.results else {}
 
     def work() -> None:
         limit_threads()

@@ -41,10 +41,11 @@ def test_every_script_has_a_test():
 
 
 def test_training_loop_compares_the_methods_of_a_scale():
-    head, *rows = printed("training_loop.py", "--scale", "smoke", "--repeats", 1).splitlines()
+    smallest = ("--scale", "smoke", "--repeats", 1, "--methods", "tafs_grpo", "flow_grpo")
+    head, *rows = printed("training_loop.py", *smallest).splitlines()
     assert "over bare calls" in head
     found = {row.split()[0]: [float(cell) for cell in row.split()[1:]] for row in rows}
-    assert {"tafs_grpo", "flow_grpo", "mix_grpo", "dance_grpo"} <= set(found)
+    assert set(found) == {"tafs_grpo", "flow_grpo"}
     assert found["tafs_grpo"][2:] == [1.0, 1.0, 1.0]
     assert found["flow_grpo"][3:] == [pytest.approx(28 / 13, abs=1e-3), 2.14]
 
@@ -69,7 +70,7 @@ def test_cpu_share_adds_journals_and_evaluations(tmp_path):
     time.write_text("\tUser time (seconds): 18.00\n\tSystem time (seconds): 2.00\n")
     assert printed("cpu_share.py", tmp_path, time).splitlines() == [
         "CPU 20 s   sample 5 s  reward 7 s  update 3 s",
-        "outside sampling, rewards and updates: 25.0 %",
+        "outside sampling, rewards and updates: 25.0%",
     ]
     time.write_text("")
     assert "not the output of /usr/bin/time -v" in run("cpu_share.py", tmp_path, time).stderr
@@ -86,9 +87,8 @@ def test_same_results_names_the_files_that_differ(tmp_path):
 
 
 def test_tracking_measures_a_training_beside_dead_servers():
-    _, *rows, last = printed(
-        "tracking.py", "--repeats", 1, "--iterations", 2, "--every", 1
-    ).splitlines()
-    names = [re.split(r"\s{2,}", row)[0].strip() for row in rows]
-    assert names == ["alone", "the server is gone", "alone again", "the server never answers"]
-    assert last == "the 4 adapters are identical"
+    names = ["alone", "the server is gone"]
+    smallest = ("--repeats", 1, "--iterations", 1, "--every", 1, "--places", *names)
+    _, *rows, last = printed("tracking.py", *smallest).splitlines()
+    assert [re.split(r"\s{2,}", row)[0].strip() for row in rows] == names
+    assert last == "the adapters are identical"

@@ -29,14 +29,9 @@ META, CPU = torch.device("meta"), torch.device("cpu")
 TINY = models.SIZES["tiny"]
 
 
-@pytest.fixture(scope="module")
-def full() -> dict[str, Any]:
-    """The full-size backbones without storage."""
+def test_full_models_have_the_published_sizes_and_precisions():
     size = models.SIZES["full"]
-    return {name: models.build(name, size, PLAN, META) for name in size.backbones}
-
-
-def test_full_networks_have_the_published_sizes(full):
+    full = {name: models.build(name, size, PLAN, META) for name in size.backbones}
     sizes = {name: rehearse.flops.describe(backbone) for name, backbone in full.items()}
     assert sizes["flux"].parameters == 11_901_408_320
     # SD3.5-M's file size is published: 4.94 GB in 16 bits, including the position embeddings.
@@ -46,18 +41,14 @@ def test_full_networks_have_the_published_sizes(full):
         assert sum(p.numel() for p in backbone.pipeline.vae.parameters()) == 83_819_683
         # Frozen weights need no gradients: about one product in the backward pass.
         assert 2 < sizes[name].trained / sizes[name].forward < 2.2
-    flux, sd3 = (full[name].embed([""]) for name in ("flux", "sd3"))
-    assert (flux.embeds.shape, flux.pooled.shape) == ((1, 512, 4096), (1, 768))
-    assert (sd3.embeds.shape, sd3.pooled.shape) == ((1, 333, 4096), (1, 2048))
-
-
-def test_full_models_are_bfloat16_except_decoder_and_adapter(full):
-    for backbone in full.values():
         adapter = {id(p) for p in backbone.lora_parameters().values()}
         base = {p.dtype for p in backbone.transformer.parameters() if id(p) not in adapter}
         assert base == {torch.bfloat16}
         assert {p.dtype for p in backbone.lora_parameters().values()} == {torch.float32}
         assert {p.dtype for p in backbone.pipeline.vae.parameters()} == {torch.float32}
+    flux, sd3 = (full[name].embed([""]) for name in ("flux", "sd3"))
+    assert (flux.embeds.shape, flux.pooled.shape) == ((1, 512, 4096), (1, 768))
+    assert (sd3.embeds.shape, sd3.pooled.shape) == ((1, 333, 4096), (1, 2048))
 
 
 @pytest.mark.parametrize("name, parameters", [("clip", 427_616_513), ("pickscore", 986_109_441)])
@@ -93,23 +84,21 @@ def test_reward_models_have_gradients():
 
 
 def test_every_method_gets_the_micro_batches_that_fit():
-    assert rehearse.affordable({"a": 1.0, "b": 2.0}, 10.0, 5) == 3
-    assert rehearse.affordable({"a": 1.0, "b": 2.0}, 100.0, 5) == 5
+    seconds = {"a": 1.0, "b": 2.0}
+    assert [rehearse.affordable(seconds, available, 5) for available in (10, 100)] == [3, 5]
     with pytest.raises(ValueError, match="^--time-limit: .* about 3 s and 2.4 s are left"):
-        rehearse.affordable({"a": 1.0, "b": 2.0}, 2.4, 5)
+        rehearse.affordable(seconds, 2.4, 5)
 
 
-@pytest.mark.parametrize(
-    "name, seconds",
-    [
-        ("tafs_grpo", (13 + 2) * 2 + 3 * 0.5),  # 4 + 3 x 3 evaluations, and 2 for the KL
-        ("flow_grpo", (28 + 2) * 2 + 0.5),
-        ("rg_lcd", (16 + 2) * 2 + 16 * 0.5),
-    ],
-)
-def test_seconds_follow_from_single_calls(name, seconds):
+def test_seconds_follow_from_single_calls():
     calls = rehearse.Calls(forward=1.0, trained=6.0, reward=0.5)
-    assert rehearse.predict(registry.create(name, {}), calls) == seconds
+    expected = {
+        "tafs_grpo": (13 + 2) * 2 + 3 * 0.5,  # 4 + 3 x 3 evaluations, and 2 for the KL
+        "flow_grpo": (28 + 2) * 2 + 0.5,
+        "rg_lcd": (16 + 2) * 2 + 16 * 0.5,
+    }
+    found = {name: rehearse.predict(registry.create(name, {}), calls) for name in expected}
+    assert found == expected
 
 
 def test_the_reference_runs_first_on_groups_of_one_micro_batch():
@@ -167,14 +156,11 @@ def test_the_rows_hold_the_derived_figures():
     assert (second["ratio"], second["published ratio"]) == ("2", "2.138")
     # Evaluations without gradients count once.
     other = row("rg_lcd", "RG-LCD", nfe_old=12, nfe_theta=1, others=1.0, sample=1, update=0.25)
-    [found] = table_of(report.render(SETTING, [other]))
+    text = report.render(SETTING, [other], {"tafs_grpo": "out of GPU memory"}, ["flow_grpo"])
+    [found] = table_of(text)
     assert (found["MFU update"], found["computed"]) == ("40.0 %", "30.0 %")
     assert found["ratio"] == found["published ratio"] == "-"
-
-
-def test_failed_and_pending_methods_are_listed():
-    text = report.render(SETTING, [TAFS], {"rg_lcd": "out of GPU memory"}, ["flow_grpo"])
-    assert "\nFailed:\n\n- rg_lcd: out of GPU memory\n" in text
+    assert "\nFailed:\n\n- tafs_grpo: out of GPU memory\n" in text
     assert "\nNot run: flow_grpo.\n" in text
 
 

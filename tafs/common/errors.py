@@ -15,10 +15,7 @@ class RunFailed(RuntimeError):
 
 
 class ToBeContinued(RuntimeError):
-    """Work stopped early with its state saved; the message is one line.
-
-    Running the same command again continues it.
-    """
+    """Work stopped with its state saved; the same command continues it. The message is one line."""
 
 
 def exit_code(error: Exception) -> int | None:
@@ -35,14 +32,12 @@ def run_cli(
 ) -> None:
     """Run `work`; print an expected failure as one line and exit with its code.
 
+    Any other error is raised, so that its traceback is printed.
+
     Args:
         what: the prefix of the line.
         work: what the command does.
         note: called with the exit code and the message before the process ends.
-
-    Raises:
-        SystemExit: `work` failed with an error that `exit_code` knows.
-        Exception: any other error of `work`, so that its traceback is printed.
     """
     try:
         work()

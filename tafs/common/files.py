@@ -13,11 +13,7 @@ import safetensors
 
 
 def sha256(file: Path) -> str:
-    """Return the SHA-256 of a file's content in hexadecimal.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
+    """Return the SHA-256 of a file's content in hexadecimal."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
@@ -38,7 +34,6 @@ def atomic(path: Path, *, shared: bool = False) -> Iterator[Path]:
         OSError: the file cannot be written (safetensors' own error is converted).
         Exception: any error of the block. `path` is unchanged.
     """
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not shared:
         for left in path.parent.glob(f".tmp-*-{glob.escape(path.name)}"):

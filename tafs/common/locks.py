@@ -34,13 +34,11 @@ def held(file: Path, waiting: Callable[[str], None] | None = None) -> Iterator[N
 
     Args:
         file: the lock's file; its folder is created.
-        waiting: called once with a description of the holder if the lock is taken, before waiting
-            for it. None: do not wait.
+        waiting: called with a description of the holder before waiting for it. None: do not wait.
 
     Raises:
         Busy: another process holds the lock and `waiting` is None.
         RunFailed: the file system does not support locks.
-        OSError: the file cannot be written.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(file, poll_interval=POLL, fallback_to_soft=False, on_acquired=_write_holder)

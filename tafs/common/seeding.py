@@ -10,16 +10,10 @@ import torch
 def generator(
     seed: int, stream: str, *indices: int, device: str | torch.device = "cpu"
 ) -> torch.Generator:
-    """Return the generator of one stream at one position.
+    """Return the generator of one stream at one position, for example an iteration.
 
-    Streams are named ("start", "step", "prompts", ...), so that start noise and step noise never
-    share numbers. A run resumed at iteration k draws the numbers that it would have drawn.
-
-    Args:
-        seed: of the run.
-        stream: its name.
-        indices: the position in the stream, for example the iteration.
-        device: of the generator.
+    Streams are named ("start", "step", ...), so that start noise and step noise never share
+    numbers, and a resumed run draws the numbers that it would have drawn.
     """
     key = ":".join([str(seed), stream, *(str(i) for i in indices)])
     digest = hashlib.sha256(key.encode()).digest()

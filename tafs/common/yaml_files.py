@@ -42,25 +42,18 @@ def load_yaml(path: Path, kind: type) -> Any:
         raise ConfigError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
     try:
         raw = YAML(typ="safe", pure=True).load(text)
-    except DuplicateKeyError as error:
-        key = str(error.problem).removeprefix('found duplicate key "').partition('"')[0]
-        raise ConfigError(
-            f"{path}: {_line(error)}{key!r} is given twice; keep one of them"
-        ) from None
     except (YAMLError, ValueError, KeyError) as error:
+        mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
+        where = path if mark is None else f"{path}: line {mark.line + 1}"
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(
-            f"{path}: {_line(error)}is not YAML ({problem}); correct it there"
-        ) from None
+        if isinstance(error, DuplicateKeyError):
+            key = problem.removeprefix('found duplicate key "').partition('"')[0]
+            raise ConfigError(f"{where}: {key!r} is given twice; keep one of them") from None
+        raise ConfigError(f"{where}: is not YAML ({problem}); correct it there") from None
     if not isinstance(raw, kind):
         wanted = "mapping of keys to values" if kind is dict else "list"
         raise ConfigError(f"{path}: does not hold a {wanted}; write one")
     return raw
-
-
-def _line(error: Exception) -> str:
-    mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
-    return "" if mark is None else f"line {mark.line + 1}: "
 
 
 def first_problem(error: ValidationError, model: type[BaseModel]) -> str:
@@ -76,7 +69,7 @@ def first_problem(error: ValidationError, model: type[BaseModel]) -> str:
     parts = [str(part) for part in first["loc"] if part != "[key]"]
     path = ".".join(one_line(part, 80) for part in parts)
     if first["type"] == "extra_forbidden":
-        return f"unknown key {path!r}{suggestion(parts[-1], known_keys(model, first['loc']))}"
+        return f"unknown key {path!r}{suggestion(parts[-1], _known_keys(model, first['loc']))}"
     if first["type"] == "missing":
         return f"missing key {path!r}; add it"
     problem = one_line(first["msg"].removeprefix("Value error, "))
@@ -85,7 +78,7 @@ def first_problem(error: ValidationError, model: type[BaseModel]) -> str:
     return f"{path}: {problem[0].lower() + problem[1:]} (got {shown(first['input'])})"
 
 
-def known_keys(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
+def _known_keys(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
     """The keys that are allowed beside the one at `location`, a path into `model`."""
     for part in location[:-1]:
         field = model.model_fields.get(str(part))

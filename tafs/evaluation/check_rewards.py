@@ -22,12 +22,7 @@ from tafs.runtime.run_dir import RunDir
 
 
 def check_rewards(run: RunDir, out: Path) -> None:
-    """Check or store the golden scores of all rewards; write them to `out`.
-
-    Raises:
-        ValueError: the run's asset source has no golden scores.
-        RunFailed: a reward does not reproduce its golden scores, or the server failed.
-    """
+    """Check or store the golden scores of all rewards; write them to `out`."""
     spec, evaluation = run_inputs.run_spec(run), run_inputs.eval_spec(run)
     source = run_inputs.asset_source(spec)
     file = source.golden_scores
@@ -56,7 +51,7 @@ def main() -> None:
 
     def work() -> None:
         limit_threads()
-        if run_inputs.run_spec(run).assets.device == "cuda":
+        if run.device == "cuda":
             gpus.claim(1)
         check_rewards(run, Path(sys.argv[2]))
 

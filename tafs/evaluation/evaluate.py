@@ -43,10 +43,6 @@ SAVE_EVERY_S = 300.0  # the work that a kill may cost
 def evaluate(run: RunDir, deadline: Deadline | None = None) -> None:
     """Write the run's scores and samples, and its images if a server scores them too.
 
-    Args:
-        run: the run's folder.
-        deadline: of the job; None: no time limit.
-
     Raises:
         FileNotFoundError: a trained run has no adapter, or a snapshot is missing; names it.
         ValueError: the adapter or a snapshot is not the one that training wrote; names it.
@@ -77,10 +73,8 @@ def evaluate(run: RunDir, deadline: Deadline | None = None) -> None:
                 if partial.done < len(prompts) * setting.images_per_prompt:
                     # Score at least one batch; otherwise a job with no time left requeues forever.
                     if worked and deadline.expired:
-                        raise errors.ToBeContinued(
-                            f"saved before {partial.folder.name}, to be continued: "
-                            f"{deadline.expired}"
-                        )
+                        line = f"saved before {partial.folder.name}, to be continued"
+                        raise errors.ToBeContinued(f"{line}: {deadline.expired}")
                     worked = True
                     model = model or generate.load_model(run, spec, evaluation, iteration)
                     score_setting(model, rewards, prompts, evaluation, partial, deadline)
@@ -110,10 +104,7 @@ def score_setting(
         prompts: the held-out prompts.
         evaluation: the batch size, and whether images are kept for a server.
         partial: the scores so far, to which the others are added.
-        deadline: of this job.
-
-    Raises:
-        ToBeContinued: the job's time is nearly over; the scores so far are saved.
+        deadline: of this job; near it, the scores are saved and ToBeContinued is raised.
     """
     setting = partial.setting
     shown = set(first_of_each(prompts, SAMPLES_PER_TAG))
@@ -136,10 +127,8 @@ def score_setting(
                     if image == 0 and p in shown:
                         partial.first[p] = pixels
                     if archive is not None:
-                        key = image_archive.Key(
-                            partial.after, setting.sampler, setting.nfe, p, image
-                        )
-                        archive.add(key, pixels)
+                        place = (partial.after, setting.sampler, setting.nfe, p, image)
+                        archive.add(image_archive.Key(*place), pixels)
                 deadline.tick()
                 due = time.monotonic() - begun >= SAVE_EVERY_S
                 if due or partial.done == total or deadline.expired:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +13,14 @@ from tafs.common import seeding
 from tafs.experiment import run_inputs
 from tafs.experiment.specs import PIPELINE, EvalSetting, EvalSpec, RunSpec
 from tafs.models import sampling
+from tafs.models.base import Backbone
 from tafs.runtime.run_dir import RunDir
 
 # All models are judged on the same start noise. It differs from the seed of every training run.
 EVALUATION_SEED = 1_000_003
 
 Keys = list[tuple[int, int]]  # (prompt, image) of a batch
+Images = Iterator[tuple[Keys, Tensor]]
 
 
 @torch.no_grad()
@@ -29,7 +31,7 @@ def sample(
     batch: int,
     seed: int = EVALUATION_SEED,
     first: int = 0,
-) -> Iterator[tuple[Keys, Tensor]]:
+) -> Images:
     """Generate images in batches; the images of a prompt are adjacent.
 
     Image i of prompt p has the same start noise in every setting, also in settings with fewer
@@ -48,31 +50,22 @@ def sample(
     """
     keys = list(itertools.product(range(len(texts)), range(setting.images_per_prompt)))
     starts = range(first, len(keys), batch)
-    draw = _pipeline if setting.sampler == PIPELINE else _backbone
-    yield from draw(model, texts, setting, seed, ((n, keys[n : n + batch]) for n in starts))
+    batches = {n: keys[n : n + batch] for n in starts}
+    if setting.sampler != PIPELINE:
+        yield from _of_backbone(model, texts, setting, seed, batches)
+        return
+    for part in batches.values():
+        generators = [seeding.generator(seed, "start", image, p) for p, image in part]
+        yield part, model.generate([texts[p] for p, _ in part], generators, setting.nfe)
 
 
-def _pipeline(
-    model: Any,
+def _of_backbone(
+    model: Backbone,
     texts: Sequence[str],
     setting: EvalSetting,
     seed: int,
-    batches: Iterator[tuple[int, Keys]],
-) -> Iterator[tuple[Keys, Tensor]]:
-    """Images of a ReferencePipeline."""
-    for _, keys in batches:
-        generators = [seeding.generator(seed, "start", image, p) for p, image in keys]
-        yield keys, model.generate([texts[p] for p, _ in keys], generators, setting.nfe)
-
-
-def _backbone(
-    model: Any,
-    texts: Sequence[str],
-    setting: EvalSetting,
-    seed: int,
-    batches: Iterator[tuple[int, Keys]],
-) -> Iterator[tuple[Keys, Tensor]]:
-    """Images of a Backbone."""
+    batches: Mapping[int, Keys],
+) -> Images:
     shape = (len(texts), *model.latent_shape)
     noise = [
         torch.randn(shape, generator=seeding.generator(seed, "start", image))
@@ -82,7 +75,7 @@ def _backbone(
     uniform = setting.sampler == "anneal"
     grid = sampling.uniform_grid(setting.nfe) if uniform else model.time_grid(setting.nfe)
     model.prepare(texts)
-    for first, keys in batches:
+    for first, keys in batches.items():
         cond = model.encode([texts[p] for p, _ in keys])
         x_0 = sampling.integrate(
             lambda x, t, c=cond: model.velocity(x, t, c),  # type: ignore[misc]
@@ -106,9 +99,6 @@ def load_model(run: RunDir, spec: RunSpec, evaluation: EvalSpec, iteration: int 
 
     Args:
         iteration: of a snapshot; None: the final model, or the untrained one of a base run.
-
-    Raises:
-        FileNotFoundError, ValueError: the adapter or a model's file is missing or altered.
     """
     model = run_inputs.asset_source(spec).model(spec.backbone, evaluation.resolution)
     if spec.trained:

@@ -33,11 +33,7 @@ class Key(NamedTuple):
 
     @classmethod
     def of(cls, member: str) -> Key:
-        """The key of a name that `member` gave.
-
-        Raises:
-            ValueError: it is another name.
-        """
+        """The key of a name that `member` gave; ValueError for any other name."""
         iteration, sampler, nfe, prompt, image = member.removesuffix(".png").split("/")
         return cls(int(iteration), sampler, int(nfe), int(prompt), int(image))
 
@@ -47,35 +43,28 @@ def pixels(images: Tensor) -> Tensor:
     return (images.permute(0, 2, 3, 1) * 255).round().byte().cpu().contiguous()
 
 
-class Archive:
-    """An archive that is open for writing."""
-
-    def __init__(self, archive: zipfile.ZipFile) -> None:
-        self._archive = archive
+class Archive(zipfile.ZipFile):
+    """An archive of images."""
 
     def add(self, key: Key, image: Tensor) -> None:
         """Add an image, uint8 [H, W, 3]."""
         encoded = io.BytesIO()
         Image.fromarray(image.numpy()).save(encoded, "PNG", compress_level=1)
         # ZipInfo has a fixed date, so that equal images give equal archives.
-        self._archive.writestr(zipfile.ZipInfo(key.member), encoded.getvalue())
+        self.writestr(zipfile.ZipInfo(key.member), encoded.getvalue())
 
 
 @contextmanager
 def writing(file: Path) -> Iterator[Archive]:
     """Open an archive for writing; `file` appears when the block ends without an error."""
-    # PNG is compressed already.
-    with files.atomic(file) as path, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        yield Archive(archive)
+    # Not compressed, because PNG is.
+    with files.atomic(file) as path, Archive(path, "w", zipfile.ZIP_STORED) as archive:
+        yield archive
 
 
 def join(archives: Sequence[Path], file: Path) -> None:
-    """Write one archive with the images of several, in their order.
-
-    Raises:
-        OSError, zipfile.BadZipFile: an archive cannot be read, or `file` cannot be written.
-    """
-    with files.atomic(file) as path, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as joined:
+    """Write one archive with the images of several, in their order."""
+    with writing(file) as joined:
         for archive in archives:
             with zipfile.ZipFile(archive) as part:
                 for member in part.infolist():
@@ -90,7 +79,6 @@ def read(file: Path, batch: int) -> Iterator[tuple[list[Key], Tensor]]:
 
     Raises:
         FileNotFoundError, ValueError: the file is missing or not an archive of images; names it.
-        OSError: the file cannot be read.
     """
     if not file.is_file():
         raise FileNotFoundError(
@@ -101,7 +89,8 @@ def read(file: Path, batch: int) -> Iterator[tuple[list[Key], Tensor]]:
             members = archive.namelist()
             for low in range(0, len(members), batch):
                 part = members[low : low + batch]
-                stacked = np.stack([_decoded(archive.read(member)) for member in part])
+                decoded = (Image.open(io.BytesIO(archive.read(member))) for member in part)
+                stacked = np.stack([np.asarray(image.convert("RGB")) for image in decoded])
                 tensor = torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 255
                 yield [Key.of(member) for member in part], tensor
     except (zipfile.BadZipFile, OSError, ValueError) as error:
@@ -110,7 +99,3 @@ def read(file: Path, batch: int) -> Iterator[tuple[list[Key], Tensor]]:
         raise ValueError(
             f"{file}: not an archive of images ({error}); delete it and evaluate the run again"
         ) from None
-
-
-def _decoded(content: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))

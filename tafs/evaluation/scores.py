@@ -29,7 +29,7 @@ class PartialScores:
         run: the run's folder.
         setting: the setting.
         after: iterations of training of the setting's model.
-        fingerprint: of everything that decides the scores.
+        fingerprint: of everything that determines the scores.
     """
 
     def __init__(self, run: RunDir, setting: EvalSetting, after: int, fingerprint: str) -> None:
@@ -54,11 +54,7 @@ class PartialScores:
         self.done += len(values)
 
     def save(self, archive: Path | None) -> None:
-        """Write the state.
-
-        Args:
-            archive: the images since the last call, if images are kept.
-        """
+        """Write the state, with the archive of the images since the last call if they are kept."""
         if archive is not None:
             self.archives[archive.name] = sha256(archive)
         tensors = {f"scores/{name}": torch.cat(parts) for name, parts in self.scores.items()}

@@ -54,14 +54,10 @@ def serving(command: Sequence[str], folder: Path, log: Path) -> Iterator[str]:
         port = probe.getsockname()[1]
     filled = [part.format(folder=folder, port=port) for part in command]
     url = f"http://127.0.0.1:{port}"
-    with log.open("w+b") as output:
+    with log.open("w+b") as out:
         try:
             server = subprocess.Popen(
-                filled,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=_end_with_parent,
+                filled, stdout=out, stderr=out, start_new_session=True, preexec_fn=_end_with_parent
             )
         except OSError as error:
             raise errors.RunFailed(f"{filled[0]}: cannot be started ({error.strerror})") from None
@@ -69,8 +65,8 @@ def serving(command: Sequence[str], folder: Path, log: Path) -> Iterator[str]:
             try:
                 wait_ready(url, START_TIMEOUT_S, alive=lambda: server.poll() is None)
             except errors.RunFailed as error:
-                output.seek(0)
-                lines = output.read()[-2000:].decode(errors="replace").strip().splitlines()
+                out.seek(0)
+                lines = out.read()[-2000:].decode(errors="replace").strip().splitlines()
                 last = errors.one_line(lines[-1]) if lines else ""
                 raise errors.RunFailed(f"{error}; its last line in {log}: {last}") from None
             yield url
@@ -97,11 +93,7 @@ def _signal_group(server: subprocess.Popen[bytes], number: signal.Signals) -> No
 
 @contextmanager
 def served_reward(run: RunDir, spec: RunSpec, images: int) -> Iterator[UnifiedReward]:
-    """The reward of the server, which runs inside the block.
-
-    Args:
-        images: the total number of images to score.
-    """
+    """The client of the server, which runs inside the block and scores `images` images."""
     source = run_inputs.asset_source(spec)
     folders = [source.folder(resource) for resource in UnifiedReward.metric.resources]
     with serving(_command(), folders[0], run.folder / "server.log") as url:
@@ -109,11 +101,7 @@ def served_reward(run: RunDir, spec: RunSpec, images: int) -> Iterator[UnifiedRe
 
 
 def _command() -> list[str]:
-    """The server's command from TAFS_SERVER.
-
-    Raises:
-        ValueError: it is not a JSON list of strings.
-    """
+    """The server's command from TAFS_SERVER."""
     try:
         command = json.loads(os.environ.get("TAFS_SERVER", ""))
     except ValueError:

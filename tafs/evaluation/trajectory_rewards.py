@@ -44,11 +44,7 @@ def trajectory_images(
 
 
 def write(run: RunDir) -> None:
-    """Write the run's trajectory_rewards.parquet.
-
-    Raises:
-        ValueError: there are fewer training prompts than `correlation_prompts`.
-    """
+    """Write the run's trajectory_rewards.parquet."""
     spec, evaluation = run_inputs.run_spec(run), run_inputs.eval_spec(run)
     source, seed = run_inputs.asset_source(spec), generate.EVALUATION_SEED
     backbone = generate.load_model(run, spec, evaluation, None)

@@ -1,7 +1,6 @@
-"""The resume state of a training run.
+"""The resume state of a training run, in its own folder, which Snakemake does not delete.
 
-Snakemake deletes declared outputs before every attempt, so the state is kept beside them, in its
-own folder (`<run>/.state/`). Layout, where the highest number is the newest generation:
+Layout, where the highest number is the newest generation:
 
     <folder>/000007/tensors.safetensors
                     values.json      fingerprint, iteration and the caller's values
@@ -63,10 +62,8 @@ def save(
         values: JSON. Tuples are loaded as lists and keys as strings.
 
     Raises:
-        OSError: the state could not be written, for example because the disk is full.
-        TypeError: `values` is not JSON.
+        OSError: the state could not be written.
     """
-    folder = Path(folder)
     # Cloned, because safetensors refuses tensors that share memory.
     copies = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -106,8 +103,8 @@ def load(
 ) -> State | None:
     """Return the newest intact state with this fingerprint, or None.
 
-    A state that is damaged, incomplete or of another fingerprint is skipped with one line in the
-    log and in `State.notes`. It stays on the disk until `save` or `clear` removes it.
+    Any other state is skipped with one line in the log and in `State.notes`. It stays on the disk
+    until `save` or `clear` removes it.
 
     Args:
         folder: of the resume state.
@@ -115,21 +112,19 @@ def load(
         lacks: returns what a state refers to but is missing, in words, or "".
     """
     notes: list[str] = []
-    for generation in _generations(Path(folder)):
+    for generation in _generations(folder):
         reason = _damage(generation)
         if not reason:
             try:
                 content = json.loads((generation / VALUES).read_bytes())
-                if content["fingerprint"] == fingerprint:
-                    # From bytes: a mapped file cannot be deleted cleanly on a network file system.
-                    tensors = safetensors.torch.load((generation / TENSORS).read_bytes())
-                    state = State(content["iteration"], tensors, content["values"], notes)
-                    reason = lacks(state)
-                    if not reason:
-                        return state
-                else:
-                    found = content["fingerprint"]
+                # From bytes: a mapped file cannot be deleted cleanly on a network file system.
+                tensors = safetensors.torch.load((generation / TENSORS).read_bytes())
+                state = State(content["iteration"], tensors, content["values"], notes)
+                found = content["fingerprint"]
+                if found != fingerprint:
                     reason = f"its fingerprint is {found}, the run's is {fingerprint}"
+                elif not (reason := lacks(state)):
+                    return state
             except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
                 reason = f"it is not a resume state ({one_line(str(error))})"
         notes.append(f"ignored the resume state {generation}: {reason}")
@@ -139,17 +134,14 @@ def load(
 
 def clear(folder: Path) -> None:
     """Remove the resume state, if there is one."""
-    if Path(folder).exists():
+    if folder.exists():
         shutil.rmtree(folder)
 
 
 def pack_optimizer(
-    optimizer: torch.optim.Optimizer, prefix: str = "optimizer"
+    optimizer: torch.optim.Optimizer,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Copy an optimizer's state to tensors `<prefix>/<parameter>/<name>` and JSON `<prefix>`.
-
-    Both can be merged with other entries and passed to `save`.
-    """
+    """Copy an optimizer's state to tensors and JSON, which can be merged with others for `save`."""
     packed = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     state: dict[str, dict[str, Any]] = {}
@@ -157,31 +149,26 @@ def pack_optimizer(
         state[str(index)] = {}
         for name, value in entries.items():
             if isinstance(value, Tensor):
-                tensors[f"{prefix}/{index}/{name}"] = value.detach().to("cpu", copy=True)
+                tensors[f"optimizer/{index}/{name}"] = value.detach().to("cpu", copy=True)
             else:
                 state[str(index)][name] = value
-    return tensors, {prefix: {"state": state, "param_groups": packed["param_groups"]}}
+    return tensors, {"optimizer": {"state": state, "param_groups": packed["param_groups"]}}
 
 
 def unpack_optimizer(
-    optimizer: torch.optim.Optimizer,
-    tensors: Mapping[str, Tensor],
-    values: Mapping[str, Any],
-    prefix: str = "optimizer",
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], values: Mapping[str, Any]
 ) -> None:
-    """Restore the state that `pack_optimizer` copied into an optimizer over the same parameters.
-
-    The restored state is bit-identical. Entries with other prefixes are ignored.
+    """Restore what `pack_optimizer` copied, bit for bit; other entries are ignored.
 
     Raises:
-        KeyError: there is no state with this prefix.
         ValueError: the parameter groups differ.
     """
-    packed = values[prefix]
+    packed = values["optimizer"]
     state = {int(index): dict(entries) for index, entries in packed["state"].items()}
     for key, tensor in tensors.items():
-        if key.startswith(f"{prefix}/"):
-            index, name = key.removeprefix(f"{prefix}/").split("/")
+        kind, _, place = key.partition("/")
+        if kind == "optimizer":
+            index, name = place.split("/")
             state[int(index)][name] = tensor.clone()
     groups = [
         {
@@ -195,17 +182,13 @@ def unpack_optimizer(
 
 
 def _generations(folder: Path) -> list[Path]:
-    """Return the generations in a folder, newest first."""
+    """The generations in a folder, newest first."""
     found = [path for path in folder.glob("*") if path.name.isdecimal()]
     return sorted(found, key=lambda path: int(path.name), reverse=True)
 
 
 def _damage(generation: Path) -> str:
-    """Describe the damage to a generation's files; "" if they are as written.
-
-    Raises:
-        OSError: the files cannot be read.
-    """
+    """Describe the damage to a generation's files; "" if they are as written."""
     try:
         hashes = json.loads((generation / MANIFEST).read_bytes())["sha256"]
         for name in (TENSORS, VALUES):

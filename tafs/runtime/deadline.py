@@ -1,14 +1,11 @@
-"""The time limit of a job, and stopping in time to save its state.
-
-SIGTERM and SIGUSR1 ask for the same stop at once: after the piece of work in progress.
-"""
+"""The time limit of a job, and stopping in time to save its state."""
 
 from __future__ import annotations
 
 import signal
 import threading
 import time
-from types import FrameType, TracebackType
+from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # Reserved for start-up before the first piece and for saving after the last one.
@@ -18,7 +15,8 @@ RESERVE_S, RESERVE_SHARE = 120.0, 0.2
 class Deadline:
     """Decide whether there is time for another piece of work.
 
-    Inside its `with` block, a signal of `SIGNALS` does not end the process; it sets `expired`.
+    Inside its `with` block, a signal of `SIGNALS` only sets `expired`: work stops after the piece
+    in progress.
 
     Args:
         limit: seconds from `started`. None: no limit.
@@ -57,12 +55,7 @@ class Deadline:
         self._before = {s: signal.signal(s, self._note) for s in SIGNALS} if here else {}
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -45,11 +45,7 @@ class Processes:
         return torch.device("cuda", self.local_rank) if self.kind == "cuda" else torch.device("cpu")
 
     def all_gather(self, tensor: Tensor, dim: int) -> Tensor:
-        """Concatenate the processes' tensors along `dim` in order of rank.
-
-        Args:
-            tensor: of the same shape in every process.
-            dim: to concatenate along.
+        """Concatenate the processes' tensors, of equal shape, along `dim` in order of rank.
 
         Raises:
             PeerLost: another process has ended or does not answer.
@@ -63,11 +59,7 @@ class Processes:
         return torch.cat(parts, dim)
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its sum over the processes, in one float64 all-reduce.
-
-        Raises:
-            PeerLost: another process has ended or does not answer.
-        """
+        """Replace each tensor by its sum over the processes, in one float64 all-reduce."""
         if self.size == 1:
             return
         flat = torch.cat([tensor.flatten().double() for tensor in tensors])
@@ -78,11 +70,7 @@ class Processes:
             tensor.copy_(part.view_as(tensor))
 
     def any(self, asked: bool) -> bool:
-        """Return whether `asked` is true in at least one process.
-
-        Raises:
-            PeerLost: another process has ended or does not answer.
-        """
+        """Return whether `asked` is true in at least one process."""
         count = torch.tensor(float(asked))
         self.sum_([count])
         return bool(count > 0)
@@ -93,9 +81,6 @@ ALONE = Processes()
 
 def from_environment(kind: str = "cpu") -> Processes:
     """Read this process's place from RANK, WORLD_SIZE and LOCAL_RANK, which torchrun sets.
-
-    Args:
-        kind: device type, cpu or cuda.
 
     Raises:
         ValueError: a variable is missing or not a number, or this process has no GPU.
@@ -139,7 +124,7 @@ def connected(kind: str = "cpu") -> Iterator[Processes]:
 
 @contextmanager
 def _peers() -> Iterator[None]:
-    """Convert the error of a failed exchange to one line."""
+    """Convert the error of a failed exchange to a PeerLost."""
     try:
         yield
     except RuntimeError as error:

@@ -26,9 +26,7 @@ _held = ExitStack()  # this process's locks, until it ends
 
 
 def claim(count: int) -> None:
-    """Reserve `count` GPUs for this process until it ends, and hide all others from it.
-
-    Waits until that many are free at once. Child processes see the same GPUs.
+    """Wait for `count` free GPUs, reserve them for this process and its children, hide the others.
 
     Raises:
         RunFailed: the machine has fewer GPUs or cannot list them, or the locks' folder belongs to

@@ -10,27 +10,24 @@ import json
 import math
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 
+@dataclass(frozen=True)
 class Journal:
     """Appends records to a file, from one process (rank 0)."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = Path(path)
+    path: Path
 
     def append(self, kind: str, **fields: Any) -> None:
-        """Write one record and flush it to the disk.
+        """Write one record, and flush it to the disk; a failure leaves the file unchanged.
 
         Args:
             kind: of the record.
             fields: JSON; NaN and infinities are written as null. `time` (Unix seconds) is added
                 unless it is given.
-
-        Raises:
-            TypeError: a field is not JSON; nothing is written.
-            OSError: the record could not be written; the file is unchanged.
         """
         record = {"kind": kind, "time": time.time(), **fields}
         line = (json.dumps(_finite(record), allow_nan=False) + "\n").encode()
@@ -56,7 +53,7 @@ def read(path: Path) -> list[dict[str, Any]]:
         FileNotFoundError: the file does not exist.
         ValueError: a complete line is not a record; names the file and the line.
     """
-    *lines, _ = Path(path).read_bytes().split(b"\n")
+    *lines, _ = path.read_bytes().split(b"\n")
     records = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -70,13 +67,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def iterations(path: Path) -> list[dict[str, Any]]:
-    """Read the records of kind "iteration", sorted and without repetitions.
-
-    A resumed run repeats iterations; the last record of each number is used.
-
-    Raises:
-        FileNotFoundError, ValueError: see `read`.
-    """
+    """Read the records of kind "iteration", sorted; of a repeated iteration, the last one."""
     latest = {r["iteration"]: r for r in read(path) if r["kind"] == "iteration"}
     return [latest[number] for number in sorted(latest)]
 

@@ -73,11 +73,6 @@ def run_processes(count: int, nodes: int, meet: str, command: Sequence[str]) -> 
     Args:
         meet: the host and port where the machines' agents meet; "" for one machine.
         command: the arguments of every process.
-
-    Raises:
-        RunFailed, ValueError: a process failed.
-        ToBeContinued: a signal ended the training.
-        SystemExit: the training saved its state before its time limit (code CONTINUE).
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does
     with tempfile.TemporaryDirectory(prefix="tafs-") as logs:
@@ -110,9 +105,8 @@ def run_processes(count: int, nodes: int, meet: str, command: Sequence[str]) -> 
 def cause(failures: Mapping[int, ProcessFailure]) -> errors.RunFailed | ValueError:
     """Return the error that made the other processes fail, as one line that names its process.
 
-    Args:
-        failures: by rank. Their times are whole seconds and cannot tell a cause from its
-            consequences: lost peers, and the agent's SIGTERM.
+    The failures' times are whole seconds and cannot tell a cause from its consequences, which are
+    lost peers and the agent's SIGTERM.
     """
 
     def described(failure: ProcessFailure) -> str:
@@ -138,12 +132,7 @@ def cause(failures: Mapping[int, ProcessFailure]) -> errors.RunFailed | ValueErr
 
 
 def on_machines(processes: int, nodes: int, first: str, command: Sequence[str]) -> list[str]:
-    """Return the command that starts this module on every machine of the Slurm job.
-
-    Args:
-        first: name of the job's first machine.
-        command: the arguments of every training process.
-    """
+    """Return the command that starts this module on every machine of the Slurm job."""
     meet = f"{first}:{PORT + int(_slurm_job()) % PORTS}"
     return [
         *("srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"),
@@ -153,14 +142,12 @@ def on_machines(processes: int, nodes: int, first: str, command: Sequence[str]) 
 
 
 def first_machine() -> str:
-    """Return the first machine of this Slurm job; Snakemake's job step hides Slurm's list.
-
-    Raises:
-        RunFailed: this is not a Slurm job, or Slurm does not answer.
-    """
+    """Return the first machine of this Slurm job; Snakemake's job step hides Slurm's list."""
     try:
-        nodes = _answer("squeue", "--noheader", "--jobs", _slurm_job(), "--format", "%N")
-        return _answer("scontrol", "show", "hostnames", nodes).splitlines()[0]
+        query = ["squeue", "--noheader", "--jobs", _slurm_job(), "--format", "%N"]
+        nodes = subprocess.check_output(query, text=True, stderr=subprocess.DEVNULL).strip()
+        query = ["scontrol", "show", "hostnames", nodes]
+        return subprocess.check_output(query, text=True).splitlines()[0]
     except (OSError, IndexError, subprocess.CalledProcessError):
         raise errors.RunFailed(
             "several nodes train a run only in a Slurm job; set the scale's nodes to 1"
@@ -169,10 +156,6 @@ def first_machine() -> str:
 
 def _slurm_job() -> str:
     return os.environ.get("SLURM_JOB_ID", "0")
-
-
-def _answer(*question: str) -> str:
-    return subprocess.run(question, capture_output=True, text=True, check=True).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -20,19 +20,14 @@ Work = Callable[[RunDir, Deadline], None]
 
 
 def limit_threads() -> None:
-    """Use one CPU thread per process.
-
-    Two jobs with one thread each finish more work than one job with two, and the order of sums
-    does not depend on the machine.
-    """
+    """Use one CPU thread, so that the order of sums does not depend on the machine."""
     torch.set_num_threads(1)
 
 
 def run_stage(stage: str, work: Work) -> None:
     """Run one stage of the run that the command line names, as the only process in that stage.
 
-    Options: `--minutes`, the job's time limit, and `--started`, its start in Unix seconds. An
-    expected failure is one line, an exit code and the run's failure note. In a process that
+    An expected failure is one line, an exit code and the run's failure note. In a process that
     `tafs.runtime.launch` started, the launcher reports the failure instead.
     """
     options = arguments(stage).parse_args()

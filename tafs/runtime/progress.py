@@ -1,8 +1,4 @@
-"""The progress of running jobs.
-
-Training and evaluation each write a small file in the run's folder, which the live table and
-`tafs status` read. These files are informative only.
-"""
+"""The progress of running jobs, in small files that the live table and `tafs status` read."""
 
 from __future__ import annotations
 
@@ -20,7 +16,7 @@ MIN_INTERVAL = 0.5  # s between two reports of a job
 
 
 class Reporter:
-    """Writes the progress of a job to the run's folder.
+    """Writes the progress of a job, in steps, to the run's folder.
 
     Args:
         folder: of the run.

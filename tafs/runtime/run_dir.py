@@ -41,11 +41,7 @@ class RunDir:
 
     @cached_property
     def description(self) -> dict[str, Any]:
-        """The content of run.json.
-
-        Raises:
-            FileNotFoundError, ValueError: the file is missing or not a JSON object; names it.
-        """
+        """The content of run.json; see `read_json`."""
         return read_json(self.folder / "run.json")
 
     def snapshot(self, iteration: int) -> Path:
@@ -87,11 +83,7 @@ class RunDir:
         return file
 
     def forget_training(self) -> None:
-        """Remove the resume state of a finished training, unless it is being trained again.
-
-        Raises:
-            FileNotFoundError, ValueError: see `verified`.
-        """
+        """Remove the resume state of a finished training, unless it is being trained again."""
         self.verified(None)
         with suppress(locks.Busy), locks.held(self.lock("train")):
             self.clear_state()
@@ -118,10 +110,6 @@ class RunDir:
 
         A job that a killed workflow left behind keeps running; waiting for it avoids doing its
         work twice.
-
-        Raises:
-            FileNotFoundError: the run's folder does not exist.
-            RunFailed, OSError: see `locks.held`.
         """
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{self.folder}: not found; snakemake writes it")
@@ -144,11 +132,7 @@ class RunDir:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object that snakemake wrote from config.yaml.
-
-    Raises:
-        FileNotFoundError, ValueError: the file is missing or not a JSON object; names it.
-    """
+    """Read a JSON object that snakemake wrote from config.yaml; errors name the file."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: not found; snakemake writes it from config.yaml")
     try:

@@ -39,11 +39,7 @@ GUNICORN = "--worker-class=gthread --threads=4 --log-level=warning --no-control-
 
 
 def serve(store: Path, port: int) -> NoReturn:
-    """Replace this process by MLflow's server on 127.0.0.1.
-
-    Raises:
-        ValueError, UnavailableError: there is no store, or MLflow cannot open it.
-    """
+    """Replace this process by MLflow's server on 127.0.0.1."""
     if not (store / DATABASE).exists():
         raise ValueError(f"{store}: nothing is tracked yet; run `make all` or `tafs sync` first")
     with FileLock(store / ".lock"):
@@ -66,7 +62,7 @@ def keep_syncing(sync: Callable[[], Summary], place: object, seconds: float) -> 
             try:
                 done = sync()
                 if done.runs:
-                    print(_describe(done, place), flush=True)
+                    print(done.describe(place), flush=True)
             except Exception as error:  # the next round may find the server or disk repaired
                 _report(error)
             time.sleep(seconds)
@@ -74,19 +70,11 @@ def keep_syncing(sync: Callable[[], Summary], place: object, seconds: float) -> 
         pass
 
 
-def _describe(done: Summary, place: object) -> str:
-    skipped = f", {done.skipped} values that are not finite skipped" if done.skipped else ""
-    waiting = f", {done.waiting} runs not started" if done.waiting else ""
-    return f"{done.runs} runs in {place} ({done.points} new points{skipped}{waiting})"
-
-
 def _report(error: object) -> None:
     print(f"tracking: {mlflow_mirror.brief(error, 500)}", file=sys.stderr, flush=True)
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports bad arguments in one line."""
-
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"tracking: {message}\n")
 
@@ -127,11 +115,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; an error is one line on stderr. Bad arguments end the process with code 2.
-
-    Returns:
-        1 if something could not be done and --best-effort is not given, else 0.
-    """
+    """Run a command; return 1 after an error, or 0 with --best-effort."""
     given = _parse(arguments)
     seen: Seen = {}
 
@@ -147,7 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
         if given.every:
             keep_syncing(sync, place, given.every)
         else:
-            print(_describe(sync(), place))
+            print(sync().describe(place))
     except Exception as error:  # a mirror that fails must not look like a run that fails
         _report(error)
         return 0 if given.command == "sync" and given.best_effort else 1

@@ -65,6 +65,12 @@ class Summary:
     skipped: int  # values of these runs that are not finite
     waiting: int  # run folders in which nothing has started
 
+    def describe(self, place: object) -> str:
+        """One line for the command's output."""
+        skipped = f", {self.skipped} values that are not finite skipped" if self.skipped else ""
+        waiting = f", {self.waiting} runs not started" if self.waiting else ""
+        return f"{self.runs} runs in {place} ({self.points} new points{skipped}{waiting})"
+
 
 Signature = tuple[object, ...]
 Seen = dict[Path, Signature]  # runs as they were mirrored
@@ -78,11 +84,6 @@ def sync(
     Args:
         store: with a server, only its lock is used.
         seen: runs to skip while they are unchanged; the runs of this sync are added.
-
-    Raises:
-        SyncError: a run could not be mirrored.
-        UnavailableError: the store or server cannot be used.
-        OSError, ValueError: the store cannot be written.
     """
     seen = {} if seen is None else seen
     # Taken before the files are read: later changes are left to the next sync.
@@ -114,11 +115,7 @@ def sync(
 
 
 def open_store(store: Path) -> MlflowClient:
-    """Open a store whose lock is held; create it, or upgrade it to this MLflow's schema.
-
-    Raises:
-        UnavailableError: it is damaged, or written by a newer MLflow.
-    """
+    """Open a store whose lock is held; create it, or upgrade it to this MLflow's schema."""
     database = (store / DATABASE).resolve()
     # A new database is renamed when it is complete: a partial one could not be opened again.
     made = database if database.exists() else database.with_name(f"incoming-{DATABASE}")
@@ -150,7 +147,6 @@ class Mirror:
         self._check()
 
     def _check(self) -> None:
-        """Raise UnavailableError if nothing can be mirrored now."""
         try:
             self._client.search_experiments(max_results=1)
         except Exception as error:

@@ -16,6 +16,7 @@ import pandas as pd
 from mlflow.entities import Metric as Point
 from safetensors import safe_open
 
+from tafs.common.files import sha256
 from tafs.rewards.metrics import METRICS, Metric
 from tafs.runtime import journal
 from tafs.runtime.run_dir import RunDir
@@ -45,11 +46,7 @@ class RunView:
 
 
 def read_run(folder: Path) -> RunView | None:
-    """Read a run folder; None if nothing has started in it yet.
-
-    Raises:
-        OSError, ValueError: run.json, the journal or a score table cannot be read; names the file.
-    """
+    """Read a run folder; None if nothing has started in it yet. Errors name the file."""
     run = RunDir(folder)
     description = dict(run.description)
     # While a run trains, its journal is next to its checkpoints.
@@ -81,12 +78,12 @@ def read_run(folder: Path) -> RunView | None:
     return RunView(
         name=name,
         task=str(description.get("task") or "base"),
-        key=_sha256(json.dumps(identity).encode()),
+        key=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
         parameters=parameters,
         tags=_texts(tags.items(), TAG_LENGTH),
         curves=curves,
         scores=scores,
-        scores_sha256=_sha256(b"".join(file.read_bytes() for file in tables)) if tables else "",
+        scores_sha256="".join(map(sha256, tables)),
         started_ms=started,
         ended_ms=ended if records else started,
         skipped=skipped,
@@ -140,11 +137,7 @@ def _curves(iterations: list[dict[str, Any]]) -> tuple[list[Point], int]:
 
 
 def _scores(file: Path) -> tuple[list[Point], int]:
-    """`score/METRIC/SAMPLER/nfe_N` as the tables show it, at the iteration of the scored model.
-
-    Raises:
-        ValueError: the file is not a score table.
-    """
+    """`score/METRIC/SAMPLER/nfe_N` as the tables show it, at the iteration of the scored model."""
     columns = ["metric", "sampler", "nfe", "iteration", "tag", "value"]
     try:
         table = pd.read_parquet(file, columns=columns)
@@ -187,10 +180,6 @@ def _texts(values: Iterable[tuple[str, Any]], length: int) -> dict[str, str]:
         note = f"... ({len(text)} characters)"
         found[valid_key(key)] = text if len(text) <= length else text[: length - len(note)] + note
     return found
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def _modified_ms(file: Path) -> int:

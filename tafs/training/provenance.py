@@ -52,16 +52,11 @@ def code(root: Path) -> dict[str, Any]:
 
 def _git(root: Path, *arguments: str) -> str | None:
     """Git's answer about the repository around `root`; None if git refuses or is not installed."""
+    command = ["git", "-C", str(root), *arguments]
     # Variables such as GIT_DIR and GIT_WORK_TREE would name another repository.
     environment = {name: value for name, value in os.environ.items() if name[:4] != "GIT_"}
     try:
-        done = subprocess.run(
-            ["git", "-C", str(root), *arguments],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        answer = subprocess.check_output(command, env=environment, stderr=subprocess.DEVNULL)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
+    return answer.decode().strip()

@@ -18,7 +18,7 @@ from tafs.training.trainer import Trainer
 
 
 class RunRecorder:
-    """Writes a run's files; only the first process has one.
+    """Writes a run's files, in the first process.
 
     Args:
         run: the run's folder.
@@ -41,8 +41,9 @@ class RunRecorder:
             self.journal.append("start", run=run.name, fingerprint=fingerprint, provenance=origin)
         else:
             self.journal.append("resume", iteration=state.iteration, notes=state.notes)
-        self.seconds: float = 0.0 if state is None else state.values["seconds"]
-        self.snapshots: dict[str, str] = {} if state is None else state.values["snapshots"]
+        kept: dict[str, Any] = {"seconds": 0.0, "snapshots": {}} if state is None else state.values
+        self.seconds: float = kept["seconds"]
+        self.snapshots: dict[str, str] = kept["snapshots"]
         self.saved = 0 if state is None else state.iteration
         self.reporter = Reporter(run.folder, "train", trainer.iterations, self.saved)
 
@@ -51,7 +52,9 @@ class RunRecorder:
         run, trainer = self.run, self.trainer
         self.seconds += record["seconds"]["total"]
         self.journal.append("iteration", **record)
-        self.reporter.advance(_headline(record["rewards"]))
+        # The rewards of the last scored step.
+        last = (f"{name} {values[-1]:.3g}" for name, values in record["rewards"].items())
+        self.reporter.advance("  ".join(last))
         done = record["iteration"] + 1
         if done in trainer.spec.snapshots:
             kept = run.kept_snapshot(done)
@@ -88,8 +91,3 @@ class RunRecorder:
         self.journal.append("end", iterations=iterations, seconds=self.seconds, sha256=digests)
         files.atomic_text(run.journal, self.journal.path.read_text(encoding="utf-8"))
         self.reporter.finish()
-
-
-def _headline(rewards: Mapping[str, list[float]]) -> str:
-    """The rewards of the last scored step, for the progress display."""
-    return "  ".join(f"{name} {values[-1]:.3g}" for name, values in rewards.items())

@@ -57,15 +57,12 @@ def tolerated(images: int) -> int:
 def invalid_images(
     rewards: Mapping[str, Tensor], iteration: int, *, needs_gradients: bool
 ) -> Tensor:
-    """Find the images without a finite reward.
+    """Find the images without a finite reward: bool [groups, G].
 
     Args:
         rewards: of all processes, [K, groups, G] each.
         iteration: for the message.
         needs_gradients: whether the method differentiates the rewards; no image may then lack one.
-
-    Returns:
-        bool [groups, G].
 
     Raises:
         NonFinite: too many images lack a reward; names the first of them and the limit.

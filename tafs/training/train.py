@@ -3,9 +3,9 @@
 It writes adapter.safetensors, journal.jsonl and snapshots/, which holds the adapter after the
 iterations that run.json lists. During training, all of them and the resume state are in
 RUN_DIR/.state, which survives a kill and is ignored if the run's fingerprint has changed. The
-evaluation deletes that folder, not the training: Snakemake repeats a training whose end it did not
-see, and the repeated training then finds nothing left to do. All randomness comes from streams
-of (seed, name, iteration), so a resumed run draws the same numbers as an uninterrupted one.
+evaluation deletes that folder, so that a training that Snakemake repeats finds nothing left to do.
+All randomness comes from streams of (seed, name, iteration), so a resumed run draws the same
+numbers as an uninterrupted one.
 
 `torchrun --standalone --nproc-per-node=8 -m tafs.training.train RUN_DIR` trains the same run on
 eight GPUs, and either command continues what the other started. Each process has an equal share of
@@ -41,18 +41,12 @@ def train(
 ) -> None:
     """Train a run from its newest usable state to its adapter, in each of its processes.
 
-    Args:
-        run: the run's folder.
-        processes: this process's place among those that train together.
-        deadline: of this job; None: no time limit.
-
     Raises:
         NonFinite: too many rewards are missing, or another number is not finite.
         RunFailed: the processes do not see the same resume state.
         ToBeContinued: the job's time is nearly over, or a signal asked it to stop; the state is
             saved. The other processes exit with the same code instead.
-        FileNotFoundError, ValueError: run.json, or a model, reward or prompt set that it names, is
-            missing or wrong.
+        FileNotFoundError, ValueError: run.json or what it names is missing or wrong.
     """
     spec = run_inputs.run_spec(run)
     trainer = trainer_of(spec, processes)
@@ -97,7 +91,7 @@ def _missing_snapshot(run: RunDir, state: checkpoint.State) -> str:
 
 
 def train_together(run: RunDir, deadline: Deadline) -> None:
-    """Run `train` in this process and in those that the launcher started with it."""
+    """Run `train` in each of the processes that were started together."""
     with distributed.connected(run_inputs.run_spec(run).assets.device) as processes:
         train(run, processes, deadline)
 

@@ -39,10 +39,6 @@ class Trainer:
         known: the prompts that iterations draw from.
         processes: this process and its peers.
         shares: the probability of each prompt tag; None: equal probabilities.
-
-    Raises:
-        ValueError: the run has no training settings, or the prompts of an iteration cannot be
-            divided among updates and processes.
     """
 
     def __init__(
@@ -90,8 +86,6 @@ class Trainer:
             lr=self.method.learning_rate,
             weight_decay=self.method.weight_decay,
         )
-
-    # -- one iteration -------------------------------------------------------------------------
 
     def iterate(self, iteration: int) -> dict[str, Any]:
         """Sample, score and update; return the journal's record.
@@ -163,12 +157,9 @@ class Trainer:
 
     @torch.no_grad()
     def _rollout(self, texts: Sequence[str], iteration: int) -> list[Trajectory]:
-        """Sample this process's images in the micro-batches that the update uses.
+        """Sample this process's images, whose groups have the prompts `texts`.
 
-        The ratio before the first update is exactly 1 only if both see the same shapes.
-
-        Args:
-            texts: prompts of this process's groups.
+        The ratio before the first update is 1 only if both use the same micro-batches.
         """
         cond = self.backbone.encode(texts).repeat_interleave(self.group_size)
         shape = self.backbone.latent_shape
@@ -213,11 +204,7 @@ class Trainer:
         image_prompts: Sequence[prompts.Prompt],
         iteration: int,
     ) -> IterationRewards:
-        """Decode and score this process's images; gather the rewards of all processes.
-
-        Args:
-            image_prompts: the prompt of each of this process's images.
-        """
+        """Decode and score this process's images; gather the rewards of all processes."""
         columns: dict[str, list[Tensor]] = {name: [] for name in self.weights}
         low = 0
         for trajectory in trajectories:
@@ -247,15 +234,7 @@ class Trainer:
         )
 
     def _decode(self, latents: Tensor, images: Sequence[int], where: str) -> Tensor:
-        """Decode latents [b, ...] to pixels.
-
-        Args:
-            images: the indices of these images among this process's.
-            where: for the message.
-
-        Raises:
-            NonFinite: the pixels contain NaN or infinity; names the image.
-        """
+        """Decode latents [b, ...] of this process's `images` to pixels, which must be finite."""
         pixels = self.backbone.decode(latents, self.decode_dtype)
         broken = ~pixels.detach().flatten(1).isfinite().all(1)
         if broken.any():
@@ -273,7 +252,7 @@ class Trainer:
         """Take the optimiser steps; return the means of the losses' metrics.
 
         Args:
-            advantages: [T, B] of this process's images.
+            advantages: [T, B]; B are this process's images, as in `image_prompts`.
         """
         metrics: dict[str, list[Tensor]] = {}
         norms = []
@@ -348,13 +327,11 @@ class Trainer:
     ) -> dict[str, Tensor]:
         """Training-scale rewards of latents, with gradients; see `UpdateInputs.rewards`.
 
+        All must be finite: a gradient may not show that one is not.
+
         Args:
-            image_prompts: the prompt of each of this process's images.
             idx: the images of the micro-batch, among this process's.
             part: selects the images of x_0 from `idx`.
-
-        Raises:
-            NonFinite: an image or a reward is NaN or infinite, which a gradient may not show.
         """
         images = idx[part]
         pixels = self._decode(x_0, images, where)
@@ -372,26 +349,21 @@ class Trainer:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Use the averaged adapter inside the block."""
-        self._swap_averages()
+
+        def swap() -> None:
+            for name, parameter in self.parameters.items():
+                parameter.data, self.averages[name] = self.averages[name], parameter.data
+
+        swap()
         try:
             yield
         finally:
-            self._swap_averages()
-
-    def _swap_averages(self) -> None:
-        for name, parameter in self.parameters.items():
-            parameter.data, self.averages[name] = self.averages[name], parameter.data
-
-    # -- resuming ------------------------------------------------------------------------------
+            swap()
 
     def save(
         self, folder: Path, fingerprint: str, iteration: int, values: Mapping[str, Any]
     ) -> None:
-        """Write the resume state after `iteration` iterations.
-
-        Args:
-            values: JSON to keep with it.
-        """
+        """Write the resume state after `iteration` iterations, with JSON values."""
         tensors, optimizer = checkpoint.pack_optimizer(self.optimizer)
         tensors |= {f"lora/{name}": p.detach() for name, p in self.parameters.items()}
         tensors |= {f"ema/{name}": average for name, average in self.averages.items()}

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from support import killable_training as killable
 
 from tafs.common import files
 
@@ -20,29 +19,14 @@ class Killed(BaseException):
     """Stands for SIGKILL: no `except OSError` catches it."""
 
 
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Writing beyond `size` bytes fails with an OSError, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_the_temporary_file_keeps_the_suffix(tmp_path: Path) -> None:
-    file = tmp_path / "new" / "grid.png"
-    with files.atomic(file) as temporary:
-        assert (temporary.suffix, temporary.parent) == (".png", file.parent)
-        temporary.write_bytes(b"image")
-    assert file.read_bytes() == b"image"
+def test_a_text_is_written_without_conversions_and_keeps_its_suffix_meanwhile(tmp_path) -> None:
+    file = tmp_path / "new" / "a.json"
+    files.atomic_text(file, "Zwölf\r\n\n")
+    assert file.read_bytes() == "Zwölf\r\n\n".encode()
     assert list(file.parent.iterdir()) == [file]
-
-
-def test_a_text_is_written_without_conversions(tmp_path: Path) -> None:
-    files.atomic_text(tmp_path / "a.json", "Zwölf\r\n\n")
-    assert (tmp_path / "a.json").read_bytes() == "Zwölf\r\n\n".encode()
+    with files.atomic(file) as temporary:
+        assert (temporary.suffix, temporary.parent) == (".json", file.parent)
+        temporary.touch()
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -90,10 +74,9 @@ def test_a_kill_at_any_step_leaves_the_old_file_or_the_new_one(
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "adapter.safetensors"
     path.write_text("old")
-
-    with largest_file(4096), pytest.raises(OSError):
+    with killable.largest_file(4096), pytest.raises(OSError):
         files.atomic_text(path, "x" * 10_000)
-    with largest_file(4096), pytest.raises(OSError, match=f"{path}: cannot be written"):
+    with killable.largest_file(4096), pytest.raises(OSError, match=f"{path}: cannot be written"):
         files.atomic_write(path, lambda t: save_file({"a": torch.zeros(10_000)}, t))
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]

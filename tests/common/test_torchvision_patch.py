@@ -56,13 +56,10 @@ def test_torchvision_cannot_be_imported_beside_a_cpu_torch_unless_patched() -> N
     assert b"operator torchvision::nms does not exist" in done.stderr
 
 
-def test_patching_again_changes_nothing() -> None:
+def test_torchvision_is_not_patched_twice_or_where_torch_has_cuda(monkeypatch) -> None:
     before = list(torchvision_patch._schemas)
     torchvision_patch.patch_torchvision()
     assert torchvision_patch._schemas == before
-
-
-def test_torchvision_is_not_patched_where_torch_has_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torchvision_patch, "_load_extension", lambda: pytest.fail("looked for it"))
     torchvision_patch.patch_torchvision()

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from support.evaluated import BATCH, copied, write
-from support.killable_training import Process, stage
+from support.killable_training import Process, flip_bit, stage
 
 from tafs.assets.sources import ShapesAssets
 from tafs.common import errors
@@ -46,12 +46,6 @@ def batches(run: RunDir) -> int:
     return len(settings(run)) * -(-len(prompts(run)) // BATCH)
 
 
-def flip_bit(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
 def evaluating(run: RunDir, *options: str, killed_after: int = 0) -> Process:
     """Evaluate in a fork; with `killed_after` it saves every batch, and kills itself after some."""
     save, saved = scores.PartialScores.save, 0
@@ -70,9 +64,6 @@ def evaluating(run: RunDir, *options: str, killed_after: int = 0) -> Process:
         stage("evaluate", evaluate.evaluate, run, options)
 
     return Process(work)
-
-
-# -- what is scored --------------------------------------------------------------------------------
 
 
 def test_every_image_of_every_setting_is_scored_once_by_every_metric(uninterrupted):
@@ -170,9 +161,6 @@ def test_an_untrained_model_is_evaluated_without_an_adapter(ready, tmp_path):
     evaluate.evaluate(run)
     assert set(pd.read_parquet(run.scores)["iteration"]) == {0}
     assert not run.images.exists()
-
-
-# -- resuming --------------------------------------------------------------------------------------
 
 
 def test_jobs_with_time_for_one_batch_give_the_same_files(ready, uninterrupted, tmp_path):

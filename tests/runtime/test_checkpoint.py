@@ -40,7 +40,8 @@ def identical(a: Tensor, b: Tensor) -> bool:
     """Whether dtypes, shapes and all bits are equal, NaN included."""
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
-    return a.contiguous().numpy(force=True).tobytes() == b.contiguous().numpy(force=True).tobytes()
+    a, b = (tensor.detach().contiguous().flatten().view(torch.uint8) for tensor in (a, b))
+    return torch.equal(a, b)
 
 
 @pytest.fixture
@@ -60,6 +61,7 @@ def test_a_state_comes_back_bit_for_bit(folder: Path) -> None:
         "alias": shared,
         "part": shared[1:3, ::2],
         "parameter": torch.nn.Parameter(torch.randn(2)),
+        "half": torch.randn(5).bfloat16(),
     }
     values = {"lr": 0.1 + 0.2, "big": 2**70, "text": "Zwölf", "nested": {"list": [1, None, True]}}
     checkpoint.save(folder, PRINT, 12, tensors, values)
@@ -68,12 +70,6 @@ def test_a_state_comes_back_bit_for_bit(folder: Path) -> None:
     assert (state.iteration, state.values, state.notes) == (12, values, [])
     assert state.tensors.keys() == tensors.keys()
     assert all(identical(state.tensors[name], tensors[name]) for name in tensors)
-    half = {"half": torch.randn(5).bfloat16()}
-    checkpoint.save(folder, PRINT, 13, half, {})
-    state = checkpoint.load(folder, PRINT)
-    assert state is not None
-    assert state.tensors["half"].dtype == torch.bfloat16
-    assert torch.equal(state.tensors["half"], half["half"])
 
 
 def test_the_newest_of_two_generations_is_loaded(folder: Path) -> None:
@@ -85,68 +81,44 @@ def test_the_newest_of_two_generations_is_loaded(folder: Path) -> None:
     assert len(list(folder.iterdir())) == checkpoint.KEPT
 
 
-@pytest.mark.parametrize("content", ["", "[]", "null", "{}", '{"sha256": []}', '{"sha256": {'])
-def test_a_manifest_without_its_hashes_is_damage(folder: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "content", "note"),
+    [
+        *((name, None, f"{name}: No such file") for name in FILES),
+        *((name, "", f"{name} is damaged") for name in FILES),
+        *((FILES[2], text, "manifest.json is damaged") for text in ("[]", "{}", '{"sha256": []}')),
+    ],
+)
+def test_a_missing_or_damaged_file_is_noticed_and_the_previous_state_used(
+    folder: Path, name: str, content: str | None, note: str
+) -> None:
     save(folder, 1)
-    save(folder, 2)
-    (newest(folder) / checkpoint.MANIFEST).write_text(content)
+    for iteration in (2, 3):  # damaged states never displace an intact one
+        save(folder, iteration)
+        (newest(folder) / name).unlink()
+        if content is not None:
+            (newest(folder) / name).write_text(content)
     state = load(folder)
     assert state.iteration == 1
-    assert "manifest.json is damaged" in state.notes[0]
+    assert note in state.notes[0]
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_a_missing_file_is_noticed_and_the_previous_state_used(folder: Path, name: str) -> None:
-    save(folder, 1)
-    save(folder, 2)
-    (newest(folder) / name).unlink()
-    state = load(folder)
-    assert state.iteration == 1
-    assert f"{name}: No such file" in state.notes[0]
-
-
-def test_two_damaged_states_are_no_state(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    save(folder, 1)
-    save(folder, 2)
-    for generation in list(folder.iterdir()):
-        (generation / checkpoint.TENSORS).write_bytes(b"")
-    assert checkpoint.load(folder, PRINT) is None
-    assert len(caplog.messages) == 2
-
-
-def test_a_damaged_state_never_displaces_an_intact_one(folder: Path) -> None:
-    save(folder, 1)
-    save(folder, 2)
-    (newest(folder) / checkpoint.TENSORS).unlink()
-    save(folder, 3)
-    (newest(folder) / checkpoint.TENSORS).unlink()
-    assert load(folder).iteration == 1
-
-
-def test_a_state_of_another_fingerprint_is_refused(
+def test_a_new_fingerprint_starts_over_beside_the_old_state(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    save(folder, 1, "old")
+    save(folder, 7, "old")
     assert checkpoint.load(folder, "new") is None
     (message,) = caplog.messages
     assert "its fingerprint is old, the run's is new" in message
-
-
-def test_a_new_fingerprint_starts_over_beside_the_old_state(folder: Path) -> None:
-    save(folder, 7, "old")
     save(folder, 0, "new")
     assert load(folder, "new").iteration == 0
     old = load(folder, "old")
     assert (old.iteration, len(old.notes)) == (7, 1)
     save(folder, 1, "new")
     assert checkpoint.load(folder, "old") is None
-
-
-def test_clear_removes_the_state(folder: Path) -> None:
-    save(folder, 1)
-    checkpoint.clear(folder)
-    assert not folder.exists()
-    checkpoint.clear(folder)
+    for _ in range(2):
+        checkpoint.clear(folder)
+        assert not folder.exists()
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
@@ -190,22 +162,12 @@ def step(optimizer: torch.optim.Optimizer, seed: int) -> None:
 )
 @settings(max_examples=15)
 def test_a_resumed_optimizer_continues_bit_for_bit(
-    tmp_path_factory: pytest.TempPathFactory,
-    shapes: list[tuple[int, ...]],
-    before: int,
-    lr: float,
-    decay: float,
-    amsgrad: bool,
-    seed: int,
-) -> None:
+    tmp_path_factory, shapes, before, lr, decay, amsgrad, seed
+):
     def build(weights: list[torch.nn.Parameter], lr: float) -> torch.optim.AdamW:
-        groups: list[dict[str, Any]] = [
-            {"params": weights[:1]},
-            {"params": weights[1:], "lr": lr / 2},
-        ]
-        return torch.optim.AdamW(
-            groups, lr=lr, betas=(0.85, 0.97), weight_decay=decay, amsgrad=amsgrad
-        )
+        groups = [{"params": weights[:1]}, {"params": weights[1:], "lr": lr / 2}]
+        settings = {"betas": (0.85, 0.97), "weight_decay": decay, "amsgrad": amsgrad}
+        return torch.optim.AdamW(groups, lr=lr, **settings)
 
     folder = tmp_path_factory.mktemp("state")
     weights = parameters(shapes, seed)
@@ -240,19 +202,12 @@ def test_a_packed_optimizer_is_a_copy_and_can_be_unpacked_twice() -> None:
     weights = parameters([(3, 2)], 0)
     optimizer = torch.optim.AdamW(weights)
     step(optimizer, 0)
-    packed = checkpoint.pack_optimizer(optimizer, "policy/optimizer")
+    packed = checkpoint.pack_optimizer(optimizer)
     kept = {key: tensor.clone() for key, tensor in packed[0].items()}
-    assert set(kept) == {f"policy/optimizer/0/{n}" for n in ("step", "exp_avg", "exp_avg_sq")}
     for _ in range(2):
         step(optimizer, 1)
         assert all(identical(packed[0][key], kept[key]) for key in kept)
-        checkpoint.unpack_optimizer(optimizer, *packed, prefix="policy/optimizer")
-
-
-def test_the_state_of_another_optimizer_is_an_error() -> None:
-    packed = checkpoint.pack_optimizer(torch.optim.AdamW(parameters([(2,), (3,)], 0)))
-    other = torch.optim.AdamW(parameters([(2,)], 0))
+        checkpoint.unpack_optimizer(optimizer, *packed)
+    other = torch.optim.AdamW(parameters([(2,), (3,)], 0))
     with pytest.raises(ValueError, match="parameter group"):
         checkpoint.unpack_optimizer(other, *packed)
-    with pytest.raises(KeyError, match="ema"):
-        checkpoint.unpack_optimizer(other, *packed, prefix="ema")

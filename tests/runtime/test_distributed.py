@@ -21,7 +21,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.killable_training import prepare
+from support.killable_training import before, interrupt, prepare
 from support.toy import call_of, spoil, toy_run, toy_trainer
 
 from tafs.rewards.registry import RewardSet
@@ -50,15 +50,8 @@ def prepared(folder: Path, variant: str) -> RunDir:
 
 def stop_before(iteration: int, run: RunDir) -> None:
     """Train in one process, and stop before an iteration as Ctrl-C does."""
-    iterate = Trainer.iterate
-
-    def stopping(self, number):
-        if number == iteration:
-            raise KeyboardInterrupt
-        return iterate(self, number)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "iterate", stopping)
+    stops = pytest.raises(KeyboardInterrupt)
+    with stops, before(pytest.MonkeyPatch(), "iterate", iteration, interrupt):
         train.train(run)
 
 
@@ -202,24 +195,15 @@ def test_a_failed_job_is_continued_by_one_process_and_by_two(broken, alone, tmp_
         assert resumed == [1]
 
 
-# -- sharing out -----------------------------------------------------------------------------------
-
-
 def trainer(processes: Processes, variant: str = "tafs_grpo") -> Trainer:
     sizes = {"prompts_per_iteration": 8, "micro_batch": 8}
     return toy_trainer(toy_run(variant, training=sizes, updates=2), processes)
 
 
 def test_a_number_of_processes_that_does_not_divide_the_prompts_is_refused():
-    with pytest.raises(ValueError) as raised:
+    problem = "^prompts_per_iteration: 8 prompts in 2 updates cannot be divided among 3 processes"
+    with pytest.raises(ValueError, match=f"{problem}; choose a divisor of 4$"):
         trainer(Processes(0, 3))
-    assert str(raised.value) == (
-        "prompts_per_iteration: 8 prompts in 2 updates cannot be divided among 3 processes; "
-        "choose a divisor of 4"
-    )
-
-
-# -- the connection --------------------------------------------------------------------------------
 
 
 def in_two_processes(work: Callable[[Processes], object]) -> list[int]:
@@ -252,8 +236,7 @@ def test_tensors_are_gathered_in_order_of_rank_and_summed():
         assert processes.all_gather(own.T, dim=1).tolist() == [[1, 11], [2, 12]]
         counts, total = torch.tensor([processes.rank, 5]), torch.tensor(0.5)
         processes.sum_([counts, total])
-        assert counts.tolist() == [1, 10]
-        assert total.item() == 1.0
+        assert (counts.tolist(), total.item()) == ([1, 10], 1.0)
 
     assert in_two_processes(work) == [0, 0]
 
@@ -307,34 +290,15 @@ def test_with_one_process_the_methods_return_their_arguments():
     assert not torch.distributed.is_initialized()
 
 
-@pytest.mark.parametrize(
-    ("environment", "problem"),
-    [
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: 'two' is not a whole number from 1"),
-        ({"WORLD_SIZE": "0"}, "WORLD_SIZE: '0' is not a whole number from 1"),
-        ({"WORLD_SIZE": "2"}, "RANK: '' is not a whole number from 0"),
-        (
-            {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "-1"},
-            "LOCAL_RANK: '-1' is not a whole number from 0",
-        ),
-    ],
-)
-def test_a_wrong_environment_variable_is_named(environment, problem, monkeypatch):
-    for name in ("RANK", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=f"^{problem}; torchrun sets"), distributed.connected():
-        pass
-
-
-def test_the_rank_on_a_machine_is_not_the_rank_in_the_job(monkeypatch):
-    for name, value in {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"}.items():
-        monkeypatch.setenv(name, value)
+@pytest.mark.parametrize("name, given", [("WORLD_SIZE", "0"), ("RANK", ""), ("LOCAL_RANK", "-1")])
+def test_a_wrong_environment_variable_is_named(name, given, monkeypatch):
+    for known, value in {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(known, value)
     assert distributed.from_environment() == Processes(rank=3, size=4, local_rank=1)
-
-
-# -- one process of several ------------------------------------------------------------------------
+    monkeypatch.setenv(name, given)
+    problem = f"^{name}: '{given}' is not a whole number from [01]; torchrun sets"
+    with pytest.raises(ValueError, match=problem), distributed.connected():
+        pass
 
 
 def train_each(folder: RunDir, _: object) -> None:

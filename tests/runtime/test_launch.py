@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -31,15 +30,12 @@ def test_several_machines_without_slurm_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("given", ["--processes=0", "--nodes=2", "--processes=3 --nodes=2"])
-def test_processes_that_machines_cannot_share_are_refused(given):
-    done = subprocess.run(
-        [sys.executable, "-m", "tafs.runtime.launch", "runs/x", *given.split()],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert done.stderr.endswith("--processes must be a positive multiple of --nodes\n")
+def test_processes_that_machines_cannot_share_are_refused(given, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train", "runs/x", *given.split()])
+    with pytest.raises(SystemExit, match="^2$"):
+        launch.main()
+    message = "--processes must be a positive multiple of --nodes\n"
+    assert capsys.readouterr().err.endswith(message)
 
 
 @pytest.mark.parametrize(

