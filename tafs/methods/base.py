@@ -96,8 +96,6 @@ class Method:
         if not low <= getattr(self, name) <= high:
             raise ValueError(f"{name}: {getattr(self, name)} is not between {low} and {high}")
 
-    # -- hooks ---------------------------------------------------------------------------------
-
     def rollout(
         self,
         backbone: Backbone,
@@ -141,8 +139,6 @@ class Method:
     ) -> float | None:
         """Estimate the KL divergence to the base model on one group of images, for the journal."""
         return None
-
-    # -- properties ----------------------------------------------------------------------------
 
     @property
     def evaluation_sampler(self) -> str:

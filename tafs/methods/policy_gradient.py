@@ -48,8 +48,6 @@ class PolicyGradient(Method):
             options = ", ".join(sampling.TRANSITIONS)
             raise ValueError(f"sampler: unknown {self.sampler!r} (available: {options})")
 
-    # -- hooks of a variant --------------------------------------------------------------------
-
     def grid(self, backbone: Backbone, iteration: int) -> Tensor:
         """Return the times of the rollout from 1 to 0, [evaluations + 1]."""
         if self.time_grid == "uniform":
@@ -97,8 +95,6 @@ class PolicyGradient(Method):
     def assign_credit(self, advantages: Tensor, steps: int) -> Tensor:
         """Map advantages of scored images [K, groups, G] to trained steps, [steps, groups, G]."""
         return advantages[-1:].expand(steps, -1, -1)
-
-    # -- shared by all variants ----------------------------------------------------------------
 
     @property
     def shares_start_noise(self) -> bool:

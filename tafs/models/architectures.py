@@ -148,9 +148,6 @@ def of_folder(folder: Path, model: catalog.Model) -> Architecture:
     )
 
 
-# -- sizes -----------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Size:
     """The size of a network."""

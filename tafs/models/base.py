@@ -148,8 +148,6 @@ class Backbone:
                 block.compile()
         return backbone
 
-    # -- the prompts ---------------------------------------------------------------------------
-
     @property
     def negative_prompt(self) -> str | None:
         """The negative prompt of classifier-free guidance; None without such guidance."""
@@ -228,8 +226,6 @@ class Backbone:
             [one.map(lambda tensor: tensor.to(self.device, non_blocking=True)) for one in kept]
         )
 
-    # -- the network ---------------------------------------------------------------------------
-
     @property
     def transformer(self) -> Any:
         return self.pipeline.transformer
@@ -305,8 +301,6 @@ class Backbone:
         config = self.pipeline.scheduler.config
         shift = config.shift if "shift" in config else config.flow_shift
         return shifted(torch.linspace(1, 0, steps + 1), shift)
-
-    # -- LoRA ----------------------------------------------------------------------------------
 
     def add_lora(self, rank: int, alpha: int, generator: torch.Generator) -> None:
         """Attach a new float32 adapter; its B matrices are 0, so that the output is unchanged.

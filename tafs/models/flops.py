@@ -7,21 +7,14 @@ the text encoders would give them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import tafs.common.torchvision_patch  # noqa: F401  # isort: skip
+import diffusers
 import torch
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-)
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -30,13 +23,8 @@ from tafs.models import catalog
 from tafs.models.architectures import Architecture
 from tafs.models.base import Backbone
 from tafs.models.conditioning import Conditioning
-from tafs.models.plugins.flux import FluxBackbone
-from tafs.models.plugins.sd3 import SD3Backbone
 
 META = torch.device("meta")
-
-
-# -- backbones without text encoders ---------------------------------------------------------------
 
 
 class Textless(Backbone):
@@ -55,34 +43,10 @@ class Textless(Backbone):
         )
 
 
-class TextlessFlux(Textless, FluxBackbone):
-    """FLUX.1."""
-
-
-class TextlessSD3(Textless, SD3Backbone):
-    """Stable Diffusion 3.5."""
-
-
-Kind = TypeVar("Kind", bound=Textless)
-CLASSES: dict[str, type[Textless]] = {
-    "FluxPipeline": TextlessFlux,
-    "StableDiffusion3Pipeline": TextlessSD3,
-}
-# By pipeline class: the network's class, the pipeline's, and the components that are left out.
-PARTS: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
-    "FluxPipeline": (
-        FluxTransformer2DModel,
-        FluxPipeline,
-        ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
-    ),
-    "StableDiffusion3Pipeline": (
-        SD3Transformer2DModel,
-        StableDiffusion3Pipeline,
-        (
-            *("text_encoder", "text_encoder_2", "text_encoder_3"),
-            *("tokenizer", "tokenizer_2", "tokenizer_3"),
-        ),
-    ),
+# The network's class, by pipeline class.
+NETWORKS: Mapping[str, Any] = {
+    "FluxPipeline": diffusers.FluxTransformer2DModel,
+    "StableDiffusion3Pipeline": diffusers.SD3Transformer2DModel,
 }
 
 
@@ -99,7 +63,6 @@ def made_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 
 
 def build(
-    kind: type[Kind],
     architecture: Architecture,
     model: catalog.Model,
     *,
@@ -107,32 +70,35 @@ def build(
     dtype: torch.dtype,
     device: torch.device,
     lora_rank: int | None,
-) -> Kind:
+    kind: type[Textless] = Textless,
+) -> Any:
     """Build a backbone like `Backbone.load`, with untrained weights.
 
     Args:
-        kind: a class of `CLASSES`, or a subclass of one.
         architecture: the configuration of all modules.
-        model: the catalogue's entry.
+        model: the catalogue's entry, of a pipeline in `NETWORKS`.
         resolution: of the images, in pixels.
         dtype: of the network's weights.
         device: of all modules.
         lora_rank: the rank of the adapter to attach; None: no adapter.
+        kind: a base class of the backbone, besides the one of the pipeline's plug-in.
     """
-    transformer, pipeline, left_out = PARTS[model.pipeline]
+    pipeline = getattr(diffusers, model.pipeline)
     with made_on(device, dtype):
-        network = transformer(**architecture.transformer)
+        network = NETWORKS[model.pipeline](**architecture.transformer)
     for buffer in network.buffers():  # diffusers creates them in float32
         buffer.data = buffer.to(dtype)
     with made_on(device, torch.float32):
-        decoder = AutoencoderKL(**architecture.vae)
+        decoder = diffusers.AutoencoderKL(**architecture.vae)
     components = {
         "transformer": network,
         "vae": decoder.to(memory_format=torch.channels_last),
-        "scheduler": FlowMatchEulerDiscreteScheduler(**architecture.scheduler),
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(**architecture.scheduler),
     }
-    backbone = kind(
-        pipeline(**components, **dict.fromkeys(left_out)),
+    required, _ = pipeline._get_signature_keys(pipeline)
+    trained = catalog.backbones()[model.pipeline]
+    backbone = type(kind.__name__ + trained.__name__, (kind, trained), {})(
+        pipeline(**(dict.fromkeys(required) | components)),
         tokens=architecture.tokens,
         resolution=resolution,
         guidance=model.guidance,
@@ -142,9 +108,6 @@ def build(
         backbone.add_lora(lora_rank, lora_rank, seeding.generator(0, "lora"))
         network.to(device)  # on the meta device, the adapter's weights are created elsewhere
     return backbone
-
-
-# -- counts ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -259,8 +259,6 @@ def test_stopped_training_continues_to_the_same_adapter(name, tmp_path):
         assert not torch.equal(stopped.parameters[key], parameter)
 
 
-# -- bad numbers (tests/faults/test_bad_numbers.py has them at random places) ----------------------
-
 BAD = [math.nan, math.inf, -math.inf]
 DIFFERENTIABLE = ["reward_instruct", "rg_lcd"]
 

@@ -18,7 +18,6 @@ def test_a_size_is_that_of_the_network(name):
     known = architectures.of_folder(folder, model) if folder else PUBLISHED[name]
     resolution, rank = (24, 4) if embedded else (512, 32 if model.trainable else None)
     backbone = flops.build(
-        flops.CLASSES[model.pipeline],
         known,
         model,
         resolution=resolution,
@@ -35,7 +34,7 @@ def test_a_size_is_that_of_the_network(name):
     "name, parameters", [("sd35-large", 8_056_627_520), ("flux-schnell", 11_891_178_560)]
 )
 def test_compared_models_have_their_published_numbers_of_parameters(name, parameters):
-    transformer, _, _ = flops.PARTS[catalog.read()[name].pipeline]
+    network_class = flops.NETWORKS[catalog.read()[name].pipeline]
     with flops.made_on(flops.META, torch.bfloat16):
-        network = transformer(**PUBLISHED[name].transformer)
+        network = network_class(**PUBLISHED[name].transformer)
     assert sum(p.numel() for p in network.parameters()) == parameters

@@ -62,9 +62,6 @@ def any_checkpoint(request) -> Checkpoint:
     return checkpoint_of(request.param)
 
 
-# -- shapes and sampling ---------------------------------------------------------------------------
-
-
 def test_shapes_and_types_are_those_of_the_interface(any_checkpoint):
     backbone = any_checkpoint.load()
     cond, x_t = backbone.encode(PROMPTS), noise_for(backbone)
@@ -103,9 +100,6 @@ def test_a_resolution_that_splits_a_patch_is_refused(any_checkpoint):
         ValueError, match=f"resolution: {3 * patch + 1} is not a multiple of {patch}"
     ):
         any_checkpoint.load(resolution=3 * patch + 1)
-
-
-# -- prompts ---------------------------------------------------------------------------------------
 
 
 def same(a: Conditioning, b: Conditioning) -> bool:
@@ -180,9 +174,6 @@ def test_only_network_and_autoencoder_stay_on_the_gpu(checkpoint):
     assert on_cpu == {name for name in modules if name.startswith("text_encoder")}
     assert cond.embeds.is_cuda and cond.pooled.is_cuda
     assert all(kept.embeds.is_pinned() for kept in backbone._kept.values())
-
-
-# -- precision and gradients -----------------------------------------------------------------------
 
 
 def gradients(backbone: base.Backbone) -> dict[str, Tensor]:
@@ -268,9 +259,6 @@ def test_compiled_blocks_compute_the_same(checkpoint):
     torch.testing.assert_close(*velocities, atol=1e-3, rtol=1e-3)
 
 
-# -- adapters --------------------------------------------------------------------------------------
-
-
 def test_a_new_adapter_changes_nothing_and_is_the_only_part_that_is_trained(checkpoint):
     plain, fresh = checkpoint.load(), checkpoint.load()
     fresh.add_lora(4, 8, seeding.generator(0, "lora"))
@@ -332,9 +320,6 @@ def test_an_adapter_starts_equal_on_all_devices(checkpoint):
     assert all(torch.equal(adapters[0][n], adapters[1][n]) for n in adapters[0])
 
 
-# -- loading ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", FOUND)
 def test_a_folder_is_loaded_with_the_backbone_of_its_pipeline_class(name):
     checkpoint = checkpoint_of(name)
@@ -348,9 +333,6 @@ def test_a_folder_that_no_backbone_can_load_is_named(tmp_path):
     message = "model_index.json: no backbone trains a 'OtherPipeline' .*FluxPipeline"
     with pytest.raises(ValueError, match=message):
         loading.load(tmp_path)
-
-
-# -- the embedded models ---------------------------------------------------------------------------
 
 
 def test_each_word_of_the_embedded_captions_is_one_token_in_both_tokenizers():

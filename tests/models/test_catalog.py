@@ -40,9 +40,6 @@ def install(tmp_path):
     return of
 
 
-# -- models.yaml -----------------------------------------------------------------------------------
-
-
 def test_the_shipped_models_are_those_of_table_1():
     shipped = catalog.read_file(catalog.FILE).values()
     assert {model.title: model.steps for model in shipped if model.assets == "hub"} == {
@@ -117,9 +114,6 @@ def test_a_missing_file_is_named(tmp_path):
         catalog.read_file(tmp_path / "models.yaml")
 
 
-# -- plug-ins of installed packages ----------------------------------------------------------------
-
-
 @pytest.mark.parametrize("as_file", [False, True])
 def test_an_installed_package_adds_models_as_a_mapping_or_a_file(install, as_file):
     entry, files = repr({"theirs": ENTRY}), {}
@@ -162,9 +156,6 @@ def test_a_wrong_plugin_is_named_in_one_line(install, text, message):
     with install(text), pytest.raises(ValueError, match=message) as raised:
         catalog.read()
     assert len(str(raised.value).splitlines()) == 1
-
-
-# -- the stub (tests/models/test_backbones.py trains with it) --------------------------------------
 
 
 @pytest.mark.parametrize("pipeline", ["StableDiffusion3Pipeline", "SanaPipeline", "OtherPipeline"])

@@ -40,9 +40,6 @@ def load(name: str, folders, resolution: int = 64) -> pipelines.ReferencePipelin
     )
 
 
-# -- images ----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_images_depend_on_prompt_and_generator_only(name, folders):
     size = RESOLUTION.get(MODELS[name].pipeline, 64)
@@ -116,9 +113,6 @@ def test_each_prompt_needs_a_generator(folders):
         load("flux-schnell", folders).generate(PROMPTS, generators(0))
 
 
-# -- what cannot be loaded -------------------------------------------------------------------------
-
-
 def test_a_missing_resource_is_named(folders):
     only = {"hidream-full": folders["hidream-full"]}
     with pytest.raises(FileNotFoundError, match="llama-3.1-8b-instruct: HiDream-I1-Full needs"):
@@ -161,9 +155,6 @@ def test_an_entry_that_does_not_fit_its_pipeline_is_named(folders, tmp_path, cha
     (tmp_path / "model_index.json").write_text(json.dumps(index | {"_class_name": model.pipeline}))
     with pytest.raises(ValueError, match=message):
         pipelines.ReferencePipeline.load(model, {"flux-dev": tmp_path}, resolution=64)
-
-
-# -- the tiny checkpoints' layouts -----------------------------------------------------------------
 
 
 def files(folder: Path) -> set[str]:
