@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,6 @@ from tafs.methods import registry
 from tafs.rewards.metrics import METRICS
 
 CPUS_PER_GPU = 8  # for decoding, writing PNG files and the processes of a server
-TABLE_FORMATS = ("csv", "html", "md", "parquet", "tex")
-FIGURE_FORMATS = ("png", "pdf")
 # The rules that work on one run, in their order.
 STAGES = ("train", "evaluate", "trajectory_rewards", "score_served")
 
@@ -48,8 +47,6 @@ class Graph:
     @cached_property
     def source(self) -> AssetSource:
         return sources.of(next(iter(self.plan.runs.values())).assets)
-
-    # -- files -----------------------------------------------------------------------------------
 
     def folder(self, run: str) -> str:
         return f"{self.root}/runs/{run}"
@@ -90,8 +87,6 @@ class Graph:
         tuning = self.plan.config.tuning
         return list(tuning.grids) if tuning else []
 
-    # -- jobs ------------------------------------------------------------------------------------
-
     @cached_property
     def stages(self) -> dict[str, tuple[str, ...]]:
         """The stages of each run, in the order of STAGES."""
@@ -102,13 +97,8 @@ class Graph:
         for name, run in self.plan.runs.items():
             evaluation = self.plan.evaluations[name]
             evaluated = bool(evaluation.settings)
-            has = {
-                "train": run.trained,
-                "evaluate": evaluated,
-                "trajectory_rewards": name in correlated,
-                "score_served": evaluated and evaluation.served,
-            }
-            found[name] = tuple(stage for stage in STAGES if has[stage])
+            has = (run.trained, evaluated, name in correlated, evaluated and evaluation.served)
+            found[name] = tuple(compress(STAGES, has))
         return found
 
     def jobs(self) -> Iterator[Job]:
@@ -121,14 +111,11 @@ class Graph:
                 yield Job("describe_evaluation", name)
             for stage in stages:
                 yield Job(stage, name)
-            fetched |= {*self.fetched(name)} if "train" in stages else set()
-            fetched |= {*self.fetched(name, judging=True)} if judged else set()
+                fetched |= {*self.fetched(name, judging=stage != "train")}
         yield from (Job("fetch", Path(mark).name) for mark in sorted(fetched))
         if self.reward_check:
             yield Job("check_rewards")
         yield from map(Job, ("report_spec", "compare", "track", "all"))
-
-    # -- assets ----------------------------------------------------------------------------------
 
     def fetched(self, run: str, judging: bool = False) -> list[str]:
         """The marks of the resources that a run's training, or its evaluation, reads."""
@@ -136,12 +123,11 @@ class Graph:
             return []
         spec = self.plan.runs[run]
         others = self.source.metrics(spec.prompts) if judging else spec.rewards
-        names = sources.resources_of([spec.backbone, *others], [spec.prompts])
-        return [self.mark(name) for name in names]
+        return self._marks(sources.resources_of([spec.backbone, *others], [spec.prompts]))
 
-    def mark(self, resource: str) -> str:
-        """The file that marks a resource as downloaded and verified."""
-        return f"{self.root}/resources/{resource}"
+    def _marks(self, resources: Iterable[str]) -> list[str]:
+        """The files that mark resources as downloaded and verified."""
+        return [f"{self.root}/resources/{name}" for name in resources]
 
     @property
     def reward_check(self) -> list[str]:
@@ -156,20 +142,18 @@ class Graph:
     @property
     def check_inputs(self) -> list[str]:
         """The marks of the resources of all metrics."""
-        return [self.mark(name) for name in sources.resources_of(list(METRICS))]
+        return self._marks(sources.resources_of(list(METRICS)))
 
     @property
     def served_inputs(self) -> list[str]:
         """The marks of the resources of the metrics that a server scores."""
         served = [metric.name for metric in METRICS.values() if metric.served]
-        return [self.mark(name) for name in sources.resources_of(served)]
+        return self._marks(sources.resources_of(served))
 
     def locked(self, resource: str) -> str:
         """SHA-256 of a resource's entry in the lock file; a new one downloads it again."""
         lock = Path(self.scale.lock)
         return cache.digest(resource, lock) if lock.is_file() else ""
-
-    # -- execution -------------------------------------------------------------------------------
 
     @property
     def environment(self) -> str:
@@ -178,12 +162,8 @@ class Graph:
         They do not change results, so they are not part of specs or rules. Jobs read downloaded
         files only; without HF_HUB_OFFLINE each look-up of a missing file would retry for long.
         """
-        evaluation = self.scale.evaluation
-        variables = {
-            "HF_HUB_OFFLINE": "1",
-            "TAFS_SERVER": json.dumps(list(evaluation.server)),
-        }
-        text = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
+        server = json.dumps(list(self.scale.evaluation.server))
+        text = f"HF_HUB_OFFLINE=1 TAFS_SERVER={shlex.quote(server)}"
         return text.replace("{", "{{").replace("}", "}}")  # Snakemake formats shell.prefix
 
     def resources(self, stage: str) -> dict[str, Any]:

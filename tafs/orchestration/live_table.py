@@ -6,41 +6,14 @@ import atexit
 import logging
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from tafs.orchestration.snakemake_hooks import JobLog, LoggedJob, screen_handlers
+from tafs.orchestration.snakemake_hooks import JobLog, screen_handlers
 from tafs.runtime.progress import active, aligned, cells, clock
 
 if TYPE_CHECKING:
     from rich.live import Live
-
-
-class RunningJobs(JobLog):
-    """Counts the finished jobs and keeps the running ones.
-
-    Args:
-        say: prints Snakemake's warnings and errors.
-    """
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        super().__init__()
-        self.say = say
-        self.running: dict[int, tuple[LoggedJob, float]] = {}  # with the time of their start
-        self.done = self.total = 0
-
-    def started(self, job: LoggedJob) -> None:
-        self.running[job.id] = (job, time.time())
-
-    def ended(self, job: int) -> None:
-        self.running.pop(job, None)
-
-    def progressed(self, done: int, total: int) -> None:
-        self.done, self.total = done, total
-
-    def warned(self, text: str) -> None:
-        self.say(text)
 
 
 class LiveTable:
@@ -56,7 +29,7 @@ class LiveTable:
         self.runs = runs
         self.stream = stream
         self.title = title
-        self.jobs = RunningJobs(self.say)
+        self.jobs = JobLog(self.say)
         self.failed = 0  # jobs that were given up
         self.interval = 1.0 if stream.isatty() else 30.0
         self._live: Live | None = None
@@ -113,11 +86,11 @@ class LiveTable:
             head += f", {self.failed} failed"
         reports = {(r["stage"], r["run"]): r for r in active(self.runs, now)}
         rows = []
-        for job, since in list(self.jobs.running.values()):
+        for job in list(self.jobs.running.values()):
             run = job.wildcards.get("run", "")
             report = reports.get((job.rule, run))
             # An older report belongs to a job that was killed.
-            current = report is not None and report["updated"] >= since
+            current = report is not None and report["updated"] >= job.since
             progress = cells(report, now) if report and current else ("", "", "")
             rows.append((job.rule, run, *progress))
         return [head, *aligned(rows)]

@@ -18,7 +18,7 @@ from typing import Any
 
 from tafs.common import errors
 from tafs.orchestration.live_table import LiveTable
-from tafs.orchestration.snakemake_hooks import FailedJob, Member, Verdict, key_of, on_failure
+from tafs.orchestration.snakemake_hooks import FailedJob, Member, Verdict
 from tafs.runtime.run_dir import RunDir
 
 
@@ -51,36 +51,30 @@ class Retries:
 
     def __init__(self, table: LiveTable) -> None:
         self.table = table
-        self._forgiven: set[int] = set()
-        self._refused: set[int] = set()
+        self._decided: dict[int, Verdict] = {}
 
-    def attach(self, workflow: Any) -> None:
-        """Decide for Snakemake's scheduler from now on."""
-        on_failure(workflow, self.decide)
-
-    def forgive(self, job: Any) -> None:
-        """The next failure of Snakemake's job is not its own; it uses up no retry."""
-        self._forgiven.add(key_of(job))
-
-    def refuse(self, job: Any) -> None:
-        """The next failure of Snakemake's job would repeat and was reported; it is given up."""
-        self._refused.add(key_of(job))
+    def expect(self, job: Any, verdict: Verdict) -> None:
+        """Set the verdict on the next failure of Snakemake's job, which was reported already."""
+        self._decided[id(job)] = verdict
 
     def decide(self, job: FailedJob) -> Verdict:
         """The verdict on a failed job or group."""
-        forgiven, refused = job.key in self._forgiven, job.key in self._refused
-        self._forgiven.discard(job.key)
-        self._refused.discard(job.key)
-        found = [take_failure(self.table.runs, member) for member in job.members]
-        known = [failure for failure in found if failure.code is not None]
+        failures = [(take_failure(self.table.runs, member), member) for member in job.members]
+        known = [failure for failure, _ in failures if failure.code is not None]
         silent = [
             failure
-            for failure, member in zip(found, job.members, strict=True)
+            for failure, member in failures
             if failure.code is None and not (job.is_group and member.complete)
         ]
-        verdict = self._verdict(known, silent)
-        if forgiven or refused:
-            verdict, silent = (Verdict.CONTINUE if forgiven else Verdict.GIVE_UP), []
+        codes = {failure.code for failure in known + silent}
+        if codes == {errors.CONTINUE}:
+            verdict = Verdict.CONTINUE
+        elif codes == {errors.BAD_INPUT}:
+            verdict = Verdict.GIVE_UP
+        else:
+            verdict = Verdict.RETRY
+        if job.key in self._decided:
+            verdict, silent = self._decided.pop(job.key), []
         retried = job.retries_left and verdict is Verdict.RETRY
         outcome = "failed and is tried again:" if retried else "FAILED"
         for failure in known + silent:
@@ -91,15 +85,6 @@ class Retries:
         self.table.failed += not retried and verdict is not Verdict.CONTINUE
         return verdict
 
-    @staticmethod
-    def _verdict(known: Sequence[Failure], silent: Sequence[Failure]) -> Verdict:
-        codes = {failure.code for failure in known}
-        if codes == {errors.CONTINUE} and not silent:
-            return Verdict.CONTINUE
-        if codes == {errors.BAD_INPUT} and not silent:
-            return Verdict.GIVE_UP
-        return Verdict.RETRY
-
 
 def take_failure(runs: Path, member: Member) -> Failure:
     """How a job ended according to its run's folder; the record is marked as seen.
@@ -107,16 +92,15 @@ def take_failure(runs: Path, member: Member) -> Failure:
     A record that was seen before belongs to an earlier attempt and does not count.
     """
     stage, run = member.rule, member.wildcards.get("run", "")
-    silent = Failure(stage, run, member.logs, None, "")
     file = RunDir(runs / run).failure(stage)
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        if record["seen"]:
-            return silent
-        file.write_text(json.dumps({**record, "seen": True}), encoding="utf-8")
-        return Failure(stage, run, member.logs, int(record["exit"]), str(record["message"]))
+        if not record["seen"]:
+            file.write_text(json.dumps({**record, "seen": True}), encoding="utf-8")
+            return Failure(stage, run, member.logs, int(record["exit"]), str(record["message"]))
     except (OSError, ValueError, KeyError, TypeError):
-        return silent
+        pass
+    return Failure(stage, run, member.logs, None, "")
 
 
 def _last_line(logs: Sequence[str]) -> str:

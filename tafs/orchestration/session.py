@@ -14,7 +14,12 @@ from tafs.orchestration import slurm
 from tafs.orchestration.graph import Graph
 from tafs.orchestration.live_table import LiveTable
 from tafs.orchestration.retries import Retries
-from tafs.orchestration.snakemake_hooks import LOGGER, SlurmExecutor, remove_rate_limit
+from tafs.orchestration.snakemake_hooks import (
+    LOGGER,
+    on_failure,
+    remove_rate_limit,
+    slurm_executor,
+)
 
 
 class Session:
@@ -60,11 +65,10 @@ class Session:
         self._started = True
         self.table.start(logging.getLogger(LOGGER))
         retries = Retries(self.table)
-        retries.attach(workflow)
-        executor = SlurmExecutor.of(workflow)
+        on_failure(workflow, retries.decide)
+        executor = slurm_executor(workflow)
         if executor is not None:
-            slurm.remember(self.submitted, executor.run_name)
-            slurm.Watch(executor, retries)
+            slurm.remember(self.submitted, slurm.Watch(executor, retries).run_name)
 
     def finish(self, succeeded: bool) -> None:
         """Remove the live table and print where the results are, or what failed."""

@@ -21,7 +21,7 @@ from typing import Any
 from tafs.common import files
 from tafs.common.errors import RunFailed
 from tafs.orchestration.retries import Retries
-from tafs.orchestration.snakemake_hooks import LOGGER, SlurmExecutor, key_of
+from tafs.orchestration.snakemake_hooks import LOGGER, Verdict
 
 # A job in one of these states will run, is running or is about to end.
 ALIVE = frozenset(
@@ -47,47 +47,53 @@ class Watch:
     """Polls Slurm in addition to the executor, and reports the jobs that Slurm has lost.
 
     Args:
-        executor: Snakemake's executor; its methods are replaced.
+        executor: Snakemake's executor; its methods that poll jobs and report how they end are
+            replaced.
         retries: is told which failures are Slurm's.
     """
 
-    def __init__(self, executor: SlurmExecutor, retries: Retries) -> None:
-        self.executor = executor
+    def __init__(self, executor: Any, retries: Retries) -> None:
+        self.run_name: str = executor.run_uuid  # the name of all its jobs in Slurm
         self.retries = retries
-        # By key. Keeping the objects prevents Python from reusing their ids.
+        # By id. Keeping the objects prevents Python from reusing their ids.
         self._reported: dict[int, Any] = {}
         self._lost_since: dict[str, float] = {}
         self._forgiven: Counter[int] = Counter()
-        executor.replace(self.check, self._success, self._error)
+        self._poll = executor.check_active_jobs
+        self._report_success = executor.report_job_success
+        self._report_error = executor.report_job_error
+        executor.check_active_jobs = self.check
+        executor.report_job_success = self._success
+        executor.report_job_error = self._error
 
     async def check(self, active: Sequence[Any]) -> AsyncIterator[Any]:
         """The executor's `check_active_jobs`: yields the jobs to poll again."""
         awaited = []
         try:
-            async for job in self.executor.check(active):
+            async for job in self._poll(active):
                 awaited.append(job)
         except Exception as error:  # would end the polling thread, and the workflow would hang
             logger.warning(f"Slurm could not be asked for its jobs: {error}")
         known = {id(job) for job in awaited} | self._reported.keys()
         awaited += [job for job in active if id(job) not in known]
         self._reported.clear()
-        states = await self._states() if awaited else {}
+        states = await asyncio.to_thread(self._states) if awaited else {}
         for job in awaited:
             if states is None or not self._lost(job.external_jobid, states):
                 yield job
                 continue
             # It may have succeeded and been forgotten by Slurm. The next job finds its work done.
-            key = key_of(job.job)
+            key = id(job.job)
             if self._forgiven[key] < FORGIVEN:
                 self._forgiven[key] += 1
-                self.retries.forgive(job.job)
+                self.retries.expect(job.job, Verdict.CONTINUE)
             message = f"Slurm has lost job {job.external_jobid}"
             self.retries.table.say(message)
-            self.executor.report_error(job, msg=message)
+            self._report_error(job, msg=message)
 
     def _success(self, job: Any) -> None:
         self._reported[id(job)] = job
-        self.executor.report_success(job)
+        self._report_success(job)
 
     def _error(self, job: Any, msg: str | None = None, **fields: Any) -> None:
         self._reported[id(job)] = job
@@ -97,11 +103,11 @@ class Watch:
             # Snakemake does not print the message of a group.
             self.retries.table.say(" ".join(said.split()))
             if any(sign in msg for sign in UNREACHABLE):
-                self.retries.forgive(job.job)
+                self.retries.expect(job.job, Verdict.CONTINUE)
             elif refused:
-                self.retries.refuse(job.job)
+                self.retries.expect(job.job, Verdict.GIVE_UP)
                 msg = said
-        self.executor.report_error(job, msg=msg, **fields)
+        self._report_error(job, msg=msg, **fields)
 
     def _lost(self, job: str, states: dict[str, str]) -> bool:
         """Whether a job has been outside ALIVE for longer than GRACE."""
@@ -110,20 +116,26 @@ class Watch:
             return False
         return time.monotonic() - self._lost_since.setdefault(job, time.monotonic()) > GRACE
 
-    async def _states(self) -> dict[str, str] | None:
+    def _states(self) -> dict[str, str] | None:
         """The states of the workflow's jobs; None if Slurm does not answer."""
-        command = ["squeue", "--noheader", "--states=all", "--format=%i %T"]
-        command += ["--name", self.executor.run_name]
         try:
-            process = await asyncio.create_subprocess_exec(
-                *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
-            )
-            answer, _ = await asyncio.wait_for(process.communicate(), QUERY_TIMEOUT)
-        except (OSError, TimeoutError):
+            answer = squeue("--states=all", "--format=%i %T", f"--name={self.run_name}")
+        except (OSError, subprocess.SubprocessError):
             return None
-        if process.returncode != 0:
-            return None
-        return dict(line.split() for line in answer.decode().splitlines())
+        return dict(line.split() for line in answer.splitlines())
+
+
+def squeue(*options: str) -> str:
+    """What squeue prints.
+
+    Raises:
+        OSError, subprocess.SubprocessError: Slurm is not installed or does not answer.
+    """
+    command = ["squeue", "--noheader", *options]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=QUERY_TIMEOUT, check=True
+    )
+    return done.stdout
 
 
 def remember(file: Path, run_name: str) -> None:
@@ -161,11 +173,8 @@ def end_orphans(file: Path) -> int:
 
 def _count(name: str, file: Path) -> int:
     """The number of jobs of this name that are pending or running."""
-    command = ["squeue", "--noheader", "--format=%i", f"--name={name}"]
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=QUERY_TIMEOUT, check=True
-        )
+        return len(squeue("--format=%i", f"--name={name}").split())
     except FileNotFoundError:
         raise RunFailed(
             f"an earlier call has submitted jobs to Slurm, which is not installed here: run "
@@ -173,4 +182,3 @@ def _count(name: str, file: Path) -> int:
         ) from None
     except (OSError, subprocess.SubprocessError) as error:
         raise RunFailed(f"Slurm does not answer ({error}); try again") from None
-    return len(done.stdout.split())

@@ -10,8 +10,8 @@ from __future__ import annotations
 import io
 import logging
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -23,21 +23,28 @@ LOGGER = "snakemake.logging"
 SLURM = "snakemake_executor_plugin_slurm"  # the module of the Slurm executor
 
 
-# -- the log ---------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class LoggedJob:
     """A job as Snakemake's log describes it."""
 
-    id: int
     rule: str
     wildcards: Mapping[str, str]
     reason: str  # why it runs
+    since: float  # when it was started, or submitted to a cluster; Unix seconds
 
 
 class JobLog(logging.Handler):
-    """Follows Snakemake's jobs through its log; subclasses override what they need."""
+    """Follows Snakemake's jobs through its log.
+
+    Args:
+        say: prints Snakemake's warnings and errors.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__()
+        self.say = say
+        self.running: dict[int, LoggedJob] = {}
+        self.done = self.total = 0
 
     def emit(self, record: logging.LogRecord) -> None:
         fields = vars(record)
@@ -45,30 +52,19 @@ class JobLog(logging.Handler):
             case "job_info":
                 wildcards = dict(fields["wildcards"] or {})
                 reason = str(fields.get("reason") or "")
-                self.started(LoggedJob(fields["jobid"], fields["rule_name"], wildcards, reason))
+                job = LoggedJob(fields["rule_name"], wildcards, reason, record.created)
+                self.running[fields["jobid"]] = job
             case "job_finished":
-                self.ended(fields["job_id"])
+                self.running.pop(fields["job_id"], None)
             case "job_error":
-                self.ended(fields["jobid"])
+                self.running.pop(fields["jobid"], None)
             case "progress":
-                self.progressed(fields["done"], fields["total"])
+                self.done, self.total = fields["done"], fields["total"]
             case _:
                 # A RuleException only repeats the shell's exit status of a job_error.
                 repeated = fields.get("exception") == "RuleException"
                 if record.levelno >= logging.WARNING and record.msg and not repeated:
-                    self.warned(record.getMessage())
-
-    def started(self, job: LoggedJob) -> None:
-        """A job was started, or submitted to a cluster."""
-
-    def ended(self, job: int) -> None:
-        """A job finished or failed."""
-
-    def progressed(self, done: int, total: int) -> None:
-        """The number of finished jobs changed."""
-
-    def warned(self, text: str) -> None:
-        """Snakemake logged a warning or an error."""
+                    self.say(record.getMessage())
 
 
 def screen_handlers(logger: logging.Logger) -> list[logging.Handler]:
@@ -81,9 +77,6 @@ def screen_handlers(logger: logging.Logger) -> list[logging.Handler]:
     ]
 
 
-# -- dry runs --------------------------------------------------------------------------------------
-
-
 def dry_run(arguments: Sequence[str]) -> list[LoggedJob]:
     """The jobs that `snakemake ARGUMENTS` would run in this folder, from a dry run in this process.
 
@@ -92,13 +85,7 @@ def dry_run(arguments: Sequence[str]) -> list[LoggedJob]:
     """
     from snakemake import cli
 
-    found: list[LoggedJob] = []
-
-    class Planned(JobLog):
-        def started(self, job: LoggedJob) -> None:
-            found.append(job)
-
-    handler = Planned()
+    handler = JobLog(say=lambda text: None)
 
     def observe(record: logging.LogRecord) -> bool:
         handler.handle(record)
@@ -116,10 +103,7 @@ def dry_run(arguments: Sequence[str]) -> list[LoggedJob]:
             raise RunFailed(f"snakemake --dry-run: {lines[-1]}") from None
     finally:
         logger.removeFilter(observe)
-    return found
-
-
-# -- the scheduler ---------------------------------------------------------------------------------
+    return list(handler.running.values())
 
 
 class Verdict(Enum):
@@ -144,15 +128,10 @@ class Member:
 class FailedJob:
     """A failed submission: a job, or a group of jobs."""
 
-    key: int  # the same for every attempt; see `key_of`
+    key: int  # `id` of Snakemake's job, the same for every attempt
     is_group: bool
     members: tuple[Member, ...]
     retries_left: bool
-
-
-def key_of(job: Any) -> int:
-    """Identifies one of Snakemake's jobs while Snakemake holds it."""
-    return id(job)
 
 
 def on_failure(workflow: Any, decide: Callable[[FailedJob], Verdict]) -> None:
@@ -161,45 +140,31 @@ def on_failure(workflow: Any, decide: Callable[[FailedJob], Verdict]) -> None:
     handle = scheduler._handle_error
 
     def handle_error(job: Any, *arguments: Any, **keywords: Any) -> None:
-        members = list(job.jobs) if job.is_group() else [job]
-        verdict = decide(
-            FailedJob(
-                key=key_of(job),
-                is_group=bool(job.is_group()),
-                members=tuple(map(_member, members)),
-                retries_left=job.restart_times > job.attempt - 1,
+        jobs = list(job.jobs) if job.is_group() else [job]
+        members = [
+            Member(
+                rule=str(one.rule.name),
+                wildcards=dict(one.wildcards_dict),
+                logs=tuple(map(str, one.log)),
+                complete=all(Path(str(file)).exists() for file in one.output),
             )
-        )
-        limits = {Verdict.CONTINUE: sys.maxsize, Verdict.GIVE_UP: 0}
-        with _retries(members, limits.get(verdict)):
+            for one in jobs
+        ]
+        retries_left = job.restart_times > job.attempt - 1
+        verdict = decide(FailedJob(id(job), bool(job.is_group()), tuple(members), retries_left))
+        limit = {Verdict.CONTINUE: sys.maxsize, Verdict.GIVE_UP: 0}.get(verdict)
+        before = {one.rule: one.rule.restart_times for one in jobs}
+        try:
+            for rule, own in before.items():
+                rule.restart_times = own if limit is None else limit
             handle(job, *arguments, **keywords)
+        finally:
+            for rule, own in before.items():
+                rule.restart_times = own
         if verdict is Verdict.CONTINUE:
             job.attempt -= 1
 
     scheduler._handle_error = handle_error
-
-
-def _member(job: Any) -> Member:
-    return Member(
-        rule=str(job.rule.name),
-        wildcards=dict(job.wildcards_dict),
-        logs=tuple(map(str, job.log)),
-        complete=all(Path(str(file)).exists() for file in job.output),
-    )
-
-
-@contextmanager
-def _retries(jobs: Sequence[Any], count: int | None) -> Iterator[None]:
-    """Allow the jobs' rules `count` retries inside the block; None: as many as before."""
-    rules = {id(job.rule): job.rule for job in jobs}.values()
-    before = [(rule, rule.restart_times) for rule in rules]
-    for rule, own in before:
-        rule.restart_times = own if count is None else count
-    try:
-        yield
-    finally:
-        for rule, own in before:
-            rule.restart_times = own
 
 
 def remove_rate_limit(workflow: Any) -> None:
@@ -212,43 +177,7 @@ def remove_rate_limit(workflow: Any) -> None:
         workflow.scheduler.job_rate_limiter = None
 
 
-# -- the Slurm executor ----------------------------------------------------------------------------
-
-
-class SlurmExecutor:
-    """The original methods of the Slurm executor that poll jobs and report how they end."""
-
-    def __init__(self, executor: Any) -> None:
-        self._executor = executor
-        self.run_name: str = executor.run_uuid  # the name of all its jobs in Slurm
-        self._check = executor.check_active_jobs
-        self._success = executor.report_job_success
-        self._error = executor.report_job_error
-
-    @classmethod
-    def of(cls, workflow: Any) -> SlurmExecutor | None:
-        """The workflow's executor, if that is Slurm's."""
-        executor = workflow.scheduler._executor
-        return cls(executor) if type(executor).__module__ == SLURM else None
-
-    def check(self, active: Sequence[Any]) -> AsyncIterator[Any]:
-        """Report the jobs that have ended; yield those to ask for again."""
-        found: AsyncIterator[Any] = self._check(active)
-        return found
-
-    def report_success(self, job: Any) -> None:
-        self._success(job)
-
-    def report_error(self, job: Any, msg: str | None = None, **fields: Any) -> None:
-        self._error(job, msg=msg, **fields)
-
-    def replace(
-        self,
-        check: Callable[[Sequence[Any]], AsyncIterator[Any]],
-        success: Callable[[Any], None],
-        error: Callable[..., None],
-    ) -> None:
-        """Make the executor call these functions instead of its own methods."""
-        self._executor.check_active_jobs = check
-        self._executor.report_job_success = success
-        self._executor.report_job_error = error
+def slurm_executor(workflow: Any) -> Any | None:
+    """The workflow's executor if it is Slurm's; `slurm.Watch` replaces some of its methods."""
+    executor = workflow.scheduler._executor
+    return executor if type(executor).__module__ == SLURM else None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import shutil
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from typing import Any
 
 from tafs.common import errors
 from tafs.experiment import RunSpec
+from tafs.orchestration import slurm
 from tafs.orchestration.graph import Graph
 from tafs.runtime import journal, progress
 from tafs.runtime.run_dir import RunDir
@@ -28,7 +28,6 @@ from tafs.runtime.run_dir import RunDir
 RECENT = 5  # iterations that determine a run's pace
 STARTING = 120.0  # s that a process may take to acquire a lock that was released for it
 SILENT, PACES = 900.0, 10  # a heartbeat is overdue after this many seconds and this many paces
-SQUEUE_TIMEOUT = 20  # s
 ROUNDING = 1.0  # s; failures may be recorded in whole seconds
 WORKING = {
     "train": "training",
@@ -45,7 +44,7 @@ LOST = "the Slurm job is gone: end snakemake (Ctrl-C), then run the same command
 
 @dataclass(frozen=True)
 class Lock:
-    """Who works, or last worked, on a stage of a run."""
+    """The process that works, or last worked, on a stage of a run."""
 
     held: bool
     host: str
@@ -56,16 +55,6 @@ class Lock:
     @property
     def where(self) -> str:
         return f"{self.host}:{self.pid}" + (f" Slurm {self.job}" if self.job else "")
-
-
-@dataclass(frozen=True)
-class Failure:
-    """The last failure of a stage."""
-
-    stage: str
-    exit: int
-    message: str
-    time: float
 
 
 @dataclass(frozen=True)
@@ -84,9 +73,6 @@ class State:
     stages: tuple[int, int]  # (done, total)
 
 
-# -- files -----------------------------------------------------------------------------------------
-
-
 def _read_json(file: Path) -> dict[str, Any] | None:
     """A JSON object; None if it is missing or being written."""
     try:
@@ -103,50 +89,23 @@ def read_lock(file: Path) -> Lock | None:
         return None
     try:
         with file.open("rb") as opened:
-            try:
-                fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                held = True
-            else:
-                held = False
-                fcntl.flock(opened, fcntl.LOCK_UN)
-        return Lock(held, record["host"], record["pid"], record["job"], record["since"])
-    except (OSError, KeyError):
+            fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)  # until the file is closed
+        held = False
+    except BlockingIOError:
+        held = True
+    except OSError:
         return None
-
-
-def read_failure(file: Path) -> Failure | None:
-    """A stage's last failure; None if there is none."""
-    record = _read_json(file) or {}
-    try:
-        return Failure(*(record[key] for key in ("stage", "exit", "message", "time")))
-    except KeyError:
-        return None
-
-
-# -- Slurm -----------------------------------------------------------------------------------------
+    return Lock(held, record["host"], record["pid"], record["job"], record["since"])
 
 
 def gone(job: str) -> bool:
     """Whether Slurm states that a job does not exist; False if it does not answer."""
-    if not job or shutil.which("squeue") is None:
-        return False
     try:
-        answer = subprocess.run(
-            ["squeue", "-h", "-j", job, "-o", "%T"],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=SQUEUE_TIMEOUT,
-        )
-    except (OSError, subprocess.TimeoutExpired):
+        return bool(job) and not slurm.squeue(f"--jobs={job}", "--format=%T").strip()
+    except subprocess.CalledProcessError as error:
+        return "invalid job id" in error.stderr.lower()
+    except (OSError, subprocess.SubprocessError):
         return False
-    if answer.returncode != 0:
-        return "invalid job id" in answer.stderr.lower()
-    return not answer.stdout.strip()
-
-
-# -- one run ---------------------------------------------------------------------------------------
 
 
 def _done(run: RunDir, stage: str) -> bool:
@@ -160,13 +119,7 @@ def _done(run: RunDir, stage: str) -> bool:
 
 
 def of_run(spec: RunSpec, folder: Path, stages: Sequence[str], now: float) -> State:
-    """The state of a run.
-
-    Args:
-        spec: of the run.
-        folder: of the run; it need not exist.
-        stages: of the run, in their order.
-        now: Unix seconds.
+    """The state of a run, whose folder need not exist, at a Unix time.
 
     Raises:
         ValueError: its journal is damaged; names it.
@@ -185,17 +138,17 @@ def of_run(spec: RunSpec, folder: Path, stages: Sequence[str], now: float) -> St
     pace = statistics.median(recent) if recent else None
     report = _read_json(folder / progress.FOLDER / f"{current}.json") if current else None
     lock = locks[current] if current else None
-    failure = read_failure(run.failure(current)) if current else None
+    failure = _read_json(run.failure(current)) if current else None
     beats = [records[-1]["time"]] if records else []
     beats += [report["updated"]] if report else []
     started = [*beats, *([lock.since] if lock else [])]
-    if failure and any(beat > failure.time + ROUNDING for beat in started):
+    if failure and any(beat > failure["time"] + ROUNDING for beat in started):
         failure = None  # the stage has continued since
     beats += [lock.since] if lock and lock.held else []
     heartbeat = max(beats, default=None)
     overdue = max(SILENT, PACES * (_pace(current, pace, report) or 0.0))
     silent = now - heartbeat if heartbeat is not None and now - heartbeat > overdue else None
-    state, note = _state(current, held, lock, failure, silent, now)
+    state, note = _state(current, lock, failure, silent, now)
     left = None
     if current == "train" and pace is not None:
         left = pace * (spec.iterations - count)
@@ -216,46 +169,42 @@ def of_run(spec: RunSpec, folder: Path, stages: Sequence[str], now: float) -> St
 
 
 def _state(
-    current: str | None,
-    held: str | None,
+    stage: str | None,
     lock: Lock | None,
-    failure: Failure | None,
+    failure: dict[str, Any] | None,
     silent: float | None,
     now: float,
 ) -> tuple[str, str]:
-    """(state, note) of a run.
+    """(state, note) of a run whose first unfinished stage is `stage`.
 
     Args:
-        current: its first stage that is not done.
-        held: the stage that a process works on.
-        lock: of `current`.
-        failure: the last one of `current`.
+        lock: of the stage.
+        failure: the last one of the stage.
         silent: s since an overdue heartbeat; None: it is not overdue.
-        now: Unix seconds.
     """
-    if current is None:
+    if stage is None:
         return "done", ""
-    if held:
-        if lock and gone(lock.job):
+    if lock and lock.held:
+        if gone(lock.job):
             return "lost", LOST
         if silent is not None:
-            return "stalled", f"{current}: silent for {progress.duration(silent)}"
-        return WORKING[current], ""
+            return "stalled", f"{stage}: silent for {progress.duration(silent)}"
+        return WORKING[stage], ""
     if failure:
-        ago = progress.duration(now - failure.time)
-        state = "to be continued" if failure.exit == errors.CONTINUE else "failed"
-        return state, f"{failure.stage}: {failure.message} ({ago} ago)"
-    if lock and lock.job and gone(lock.job):
+        ago = progress.duration(now - failure["time"])
+        state = "to be continued" if failure["exit"] == errors.CONTINUE else "failed"
+        return state, f"{stage}: {failure['message']} ({ago} ago)"
+    if lock and gone(lock.job):
         return "lost", LOST
     # The launcher of a training releases the lock, and the training's process acquires it.
     if lock and now - lock.since > STARTING:
-        return "waiting", f"{current}: its process has ended; start it again to continue"
+        return "waiting", f"{stage}: its process has ended; start it again to continue"
     return "waiting", ""
 
 
-def _pace(current: str | None, pace: float | None, report: dict[str, Any] | None) -> float | None:
-    """Seconds between two signs of life of the current stage."""
-    if current == "train" or report is None:
+def _pace(stage: str | None, pace: float | None, report: dict[str, Any] | None) -> float | None:
+    """Seconds between two signs of life of a stage."""
+    if stage == "train" or report is None:
         return pace
     steps = report["done"] - report["first"]
     return float(report["updated"] - report["started"]) / steps if steps > 0 else None
@@ -266,9 +215,6 @@ def _reward(records: Sequence[dict[str, Any]]) -> str:
         return ""
     last = {name: values[-1] for name, values in records[-1]["rewards"].items() if values}
     return "  ".join(f"{n} {v:.3g}" if v is not None else f"{n} -" for n, v in last.items())
-
-
-# -- all runs --------------------------------------------------------------------------------------
 
 
 def look(graph: Graph, now: float) -> list[State]:
@@ -283,11 +229,10 @@ def look(graph: Graph, now: float) -> list[State]:
 def training_left(states: Sequence[State], variants: Sequence[str]) -> float | None:
     """Seconds until all trainings end, if as many as now run at once; None: not known.
 
-    A run without a pace has the median pace of its method, or of all runs.
+    A run without a pace has the median pace of its variant, or of all runs.
 
     Args:
-        states: of all runs.
-        variants: the method of each state's run.
+        variants: of the states' runs.
     """
     paces: dict[str, list[float]] = {}
     for state, variant in zip(states, variants, strict=True):
@@ -320,23 +265,25 @@ def summary(graph: Graph, states: Sequence[State]) -> str:
 
 def lines(graph: Graph, states: Sequence[State], now: float) -> list[str]:
     """The summary, then a table with a line per run, without empty columns."""
-    head = ["run", "state", "iteration", "s/it.", "left", "heard", "where", "reward", "note"]
     rows = []
     for state in states:
         done = state.state == "done"
         heard = None if done or state.heartbeat is None else now - state.heartbeat
         rows.append(
-            [
-                *(state.run, state.state),
-                "" if state.iterations is None else "{}/{}".format(*state.iterations),
-                "" if state.pace is None else f"{state.pace:.3g}",
-                "" if done or state.left is None else progress.duration(state.left),
-                "" if heard is None else f"{progress.duration(heard)} ago",
-                *(state.where, state.reward, state.note),
-            ]
+            {
+                "run": state.run,
+                "state": state.state,
+                "iteration": "{}/{}".format(*state.iterations) if state.iterations else "",
+                "s/it.": "" if state.pace is None else f"{state.pace:.3g}",
+                "left": "" if done or state.left is None else progress.duration(state.left),
+                "heard": "" if heard is None else f"{progress.duration(heard)} ago",
+                "where": state.where,
+                "reward": state.reward,
+                "note": state.note,
+            }
         )
-    kept = [place for place in range(len(head)) if any(row[place] for row in rows)]
-    shown = [[row[place] for place in kept] for row in [head, *rows]]
+    kept = [name for name in rows[0] if any(row[name] for row in rows)]
+    shown = [kept, *([row[name] for name in kept] for row in rows)]
     return [summary(graph, states), "", *progress.aligned(shown)]
 
 

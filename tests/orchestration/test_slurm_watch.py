@@ -15,7 +15,7 @@ import pytest
 
 from tafs.common import errors
 from tafs.orchestration import slurm
-from tafs.orchestration.snakemake_hooks import SlurmExecutor
+from tafs.orchestration.snakemake_hooks import Verdict
 
 
 @dataclass
@@ -47,19 +47,15 @@ class Executor:
 class Retries:
     """Records its calls."""
 
-    forgiven: list[Any] = field(default_factory=list)
-    refused: list[Any] = field(default_factory=list)
+    expected: list[tuple[Any, Verdict]] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
 
     @property
     def table(self) -> Any:
         return SimpleNamespace(say=self.said.append)
 
-    def forgive(self, job: Any) -> None:
-        self.forgiven.append(job)
-
-    def refuse(self, job: Any) -> None:
-        self.refused.append(job)
+    def expect(self, job: Any, verdict: Verdict) -> None:
+        self.expected.append((job, verdict))
 
 
 def submitted(id: str) -> Any:
@@ -88,8 +84,16 @@ def squeue(tmp_path, monkeypatch) -> Callable[[str], Path]:
 @pytest.fixture
 def watched() -> tuple[Executor, Retries]:
     executor, retries = Executor(), Retries()
-    slurm.Watch(SlurmExecutor(executor), retries)
+    slurm.Watch(executor, retries)
     return executor, retries
+
+
+@pytest.fixture
+def clock(monkeypatch) -> SimpleNamespace:
+    """Its `now` is the time."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(slurm.time, "monotonic", lambda: clock.now)
+    return clock
 
 
 def check(executor: Executor, active: Sequence[Any]) -> list[Any]:
@@ -132,16 +136,14 @@ def test_ended_jobs_are_reported_once_and_others_are_polled_again(watched, squeu
     jobs = [submitted(id) for id in "123"]
     assert check(executor, jobs) == jobs[2:]
     assert executor.ended == [("1", "done"), ("2", "it failed")]
-    assert (retries.said, retries.forgiven) == (["it failed"], [])
+    assert (retries.said, retries.expected) == (["it failed"], [])
 
 
 def test_a_job_that_slurm_has_lost_is_submitted_again_twice_without_using_up_a_retry(
-    watched, squeue, monkeypatch
+    watched, squeue, clock
 ):
     executor, retries = watched
     squeue("echo '1 PREEMPTED'")
-    clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(slurm.time, "monotonic", lambda: clock.now)
     job = submitted("1")
     for loss in range(slurm.FORGIVEN + 1):
         job.external_jobid = "1" if loss == 0 else f"{loss}0"
@@ -153,17 +155,15 @@ def test_a_job_that_slurm_has_lost_is_submitted_again_twice_without_using_up_a_r
     assert [text for _, text in executor.ended] == [
         f"Slurm has lost job {id}" for id in ("1", "10", "20")
     ]
-    assert retries.forgiven == [job.job] * slurm.FORGIVEN
+    assert retries.expected == [(job.job, Verdict.CONTINUE)] * slurm.FORGIVEN
 
 
 @pytest.mark.parametrize("answer", ["echo '1 PENDING'", "exit 1"])
 def test_a_job_that_is_pending_or_unknown_during_an_outage_is_not_lost(
-    watched, squeue, monkeypatch, answer
+    watched, squeue, clock, answer
 ):
     executor, _ = watched
     squeue(answer)
-    clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(slurm.time, "monotonic", lambda: clock.now)
     job = submitted("1")
     for _ in range(3):
         clock.now += 10 * slurm.GRACE
@@ -171,30 +171,22 @@ def test_a_job_that_is_pending_or_unknown_during_an_outage_is_not_lost(
     assert executor.ended == []
 
 
-def refusal(message: str) -> str:
-    """The executor's report of an sbatch that failed."""
-    call = "sbatch --parsable --job-name 3a8b --wrap 'python -m snakemake ...'"
-    return (
-        f"SLURM sbatch failed. The error message was '{message}'.\n    sbatch call:\n    {call}\n"
-    )
+OUTAGES = [(f"sbatch: error: {sign}", Verdict.CONTINUE) for sign in slurm.UNREACHABLE]
 
 
-@pytest.mark.parametrize("sign", slurm.UNREACHABLE)
-def test_a_submission_during_an_outage_uses_up_no_retry(watched, sign):
+@pytest.mark.parametrize(
+    "said, verdict",
+    [*OUTAGES, ("sbatch: error: invalid partition specified: gpuu", Verdict.GIVE_UP)],
+)
+def test_a_refused_submission_is_repeated_only_after_an_outage(watched, said, verdict):
+    """Only the message of sbatch is shown."""
     executor, retries = watched
     job = submitted("")
-    executor.report_job_error(job, msg=refusal(f"sbatch: error: {sign}"))
-    assert (retries.forgiven, retries.refused) == ([job.job], [])
-    assert retries.said == [f"sbatch: error: {sign}"]
-
-
-def test_a_refused_submission_is_not_retried_and_shows_the_message_of_sbatch_alone(watched):
-    executor, retries = watched
-    said = "sbatch: error: invalid partition specified: gpuu"
-    job = submitted("")
-    executor.report_job_error(job, msg=refusal(said))
-    assert (retries.forgiven, retries.refused, retries.said) == ([], [job.job], [said])
-    assert executor.ended == [("", said)]
+    call = "    sbatch call:\n    sbatch --wrap 'python -m snakemake ...'\n"
+    report = f"SLURM sbatch failed. The error message was '{said}'.\n{call}"
+    executor.report_job_error(job, msg=report)
+    assert (retries.expected, retries.said) == ([(job.job, verdict)], [said])
+    assert executor.ended == [("", said if verdict is Verdict.GIVE_UP else report)]
 
 
 def test_jobs_of_an_earlier_call_are_cancelled_and_awaited(tmp_path, squeue):

@@ -51,7 +51,7 @@ def test_every_output_exists_and_is_not_empty(project):
     judged = ("run.json", "evaluation.json", "scores.parquet", "samples.safetensors")
     expected += [f"runs/{run}/{name}" for run in (BASE, *TRAINED) for name in judged]
     expected += [f"runs/{BASE}/trajectory_rewards.parquet"]
-    expected += ["report_spec.json", "claims.md", "claims.json", "benchmarks/report.tsv"]
+    expected += ["report_spec.json", "claims.md", "claims.json", "benchmarks/compare.tsv"]
     expected += [f"benchmarks/train/{FLOW}.tsv"]
     missing = [name for name in expected if not (project.smoke / name).is_file()]
     assert missing == []

@@ -45,18 +45,10 @@ class Pending:
 
 
 def pending(config: Mapping[str, Any]) -> list[Pending]:
-    """The jobs that `snakemake all --config KEY=VALUE...` would run in this folder.
-
-    Raises:
-        RunFailed: snakemake fails; holds its last line.
-    """
-    arguments = ["all"]
-    if config:
-        arguments += ["--config", *(f"{key}={value}" for key, value in config.items())]
+    """The jobs that `snakemake all --config KEY=VALUE...` would run; see `dry_run`."""
+    settings = [f"{key}={value}" for key, value in config.items()]
+    arguments = ["all", *(["--config", *settings] if settings else [])]
     return [
-        Pending(
-            Job(job.rule, job.wildcards.get("run") or job.wildcards.get("resource") or ""),
-            job.reason,
-        )
+        Pending(Job(job.rule, next(iter(job.wildcards.values()), "")), job.reason)
         for job in snakemake_hooks.dry_run(arguments)
     ]

@@ -66,9 +66,6 @@ class Disk:
         return self.adapters + self.samples
 
 
-# -- amount of work --------------------------------------------------------------------------------
-
-
 def training_flops(spec: RunSpec, forward: float) -> float:
     """FLOPs of one training iteration on all devices; `forward`: of one network evaluation."""
     if spec.training is None:
@@ -107,7 +104,7 @@ class Workload:
         return architectures.size(architecture, model, model.resolution or resolution, rank)
 
     def forward(self, name: str, resolution: int) -> float | None:
-        """FLOPs of one network evaluation of one image; None: not known."""
+        """FLOPs of one network evaluation of one image; None if they are not known."""
         network = self.network(name, resolution)
         return network.forward if network else None
 
@@ -184,8 +181,6 @@ class Workload:
             images=int(PNG_RATIO * images * pixels) if evaluation.served else 0,
         )
 
-
-# -- speed -----------------------------------------------------------------------------------------
 
 Key = tuple[str, str, str]  # stage, variant, backbone
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -113,16 +113,14 @@ class Page:
     def _cost_head(self) -> list[str]:
         return [] if self.price is None else ["cost"]
 
-    def _cost(self, hours: float) -> list[str]:
-        return [] if self.price is None else [amount(hours * self.price)]
+    def _costs(self, hours: float) -> list[str]:
+        """Device-hours, and their cost if the price is known."""
+        return [amount(hours), *([] if self.price is None else [amount(hours * self.price)])]
 
-    def _hours(self, jobs: Iterable[DeviceJob]) -> float:
-        """Device-hours of whole jobs."""
-        return sum(self.speed.whole(job) * job.devices for job in jobs if job.flops) / HOUR
-
-    def _hours_left(self, jobs: Iterable[DeviceJob]) -> float:
-        """Device-hours that are left."""
-        return sum(self.speed.left(job) * job.devices for job in jobs if job.flops) / HOUR
+    @staticmethod
+    def _hours(jobs: Iterable[DeviceJob], seconds: Callable[[DeviceJob], float]) -> float:
+        """Device-hours of the jobs that are modelled."""
+        return sum(seconds(job) * job.devices for job in jobs if job.flops) / HOUR
 
     @cached_property
     def disks(self) -> dict[str, Disk]:
@@ -138,12 +136,12 @@ class Page:
 
     def methods(self) -> list[str]:
         """The total of each method, finished or not."""
-        keys = {(job.variant, job.backbone) for job in self.jobs if job.variant != BASE}
-        rows = []
-        for variant, backbone in sorted(keys):
-            own = [j for j in self.jobs if (j.variant, j.backbone) == (variant, backbone)]
-            rows.append(self._row(variant, backbone, own))
-        base = [job for job in self.jobs if job.variant == BASE]
+        groups: dict[tuple[str, str], list[DeviceJob]] = {}
+        for job in self.jobs:
+            key = (job.variant, job.backbone if job.variant != BASE else "")
+            groups.setdefault(key, []).append(job)
+        base = groups.pop((BASE, ""), [])
+        rows = [self._row(*key, own) for key, own in sorted(groups.items())]
         if base:
             rows.append(self._row("untrained", f"{len({j.backbone for j in base})} models", base))
         head = ["method", "model", "runs", "s/iter.", "", "train", "evaluate"]
@@ -154,16 +152,16 @@ class Page:
         trainings = [job for job in jobs if job.stage == "train"]
         others = [job for job in jobs if job.stage != "train"]
         runs = {job.run for job in jobs}
-        pace, basis = "", ""
+        pace = basis = ""
         if trainings and backbone:
             iterations = self.graph.plan.runs[trainings[0].run].iterations
             pace = amount(self.speed.computing(trainings[0]) / iterations)
             basis = self.speed.ratio(trainings[0])[1]
-        hours = self._hours(jobs)
+        whole = self.speed.whole
         return [
             *(variant, backbone, str(len(runs)), pace, basis),
-            *(amount(self._hours(part)) if part else "" for part in (trainings, others)),
-            *(amount(hours), *self._cost(hours)),
+            *(amount(self._hours(part, whole)) if part else "" for part in (trainings, others)),
+            *self._costs(self._hours(jobs, whole)),
             size(sum(self.disks[run].kept for run in runs)),
         ]
 
@@ -177,16 +175,16 @@ class Page:
             return [name, *map(str, (counts[0], counts[0] - counts[1], counts[1])), *figures]
 
         head = ["stage", "jobs", "done", "to run", f"{self.unit}-h left", *self._cost_head]
-        blank = [""] * len(self._cost_head)
+        blank = ["" for _ in self._cost_head]
+        unknown = ["not modelled", *blank]
         rows = []
         for stage in (stage for stage in STAGES if total[stage]):
-            hours = self._hours_left(job for job in self.jobs if job.stage == stage)
-            known = [amount(hours), *self._cost(hours)]
-            figures = known if stage in MODELLED else ["not modelled", *blank]
-            rows.append(row(stage, [stage], *figures))
+            own = [job for job in self.jobs if job.stage == stage]
+            known = self._costs(self._hours(own, self.speed.left))
+            rows.append(row(stage, [stage], *(known if stage in MODELLED else unknown)))
         rows.append(row("others", [rule for rule in total if rule not in STAGES], "", *blank))
-        hours = self._hours_left(self.jobs)
-        rows.append(row("total", list(total), amount(hours), *self._cost(hours)))
+        hours = self._hours(self.jobs, self.speed.left)
+        rows.append(row("total", list(total), *self._costs(hours)))
         return ["", *table([head, *rows], left=(0,))]
 
     def reasons(self, pending: Sequence[Pending], verbose: bool) -> list[str]:
@@ -195,15 +193,13 @@ class Page:
         if not jobs:
             return ["", "Nothing to run: all results exist and are up to date."]
         lines = ["", "Jobs to run, with Snakemake's reasons:"]
-        order = {rule: place for place, rule in enumerate(ORDER)}
-        groups = Counter((one.job.rule, one.summary) for one in jobs)
-        for (rule, why), count in sorted(
-            groups.items(), key=lambda item: (order.get(item[0][0], len(order)), item[0])
-        ):
-            lines.append(f"  {count:4} {rule}: {why}")
-            if verbose:
-                own = [one.job for one in jobs if (one.job.rule, one.summary) == (rule, why)]
-                lines += [f"         {job.target}" for job in own if job.target]
+        groups: dict[tuple[str, str], list[str]] = {}
+        for one in jobs:
+            groups.setdefault((one.job.rule, one.summary), []).append(one.job.target)
+        for rule, why in sorted(groups, key=lambda key: (ORDER.index(key[0]), key)):
+            targets = groups[rule, why]
+            lines.append(f"  {len(targets):4} {rule}: {why}")
+            lines += [f"         {target}" for target in targets if target and verbose]
         return lines
 
     def disk(self, fetched: Sequence[str]) -> list[str]:
@@ -269,9 +265,6 @@ class Page:
         if unknown:
             lines.append(f"  Unknown architecture, not modelled: {', '.join(unknown)}.")
         return lines
-
-
-# -- text ------------------------------------------------------------------------------------------
 
 
 def table(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
