@@ -36,7 +36,6 @@ def trainer(name: str, group_size: int = 16, **hyperparameters: object) -> Train
 
 
 def weights(run: Trainer) -> dict[str, torch.Tensor]:
-    """Copy everything that an optimizer step changes."""
     tensors, _ = checkpoint.pack_optimizer(run.optimizer)
     tensors |= {f"lora/{name}": p.detach() for name, p in run.parameters.items()}
     return {name: tensor.clone() for name, tensor in tensors.items()}
@@ -55,9 +54,6 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def contents(folder: Path) -> dict[str, bytes]:
     files = [file for file in folder.rglob("*") if file.is_file()]
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
-
-
-# -- masked ----------------------------------------------------------------------------------------
 
 
 def without(run: Trainer, invalid: np.ndarray) -> None:
@@ -134,8 +130,6 @@ def test_bad_rewards_are_masked_or_stop_the_run(trials):
         torch.testing.assert_close(state(run), state(expected), rtol=1e-3, atol=1e-6)
         assert all(parameter.any() for parameter in run.parameters.values())
 
-
-# -- stopped ---------------------------------------------------------------------------------------
 
 Break = Callable[[Trainer, int, np.random.Generator], None]
 

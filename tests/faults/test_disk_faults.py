@@ -26,7 +26,6 @@ from tafs import experiment
 from tafs.evaluation import evaluate
 from tafs.experiment.specs import ReportSpec
 from tafs.report import build
-from tafs.runtime import main
 from tafs.runtime.run_dir import RunDir
 from tafs.training import train
 
@@ -53,15 +52,12 @@ class Disk:
 
     @contextmanager
     def read_only(self) -> Iterator[None]:
-        self._remount("ro")
+        remount = ["mount", str(self.folder), "-o"]
+        subprocess.run([*remount, "remount,ro"], check=True, capture_output=True)
         try:
             yield
         finally:
-            self._remount("rw")
-
-    def _remount(self, how: str) -> None:
-        command = ["mount", "-o", f"remount,{how}", str(self.folder)]
-        subprocess.run(command, check=True, capture_output=True)
+            subprocess.run([*remount, "remount,rw"], check=True, capture_output=True)
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +69,6 @@ def disk(tmp_path_factory) -> Iterator[Disk]:
     yield Disk(folder)
     subprocess.run(["umount", str(folder)], check=True)
 
-
-# -- what writes -----------------------------------------------------------------------------------
 
 NAMES = ("train", "evaluate", "report")
 
@@ -164,17 +158,12 @@ def stages(tmp_path_factory) -> dict[str, Stage]:
         sys.argv = ["tafs.report.build", str(folder)]
         build.main()
 
-    def of(name: str, work: main.Work) -> Callable[[Path], None]:
-        return lambda folder: stage(name, work, RunDir(folder))
-
-    return {
-        "train": undisturbed("train", untrained.folder, of("train", train.train_together)),
-        "evaluate": undisturbed("evaluate", evaluated.folder, of("evaluate", evaluate.evaluate)),
-        "report": undisturbed("report", root, report),
+    ready: dict[str, tuple[Path, Callable[[Path], None]]] = {
+        "train": (untrained.folder, lambda f: stage("train", train.train_together, RunDir(f))),
+        "evaluate": (evaluated.folder, lambda f: stage("evaluate", evaluate.evaluate, RunDir(f))),
+        "report": (root, report),
     }
-
-
-# -- what fails ------------------------------------------------------------------------------------
+    return {name: undisturbed(name, *given) for name, given in ready.items()}
 
 
 def failing(step: int, error: OSError) -> Callable[[], int]:
@@ -205,9 +194,8 @@ def failing(step: int, error: OSError) -> Callable[[], int]:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_full_disk_leaves_existing_files_unchanged(disk, stages, name, trials) -> None:
     tried, draw = stages[name], random.Random(name)
-    for number in trials(f"disk: no space left, {name}", 1, 12):
-        folder = disk.folder / f"{name}-{number}" / tried.ready.name
-        shutil.copytree(tried.ready, folder)
+    for _ in trials(f"disk: no space left, {name}", 1, 12):
+        folder = Path(shutil.copytree(tried.ready, disk.folder / name / tried.ready.name))
         with disk.with_room_for(draw.randrange(tried.size)):
             process = tried.run(folder)
         tried.assert_harmless(folder, process)
@@ -218,8 +206,7 @@ def test_a_full_disk_leaves_existing_files_unchanged(disk, stages, name, trials)
 def test_a_failing_write_leaves_existing_files_unchanged(stages, name, tmp_path, trials) -> None:
     tried, draw = stages[name], random.Random(name)
     for number in trials(f"disk: I/O error at a write, {name}", 1, 20):
-        folder = tmp_path / str(number) / tried.ready.name
-        shutil.copytree(tried.ready, folder)
+        folder = Path(shutil.copytree(tried.ready, tmp_path / str(number) / tried.ready.name))
         error = OSError(errno.EIO, os.strerror(errno.EIO))
         step = 1 + draw.randrange(tried.writes)
         process = tried.run(folder, partial(failing, step, error))
@@ -229,9 +216,8 @@ def test_a_failing_write_leaves_existing_files_unchanged(stages, name, tmp_path,
 @pytest.mark.parametrize("name", NAMES)
 def test_a_read_only_disk_leaves_existing_files_unchanged(disk, stages, name, trials) -> None:
     tried = stages[name]
-    for number in trials(f"disk: read-only, {name}", 0, 1):
-        folder = disk.folder / f"{name}-{number}" / tried.ready.name
-        shutil.copytree(tried.ready, folder)
+    for _ in trials(f"disk: read-only, {name}", 0, 1):
+        folder = Path(shutil.copytree(tried.ready, disk.folder / name / tried.ready.name))
         before = visible(folder)
         with disk.read_only():
             process = tried.run(folder)

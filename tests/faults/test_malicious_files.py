@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import shutil
 import subprocess
@@ -18,9 +19,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -50,12 +48,12 @@ REFUSED = (ValueError, OSError, SafetensorError)
 
 
 def raw(marker: Path) -> bytes:
-    """Return `os.mkdir(marker)` as a pickle."""
+    """`os.mkdir(marker)` as a pickle."""
     return f"cos\nmkdir\n(S'{marker}'\ntR.".encode()
 
 
 def zipped(marker: Path) -> bytes:
-    """Return the same in the format of torch.save."""
+    """The same in the format of torch.save."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("archive/data.pkl", raw(marker))
@@ -64,9 +62,8 @@ def zipped(marker: Path) -> bytes:
 
 
 def array(marker: Path) -> bytes:
-    """Return the same in a .npy file of objects."""
-    header = "{'descr': '|O', 'fortran_order': False, 'shape': (1,), }"
-    header = header.ljust(117) + "\n"
+    """The same in a .npy file of objects."""
+    header = "{'descr': '|O', 'fortran_order': False, 'shape': (1,), }".ljust(117) + "\n"
     length = len(header).to_bytes(2, "little")
     return b"\x93NUMPY\x01\x00" + length + header.encode() + raw(marker)
 
@@ -95,18 +92,12 @@ def attack(file: Path, payload: Callable[[Path], bytes], load: Callable[[], obje
     marker = file.parent / "marker"
     before = file.read_bytes() if file.exists() else None
     file.write_bytes(payload(marker))
-    try:
-        with suppress(*REFUSED):
-            load()
-        assert not marker.exists(), f"{file} was unpickled"
-    finally:
-        if before is None:
-            file.unlink()
-        else:
-            file.write_bytes(before)
-
-
-# -- a run's own files -----------------------------------------------------------------------------
+    with suppress(*REFUSED):
+        load()
+    assert not marker.exists(), f"{file} was unpickled"
+    file.unlink()
+    if before is not None:
+        file.write_bytes(before)
 
 
 @pytest.fixture
@@ -182,27 +173,6 @@ def test_no_image_of_an_archive_is_unpickled_and_none_is_unpacked(run):
     assert not marker.exists()
 
 
-def test_no_type_of_a_parquet_file_is_unpickled(run):
-    """Earlier versions of pyarrow unpickled the types in a file's metadata."""
-    marker = run.folder / "marker"
-    table = pa.table(pd.read_parquet(run.scores).astype({"metric": "str", "value": float}))
-    for name in ("arrow.py_extension_type", "pandas.object"):
-        metadata = {
-            b"ARROW:extension:name": name.encode(),
-            b"ARROW:extension:metadata": raw(marker),
-        }
-        schema = pa.schema([field.with_metadata(metadata) for field in table.schema])
-        described = json.dumps({"pandas": {"pickle": raw(marker).decode()}})
-        schema = schema.with_metadata({b"pandas": described.encode()})
-        pyarrow.parquet.write_table(table.cast(schema), run.scores)
-        with suppress(*REFUSED, KeyError):
-            results.read_scores(run.scores)
-        assert not marker.exists()
-
-
-# -- what a person writes --------------------------------------------------------------------------
-
-
 def test_no_configuration_is_unpickled_or_runs_what_its_tags_name(tmp_path, trials):
     marker = tmp_path / "marker"
     tags = (
@@ -214,15 +184,8 @@ def test_no_configuration_is_unpickled_or_runs_what_its_tags_name(tmp_path, tria
     )
     texts = [payload(marker) for payload in PAYLOADS]
     texts += [form.replace(b"TAG", t.encode()) for t in tags for form in (b"a: TAG", b"- TAG")]
-    readers: tuple[Callable[[Path], object], ...] = (
-        validate.read,
-        claims.read,
-        lockfile.read,
-        lockfile.read_lock,
-        catalog.read_file,
-        prompts.read,
-    )
-    cases = [(text, reader) for text in texts for reader in readers]
+    yaml_readers = (validate.read, claims.read, lockfile.read, lockfile.read_lock)
+    cases = list(itertools.product(texts, (*yaml_readers, catalog.read_file, prompts.read)))
     for number in trials("pickles: in what a person writes", len(cases), len(cases)):
         text, reader = cases[number]
         file = tmp_path / "file.yaml"
@@ -233,23 +196,16 @@ def test_no_configuration_is_unpickled_or_runs_what_its_tags_name(tmp_path, tria
         assert not marker.exists()
 
 
-# -- the embedded models ---------------------------------------------------------------------------
-
-
 def test_no_embedded_model_is_unpickled(tmp_path, trials):
     """A pickle beside the weights is ignored, and one in their place refused."""
     root = tmp_path / "weights"
     shutil.copytree(weights.ROOT, root)
     marker = tmp_path / "marker"
-    loads: dict[str, Callable[[Path], object]] = {
-        "clip": scorers.DualEncoder.load,
-        "pickscore": scorers.DualEncoder.load,
-        "hpsv2": scorers.DualEncoder.load,
-        "imagereward": scorers.FusionScorer.load,
-    }
-    cases = [(n, p, kept) for n in loads for p in PAYLOADS for kept in (True, False)]
+    names = ("clip", "pickscore", "hpsv2", "imagereward")
+    cases = [(n, p, kept) for n in names for p in PAYLOADS for kept in (True, False)]
     for number in trials("pickles: in place of embedded models", 2, len(cases)):
         name, payload, kept = cases[number * 7 % len(cases)]
+        model = scorers.FusionScorer if name == "imagereward" else scorers.DualEncoder
         folder = root / name
         whole = (folder / "model.safetensors").read_bytes()
         (folder / "pytorch_model.bin").write_bytes(payload(marker))
@@ -258,7 +214,7 @@ def test_no_embedded_model_is_unpickled(tmp_path, trials):
             with pytest.raises(ValueError, match="altered"):
                 weights.verify(name, root)
         with suppress() if kept else pytest.raises(Exception):  # noqa: B022
-            loads[name](folder)
+            model.load(folder)
         assert not marker.exists()
         (folder / "model.safetensors").write_bytes(whole)
 
@@ -276,11 +232,8 @@ def test_no_adapter_is_unpickled(tmp_path, trials):
         assert not marker.exists()
 
 
-# -- the published models, as tiny checkpoints -----------------------------------------------------
-
-
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files of weights and tokenizers."""
+    """The files of weights and tokenizers."""
     suffixes = (".safetensors", ".pt", ".model", ".index.json")
     # Half-precision variants are not read.
     found = [f for f in sorted(folder.rglob("*")) if f.name.endswith(suffixes)]
@@ -302,17 +255,15 @@ def attack_a_folder(
         file.unlink()
     for place in others if beside else [file]:
         place.write_bytes(payload(marker))
-    refused = False
-    try:
+    refused = True
+    with suppress(Exception):  # of many classes; only the code must not run
         load()
-    except Exception:  # of many classes; only the code must not run
-        refused = True
-    finally:
-        file.write_bytes(whole)
-        for other in others:
-            other.unlink(missing_ok=True)
+        refused = False
     assert not marker.exists(), f"{file} was unpickled"
     assert refused or file.suffix != ".safetensors"
+    file.write_bytes(whole)
+    for other in others:
+        other.unlink(missing_ok=True)
 
 
 PIPELINES = ("flux", "sd3", "sana", "hidream")
@@ -379,18 +330,15 @@ def rewards(tmp_path_factory) -> Callable[[str], tuple[Path, Callable[[], object
         tiny_rewards.bert_tokenizer(root / "bert")
         tiny_rewards.imagereward(folder, root / "bert")
 
-    hpsv2, files = "HPS_v2.1_compressed.pt", ("ImageReward.pt", "med_config.json")
+    hpsv2, image_reward, med = "HPS_v2.1_compressed.pt", "ImageReward.pt", "med_config.json"
     known: dict[str, tuple[Callable[[Path], object], Callable[[Path], object]]] = {
         "clip": (tiny_rewards.clip, CLIPScore),
         "pickscore": (tiny_rewards.pickscore, lambda f: PickScore(f, root / "clip")),
         "hpsv2": (lambda f: tiny_rewards.hpsv2(f / hpsv2), lambda f: HPSv2(f / hpsv2)),
-        "mask2former": (
-            tiny_detector.mask2former,
-            lambda f: Mask2FormerDetector(f, root / "clip"),
-        ),
+        "mask2former": (tiny_detector.mask2former, lambda f: Mask2FormerDetector(f, root / "clip")),
         "imagereward": (
             imagereward,
-            lambda f: ImageReward(*(f / name for name in files), root / "bert"),
+            lambda f: ImageReward(f / image_reward, f / med, root / "bert"),
         ),
     }
 

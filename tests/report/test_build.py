@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from support import synthetic
 from support.synthetic import change_scores
 
 from tafs.experiment.schema import FIGURES
-from tafs.experiment.specs import ReportSpec, Spec, TableSpec
+from tafs.experiment.specs import ReportSpec, TableSpec
 from tafs.report import build, results
 from tafs.rewards.metrics import METRICS
 
@@ -74,46 +72,25 @@ def test_the_report_writes_every_table_figure_and_claim(root: Path) -> None:
     assert not (root / "runs" / "base-0" / ".eval_state").exists()
 
 
-def test_every_run_is_read_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_table_of_a_run_is_read_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: Counter[str] = Counter()
+    real = pd.read_parquet
 
-    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
-        def count(file: Path, *more: Path) -> Any:
-            read.update(str(path.relative_to(root)) for path in (file, *more))
-            return function(file, *more)
+    def counted(file: Path, **options: Any) -> pd.DataFrame:
+        read[str(file.relative_to(root / "runs"))] += 1
+        return real(file, **options)
 
-        return count
-
-    for module, name in (
-        (results, "read_scores"),
-        (results, "read_trajectory_rewards"),
-        (results.journal, "iterations"),
-    ):
-        monkeypatch.setattr(module, name, counted(getattr(module, name)))
-    read_spec = Spec.__dict__["read"].__func__
-
-    def counted_spec(cls: type[Spec], file: Path) -> Spec:
-        return counted(partial(read_spec, cls))(file)
-
-    monkeypatch.setattr(Spec, "read", classmethod(counted_spec))
+    monkeypatch.setattr(pd, "read_parquet", counted)
     build.build(root)
     names = {path.name for path in (root / "runs").iterdir()}
-    expected = {"report_spec.json", "runs/base-0/trajectory_rewards.parquet"}
-    for file in ("run.json", "evaluation.json", "scores.parquet"):
-        expected |= {f"runs/{name}/{file}" for name in names}
-    expected |= {f"runs/{name}/journal.jsonl" for name in names - {"base-0"}}
+    expected = {"base-0/trajectory_rewards.parquet", *(f"{name}/scores.parquet" for name in names)}
     assert dict(read) == dict.fromkeys(expected, 1)
 
 
 def test_a_system_has_one_label_in_tables_figures_and_claims(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = synthetic.table_spec(
-        sorted((root / "runs").iterdir()),
-        name="scores",
-        curve_nfe=(1, 4),
-        figures={kind: f"figure_{kind}" for kind in FIGURES},
-    )
+    spec = results.load(root).tables[0].spec
     labels = {"base": "Untrained", "flow_grpo": "First", "tafs_grpo": "Second"}
     rows = [row.model_copy(update={"label": labels[row.variant]}) for row in spec.rows]
     write_spec(root, spec.model_copy(update={"rows": tuple(rows)}))
@@ -126,12 +103,8 @@ def test_a_system_has_one_label_in_tables_figures_and_claims(
         assert "First" in shown and "Second" in shown
         assert not any(title in shown for title in ("TAFS-GRPO", "Flow-GRPO", "shapes-sd3"))
     table = (root / "tables" / "scores.md").read_text(encoding="utf-8")
-    assert [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| ")][2:] == [
-        "| Untrained",
-        "| Untrained",
-        "| First",
-        "| Second",
-    ]
+    printed = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| ")]
+    assert printed[2:] == ["| Untrained", "| Untrained", "| First", "| Second"]
     assert "CLIP: Second at 4 steps - Untrained at 4 steps" in (root / "claims.md").read_text()
 
 
@@ -141,7 +114,7 @@ def test_claims_about_excluded_methods_are_not_tested(root: Path) -> None:
     write_spec(root, spec)
     build.build(root)
     verdicts = json.loads((root / "claims.json").read_text(encoding="utf-8"))
-    assert {v["verdict"] for v in verdicts} == {"not tested"}
+    assert {verdict["verdict"] for verdict in verdicts} == {"not tested"}
 
 
 def test_the_papers_values_are_printed_at_the_papers_scale_only(root: Path) -> None:
@@ -149,9 +122,8 @@ def test_the_papers_values_are_printed_at_the_papers_scale_only(root: Path) -> N
     for scale, printed in (("shapes", False), ("paper", True)):
         write_spec(root, spec, scale=scale)
         build.build(root)
-        assert (
-            "(paper: " in (root / "tables" / "table2.md").read_text(encoding="utf-8")
-        ) == printed
+        table = (root / "tables" / "table2.md").read_text(encoding="utf-8")
+        assert ("(paper: " in table) == printed
 
 
 def test_random_weights_mark_the_claims_of_all_tables(root: Path) -> None:
@@ -181,33 +153,29 @@ def test_a_metric_may_be_better_when_it_is_lower(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the opposite sign and direction, every comparison has the same result."""
+    scores, _, gains, _ = (table.spec for table in results.load(root).tables)
+    write_spec(root, scores.model_copy(update={"figures": {}}), gains)
 
-    def compared() -> tuple[list[float], list[str], list[str]]:
+    def compared() -> tuple[list[float], list[int], str]:
         build.build(root)
-        verdicts = json.loads((root / "claims.json").read_text(encoding="utf-8"))
-        gains = pd.read_csv(root / "tables" / "gains.csv")
-        scores = pd.read_csv(root / "tables" / "scores.csv")
-        return (
-            gains.select_dtypes("number").to_numpy().ravel().tolist(),
-            [str(comparison) for verdict in verdicts for comparison in verdict["comparisons"]],
-            scores["clip_best"].tolist(),
-        )
+        gains = pd.read_csv(root / "tables" / "gains.csv").select_dtypes("number")
+        best = pd.read_csv(root / "tables" / "scores.csv")["clip_best"].tolist()
+        return gains.to_numpy().ravel().tolist(), best, (root / "claims.json").read_text()
 
     for run in (root / "runs").glob("tafs_grpo*"):
         change_scores(run, lambda found: found.assign(value=found["value"] + 10))
     before = compared()
-    assert before[2] == [0, 0, 0, 1]
+    assert before[1] == [0, 0, 0, 1]
     assert "CLIP ↑" in (root / "tables" / "scores.md").read_text(encoding="utf-8")
     plugin = METRICS.plugins["clip"]
     lower = replace(plugin, metric=replace(plugin.metric, higher_is_better=False))
     monkeypatch.setitem(METRICS.plugins, "clip", lower)
+
+    def negated(found: pd.DataFrame) -> pd.DataFrame:
+        return found.assign(value=found["value"].where(found["metric"] != "clip", -found["value"]))
+
     for run in (root / "runs").iterdir():
-        change_scores(
-            run,
-            lambda found: found.assign(
-                value=found["value"].where(found["metric"] != "clip", -found["value"])
-            ),
-        )
+        change_scores(run, negated)
     after = compared()
     assert after[0] == pytest.approx(before[0], nan_ok=True)
     assert after[1:] == before[1:]

@@ -13,7 +13,7 @@ import pandas as pd
 from safetensors.numpy import save_file
 
 from tafs.assets.sources import AssetSettings
-from tafs.experiment.specs import EvalSpec, RowSpec, RunSpec, TableSpec
+from tafs.experiment.specs import EvalSetting, EvalSpec, RowSpec, RunSpec, TableSpec, TrajectorySpec
 from tafs.report import results
 from tafs.report.results import LoadedTable
 
@@ -42,12 +42,12 @@ class Invented:
     gain: float = 0.0
     steps: float = 1.0  # the loss of few steps is divided by nfe ** steps
     seconds: float = 0.0
-    nfe_old: int | None = None
-    nfe_theta: int | None = None
+    nfe_old: int = 0
+    nfe_theta: int = 0
 
     @property
     def forward_equivalents(self) -> int:
-        return (self.nfe_old or 0) + 3 * (self.nfe_theta or 0)
+        return self.nfe_old + 3 * self.nfe_theta
 
     def iterations_at(self, iterations: int, share: float) -> int:
         """How many iterations a share of the reference's training compute pays for."""
@@ -109,30 +109,27 @@ def write_run(
         "training": {**TRAINING, "iterations": iterations} if trained else None,
         "rewards": {"pickscore": 1.0, "clip": 1.0} if trained else {},
         "sampler": invented.sampler,
-        "nfe_old": invented.nfe_old,
-        "nfe_theta": invented.nfe_theta,
+        "nfe_old": invented.nfe_old or None,
+        "nfe_theta": invented.nfe_theta or None,
         "forward_equivalents": float(invented.forward_equivalents),
         "snapshots": sorted({invented.iterations_at(iterations, s) for s in shares} - {iterations}),
     }
     run = RunSpec.model_validate(given | fields)
     points = [(n, None) for n in [*nfe, *([] if trained else [FULL])]]
     points += [(FEW, iteration) for iteration in run.snapshots]
-    settings = [
-        {"sampler": run.sampler, "nfe": n, "images_per_prompt": images, "iteration": iteration}
-        for n, iteration in points
-    ]
-    evaluation = EvalSpec.model_validate(
-        {
-            "weights": {"clip": "c" * 64},
-            "random_weights": [],
-            "prompts_per_tag": None,
-            "batch": 64,
-            "full_steps": FULL,
-            "resolution": 24,
-            "served": served,
-            "trajectories": {"nfe": FEW, "prompts": prompts},
-            "settings": settings,
-        }
+    evaluation = EvalSpec(
+        weights={"clip": "c" * 64},
+        random_weights=(),
+        prompts_per_tag=None,
+        batch=64,
+        full_steps=FULL,
+        resolution=24,
+        served=served,
+        trajectories=TrajectorySpec(nfe=FEW, prompts=prompts),
+        settings=tuple(
+            EvalSetting(sampler=run.sampler, nfe=n, images_per_prompt=images, iteration=iteration)
+            for n, iteration in points
+        ),
     )
     folder = root / run.name
     folder.mkdir(parents=True)
@@ -193,13 +190,12 @@ def _write_scores(
                 "value": value.ravel(),
             }
             tables.append(pd.DataFrame(columns))
-    table = pd.concat(tables, ignore_index=True)
+    names = ("run", "method", "tag", "sampler", "metric")
+    table = pd.concat(tables, ignore_index=True).astype(dict.fromkeys(names, "category"))
     by_server = (table["metric"] == SERVED) & evaluation.served
-    for name, part in (("scores", table[~by_server]), ("served_scores", table[by_server])):
-        if len(part):
-            names = ("run", "method", "tag", "sampler", "metric")
-            part = part.astype(dict.fromkeys(names, "category"))
-            part.to_parquet(folder / f"{name}.parquet", index=False)
+    table[~by_server].to_parquet(folder / "scores.parquet", index=False)
+    if evaluation.served:
+        table[by_server].to_parquet(folder / "served_scores.parquet", index=False)
 
 
 def _write_samples(
@@ -246,11 +242,11 @@ def _write_journal(
     records: list[dict[str, Any]] = [{"kind": "start", "time": 0.0, **start}]
     for i in range(iterations):
         grown = invented.gain * (1 - np.exp(-i / 20))
-        final = {"pickscore": 0.80 + 0.05 * grown, "clip": 0.25 + 0.03 * grown}
-        noise = dict(zip(final, own.normal(size=2) * 0.003, strict=True))
+        final = np.array([0.80 + 0.05 * grown, 0.25 + 0.03 * grown])
+        steps = np.stack([final - 0.02, final + own.normal(size=2) * 0.003], axis=1)
+        rewards = dict(zip(("pickscore", "clip"), steps.tolist(), strict=True))
         total = invented.seconds * float(own.uniform(0.95, 1.1))
         seconds = {"sample": total / 3, "reward": 0.1, "update": total / 2, "total": total}
-        rewards = {name: [value - 0.02, value + noise[name]] for name, value in final.items()}
         record = {"iteration": i, "time": float(i), "rewards": rewards, "reward_std": 0.1}
         records.append({"kind": "iteration", **record, "seconds": seconds})
     records.append({"kind": "end", "time": float(iterations)})
@@ -268,41 +264,36 @@ def table_spec(
     runs: Sequence[Path],
     *,
     few: Sequence[int] = (FEW,),
-    full: int | None = FULL,
+    full: int = FULL,
     kind: str = "scores",
     **fields: Any,
 ) -> TableSpec:
     """A table of these runs: base models, then methods in the order of METHODS.
 
-    `few` are the steps of the rows, `full` those of the base models' first row (None: no such
-    row); `fields` replaces fields of the TableSpec.
+    `few` are the steps of the rows, `full` those of the base models' first row; `fields` replaces
+    fields of the TableSpec.
     """
     specs = [RunSpec.read(run / "run.json") for run in runs]
     systems: dict[tuple[str, ...], list[RunSpec]] = {}
     for spec in sorted(specs, key=lambda spec: (list(METHODS).index(spec.method), spec.seed)):
-        systems.setdefault((spec.variant, spec.task, spec.backbone), []).append(spec)
+        if kind != "correlation" or not spec.trained:
+            systems.setdefault((spec.variant, spec.task, spec.backbone), []).append(spec)
     rows = []
-    for (variant, task, backbone), group in systems.items():
+    for group in systems.values():
         first = group[0]
-        if kind == "correlation" and first.trained:
-            continue
         iterations_at = METHODS[first.method].iterations_at
         at = iterations_at(first.iterations, 1.0) if kind == "compute" and first.trained else None
-        at_full = [full] if full and kind == "scores" and not first.trained else []
         rows += [
             RowSpec(
+                **first.model_dump(include={"variant", "task", "backbone", "sampler"}),
                 label=first.title,
                 runs=tuple(spec.name for spec in group),
-                variant=variant,
-                task=task,
                 role="sd3",
-                backbone=backbone,
                 nfe=n,
-                full_steps=full or FULL,
+                full_steps=full,
                 iteration=at,
-                sampler=first.sampler,
             )
-            for n in [*at_full, *few]
+            for n in [*([full] if kind == "scores" and not first.trained else []), *few]
         ]
     given = {
         "name": "table2",
