@@ -75,8 +75,8 @@ new-reward: $(STAMP)  ## Write a reward that runs unchanged: make new-reward NAM
 new-prompts: $(STAMP)  ## Write a prompt set that loads unchanged: make new-prompts NAME=my_prompts
 	$(RUN) python -m tafs.data.template "$$NAME"
 
-new-model: $(STAMP)  ## Write a model that runs unchanged: make new-model NAME=my_model
-	$(RUN) python -m tafs.models.template "$$NAME"
+new-model: $(STAMP)  ## Write a model that runs unchanged: make new-model NAME=my-model
+	$(RUN) python -m tafs.models.template "$$NAME" $(ARGS)
 
 shapes-weights: $(STAMP)  ## Train the shipped models of the embedded world again (hours)
 	$(RUN) python -m tafs.shapes.pretrain all $(ARGS)

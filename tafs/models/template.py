@@ -10,7 +10,7 @@ import argparse
 import re
 from pathlib import Path
 
-from tafs.common import errors
+from tafs.common import errors, stubs
 from tafs.models import catalog
 
 FOLDER = Path("tafs/models/plugins")
@@ -108,13 +108,10 @@ def write(name: str, pipeline: str = PIPELINE, folder: Path = FOLDER) -> Path:
             f"{PIPELINE}"
         )
     models = catalog.read()
-    module = name.replace("-", "_")
-    if name in models or module in catalog.PLUGINS.names():
+    if name in models:
         raise ValueError(f"{name!r} is taken; choose another name")
-    if not folder.is_dir():
-        raise ValueError(f"{folder}/ does not exist; run this command in the project's folder")
-    published = [model for model in models.values() if model.assets == "hub"]
-    like = next((model for model in published if model.pipeline == pipeline), None)
+    published = [m for m in models.values() if (m.assets, m.pipeline) == ("hub", pipeline)]
+    like = published[0] if published else None
     title = "".join(part.capitalize() for part in name.split("-"))
     trained = pipeline in catalog.backbones()
     parts = [HEAD, IMPORTS, PLUGIN] if trained else [HEAD, BACKBONE, "\n", PLUGIN]
@@ -129,10 +126,7 @@ def write(name: str, pipeline: str = PIPELINE, folder: Path = FOLDER) -> Path:
         licence=like.licence if like else "(the name of the licence)",
         backbones="" if trained else f'    backbones={{"{pipeline}": {title}Backbone}},\n',
     )
-    file = folder / f"{module}.py"
-    with file.open("x", encoding="utf-8") as out:
-        out.write(text)
-    return file
+    return stubs.write(catalog.PLUGINS, name.replace("-", "_"), folder, text)
 
 
 def main() -> None:

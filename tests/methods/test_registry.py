@@ -1,16 +1,10 @@
 """Methods of installed packages, broken method files, and the stub of a method."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-from support.packages import installed
+from support.packages import assert_clean, installed
 from support.toy import toy_run, toy_trainer
 
 from tafs.methods import registry, template
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -45,31 +39,22 @@ def test_the_stub_trains_and_costs_what_it_says(stub):
 
 
 def test_the_stub_is_clean_code(tmp_path):
-    file = template.write("my_method", tmp_path)
-    for command in (["check"], ["format", "--check"]):
-        done = subprocess.run(
-            [Path(sys.executable).parent / "ruff", *command]
-            + ["--config", ROOT / "pyproject.toml", file],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout
-
-
-@pytest.mark.parametrize("name", ["", "My", "a-b", "../x", "a b", "x" * 65, "1a"])
-def test_an_invalid_name_is_refused(tmp_path, name):
-    with pytest.raises(ValueError, match="is not a valid name"):
-        template.write(name, tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert_clean(template.write("my_method", tmp_path))
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("tafs_grpo", "is taken"), ("base", "is taken"), ("class", "keyword")]
+    ("name", "message"),
+    [
+        *((name, "is not a valid name") for name in ("", "My", "a-b", "../x", "x" * 65, "1a")),
+        ("tafs_grpo", "is taken"),
+        ("base", "is taken"),
+        ("class", "keyword"),
+    ],
 )
-def test_a_taken_name_and_a_keyword_are_refused(tmp_path, name, message):
+def test_an_invalid_or_taken_name_and_a_keyword_are_refused(tmp_path, name, message):
     with pytest.raises(ValueError, match=message):
         template.write(name, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

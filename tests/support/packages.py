@@ -10,6 +10,8 @@ from pathlib import Path
 from tafs.common import plugins
 from tafs.models import catalog
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 @contextmanager
 def installed(
@@ -47,16 +49,24 @@ def installed(
 
 def run_with(site: Path, code: str) -> str:
     """Run code in a process of its own with `site` on sys.path; return what it prints."""
-    root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={"PYTHONPATH": f"{site}:{root}", "OMP_NUM_THREADS": "1"},
+        env={"PYTHONPATH": f"{site}:{ROOT}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def assert_clean(file: Path) -> None:
+    """Check a file with ruff."""
+    for command in (["check"], ["format", "--check"]):
+        ruff = [Path(sys.executable).parent / "ruff", *command]
+        given = [*ruff, "--config", ROOT / "pyproject.toml", file]
+        done = subprocess.run(given, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout
 
 
 def _forget() -> None:
