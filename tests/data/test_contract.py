@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,16 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Callable[[str], Path]:
-    root = tmp_path_factory.mktemp("resources")
-
-    @cache
-    def written(resource: str) -> Path:
-        if resource not in tiny_hub.WRITERS:
-            pytest.skip(f"no small copy of {resource}")
-        tiny_hub.WRITERS[resource](root / resource)
-        return root / resource
-
-    return written
+    return tiny_hub.folders(tmp_path_factory.mktemp("resources"))
 
 
 @pytest.fixture(params=list(prompt_sets.prompt_sets()))

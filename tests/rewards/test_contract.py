@@ -1,9 +1,8 @@
-"""Every reward that is found keeps the contract of `tafs.rewards.registry.Reward`."""
+"""Every reward that is found keeps the contract of `tafs.rewards.metrics.Reward`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,7 @@ from tafs.assets import lockfile
 from tafs.assets.sources import AssetSettings, ShapesAssets
 from tafs.data.prompts import Prompt
 from tafs.rewards import metrics, template
-from tafs.rewards.metrics import METRICS, RewardPlugin
-from tafs.rewards.registry import Reward
+from tafs.rewards.metrics import METRICS, Reward, RewardPlugin
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = AssetSettings(
@@ -29,14 +27,7 @@ PROMPTS = [Prompt(text, {**METADATA, "prompt": text}) for text in ("a red ring",
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Callable[[str], Path]:
     """Tiny random checkpoints of resources.yaml."""
-    root = tmp_path_factory.mktemp("resources")
-
-    @cache
-    def written(resource: str) -> Path:
-        tiny_hub.WRITERS[resource](root / resource)
-        return root / resource
-
-    return written
+    return tiny_hub.folders(tmp_path_factory.mktemp("resources"))
 
 
 @pytest.fixture(
@@ -49,9 +40,6 @@ def reward(request, folder) -> Reward:
     source, name = request.param.split()
     if source == "shapes":
         return EMBEDDED.rewards([name]).rewards[0]
-    resources = METRICS[name].resources
-    if not set(resources) <= set(tiny_hub.WRITERS):
-        pytest.skip(f"no tiny checkpoint of {', '.join(resources)}")
     return metrics.plugin(name).build("cpu", folder)
 
 

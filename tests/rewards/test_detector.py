@@ -68,28 +68,10 @@ def found(classes, masks, threshold=0.3, side=64) -> list[Instance]:
     return instances(classes, masks, padded=shape, inside=shape, size=shape, threshold=threshold)
 
 
-# -- names and rows --------------------------------------------------------------------------------
-
-
 def test_the_hubs_labels_are_mapped_to_genevals_names():
     names = detector.class_names(dict(enumerate(tiny_detector.LABELS)), None)
     assert names == detector.CLASSES
     assert len(set(names)) == 80
-    assert (names[0], names[3], names[57], names[64], names[65], names[79]) == (
-        *("person", "motorcycle", "couch", "computer mouse", "tv remote", "toothbrush"),
-    )
-
-
-def test_cocos_spelling_is_mapped_to_genevals_names():
-    own = {"computer mouse": "mouse", "tv remote": "remote", "computer keyboard": "keyboard"}
-    labels = {i: own.get(name, name) for i, name in enumerate(detector.CLASSES)}
-    assert detector.class_names(labels, None) == detector.CLASSES
-
-
-def test_classes_other_than_cocos_are_refused(tmp_path):
-    labels = dict(enumerate(detector.CLASSES)) | {7: "lorry"}
-    with pytest.raises(ValueError, match=f"{tmp_path}: its id2label is not COCO's 80.*'lorry'"):
-        detector.class_names(labels, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -112,9 +94,6 @@ def test_colours_are_classified_only_for_objects_whose_colour_is_asked():
     assert detector.to_color(names, prompt(need("dog", 3)).row) == []
 
 
-# -- the image before the model --------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("size", "inside", "padded"),
     [
@@ -132,43 +111,24 @@ def test_images_are_resized_to_fit_800_x_1333_and_padded_to_multiples_of_32(size
     assert tuple(inputs.shape) == (1, 3, *padded)
     assert not inputs[..., inside[0] :, :].any() and not inputs[..., inside[1] :].any()
     expected = (100 - torch.tensor(detector.MEAN)) / torch.tensor(detector.STD)
-    torch.testing.assert_close(inputs[0, :, 0, 0], expected)
-    torch.testing.assert_close(inputs[0, :, inside[0] - 1, inside[1] - 1], expected)
+    for corner in (inputs[0, :, 0, 0], inputs[0, :, inside[0] - 1, inside[1] - 1]):
+        torch.testing.assert_close(corner, expected)
 
 
-def test_resizing_is_bilinear_on_8_bit_values():
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(256, (1, 3, 40, 40), generator=generator).float()
-    inputs, _ = detector.prepare(pixels)
-    values = inputs * torch.tensor(detector.STD).view(3, 1, 1)
-    values += torch.tensor(detector.MEAN).view(3, 1, 1)
-    image = Image.fromarray(pixels[0].permute(1, 2, 0).numpy().astype(np.uint8))
-    theirs = np.asarray(image.resize((800, 800), Image.Resampling.BILINEAR), dtype=np.float32)
-    # PIL rounds after each of its two passes.
-    assert np.abs(values[0].permute(1, 2, 0).numpy() - theirs).max() <= 1.01
-
-
-# -- constructed logits ----------------------------------------------------------------------------
-
-
-def test_masks_and_boxes_have_the_resolution_of_the_image():
-    [one] = found(logits({1: 0.9}, classes=3), rectangles((2, 5, 6, 8)))
-    assert one.label == 1
-    assert one.box == (8, 20, 24, 32)
-    expected = torch.zeros(64, 64, dtype=torch.bool)
-    expected[20:32, 8:24] = True
-    # Logits are bilinear between cells; a corner's own weight is (5 / 8) ** 2 < 1 / 2.
-    expected[[20, 20, 31, 31], [8, 23, 8, 23]] = False
-    assert torch.equal(one.mask, expected)
-
-
-def test_a_score_is_the_class_probability_times_the_masks_mean_probability():
+def test_a_mask_has_the_images_resolution_and_its_mean_probability_weights_the_score():
     masks = rectangles((2, 5, 6, 8))
     [one] = found(logits({1: 0.9}, classes=3), masks)
+    assert (one.label, one.box) == (1, (8, 20, 24, 32))
     # PIL's bilinear resizing is an independent implementation.
     large = np.asarray(Image.fromarray(masks[0].numpy()).resize((64, 64), Image.BILINEAR))
+    assert np.array_equal(one.mask.numpy(), large > 0)
     inside = 1 / (1 + np.exp(-large[large > 0]))
     assert one.score == pytest.approx(0.9 * inside.mean(), abs=1e-5)
+    unsure = found(
+        logits({0: 0.55}, {1: 0.65}, classes=2), rectangles(*[(0, 0, 16, 16)] * 2) * 1e-4
+    )
+    assert [o.label for o in unsure] == [1]
+    assert found(logits({0: 0.99}, classes=1), rectangles((0, 0, 0, 0))) == []
 
 
 def test_overlapping_masks_are_both_complete():
@@ -176,15 +136,9 @@ def test_overlapping_masks_are_both_complete():
     one, two = found(logits({0: 0.95}, {1: 0.9}, classes=2), rectangles(front, behind))
     assert (one.label, two.label) == (0, 1)
     assert one.box == (0, 0, 32, 32) and two.box == (16, 16, 48, 48)
-    # Without the corners inside the image, as above.
+    # Logits are bilinear between cells; a corner inside the image is outside the mask.
     assert (one.mask.sum(), two.mask.sum()) == (32 * 32 - 1, 32 * 32 - 4)
     assert (one.mask & two.mask).sum() == 16 * 16 - 2
-
-
-def test_a_query_can_yield_two_objects_of_different_classes():
-    both = found(logits({0: 0.55, 2: 0.45}, classes=3), rectangles((0, 0, 8, 8)))
-    assert [o.label for o in both] == [0, 2]
-    assert torch.equal(both[0].mask, both[1].mask)
 
 
 @pytest.mark.parametrize(("threshold", "labels"), [(0.3, [0, 1, 2]), (0.9, [0])])
@@ -194,15 +148,6 @@ def test_objects_above_the_threshold_are_sorted_by_confidence(threshold, labels)
     objects = found(classes, rectangles(*boxes), threshold)
     assert [o.label for o in objects] == labels
     assert all(o.score > threshold for o in objects)
-
-
-def test_a_confident_class_with_an_uncertain_mask_is_below_the_threshold():
-    assert found(logits({0: 0.55}, classes=1), rectangles((0, 0, 16, 16)) * 1e-4) == []
-    assert len(found(logits({0: 0.65}, classes=1), rectangles((0, 0, 16, 16)) * 1e-4)) == 1
-
-
-def test_an_empty_mask_is_not_an_object():
-    assert found(logits({0: 0.99}, classes=1), rectangles((0, 0, 0, 0))) == []
 
 
 def test_the_16_most_confident_objects_of_a_class_are_kept():
@@ -233,9 +178,6 @@ def test_the_padding_is_removed_before_resizing_to_the_image():
     assert one.box == (32, 16, 160, 80)
 
 
-# -- colours ---------------------------------------------------------------------------------------
-
-
 def test_a_crop_shows_only_the_object_on_grey():
     pixels = torch.tensor([255.0, 0, 0]).view(3, 1, 1).expand(3, 8, 10)
     mask = torch.zeros(8, 10, dtype=torch.bool)
@@ -255,26 +197,20 @@ def test_a_colours_weight_is_the_mean_of_its_three_embeddings(tiny, folders):
     assert weights.shape == (10, 32)
     for color in ("red", "white"):
         units = []
-        for text in (
-            f"a photo of a {color} teddy bear",
-            f"a photo of a {color}-colored teddy bear",
-            f"a photo of a {color} object",
-        ):
+        for text in (f"{color} teddy bear", f"{color}-colored teddy bear", f"{color} object"):
+            tokens = tokenizer(f"a photo of a {text}", return_tensors="pt")
             with torch.no_grad():
-                vector = model.get_text_features(**tokenizer(text, return_tensors="pt"))
-            units.append(vector.pooler_output[0] / vector.pooler_output[0].norm())
+                [vector] = model.get_text_features(**tokens).pooler_output
+            units.append(vector / vector.norm())
         mean = sum(units) / 3
         expected = mean / mean.norm()
         torch.testing.assert_close(weights[COLORS.index(color)], expected, atol=1e-5, rtol=1e-4)
 
 
-def solid(*rgb: float, height: int = 30, width: int = 40) -> torch.Tensor:
-    return torch.tensor(rgb).view(3, 1, 1).expand(3, height, width)
-
-
 def test_an_object_has_the_colour_with_the_closest_embedding(folders, monkeypatch):
     """Text embeddings are replaced by CLIP's image embeddings of the colours."""
-    shades = [solid(*rgb) for rgb in torch.rand(10, 3, generator=torch.Generator().manual_seed(2))]
+    drawn = torch.rand(10, 3, 1, 1, generator=torch.Generator().manual_seed(2))
+    shades = list(drawn.expand(10, 3, 30, 40))
     processor = CLIPImageProcessorPil.from_pretrained(folders[1])
     pictures = [Image.fromarray((s.permute(1, 2, 0) * 255).byte().numpy()) for s in shades]
     model = CLIPModel.from_pretrained(folders[1]).eval()
@@ -289,31 +225,20 @@ def test_an_object_has_the_colour_with_the_closest_embedding(folders, monkeypatc
     assert classifier([shades[0], shades[0]], ["dog", "cat"]) == ["red", "white"]
 
 
-# -- the tiny models end to end --------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def seen(tiny, images):
     return tiny.detect(images, [prompt()] * len(images))
 
 
-def test_the_tiny_model_finds_objects_in_the_image(seen):
-    assert all(objects for objects in seen)
-    for objects in seen:
-        scores = [d.score for d in objects]
-        assert scores == sorted(scores, reverse=True) and min(scores) > 0.3
-        for label, _, (x0, y0, x1, y1), color in objects:
-            assert label in detector.CLASSES and color is None
-            assert 0 <= x0 < x1 <= 64 and 0 <= y0 < y1 <= 48
-
-
-def test_counting_considers_only_confident_objects(tiny, images, seen):
+def test_counting_considers_only_confident_objects(tiny, images, seen, monkeypatch):
+    limit = np.median([d.score for objects in seen for d in objects])
+    monkeypatch.setattr(detector, "COUNTING_THRESHOLD", limit)
     counted = tiny.detect(images, [prompt(tag="counting")] * len(images))
-    sure = [[d for d in objects if d.score > 0.9] for objects in seen]
-    assert [[d[:3] for d in objects] for objects in counted] == [
-        [(d.label, pytest.approx(d.score, abs=1e-5), d.box) for d in objects] for objects in sure
+    sure = [[d for d in objects if d.score > limit] for objects in seen]
+    assert [[d.box for d in objects] for objects in counted] == [
+        [d.box for d in objects] for objects in sure
     ]
-    assert sum(map(len, counted)) < sum(map(len, seen))
+    assert 0 < sum(map(len, counted)) < sum(map(len, seen))
 
 
 def test_verdicts_depend_on_the_detected_objects(tiny, images, seen):
@@ -349,23 +274,6 @@ def test_scores_do_not_depend_on_batch_or_order(tiny, images, seen):
             (d.label, d.box, d.color) for d in alone
         ]
         assert [d.score for d in objects] == pytest.approx([d.score for d in alone], abs=1e-5)
-
-
-def test_the_record_names_both_models_and_the_verdict(tiny):
-    record = GenEval(tiny, strict=True).reward().record()
-    assert record["name"] == "geneval" and record["verdict"] == "strict"
-    assert "mask2former-swin-small-coco-instance" in record["version"]
-    assert "clip-vit-large-patch14" in record["version"]
-
-
-# -- damaged folders -------------------------------------------------------------------------------
-
-
-def test_a_folder_without_a_model_is_refused_by_name(folders, tmp_path):
-    with pytest.raises(FileNotFoundError, match=f"reward geneval: {tmp_path}/config.json"):
-        Mask2FormerDetector(tmp_path, folders[1])
-    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/config.json"):
-        Mask2FormerDetector(folders[0], tmp_path)
 
 
 def test_a_missing_weight_and_a_truncated_file_are_refused(folders, tmp_path):

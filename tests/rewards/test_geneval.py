@@ -76,16 +76,6 @@ def test_offsets_below_a_thousandth_of_a_pixel_are_ignored():
     assert relations(far, a) == {"right of"}
 
 
-def test_every_exclusion_of_a_class_counts():
-    row = {
-        "tag": "counting",
-        "include": [include("ring")],
-        "exclude": [{"class": "ring", "count": 2}, {"class": "ring", "count": 5}],
-    }
-    assert geneval_verdict([thing("ring")], row).correct
-    assert not geneval_verdict([thing("ring"), thing("ring", 30)], row).correct
-
-
 def test_a_prompt_without_metadata_is_refused_by_its_text():
     with pytest.raises(ValueError, match="GenEval cannot judge 'a fine day': no 'include'"):
         geneval_verdict([thing("ring")], {"prompt": "a fine day"})

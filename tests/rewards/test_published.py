@@ -34,6 +34,20 @@ CAPTIONS = (
     "a very long caption " * 30,
     "",
 )
+READ = {  # what each model is loaded from
+    "clip": ("clip",),
+    "pickscore": ("pickscore", "clip-h"),
+    "hpsv2": ("hpsv2/HPS_v2.1_compressed.pt",),
+    "imagereward": ("imagereward/ImageReward.pt", "imagereward/med_config.json", "bert"),
+}
+FILES = {  # the weights, and others that can be missing
+    "clip": ("clip/model.safetensors", "clip/config.json", "clip/preprocessor_config.json"),
+    "pickscore": ("pickscore/model.safetensors", "clip-h/tokenizer_config.json"),
+    "hpsv2": READ["hpsv2"],
+    "imagereward": (*READ["imagereward"][:2], "bert/vocab.txt"),
+}
+REMEDY = r"; fetch the model again\Z"  # in one line
+SIZES = ((224, 224), (512, 512), (24, 24), (300, 451))
 # PIL rounds to 8 bits after each of its two passes: half a level at the end, and half a level of
 # the first pass times 1.25, the sum of the bicubic kernel's magnitudes.
 LEVELS = 1.15
@@ -53,14 +67,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(name: str, root: Path) -> learned.LearnedReward:
-    if name == "clip":
-        return CLIPScore(root / "clip")
-    if name == "pickscore":
-        return PickScore(root / "pickscore", root / "clip-h")
-    if name == "hpsv2":
-        return HPSv2(root / "hpsv2" / "HPS_v2.1_compressed.pt")
-    files = root / "imagereward"
-    return ImageReward(files / "ImageReward.pt", files / "med_config.json", root / "bert")
+    kind: Any = {"clip": CLIPScore, "pickscore": PickScore, "hpsv2": HPSv2}.get(name, ImageReward)
+    return kind(*(root / file for file in READ[name]))
 
 
 @pytest.fixture(scope="module")
@@ -76,15 +84,14 @@ def pictures(count: int, height: int = 224, width: int = 224) -> np.ndarray:
     for _ in range(count):
         a, b, c = rng.uniform(1, 4, 3)
         waves = [
-            np.sin(a * y / height * 3 + c),
-            np.cos(b * x / width * 3),
+            np.sin(3 * a * y / height + c),
+            np.cos(3 * b * x / width),
             np.sin(c * (x + y) / 90),
         ]
         image = 128 + 100 * np.stack(waves, axis=-1) + rng.normal(0, 10, (height, width, 3))
-        low = rng.integers(0, [height // 2, width // 2])
-        image[low[0] : low[0] + height // 3, low[1] : low[1] + width // 3] = rng.choice(
-            [0, 255], size=3
-        )
+        top, left = rng.integers(0, [height // 2, width // 2])
+        corner = rng.choice([0, 255], size=3)
+        image[top : top + height // 3, left : left + width // 3] = corner
         drawn.append(image.clip(0, 255).astype(np.uint8))
     return np.stack(drawn)
 
@@ -95,9 +102,6 @@ def tensor(images: np.ndarray) -> Tensor:
 
 def prompts(count: int) -> list[Prompt]:
     return [Prompt(CAPTIONS[i % len(CAPTIONS)], {}) for i in range(count)]
-
-
-# -- parity with the packages ----------------------------------------------------------------------
 
 
 def clip_reference(folder: Path, processor: Path, image: Image.Image, text: str) -> Tensor:
@@ -134,24 +138,8 @@ def hpsv2_score(
     return lambda image, text: own.score(image, text, cp=str(file), hps_version="v2.1")[0]
 
 
-@pytest.fixture
-def imagereward_model(folder: Path) -> Any:
-    """image-reward's own model with all of the checkpoint's weights."""
-    files = folder / "imagereward"
-    model = compat.build_imagereward(
-        files / "med_config.json",
-        folder / "bert",
-        width=64,
-        depth=2,
-        patch=tiny_rewards.PATCH,
-        device="cpu",
-    )
-    model.load_state_dict(torch.load(files / "ImageReward.pt", weights_only=True))
-    return model.eval()
-
-
 @pytest.mark.parametrize("processor", [CLIPImageProcessor, CLIPImageProcessorPil])
-@pytest.mark.parametrize("size", [(224, 224), (512, 512), (24, 24), (300, 451)])
+@pytest.mark.parametrize("size", SIZES)
 def test_clip_preprocesses_like_transformers_up_to_rounding(folder, scorers, processor, size):
     [image] = pictures(1, *size)
     theirs = processor.from_pretrained(folder / "clip")(images=Image.fromarray(image))
@@ -162,7 +150,7 @@ def test_clip_preprocesses_like_transformers_up_to_rounding(folder, scorers, pro
     assert levels < (1e-3 if size == (224, 224) else LEVELS)
 
 
-@pytest.mark.parametrize("size", [(224, 224), (512, 512), (24, 24), (300, 451)])
+@pytest.mark.parametrize("size", SIZES)
 def test_imagereward_preprocesses_like_its_package_up_to_rounding(scorers, size):
     scorer = scorers["imagereward"]
     [image] = pictures(1, *size)
@@ -188,46 +176,26 @@ def test_clip_and_pickscore_equal_the_model_cards_code(
     )
 
 
-@pytest.mark.parametrize("size", [(224, 224), (512, 512), (24, 24), (300, 451)])
+@pytest.mark.parametrize("size", SIZES)
 def test_hpsv2_equals_its_package(scorers, hpsv2_score, size):
     """The package resizes floats, so that there is no rounding."""
     images = pictures(len(CAPTIONS), *size)
     found = scorers["hpsv2"](tensor(images), prompts(len(images)))
-    expected = [
-        hpsv2_score(Image.fromarray(image), text)
-        for image, text in zip(images, CAPTIONS, strict=True)
-    ]
+    expected = list(map(hpsv2_score, map(Image.fromarray, images), CAPTIONS))
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
 
 
-def test_imagereward_equals_its_package(scorers, imagereward_model):
+def test_imagereward_equals_its_package(folder, scorers):
+    files = folder / "imagereward"
+    size: Any = {"width": 64, "depth": 2, "patch": tiny_rewards.PATCH, "device": "cpu"}
+    theirs = compat.build_imagereward(files / "med_config.json", folder / "bert", **size).eval()
+    theirs.load_state_dict(torch.load(files / "ImageReward.pt", weights_only=True))
     images = pictures(len(CAPTIONS))
     found = scorers["imagereward"](tensor(images), prompts(len(images)))
-    expected = [
-        imagereward_model.score(text, Image.fromarray(image))
-        for image, text in zip(images, CAPTIONS, strict=True)
-    ]
+    pairs = zip(CAPTIONS, map(Image.fromarray, images), strict=True)
+    expected = [theirs.score(text, image) for text, image in pairs]
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
     assert np.std(expected) > 0.01
-
-
-def test_imagereward_ignores_padding(scorers):
-    model, image = scorers["imagereward"].model, torch.zeros(1, 3, 224, 224)
-    ids, mask = torch.tensor([[101, 5, 6, 7, 102, 0, 0]]), torch.tensor([[1, 1, 1, 1, 1, 0, 0]])
-    padded = model.score_gard(ids, mask, image)
-    torch.testing.assert_close(model.score_gard(ids[:, :5], mask[:, :5], image), padded)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_scores_differ_between_images_and_between_captions(scorers, name):
-    images = tensor(pictures(2))
-    same_caption = scorers[name](images, prompts(1) * 2)
-    same_image = scorers[name](images[:1].expand(2, -1, -1, -1), prompts(2))
-    assert same_caption.std() > 1e-3
-    assert same_image.std() > 1e-3
-
-
-# -- architectures ---------------------------------------------------------------------------------
 
 
 def test_the_architecture_of_vit_h_14_is_inferred_from_its_weights():
@@ -245,15 +213,6 @@ def test_imagereward_uses_the_head_width_of_blips_large_encoder(scorers, monkeyp
     assert settings["num_heads"] == width // compat.BLIP_HEAD_WIDTH
 
 
-def test_imagereward_reads_35_tokens_and_standardises_as_published(scorers):
-    model = scorers["imagereward"].model
-    assert scorers["imagereward"].token_ids(CAPTIONS[2]).shape == (2, 35)
-    assert (model.mean, model.std) == pytest.approx((0.1672, 1.0333), abs=1e-4)
-
-
-# -- properties of all models ----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("size", [(64, 64), (256, 256)])
 def test_the_gradient_equals_a_finite_difference(scorers, name, size):
@@ -267,14 +226,6 @@ def test_the_gradient_equals_a_finite_difference(scorers, name, size):
     )
     slope = (high - low).item() / (2 * step)
     assert slope == pytest.approx(images.grad.norm().item(), rel=0.05)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_model_is_frozen_in_evaluation_mode_and_float32(scorers, name):
-    model = scorers[name].model
-    assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert not any(module.training for module in model.modules())
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
 def test_tokens_of_captions_are_cached_with_a_limit(folder):
@@ -302,9 +253,6 @@ def test_a_reward_set_scores_in_chunks_and_reports(scorers):
     for name in NAMES:
         torch.testing.assert_close(scores[name], differentiable[name], atol=1e-5, rtol=1e-5)
     assert rewards.report(scores)["clip"] == pytest.approx(100 * scores["clip"])
-
-
-# -- refusals --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -341,43 +289,18 @@ def test_a_reward_set_refuses_nan_images_and_names_the_image(score):
         getattr(registry.RewardSet([reward]), score)(images, prompts(4))
 
 
-FILES = {
-    "clip": ("clip/config.json", "clip/model.safetensors", "clip/preprocessor_config.json"),
-    "pickscore": ("pickscore/model.safetensors", "clip-h/tokenizer_config.json"),
-    "hpsv2": ("hpsv2/HPS_v2.1_compressed.pt",),
-    "imagereward": (
-        "imagereward/ImageReward.pt",
-        "imagereward/med_config.json",
-        "bert/vocab.txt",
-    ),
-}
-
-
 @pytest.fixture
 def copy(folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(folder, tmp_path / "copy"))
 
 
-WEIGHTS = {
-    "clip": "clip/model.safetensors",
-    "pickscore": "pickscore/model.safetensors",
-    "hpsv2": "hpsv2/HPS_v2.1_compressed.pt",
-    "imagereward": "imagereward/ImageReward.pt",
-}
-
-
-def one_line(error: pytest.ExceptionInfo[Exception]) -> bool:
-    return "\n" not in str(error.value) and str(error.value).endswith("; fetch the model again")
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_missing_and_truncated_files_are_refused(copy, name):
-    file = copy / WEIGHTS[name]
+    file = copy / FILES[name][0]
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=f"reward {name}: .* is damaged") as error:
+    with pytest.raises(ValueError, match=rf"^reward {name}: .* is damaged .*{REMEDY}"):
         load(name, copy)
-    assert one_line(error)
     file.write_bytes(content)
     for other in FILES[name]:
         (copy / other).rename(copy / "hidden")
@@ -398,7 +321,7 @@ def test_missing_and_truncated_files_are_refused(copy, name):
     ],
 )
 def test_a_missing_weight_is_refused_by_its_name(copy, name, weight):
-    file = copy / WEIGHTS[name]
+    file = copy / FILES[name][0]
     if file.suffix == ".safetensors":
         state = load_file(file)
         del state[weight]
@@ -407,9 +330,8 @@ def test_a_missing_weight_is_refused_by_its_name(copy, name, weight):
         content = torch.load(file, weights_only=True)
         del content.get("state_dict", content)[weight]
         torch.save(content, file)
-    with pytest.raises(ValueError, match=f"reward {name}: .*{weight}") as error:
+    with pytest.raises(ValueError, match=rf"^reward {name}: .*{weight}.*{REMEDY}"):
         load(name, copy)
-    assert one_line(error)
 
 
 def test_a_tokenizer_of_another_model_is_refused(copy):
@@ -418,11 +340,3 @@ def test_a_tokenizer_of_another_model_is_refused(copy):
     shutil.copy(copy / "clip" / "preprocessor_config.json", copy / "clip-h")
     with pytest.raises(ValueError, match="reward pickscore: .*clip-h is damaged"):
         load("pickscore", copy)
-
-
-def test_an_incomplete_bert_vocabulary_is_refused(copy):
-    shutil.rmtree(copy / "bert")
-    (copy / "bert").mkdir()
-    (copy / "bert" / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
-    with pytest.raises(ValueError, match="reward imagereward: .*bert has 5 of 30522 tokens"):
-        load("imagereward", copy)

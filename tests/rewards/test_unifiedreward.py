@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import time
 
 import pytest
 import torch
@@ -46,9 +45,6 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-# -- answers ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("text", "number"),
     [
@@ -68,20 +64,12 @@ def test_the_grade_is_the_number_after_final_score(text, number):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("", "no_score"),
-        ("4", "no_score"),
-        ("Final", "no_score"),
-        ("Final Score:", "no_score"),
-        ("Final Score: four", "no_score"),
-        ("Final Score: 4/5", "no_score"),
-        ("Final Score: 4,5", "no_score"),
-        ("Final Score: nan", "no_score"),
-        ("Final Score: -2", "no_score"),
-        ("Final Score: 2 Final Score: 3", "no_score"),
-        ("Final Score: 0", "out_of_range"),
-        ("Final Score: 0.99", "out_of_range"),
-        ("Final Score: 5.01", "out_of_range"),
-        ("Final Score: 45", "out_of_range"),
+        *[
+            (text, "no_score")
+            for text in ("", "4", "Final Score:", "Final Score: 2 Final Score: 3")
+        ],
+        *[(f"Final Score: {n}", "no_score") for n in ("four", "4/5", "4,5", "nan", "-2")],
+        *[(f"Final Score: {n}", "out_of_range") for n in ("0", "0.99", "5.01", "45")],
     ],
 )
 def test_other_answers_are_missing_scores(text, reason):
@@ -89,12 +77,10 @@ def test_other_answers_are_missing_scores(text, reason):
         grade(text)
 
 
-# -- a server that answers -------------------------------------------------------------------------
-
-
 def test_scores_are_the_servers_grades_in_the_order_of_the_images():
     images = grey(40)
     with ChatServer() as server:
+        wait_ready(server.url, 5)
         reward = scorer(server)
         scores = reward(images, captions(40))
     torch.testing.assert_close(scores, expected(images))
@@ -113,19 +99,15 @@ def test_a_request_contains_the_exact_image_and_the_question():
     image = torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(3))
     with ChatServer() as server:
         scorer(server)(image, [Prompt("a {red} dog", {})])
-        [request] = server.requests
+        scorer(server, side=8)(image, captions(1))
+        request, resized = server.requests
+    assert decode(resized).shape == (8, 8, 3)
     pixels = (image[0] * 255).round().to(torch.uint8).permute(1, 2, 0)
     assert torch.equal(torch.from_numpy(decode(request).copy()), pixels)
     assert caption(request) == "[a {red} dog]"
     assert request["temperature"] == 0
     assert request["max_tokens"] == 512
     assert [part["type"] for part in request["messages"][0]["content"]] == ["image_url", "text"]
-
-
-def test_images_are_sent_at_one_size():
-    with ChatServer() as server:
-        scorer(server, side=8)(grey(1, side=32), captions(1))
-        assert decode(server.requests[0]).shape == (8, 8, 3)
 
 
 def test_there_are_at_most_as_many_parallel_requests_as_workers():
@@ -139,9 +121,6 @@ def test_a_proxy_of_the_environment_is_not_used(monkeypatch):
         monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
     with ChatServer() as server:
         assert scorer(server)(grey(2), captions(2)).isfinite().all()
-
-
-# -- a server that misbehaves ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fault", ["status_500", "status_429", "drop"])
@@ -235,15 +214,9 @@ def test_a_redirect_is_not_followed():
 @pytest.mark.parametrize(
     "url",
     [
-        "",
-        "127.0.0.1:8000",
-        "https://127.0.0.1:8000",
-        "file:///etc/passwd",
-        "http://127.0.0.1",
-        "http://127.0.0.1:8000/v1",
-        "http://127.0.0.1:80000",
+        *("", "127.0.0.1:8000", "https://127.0.0.1:8000", "file:///etc/passwd", "http://127.0.0.1"),
+        *("http://127.0.0.1:8000/v1", "http://127.0.0.1:80000", "http://127.0.0.1:8000?x=1"),
         "http://me:secret@127.0.0.1:8000",
-        "http://127.0.0.1:8000?x=1",
     ],
 )
 def test_a_url_of_another_format_is_refused(url):
@@ -251,24 +224,9 @@ def test_a_url_of_another_format_is_refused(url):
         UnifiedReward(url)
 
 
-# -- serving ---------------------------------------------------------------------------------------
-
-
-def test_waiting_ends_when_the_server_lists_its_models():
-    with ChatServer() as server:
-        wait_ready(server.url, 5)
-
-
-def test_waiting_times_out_with_the_servers_url():
+def test_waiting_ends_without_a_server_and_names_its_url():
     url = f"http://127.0.0.1:{free_port()}"
-    start = time.monotonic()
     with pytest.raises(RunFailed, match=f"{url} is not ready after 0.5 s .Connection refused."):
         wait_ready(url, 0.5)
-    assert time.monotonic() - start < 3
-
-
-def test_waiting_ends_when_the_server_has_ended():
-    start = time.monotonic()
     with pytest.raises(RunFailed, match="ended before it was ready"):
-        wait_ready(f"http://127.0.0.1:{free_port()}", 60, alive=lambda: False)
-    assert time.monotonic() - start < 3
+        wait_ready(url, 60, alive=lambda: False)

@@ -10,6 +10,7 @@ names are the published ones.
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import shutil
@@ -22,6 +23,7 @@ from typing import Any
 import tafs.common.torchvision_patch  # noqa: F401 - before anything imports torchvision
 
 # isort: split
+import pytest
 import torch
 from ruamel.yaml import YAML
 from safetensors.torch import save_file
@@ -118,6 +120,19 @@ WRITERS: Mapping[str, Callable[[Path], object]] = {
     "siglip": siglip,
     "pickapic": pickapic,
 }
+
+
+def folders(root: Path) -> Callable[[str], Path]:
+    """A function from a resource to its tiny checkpoint below `root`, which is written once."""
+
+    @functools.cache
+    def written(resource: str) -> Path:
+        if resource not in WRITERS:
+            pytest.skip(f"no tiny checkpoint of {resource}")
+        WRITERS[resource](root / resource)
+        return root / resource
+
+    return written
 
 
 def write(folder: Path) -> Path:
