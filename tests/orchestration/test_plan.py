@@ -36,9 +36,6 @@ def work(smoke, tmp_path) -> Workload:
     return Workload(Graph(dataclasses.replace(smoke.plan, config=moved)))
 
 
-# -- work ------------------------------------------------------------------------------------------
-
-
 def test_an_evaluation_of_the_network_has_the_flops_of_its_products(work):
     """Five double and four single blocks on 3 x 3 image tokens and ten text tokens."""
     d, image, text, r = 128, 9, 10, work.graph.scale.lora.rank
@@ -58,15 +55,9 @@ def test_an_evaluation_of_the_network_has_the_flops_of_its_products(work):
 def test_an_iteration_costs_its_images_times_the_evaluations_of_the_method(work):
     spec = work.runs[TAFS]
     assert estimate.training_flops(spec, 2e9) == 2 * 4 * spec.forward_equivalents * 2e9
-
-
-def test_an_evaluation_costs_its_images_times_their_steps(work):
     evaluation = work.evaluations[TAFS]
     calls = sum(s.nfe * s.images_per_prompt for s in evaluation.settings)
     assert estimate.evaluation_flops(evaluation, 10, 1e9) == 10 * calls * 1e9 > 0
-
-
-# -- time ------------------------------------------------------------------------------------------
 
 
 def job(variant: str = "tafs_grpo", stage: str = "train", **values) -> DeviceJob:
@@ -139,9 +130,6 @@ def test_a_resume_state_of_the_same_settings_leaves_the_other_iterations(work):
     assert [job.left for job in work.jobs(every, [])] == [0.0, 0.0]
 
 
-# -- disk ------------------------------------------------------------------------------------------
-
-
 def test_a_run_keeps_adapters_and_samples_and_has_states_while_it_trains(work):
     spec, evaluation = work.runs[TAFS], work.evaluations[TAFS]
     assert work.prompt_counts(spec.prompts, evaluation.prompts_per_tag) == (6, 6)  # one per task
@@ -154,9 +142,6 @@ def test_a_run_keeps_adapters_and_samples_and_has_states_while_it_trains(work):
     work.evaluations = {TAFS: evaluation.model_copy(update={"served": True})}
     drawn = sum(setting.images_per_prompt for setting in evaluation.settings)
     assert work.disk(spec).images == 6 * drawn * 3 * 24 * 24 // 2
-
-
-# -- schedules -------------------------------------------------------------------------------------
 
 
 def test_the_longest_task_starts_first():
@@ -187,9 +172,6 @@ def test_a_training_over_two_nodes_needs_both_of_them():
     assert makespan(tasks, nodes=3, per_node=8) == 10
     with pytest.raises(ValueError, match="--nodes 1: train needs 2; give at least as many"):
         makespan(tasks, nodes=1, per_node=8)
-
-
-# -- the text --------------------------------------------------------------------------------------
 
 
 def test_reasons_name_the_updated_files_of_the_run_only():

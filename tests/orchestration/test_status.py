@@ -6,7 +6,6 @@ import dataclasses
 import fcntl
 import json
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,16 +93,9 @@ def reported(folder: Path, stage: str, **facts) -> None:
     file.write_text(json.dumps({"stage": stage, "run": folder.name, "note": "", **known, **facts}))
 
 
-# -- states ----------------------------------------------------------------------------------------
-
-
 def test_a_run_without_files_is_waiting(graph):
     found = look(graph)
-    assert (found.state, found.iterations, found.stages) == ("waiting", (0, 2), (0, 2))
-    assert (found.pace, found.left, found.heartbeat, found.where, found.note) == (
-        *(None, None, None),
-        *("", ""),
-    )
+    assert found == State(TAFS, "waiting", (0, 2), "", None, None, None, "", "", (0, 2))
     assert look(graph, BASE).iterations is None
 
 
@@ -112,9 +104,9 @@ def test_a_run_whose_training_is_locked_is_training(graph):
     iterated(folder / ".state" / "journal.jsonl", 8.0)
     with working(folder, "train"):
         found = look(graph)
-    assert (found.state, found.iterations, found.pace, found.left) == ("training", (1, 2), 8.0, 8.0)
-    assert (found.reward, found.heartbeat) == ("clip 60  pickscore -", NOW - 10)
-    assert found.where == "node3:123"
+    reward, beat = "clip 60  pickscore -", NOW - 10
+    expected = State(TAFS, "training", (1, 2), reward, 8.0, 8.0, beat, "node3:123", "", (0, 2))
+    assert found == expected
 
 
 def test_the_pace_is_the_median_of_the_last_iterations(graph):
@@ -133,12 +125,7 @@ def test_a_released_lock_is_not_a_sign_of_life(graph):
     found = look(graph)
     assert (found.state, found.where) == ("waiting", "")
     assert found.note == "train: its process has ended; start it again to continue"
-
-
-def test_reading_a_lock_does_not_keep_it(graph):
-    file = lock(folder_of(graph, TAFS), "train")
-    look(graph)
-    with file.open("r+") as opened:
+    with RunDir(folder).lock("train").open("r+") as opened:  # reading it has not kept it
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
@@ -156,33 +143,21 @@ def test_a_trained_run_is_evaluated_and_then_done(graph):
     assert (look(graph).state, look(graph).stages) == ("done", (2, 2))
 
 
-def test_a_stage_in_progress_is_not_done_even_if_its_files_exist(graph):
-    folder = folder_of(graph, TAFS)
+@pytest.mark.parametrize(
+    "scale, name, stage, state, stages",
+    [
+        ("smoke", TAFS, "train", "training", (1, 2)),  # although its files exist
+        ("smoke", BASE, "trajectory_rewards", "scoring trajectories", (1, 2)),
+        ("paper", "tafs_grpo.preference.flux-dev.0", "score_served", "scoring (server)", (2, 3)),
+    ],
+)
+def test_a_run_is_in_the_stage_that_is_locked(tmp_path, scale, name, stage, state, stages):
+    graph = graphs.read({"scale": scale, "results": str(tmp_path)}, ROOT / "config.yaml")
+    folder = folder_of(graph, name)
     touched(folder, *TRAINED, *JUDGED)
-    with working(folder, "train"):
-        assert (look(graph).state, look(graph).stages) == ("training", (1, 2))
-
-
-def test_a_base_model_is_evaluated_and_its_trajectories_are_scored(graph):
-    folder = folder_of(graph, BASE)
-    touched(folder, *JUDGED)
-    with working(folder, "trajectory_rewards"):
-        assert (look(graph, BASE).state, look(graph, BASE).stages) == (
-            "scoring trajectories",
-            (1, 2),
-        )
-
-
-def test_a_run_is_scored_by_a_server(tmp_path):
-    plan = graphs.read({"scale": "paper", "results": str(tmp_path)}, ROOT / "config.yaml")
-    name = "tafs_grpo.preference.flux-dev.0"
-    folder = folder_of(plan, name)
-    touched(folder, *TRAINED, *JUDGED)
-    with working(folder, "score_served"):
-        assert (look(plan, name).state, look(plan, name).stages) == ("scoring (server)", (2, 3))
-
-
-# -- trouble ---------------------------------------------------------------------------------------
+    with working(folder, stage):
+        found = look(graph, name)
+    assert (found.state, found.stages) == (state, stages)
 
 
 def test_a_failure_is_shown_until_the_stage_continues(graph):
@@ -198,51 +173,33 @@ def test_a_failure_is_shown_until_the_stage_continues(graph):
     assert look(graph).state == "waiting"
 
 
-def test_a_failure_in_whole_seconds_counts_as_the_latest_event(graph):
+@pytest.mark.parametrize(
+    "code, state",
+    [(1, "failed"), (errors.BAD_INPUT, "failed"), (errors.CONTINUE, "to be continued")],
+)
+def test_a_stage_that_saved_its_state_is_to_be_continued(graph, code, state):
+    """The failure is the latest event although it is recorded in whole seconds."""
     folder = folder_of(graph, TAFS)
     iterated(folder / ".state" / "journal.jsonl", 8.0, end=NOW - 4.5)
-    failed(folder, "train", time=int(NOW - 5))
-    assert look(graph).state == "failed"
-
-
-def test_a_stage_that_saved_its_state_is_to_be_continued(graph):
-    failed(folder_of(graph, TAFS), "train", exit=errors.CONTINUE, message="time limit")
+    failed(folder, "train", exit=code, message="time limit", time=int(NOW - 5))
     found = look(graph)
-    assert (found.state, found.note) == ("to be continued", "train: time limit (5 s ago)")
+    assert (found.state, found.note) == (state, "train: time limit (5 s ago)")
 
 
 @pytest.mark.parametrize(
     "pace, silent, state",
-    [(8.0, 899, "training"), (8.0, 901, "stalled"), (200.0, 1999, "training")]
-    + [(200.0, 2001, "stalled")],
+    [
+        *[(8.0, 899, "training"), (8.0, 901, "stalled")],
+        *[(200.0, 1999, "training"), (200.0, 2001, "stalled")],
+    ],
 )
 def test_a_run_that_is_silent_for_much_longer_than_its_pace_has_stalled(graph, pace, silent, state):
     folder = folder_of(graph, TAFS)
     iterated(folder / ".state" / "journal.jsonl", pace, end=NOW)
     with working(folder, "train", since=NOW - 1):
         assert look(graph, now=NOW + silent).state == state
-
-
-def test_a_process_that_has_just_started_is_not_stalled(graph):
-    folder = folder_of(graph, TAFS)
-    iterated(folder / ".state" / "journal.jsonl", 8.0, end=NOW - 50_000)
-    with working(folder, "train", since=NOW - 5):
-        assert look(graph).state == "training"
-
-
-@pytest.fixture
-def squeue(tmp_path, monkeypatch):
-    """Replaces squeue by a script."""
-
-    def says(script: str) -> None:
-        folder = tmp_path / "bin"
-        folder.mkdir(exist_ok=True)
-        program = folder / "squeue"
-        program.write_text(f'#!/bin/sh\n[ "$*" = "-h -j 77 -o %T" ] || exit 9\n{script}\n')
-        program.chmod(program.stat().st_mode | stat.S_IXUSR)
-        monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-
-    return says
+    with working(folder, "train", since=NOW + silent - 5):  # a process that has just started
+        assert look(graph, now=NOW + silent).state == "training"
 
 
 INVALID = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
@@ -253,8 +210,12 @@ INVALID = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
     [("echo RUNNING", "training"), ("true", "lost"), (INVALID, "lost")]
     + [("echo 'Unable to contact slurm controller' >&2; exit 1", "training")],
 )
-def test_a_run_whose_slurm_job_is_gone_is_lost(graph, squeue, answer, state):
-    squeue(answer)
+def test_a_run_whose_slurm_job_is_gone_is_lost(graph, tmp_path, monkeypatch, answer, state):
+    squeue = tmp_path / "squeue"
+    asked = "--noheader --jobs=77 --format=%T"
+    squeue.write_text(f'#!/bin/sh\n[ "$*" = "{asked}" ] || exit 9\n{answer}\n')
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     folder = folder_of(graph, TAFS)
     with working(folder, "train", job="77"):
         found = look(graph)
@@ -278,9 +239,6 @@ def test_files_that_are_being_written_are_ignored(graph):
     for file in (lock(folder, "train"), folder / ".progress" / "train.json"):
         file.write_text("{")
     assert look(graph).state == "waiting"
-
-
-# -- all runs --------------------------------------------------------------------------------------
 
 
 def test_time_left_is_that_of_all_trainings_divided_by_those_that_run():
