@@ -51,7 +51,7 @@ test: $(STAMP)  ## Run the tests in two processes; pass options of pytest with A
 test-slurm: $(STAMP)  ## Run the workflow on a local Slurm cluster (root; slurm-wlm, munge)
 	$(RUN) OMP_NUM_THREADS=1 python -m pytest tests/slurm $(ARGS)
 
-torture: $(STAMP)  ## Repeat every fault many times (minutes); ARGS='--reliability FILE' writes a table
+torture: $(STAMP)  ## Repeat every fault many times (an hour); ARGS='--reliability FILE' writes a table
 	$(RUN) OMP_NUM_THREADS=1 python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --torture tests/slurm tests/faults $(ARGS)
 
 lint: $(STAMP)  ## Check style, types, spelling, layers and the workflow
@@ -78,7 +78,7 @@ new-prompts: $(STAMP)  ## Write a prompt set that loads unchanged: make new-prom
 new-model: $(STAMP)  ## Write a model that runs unchanged: make new-model NAME=my-model
 	$(RUN) python -m tafs.models.template "$$NAME" $(ARGS)
 
-shapes-weights: $(STAMP)  ## Train the shipped models of the embedded world again (hours)
+shapes-weights: $(STAMP)  ## Train the shipped models of the embedded scale again (hours)
 	$(RUN) python -m tafs.shapes.pretrain all $(ARGS)
 
 lock: $(STAMP)  ## Pin the models of the paper scale in resources.lock.yaml (network; HF_TOKEN)
