@@ -11,20 +11,12 @@ from tafs.runtime.run_dir import RunDir
 
 
 def run_spec(run: RunDir) -> RunSpec:
-    """run.json.
-
-    Raises:
-        FileNotFoundError, ValueError: it is missing or not a spec; names it.
-    """
+    """run.json; see `Spec.read` for its errors."""
     return RunSpec.read(run.folder / "run.json")
 
 
 def eval_spec(run: RunDir) -> EvalSpec:
-    """evaluation.json.
-
-    Raises:
-        FileNotFoundError, ValueError: it is missing or not a spec; names it.
-    """
+    """evaluation.json; see `Spec.read` for its errors."""
     return EvalSpec.read(run.folder / "evaluation.json")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import html
 import json
 import re
 from collections.abc import Sequence
@@ -49,13 +48,6 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 def provenance(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "provenance" / "table2.json").read_text(encoding="utf-8"))
-
-
-def cells(page: str) -> list[list[str]]:
-    """The texts of the rows of an HTML table."""
-    rows = re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)
-    found = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in rows]
-    return [[html.unescape(re.sub("<[^>]*>", "", cell)) for cell in row] for row in found]
 
 
 def test_equal_input_gives_equal_bytes(runs: list[Path], tmp_path: Path) -> None:
@@ -134,7 +126,7 @@ def test_latex_escapes_special_characters(runs: list[Path], tmp_path: Path) -> N
 
 def test_columns_may_share_a_title(runs: list[Path], tmp_path: Path) -> None:
     write(renamed(synthetic.table_spec(runs), "Steps"), runs[0].parent, tmp_path)
-    assert cells(text(tmp_path, "html"))[0][:2] == ["Steps", "Steps"]
+    assert text(tmp_path, "html").count(">Steps</th>") == 2
     assert r"Steps & Steps & $\mathrm{NFE}" in text(tmp_path, "tex")
 
 

@@ -21,11 +21,7 @@ ROWS = 12  # of prompts in a grid
 
 
 def draw(table: LoadedTable) -> Figure:
-    """The same prompts and start noise side by side, from each system's lowest seed.
-
-    Raises:
-        ValueError: an input is missing or broken; names it.
-    """
+    """The same prompts and start noise side by side, from each system's lowest seed."""
     titles, images = [], []
     scores = table.distinct[0].scores
     tags = dict(zip(scores.prompts, scores.tags, strict=True))

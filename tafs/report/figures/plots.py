@@ -21,9 +21,6 @@ def steps(table: LoadedTable) -> Figure:
 
     Each method is sampled with its own few-step sampler. Lines are means over seeds, bands 95 %
     intervals; the dotted line is the base model at its full steps.
-
-    Raises:
-        ValueError: an input is missing or broken; names it.
     """
     metrics, nfe = table.metrics, table.spec.curve_nfe
     figure, panels = _panels(metrics, "Inference steps (NFE)")
@@ -47,9 +44,6 @@ def compute(table: LoadedTable) -> Figure:
     Compute is the number of forward passes per image of an iteration, times iterations; a pass
     with gradients counts three (`Method.forward_equivalents`). Bands are 95 % intervals; a vertical
     line marks the cheapest whole training.
-
-    Raises:
-        ValueError: no run is trained or a base model is missing, or an input is broken; names it.
     """
     metrics, nfe, trained = table.metrics, table.spec.few_nfe, table.trained
     look_of = looks(table.distinct)
@@ -78,9 +72,6 @@ def pareto(table: LoadedTable) -> Figure:
     Quality is the gain on the base model at few steps, in standard deviations of its prompts, as
     the interquartile mean over seeds and metrics. The grey line is the Pareto front: the best that
     is reached with at most that many steps.
-
-    Raises:
-        ValueError: a base model is missing, or an input is missing or broken; names it.
     """
     systems, metrics = table.distinct, table.metrics
     nfe, few = table.spec.curve_nfe, table.spec.few_nfe
@@ -123,9 +114,6 @@ def hacking(table: LoadedTable) -> Figure:
     Gains are on the base model at the same few steps, in standard deviations of its prompts, so
     that rewards of different scales can be averaged. Dots are seeds and large markers their means;
     below the dotted diagonal a method gains more on the rewards it was trained on.
-
-    Raises:
-        ValueError: no base model is among the runs, or an input is missing or broken; names it.
     """
     (inside, outside), trained = table.domains, table.trained
     if not outside:
@@ -157,9 +145,6 @@ def profiles(table: LoadedTable) -> Figure:
 
     A score is the gain of one seed on one metric over the base model at the same few steps, in
     standard deviations of its prompts. The legend gives the interquartile mean.
-
-    Raises:
-        ValueError: no base model is among the runs, or an input is missing or broken; names it.
     """
     look_of = looks(table.distinct)
     gains = {
