@@ -104,11 +104,8 @@ def test_a_resolution_that_splits_a_patch_is_refused(any_checkpoint):
 
 def same(a: Conditioning, b: Conditioning) -> bool:
     """Whether they are equal bit for bit."""
-    return (
-        torch.equal(a.embeds, b.embeds)
-        and torch.equal(a.pooled, b.pooled)
-        and (a.mask is b.mask is None or torch.equal(a.mask, b.mask))
-    )
+    pairs = [(a.embeds, b.embeds), (a.pooled, b.pooled), (a.mask, b.mask)]
+    return all(x is y is None or torch.equal(x, y) for x, y in pairs)
 
 
 def test_a_prompt_has_the_same_conditioning_whichever_others_are_encoded(any_checkpoint):
@@ -123,13 +120,6 @@ def test_a_prompt_has_the_same_conditioning_whichever_others_are_encoded(any_che
     if alone.negative is not None:
         assert same(alone.negative, together.negative[1:])
         assert same(together.negative, backbone.encode([backbone.negative_prompt] * 2))
-
-
-def test_conditioning_is_that_of_the_text_encoders(any_checkpoint):
-    backbone = any_checkpoint.load()
-    ours, theirs = backbone.encode(PROMPTS), backbone.embed(PROMPTS)
-    torch.testing.assert_close(ours.embeds, theirs.embeds, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(ours.pooled, theirs.pooled, atol=1e-5, rtol=1e-5)
 
 
 def test_a_repeated_prompt_is_a_repeated_row(checkpoint):
@@ -268,11 +258,6 @@ def test_a_new_adapter_changes_nothing_and_is_the_only_part_that_is_trained(chec
     assert {p.dtype for p in fresh.lora_parameters().values()} == {torch.float32}
 
 
-def test_the_same_seed_gives_the_same_adapter(checkpoint):
-    first, second = (checkpoint.adapted().lora_parameters() for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
 def test_the_reference_is_the_model_without_its_adapter(any_checkpoint):
     adapted, plain = any_checkpoint.adapted(), any_checkpoint.load()
     with adapted.reference():
@@ -310,11 +295,11 @@ def test_a_bfloat16_network_samples_with_the_adapter_that_it_was_trained_with(ch
     assert torch.equal(our_images(loaded), our_images(trained))
 
 
-@on_a_gpu
-def test_an_adapter_starts_equal_on_all_devices(checkpoint):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_a_gpu)])
+def test_an_adapter_starts_equal_on_all_devices(checkpoint, device):
     adapters = []
-    for device in ("cpu", "cuda"):
-        backbone = checkpoint.load(device=device, dtype=torch.bfloat16)
+    for place in ("cpu", device):
+        backbone = checkpoint.load(device=place, dtype=torch.bfloat16)
         backbone.add_lora(4, 8, seeding.generator(0, "lora"))
         adapters.append({n: p.detach().cpu() for n, p in backbone.lora_parameters().items()})
     assert all(torch.equal(adapters[0][n], adapters[1][n]) for n in adapters[0])
@@ -336,10 +321,10 @@ def test_a_folder_that_no_backbone_can_load_is_named(tmp_path):
 
 
 def test_each_word_of_the_embedded_captions_is_one_token_in_both_tokenizers():
-    clip, t5 = text.clip_tokenizer(), text.t5_tokenizer()
-    assert {len(clip(word).input_ids) for word in text.words()} == {3}
-    assert {len(t5(word).input_ids) for word in text.words()} == {2}
-    assert len({tuple(clip(word).input_ids) for word in text.words()}) == len(text.words())
+    for tokenizer, length in ((text.clip_tokenizer(), 3), (text.t5_tokenizer(), 2)):
+        tokens = {tuple(tokenizer(word).input_ids) for word in text.words()}
+        assert {len(ids) for ids in tokens} == {length}
+        assert len(tokens) == len(text.words())
 
 
 @pytest.mark.parametrize("name", EMBEDDED)

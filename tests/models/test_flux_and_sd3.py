@@ -11,6 +11,7 @@ from support import tiny_pipelines
 from support.checkpoints import Checkpoint, our_images, their_images
 
 from tafs.models import ATTENTION
+from tafs.models.architectures import FLUX_DEV, SD35_MEDIUM
 from tafs.models.plugins.flux import FluxBackbone
 from tafs.models.plugins.sd3 import SD3Backbone
 
@@ -49,40 +50,24 @@ def test_sd35_shifts_its_grid_by_three_at_all_resolutions(sd3):
         torch.testing.assert_close(grid, torch.tensor([1, 0.9, 0.75, 0.5, 0]))
 
 
-# As published, except for the size of SD3.5-M's position table, which is 384.
-FLUX_DEV = {"guidance_embeds": True, "num_layers": 19, "num_single_layers": 38}
-SD35_MEDIUM = {
-    "num_layers": 24,
-    "dual_attention_layers": tuple(range(13)),
-    "num_attention_heads": 24,
-    "caption_projection_dim": 1536,
-    "pos_embed_max_size": 64,
-    "qk_norm": "rms_norm",
-}
-
-
 @pytest.mark.parametrize(
-    ("architecture", "config", "counts"),
+    ("network_class", "architecture", "own", "text", "to_out", "to_add_out"),
     [
-        (FluxTransformer2DModel, FLUX_DEV, {"own": 57, "text": 19, "to_out": 19, "to_add_out": 19}),
-        (
-            SD3Transformer2DModel,
-            SD35_MEDIUM,
-            {"own": 24, "text": 24, "to_out": 24, "to_add_out": 23},
-        ),
+        (FluxTransformer2DModel, FLUX_DEV, 57, 19, 19, 19),
+        (SD3Transformer2DModel, SD35_MEDIUM, 24, 24, 24, 23),
     ],
     ids=["FLUX.1-dev", "SD3.5-M"],
 )
 def test_all_named_projections_of_the_published_architectures_are_adapted(
-    architecture, config, counts
+    network_class, architecture, own, text, to_out, to_add_out
 ):
     with torch.device("meta"):
-        network = architecture(**config)
+        network = network_class(**architecture.transformer)
         network.add_adapter(LoraConfig(r=4, target_modules=list(ATTENTION)))
     adapted = [name for name, _ in network.named_modules() if name.endswith("lora_A.default")]
     found = Counter(next(t for t in ATTENTION if f".{t}." in name) for name in adapted)
-    expected = {f"attn.{name}": counts["own"] for name in ("to_q", "to_k", "to_v")}
-    expected |= {f"attn.add_{name}_proj": counts["text"] for name in "qkv"}
-    expected |= {"attn.to_out.0": counts["to_out"], "attn.to_add_out": counts["to_add_out"]}
+    expected = {f"attn.to_{name}": own for name in "qkv"}
+    expected |= {f"attn.add_{name}_proj": text for name in "qkv"}
+    expected |= {"attn.to_out.0": to_out, "attn.to_add_out": to_add_out}
     assert found == expected
     assert not any("attn2" in name for name in adapted)
