@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,50 +24,47 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
+def _above_zero(kind: type[int] | type[float]) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        if not 0 < value < math.inf:
+            name = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {name} above 0")
+        return value
 
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
+    return parse
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="tafs", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    count, number = _above_zero(int), _above_zero(float)
 
-    def command(name: str, text: str) -> argparse.ArgumentParser:
+    def command(name: str, text: str) -> Callable[..., argparse.Action]:
         made = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         made.add_argument("--scale", metavar="S", help="default: the scale of config.yaml")
         made.add_argument("--results", metavar="DIR", help="default: the folder of config.yaml")
-        return made
+        return made.add_argument
 
-    plan = command("plan", "estimate GPU-hours, disk space and days; list the jobs to run and why")
-    plan.add_argument("--method", metavar="NAME", help="as in snakemake --config method=NAME")
-    plan.add_argument("--seeds", metavar="N", type=_count, help="as in snakemake --config seeds=N")
-    plan.add_argument("--nodes", metavar="N", type=_count, help="number of machines")
+    add = command("plan", "estimate GPU-hours, disk space and days; list the jobs to run and why")
+    add("--method", metavar="NAME", help="as in snakemake --config method=NAME")
+    add("--seeds", metavar="N", type=count, help="as in snakemake --config seeds=N")
+    add("--nodes", metavar="N", type=count, help="number of machines")
     price = "of a GPU (at scales without GPUs, a core) for an hour, in any currency"
-    plan.add_argument("--gpu-hour-price", metavar="X", type=_positive, help=price)
+    add("--gpu-hour-price", metavar="X", type=number, help=price)
     rate = "sustained TFLOP/s of a GPU or core; default: an assumption, which is printed"
-    plan.add_argument("--tflops", metavar="X", type=_positive, help=rate)
-    plan.add_argument("--verbose", action="store_true", help="list every job")
-    status = command("status", "show the state of every run; exit code 1 if one has failed")
-    again = "repeat until all runs are done"
-    status.add_argument("--every", metavar="SECONDS", type=_positive, help=again)
-    sync = command("sync", "mirror the runs to MLflow")
-    sync.add_argument("run_dirs", nargs="*", metavar="RUN_DIR", help="default: all of the scale")
-    sync.add_argument("--server", metavar="URL", help="a running MLflow server")
-    sync.add_argument("--store", metavar="DIR", help="default: RESULTS/mlflow, as for `make ui`")
-    again = "repeat until interrupted"
-    sync.add_argument("--every", metavar="SECONDS", type=_positive, help=again)
+    add("--tflops", metavar="X", type=number, help=rate)
+    add("--verbose", action="store_true", help="list every job")
+    add = command("status", "show the state of every run; exit code 1 if one has failed")
+    add("--every", metavar="SECONDS", type=number, help="repeat until all runs are done")
+    add = command("sync", "mirror the runs to MLflow")
+    add("run_dirs", nargs="*", metavar="RUN_DIR", help="default: all of the scale")
+    add("--server", metavar="URL", help="a running MLflow server")
+    add("--store", metavar="DIR", help="default: RESULTS/mlflow, as for `make ui`")
+    add("--every", metavar="SECONDS", type=number, help="repeat until interrupted")
     return parser
 
 
@@ -83,14 +80,8 @@ def _overrides(given: argparse.Namespace) -> dict[str, Any]:
 def _plan(given: argparse.Namespace) -> int:
     from tafs.orchestration.plan import report as plan_report
 
-    report = plan_report.report(
-        _overrides(given),
-        nodes=given.nodes,
-        price=given.gpu_hour_price,
-        tflops=given.tflops,
-        verbose=given.verbose,
-    )
-    print(report)
+    options = {key: getattr(given, key) for key in ("nodes", "tflops", "verbose")}
+    print(plan_report.report(_overrides(given), price=given.gpu_hour_price, **options))
     return 0
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
 from tafs.common import errors, locks
-from tafs.orchestration import slurm
-from tafs.orchestration.graph import Graph
+from tafs.common.yaml_files import ConfigError
+from tafs.orchestration import graph, slurm
 from tafs.orchestration.live_table import LiveTable
 from tafs.orchestration.retries import Retries
 from tafs.orchestration.snakemake_hooks import (
@@ -23,18 +23,26 @@ from tafs.orchestration.snakemake_hooks import (
 
 
 class Session:
-    """One call of snakemake: `start` before its jobs, `finish` after them."""
+    """One call of snakemake: `start` before its jobs, `finish` after them.
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
-        self.root = Path(graph.root)
+    Args:
+        config: what `snakemake --config` sets.
+
+    Raises:
+        SystemExit: it or config.yaml is wrong (exit code 2); prints one line.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        try:
+            self.graph = graph.read(config)
+        except ConfigError as error:
+            self._exit(str(error), errors.BAD_INPUT)
+        self.root = Path(self.graph.root)
         self.submitted = self.root / ".locks" / "slurm.json"  # the last call's jobs in Slurm
         self._held = ExitStack()  # until this process ends
         self._started = False
-
-    @cached_property
-    def table(self) -> LiveTable:
-        return LiveTable(self.root / "runs", sys.stderr, f"scale {self.graph.plan.config.scale}")
+        title = f"scale {self.graph.plan.config.scale}"
+        self.table = LiveTable(self.root / "runs", sys.stderr, title)
 
     def start(self, workflow: Any) -> None:
         """Refuse what cannot run; then show progress and watch for failures.
@@ -60,7 +68,12 @@ class Session:
             self._exit(f"{self.root}: is in use by {error}; wait for it, or end it")
         except OSError as error:
             self._exit(f"{self.root}: {error}; make it writable for you")
-        self._cancel_orphans()
+        try:
+            ended = slurm.end_orphans(self.submitted)
+        except errors.RunFailed as error:
+            self._exit(f"{self.root}: {error}")
+        if ended:
+            print(f"{self.root}: cancelled {ended} jobs of an earlier call", file=sys.stderr)
         remove_rate_limit(workflow)
         self._started = True
         self.table.start(logging.getLogger(LOGGER))
@@ -91,9 +104,9 @@ class Session:
                 "command continues from them"
             )
             return
-        folders = [self.root / name for name in ("tables", "figures")]
-        made = folders if all(folder.is_dir() for folder in folders) else [self.root]
-        table.say(f"done in {table.elapsed()}: {' and '.join(f'{folder}/' for folder in made)}")
+        folders = [f for f in (self.root / "tables", self.root / "figures") if f.is_dir()]
+        made = " and ".join(f"{folder}/" for folder in folders or [self.root])
+        table.say(f"done in {table.elapsed()}: {made}")
         log = self.root / "logs" / "track.log"
         if log.is_file() and "tracking: " in (text := log.read_text(encoding="utf-8")):
             table.say(f"{text.strip()}\nMLflow's copy is incomplete; `tafs sync` repeats it")
@@ -102,15 +115,6 @@ class Session:
                 file = self.root / "tables" / f"{spec.name}.md"
                 if file.is_file():
                     table.say(file.read_text(encoding="utf-8"))
-
-    def _cancel_orphans(self) -> None:
-        """Cancel the Slurm jobs that a killed call has left."""
-        try:
-            ended = slurm.end_orphans(self.submitted)
-        except errors.RunFailed as error:
-            self._exit(f"{self.root}: {error}")
-        if ended:
-            print(f"{self.root}: cancelled {ended} jobs of an earlier call", file=sys.stderr)
 
     @staticmethod
     def _exit(line: str, code: int = 1) -> NoReturn:

@@ -104,12 +104,59 @@ def place(project, tmp_path) -> Project:
     return Project(project, tmp_path / "results")
 
 
-def test_a_cancelled_job_is_submitted_again_and_continues(
-    slurm, place, undisturbed, trials
+def cancel(slurm: Cluster, place: Project, job: str) -> None:
+    control("scancel", job)
+
+
+def hang(slurm: Cluster, place: Project, job: str) -> None:
+    """The job hangs until Slurm ends it."""
+    control("scontrol", "update", f"JobId={job}", "TimeLimit=1")
+    os.kill(holder(place)["pid"], signal.SIGSTOP)
+
+
+def requeue(slurm: Cluster, place: Project, job: str) -> None:
+    control("scontrol", "requeue", job)
+
+
+def preempt(slurm: Cluster, place: Project, job: str) -> None:
+    """Submit a job of higher priority that takes all nodes."""
+    options = ("--partition=urgent", "--exclusive", f"--nodes={len(slurm.names)}")
+    control("sbatch", *options, "--output=/dev/null", "--wrap=sleep 5")
+
+
+def fail_node(slurm: Cluster, place: Project, job: str) -> None:
+    node = control("squeue", "--noheader", f"--jobs={job}", "--format=%N")
+    control("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+
+
+# Without tafs.orchestration.slurm, Snakemake would wait forever for a job that was preempted and
+# cancelled.
+SPARE = ("--default-resources", "slurm_partition=spare", "runtime=60")
+
+
+@pytest.mark.parametrize(
+    "fault, act, arguments, quick",
+    [
+        ("scancel", cancel, (), 1),
+        ("time limit, unforeseen", hang, (), 0),
+        ("scontrol requeue", requeue, (), 0),
+        ("preemption with requeue", preempt, (), 0),
+        ("preemption with cancellation", preempt, SPARE, 0),
+        ("node failure", fail_node, (), 0),
+    ],
+)
+def test_a_job_that_slurm_ends_runs_again_and_continues(
+    slurm, place, undisturbed, trials, fault, act, arguments, quick
 ) -> None:
-    for _ in trials("Slurm: scancel", 1, 1):
-        said = disturbed(place, lambda id: control("scancel", id) and None)
-        assert f"train {RUN}" in said
+    for _ in trials(f"Slurm: {fault}", quick, 1):
+        try:
+            said = disturbed(place, lambda job: act(slurm, place, job), *arguments)
+        finally:
+            if act is fail_node:
+                for name in slurm.names:
+                    command = ["scontrol", "update", f"NodeName={name}", "State=RESUME"]
+                    subprocess.run(command, check=False)
+        assert act is not cancel or f"train {RUN}" in said
         assert "resume" in kinds(place)
         assert_same(place, undisturbed)
 
@@ -119,7 +166,7 @@ def test_a_job_near_its_time_limit_is_continued_by_another(
 ) -> None:
     """Without using up a retry: there are none. A second iteration as slow would not fit."""
 
-    def stall(id: str) -> None:
+    def stall(job: str) -> None:
         process = holder(place)["pid"]
         os.kill(process, signal.SIGSTOP)
         time.sleep(33.0)
@@ -129,21 +176,6 @@ def test_a_job_near_its_time_limit_is_continued_by_another(
         said = disturbed(place, stall, "--retries", "0", "--set-resources", "train:runtime=2")
         assert f"of {ITERATIONS} iterations, to be continued: the time limit" in said
         assert kinds(place).count("pause") >= 1
-        assert_same(place, undisturbed)
-
-
-def test_a_job_that_slurm_ends_at_its_time_limit_is_submitted_again(
-    slurm, place, undisturbed, trials
-) -> None:
-    """The job hangs until Slurm ends it."""
-
-    def hang(id: str) -> None:
-        control("scontrol", "update", f"JobId={id}", "TimeLimit=1")
-        os.kill(holder(place)["pid"], signal.SIGSTOP)
-
-    for _ in trials("Slurm: time limit, unforeseen", 0, 1):
-        disturbed(place, hang)
-        assert "resume" in kinds(place)
         assert_same(place, undisturbed)
 
 
@@ -175,63 +207,13 @@ def test_an_interrupted_workflow_leaves_no_job_and_is_continued(
 def test_the_workflow_outlasts_an_outage_of_the_controller(
     slurm, place, undisturbed, trials
 ) -> None:
-    def outage(id: str) -> None:
+    def outage(job: str) -> None:
         slurm.end("slurmctld", signal.SIGKILL)
         time.sleep(OUTAGE)
         slurm.start_controller()
 
     for _ in trials("Slurm: slurmctld killed for 45 s", 0, 1):
         disturbed(place, outage)
-        assert_same(place, undisturbed)
-
-
-def test_a_requeued_job_continues(slurm, place, undisturbed, trials) -> None:
-    for _ in trials("Slurm: scontrol requeue", 0, 1):
-        disturbed(place, lambda id: control("scontrol", "requeue", id))
-        assert "resume" in kinds(place)
-        assert_same(place, undisturbed)
-
-
-def urgent(slurm: Cluster) -> None:
-    """Submit a job of higher priority that takes all nodes."""
-    nodes = f"--nodes={len(slurm.names)}"
-    control(
-        "sbatch", "--partition=urgent", "--exclusive", nodes, "--output=/dev/null", "--wrap=sleep 5"
-    )
-
-
-def test_a_preempted_job_that_slurm_requeues_continues(slurm, place, undisturbed, trials) -> None:
-    for _ in trials("Slurm: preemption with requeue", 0, 1):
-        disturbed(place, lambda id: urgent(slurm))
-        assert "resume" in kinds(place)
-        assert_same(place, undisturbed)
-
-
-def test_a_preempted_job_that_slurm_ends_is_submitted_again(
-    slurm, place, undisturbed, trials
-) -> None:
-    """Without tafs.orchestration.slurm, Snakemake would wait for it forever."""
-    for _ in trials("Slurm: preemption with cancellation", 0, 1):
-        resources = ("--default-resources", "slurm_partition=spare", "runtime=60")
-        disturbed(place, lambda id: urgent(slurm), *resources)
-        assert "resume" in kinds(place)
-        assert_same(place, undisturbed)
-
-
-def test_a_job_whose_node_fails_runs_elsewhere(slurm, place, undisturbed, trials) -> None:
-    def fail(id: str) -> None:
-        node = control("squeue", "--noheader", f"--jobs={id}", "--format=%N")
-        control("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
-
-    for _ in trials("Slurm: node failure", 0, 1):
-        try:
-            disturbed(place, fail)
-        finally:
-            for name in slurm.names:
-                subprocess.run(
-                    ["scontrol", "update", f"NodeName={name}", "State=RESUME"], check=False
-                )
-        assert "resume" in kinds(place)
         assert_same(place, undisturbed)
 
 

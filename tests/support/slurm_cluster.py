@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,7 +61,7 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 Preempt
 """
 NODE = (
     "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} Sockets=1 "
-    "CoresPerSocket={cores} ThreadsPerCore=1 RealMemory={memory} Gres=gpu:h100:{gpus} State=UNKNOWN"
+    "CoresPerSocket=4 ThreadsPerCore=1 RealMemory=1000000 Gres=gpu:h100:{gpus} State=UNKNOWN"
 )
 
 
@@ -94,20 +95,11 @@ class Cluster:
 
     Args:
         folder: for all its files; its path must be short, because it holds sockets.
-        nodes: number of declared nodes.
-        cores: declared per node.
-        memory: declared per node, in MB.
     """
 
     folder: Path
-    nodes: int = 2
-    cores: int = 4
-    memory: int = 1_000_000
+    names: tuple[str, ...] = ("h100-0", "h100-1")  # of the nodes
     _munged: subprocess.Popen[bytes] | None = field(default=None, repr=False)
-
-    @property
-    def names(self) -> list[str]:
-        return [f"h100-{number}" for number in range(self.nodes)]
 
     def start(self) -> None:
         """Start all daemons.
@@ -125,14 +117,7 @@ class Cluster:
                 os.mknod(device, 0o600 | 0o020000, os.makedev(195, number))
         host = socket.gethostname()
         nodes = [
-            NODE.format(
-                name=name,
-                host=host,
-                port=PORTS + number,
-                cores=self.cores,
-                memory=self.memory,
-                gpus=GPUS,
-            )
+            NODE.format(name=name, host=host, port=PORTS + number, gpus=GPUS)
             for number, name in enumerate(self.names)
         ]
         text = SLURM_CONF.format(host=host, folder=self.folder, nodes="\n".join(nodes))
@@ -144,10 +129,9 @@ class Cluster:
             if left_over(ETC / name):
                 (ETC / name).unlink()
             (ETC / name).symlink_to(self.folder / "etc" / name)
-        subprocess.run(
-            ["install", "-d", "-o", "munge", "-g", "munge", "-m", "0755", "/run/munge"], check=True
-        )
         place = Path("/run/munge/munge.socket.2")
+        place.parent.mkdir(exist_ok=True)
+        shutil.chown(place.parent, "munge", "munge")
         place.unlink(missing_ok=True)  # left by a cluster that was killed
         munged = ["runuser", "-u", "munge", "--", find("munged"), "--foreground"]
         with (self.folder / "log" / "munged.log").open("ab") as log:
@@ -155,15 +139,12 @@ class Cluster:
         wait(place.exists, "munged")
         self.start_controller()
         for name in self.names:
-            self.start_node(name)
+            subprocess.run([str(find("slurmd")), "-N", name], check=True)
         wait(lambda: set(self.states()) == {"idle"}, "the nodes")
 
     def start_controller(self) -> None:
         subprocess.run([str(find("slurmctld")), "-i"], check=True)
         wait(lambda: bool(self.states(quiet=True)), "slurmctld")
-
-    def start_node(self, name: str) -> None:
-        subprocess.run([str(find("slurmd")), "-N", name], check=True)
 
     def states(self, quiet: bool = False) -> list[str]:
         """The states of the nodes."""
@@ -183,11 +164,9 @@ class Cluster:
         if not file.exists():
             return
         pid = int(file.read_text())
-        try:
+        with suppress(ProcessLookupError):
             os.kill(pid, how)
             wait(lambda: not Path(f"/proc/{pid}").exists(), f"the end of {daemon}")
-        except ProcessLookupError:
-            pass
         file.unlink(missing_ok=True)
 
     def stop(self) -> None:

@@ -197,7 +197,7 @@ class Page:
         for one in jobs:
             groups.setdefault((one.job.rule, one.summary), []).append(one.job.target)
         for rule, why in sorted(groups, key=lambda key: (ORDER.index(key[0]), key)):
-            targets = groups[rule, why]
+            targets = sorted(groups[rule, why])
             lines.append(f"  {len(targets):4} {rule}: {why}")
             lines += [f"         {target}" for target in targets if target and verbose]
         return lines
@@ -208,7 +208,7 @@ class Page:
         kept = f"adapters {size(sum(d.adapters for d in disks))}, "
         kept += f"samples {size(sum(d.samples for d in disks))}"
         states, images = [sum(getattr(d, kind) for d in disks) for kind in ("state", "images")]
-        largest = max((d.state for d in disks), default=0)
+        largest = max(d.state for d in disks)
         lines = [
             "",
             f"Disk: {size(sum(d.kept for d in disks))} are kept ({kept}).",
