@@ -64,8 +64,6 @@ def score(
     """The mean total reward on training prompts.
 
     Args:
-        trial: the run.
-        evaluation: the number of steps and the batch size.
         adapter: of the trained model; None: the untrained model.
         sampler: by default the method's own.
     """

@@ -100,9 +100,6 @@ def score_setting(
 
     Args:
         model: the model of the setting's iteration.
-        rewards: the metrics' models.
-        prompts: the held-out prompts.
-        evaluation: the batch size, and whether images are kept for a server.
         partial: the scores so far, to which the others are added.
         deadline: of this job; near it, the scores are saved and ToBeContinued is raised.
     """

@@ -42,7 +42,6 @@ def sample(
         texts: the prompts.
         setting: the sampler, its steps, and the number of images per prompt.
         batch: images per batch.
-        seed: of all noise.
         first: the index of the image to start with, the first one of a batch.
 
     Yields:

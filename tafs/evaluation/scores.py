@@ -26,8 +26,6 @@ class PartialScores:
     """The scores of one setting so far, which a later job continues.
 
     Args:
-        run: the run's folder.
-        setting: the setting.
         after: iterations of training of the setting's model.
         fingerprint: of everything that determines the scores.
     """

@@ -44,10 +44,7 @@ def serving(command: Sequence[str], folder: Path, log: Path) -> Iterator[str]:
     Args:
         command: {folder} and {port} in it are replaced.
         folder: the model's files.
-        log: the file for the server's output.
-
-    Raises:
-        RunFailed: the server could not be started, or ended early; quotes its last line.
+        log: the file for the server's output; errors quote its last line.
     """
     with socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -118,7 +115,6 @@ def score_served(run: RunDir) -> None:
     """Write the run's served_scores.parquet.
 
     Raises:
-        FileNotFoundError: the run has no images; names the file.
         RunFailed: the server failed, left too many images without a score, or does not reproduce
             its golden scores.
     """

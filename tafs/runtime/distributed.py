@@ -83,12 +83,12 @@ def from_environment(kind: str = "cpu") -> Processes:
     """Read this process's place from RANK, WORLD_SIZE and LOCAL_RANK, which torchrun sets.
 
     Raises:
-        ValueError: a variable is missing or not a number, or this process has no GPU.
+        ValueError: this process has no GPU.
     """
-    size = _number("WORLD_SIZE", default="1", least=1)
+    size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return ALONE
-    here = Processes(_number("RANK"), size, _number("LOCAL_RANK"), kind)
+    here = Processes(int(os.environ["RANK"]), size, int(os.environ["LOCAL_RANK"]), kind)
     gpus = torch.cuda.device_count() if kind == "cuda" else 0
     if kind == "cuda" and here.local_rank >= gpus:
         raise ValueError(
@@ -100,12 +100,7 @@ def from_environment(kind: str = "cpu") -> Processes:
 
 @contextmanager
 def connected(kind: str = "cpu") -> Iterator[Processes]:
-    """Connect this process with the others of its run inside the block.
-
-    Raises:
-        ValueError: see `from_environment`.
-        PeerLost: the other processes cannot be reached.
-    """
+    """Connect this process with the others of its run inside the block."""
     here = from_environment(kind)
     if here.size == 1:
         yield here
@@ -130,12 +125,3 @@ def _peers() -> Iterator[None]:
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise PeerLost(f"another process has ended or does not answer: {reason}") from error
-
-
-def _number(name: str, default: str = "", least: int = 0) -> int:
-    given = os.environ.get(name, default)
-    if not given.isdecimal() or int(given) < least:
-        raise ValueError(
-            f"{name}: {given!r} is not a whole number from {least}; torchrun sets the variable"
-        )
-    return int(given)

@@ -79,12 +79,6 @@ def arguments(stage: str) -> argparse.ArgumentParser:
     """Return the parser of a stage's command line."""
     parser = argparse.ArgumentParser(prog=stage, allow_abbrev=False)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="results/SCALE/runs/NAME")
-    parser.add_argument("--minutes", type=_whole, default=0, help="time limit; 0: none")
+    parser.add_argument("--minutes", type=int, default=0, help="time limit; 0: none")
     parser.add_argument("--started", type=float, metavar="SECONDS", help="Unix time; default: now")
     return parser
-
-
-def _whole(given: str) -> int:
-    if not given.isdecimal():
-        raise argparse.ArgumentTypeError(f"{given!r} is not a whole number")
-    return int(given)

@@ -16,7 +16,7 @@ MIN_INTERVAL = 0.5  # s between two reports of a job
 
 
 class Reporter:
-    """Writes the progress of a job, in steps, to the run's folder.
+    """Writes the progress of a job to the run's folder.
 
     Args:
         folder: of the run.
@@ -27,15 +27,8 @@ class Reporter:
 
     def __init__(self, folder: Path, stage: str, total: int, done: int = 0) -> None:
         self.file = folder / FOLDER / f"{stage}.json"
-        self.record: dict[str, Any] = {
-            "stage": stage,
-            "run": folder.name,
-            "total": total,
-            "done": done,
-            "first": done,
-            "note": "",
-            "started": time.time(),
-        }
+        self.record: dict[str, Any] = {"stage": stage, "run": folder.name, "note": ""}
+        self.record |= {"total": total, "done": done, "first": done, "started": time.time()}
         self._written = 0.0
         self._write()
 

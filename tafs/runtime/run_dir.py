@@ -98,10 +98,7 @@ class RunDir:
         return self.folder / ".locks" / stage
 
     def failure(self, stage: str) -> Path:
-        """Return the file that describes how the last attempt of a stage failed.
-
-        {"stage", "exit" (code), "message", "time" (Unix seconds), "seen" (by the workflow)}.
-        """
+        """Return the file of the last failure: stage, exit (code), message, time, seen (or not)."""
         return self.folder / ".failed" / f"{stage}.json"
 
     @contextmanager
@@ -123,11 +120,12 @@ class RunDir:
     def note_failure(self, stage: str, code: int, message: str) -> None:
         """Write the file of `failure`, unless the disk is full: that must not hide the failure."""
         record = {"stage": stage, "exit": code, "message": message, "time": time.time()}
+        record["seen"] = False
         file = self.failure(stage)
         temporary = file.with_suffix(f".{os.getpid()}")
         with suppress(OSError):
             file.parent.mkdir(exist_ok=True)
-            temporary.write_text(json.dumps({**record, "seen": False}), encoding="utf-8")
+            temporary.write_text(json.dumps(record), encoding="utf-8")
             os.replace(temporary, file)
 
 

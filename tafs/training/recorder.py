@@ -21,8 +21,7 @@ class RunRecorder:
     """Writes a run's files, in the first process.
 
     Args:
-        run: the run's folder.
-        trainer: its trainer, restored from `state`.
+        trainer: restored from `state`.
         fingerprint: what the resume state must match.
         state: where training continues; None: at the beginning.
     """

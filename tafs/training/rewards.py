@@ -61,7 +61,6 @@ def invalid_images(
 
     Args:
         rewards: of all processes, [K, groups, G] each.
-        iteration: for the message.
         needs_gradients: whether the method differentiates the rewards; no image may then lack one.
 
     Raises:

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from email.message import Message
+from http.client import HTTPConnection
 from pathlib import Path
 from urllib.parse import quote
 
 import psutil
 import pytest
+from support.forked_processes import free_port, wait_healthy
 from support.mirrored_runs import SHOWN, runs, trained_run
 
 from tafs.tracking import ENVIRONMENT, cli, mlflow_mirror
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "content of a file outside the artifacts"
-START_S = 180
 Trials = Callable[[str, int, int], Iterator[int]]
 
 
@@ -37,28 +37,17 @@ class Server:
 
     def ask(
         self, method: str, path: str, body: object = None, **headers: str
-    ) -> tuple[int, bytes, dict[str, str]]:
-        """Status, body and headers (in lower case) of a request whose path is sent unchanged."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+    ) -> tuple[int, bytes, Message]:
+        """Status, body and headers of a request whose path is sent unchanged."""
         content = json.dumps(body).encode() if body is not None else b""
         sent = {"Host": f"127.0.0.1:{self.port}", "Content-Type": "application/json", **headers}
-        try:
-            connection.putrequest(method, path, skip_host=True)
-            for name, value in {**sent, "Content-Length": str(len(content))}.items():
-                connection.putheader(name, value)
-            connection.endheaders(content)
+        with closing(HTTPConnection("127.0.0.1", self.port, timeout=60)) as connection:
+            connection.request(method, path, content, sent)
             answer = connection.getresponse()
-            found = {name.lower(): value for name, value in answer.getheaders()}
-            return answer.status, answer.read(), found
-        finally:
-            connection.close()
+            return answer.status, answer.read(), answer.headers
 
     def artifact(self, path: str) -> str:
         return f"/get-artifact?run_id={self.run_id}&path={path}"
-
-    def processes(self) -> list[psutil.Process]:
-        parent = psutil.Process(self.pid)
-        return [parent, *parent.children(recursive=True)]
 
     def outside(self) -> set[Path]:
         return {f for f in self.folder.rglob("*") if "artifacts" not in f.parts}
@@ -69,23 +58,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server on a store with one run, started with variables that would open it."""
     folder = tmp_path_factory.mktemp("ui")
     mlflow_mirror.sync([trained_run(folder / "run")], folder / "store")
-    (folder / "secret.txt").write_text(SECRET)
-    (folder / "store" / "secret.txt").write_text(SECRET)
+    for secret in (folder, folder / "store"):
+        (secret / "secret.txt").write_text(SECRET)
     (run,) = runs(folder / "store")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    opening = {
-        "MLFLOW_SERVER_ALLOWED_HOSTS": "*",
-        "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": "*",
-        "MLFLOW_SERVER_DISABLE_SECURITY_MIDDLEWARE": "true",
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "true",
-        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "true",
-        "MLFLOW_ENABLE_AI_GATEWAY": "true",
-        "MLFLOW_HOST": "0.0.0.0",
-        "HF_TOKEN": "hf_canary",
-        "AWS_SECRET_ACCESS_KEY": "aws_canary",
-    }
+    port = free_port()
+    opening = dict.fromkeys(("ALLOWED_HOSTS", "CORS_ALLOWED_ORIGINS"), "*")
+    opening |= dict.fromkeys(("DISABLE_SECURITY_MIDDLEWARE", "ENABLE_JOB_EXECUTION"), "true")
+    opening = {f"MLFLOW_SERVER_{name}": value for name, value in opening.items()}
+    opening |= {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "true", "MLFLOW_ENABLE_AI_GATEWAY": "true"}
+    opening |= {"MLFLOW_HOST": "0.0.0.0", "HF_TOKEN": "x", "AWS_SECRET_ACCESS_KEY": "x"}
     command = [sys.executable, "-m", "tafs.tracking.cli", "ui", "--port", str(port)]
     process = subprocess.Popen(
         [*command, "--store", str(folder / "store")],
@@ -95,17 +76,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    found = Server(port, process.pid, run.info.run_id, folder)
     try:
-        end = time.monotonic() + START_S
-        while True:
-            try:
-                assert found.ask("GET", "/health")[0] == 200
-                break
-            except OSError:
-                assert process.poll() is None and time.monotonic() < end
-                time.sleep(0.2)
-        yield found
+        wait_healthy(port, lambda: process.poll() is None)
+        yield Server(port, process.pid, run.info.run_id, folder)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -114,13 +87,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def test_it_listens_on_this_machine_only_and_gets_no_credential_or_foreign_setting(
     server: Server,
 ) -> None:
-    listening = set()
-    for process in server.processes():
-        listening |= {
-            connection.laddr[:2]
-            for connection in process.net_connections("inet")
-            if connection.status == psutil.CONN_LISTEN
-        }
+    listening, parent = set(), psutil.Process(server.pid)
+    for process in (parent, *parent.children(recursive=True)):
+        connections = process.net_connections("inet")
+        listening |= {c.laddr[:2] for c in connections if c.status == psutil.CONN_LISTEN}
         known = process.environ()
         assert not {"HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "MLFLOW_HOST"} & set(known)
         assert {**ENVIRONMENT, **cli.SERVER_ENVIRONMENT}.items() <= known.items()

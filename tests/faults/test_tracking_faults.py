@@ -13,26 +13,14 @@ from pathlib import Path
 
 import pytest
 from support.forked_processes import Server, start_sync
-from support.mirrored_runs import (
-    Contents,
-    begin,
-    contents,
-    describe,
-    iterate,
-    once_per_step,
-    trained_run,
-)
+from support.killable_training import prepare
+from support.mirrored_runs import Contents, contents, once_per_step, trained_run, training_run
 
-from tafs.experiment import plan
-from tafs.runtime.journal import Journal
-from tafs.runtime.run_dir import RunDir
 from tafs.tracking import cli, mlflow_mirror
 from tafs.training import train
 
-ROOT = Path(__file__).resolve().parents[2]
 JOBS = 16
 PATIENCE = 120  # s, for what takes one second on an idle machine
-Trials = Callable[[str, int, int], Iterator[int]]
 Condition = Callable[[], bool]
 Mirrored = Callable[[list[Path]], Contents]
 
@@ -70,21 +58,13 @@ def undisturbed(empty: Path, tmp_path_factory: pytest.TempPathFactory) -> Mirror
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Finished runs, and one that trains and has more points than one request may hold."""
     folder = tmp_path_factory.mktemp("runs")
-    training = folder / "training"
-    describe(training)
-    journal = Journal(training / ".state" / "journal.jsonl")
-    begin(journal)
-    for iteration in range(300):
-        iterate(journal, iteration)
-    return [trained_run(folder / "a"), training, trained_run(folder / "b")]
+    training_run(folder / "training", iterations=300)
+    return [trained_run(folder / "a"), folder / "training", trained_run(folder / "b")]
 
 
 @pytest.fixture(scope="module")
 def expected(runs: list[Path], undisturbed: Mirrored) -> Contents:
-    found = undisturbed(runs)
-    assert len(found) == len(runs)
-    assert all(run["files"] and run["metrics"] for run in found.values())
-    return found
+    return undisturbed(runs)
 
 
 def wait_for(condition: Condition, pause: float = 0.002) -> None:
@@ -119,15 +99,8 @@ def changed(file: Path) -> Condition:
     "fault, few", [("server killed in the middle of a sync", 2), ("sync killed in the middle", 4)]
 )
 def test_the_next_sync_completes_one_that_was_killed(
-    trials: Trials,
-    server: Server,
-    runs: list[Path],
-    expected: Contents,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    fault: str,
-    few: int,
-) -> None:
+    trials, server, runs, expected, tmp_path, capsys, fault, few
+):
     """Killed syncs are in turn to a server and into a store, also while the store is created."""
     interrupted = 0
     for number in trials(f"tracking: {fault}", few, 20):
@@ -158,25 +131,14 @@ def test_the_next_sync_completes_one_that_was_killed(
     assert interrupted
 
 
-@pytest.fixture(scope="module")
-def jobs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("jobs")
-    return [trained_run(folder / f"job-{number}") for number in range(JOBS)]
-
-
 @pytest.mark.parametrize(
     "place, few", [("one store", 1), ("one server", 0), ("one server from several hosts", 1)]
 )
 def test_jobs_that_start_together_create_one_experiment_with_one_run_each(
-    trials: Trials,
-    server: Server,
-    jobs: list[Path],
-    undisturbed: Mirrored,
-    tmp_path: Path,
-    place: str,
-    few: int,
-) -> None:
+    trials, server, undisturbed, tmp_path, place, few
+):
     """Hosts that share no store share no lock."""
+    jobs = [trained_run(tmp_path / f"job-{number}") for number in range(JOBS)]
     for number in trials(f"tracking: {JOBS} jobs start at once, {place}", few, 3):
         store = tmp_path / f"host-{number}"
         server.forget()
@@ -184,8 +146,8 @@ def test_jobs_that_start_together_create_one_experiment_with_one_run_each(
             server.start()
         processes = []
         for job in jobs:
-            own = tmp_path / f"{job.name}-{number}"
-            arguments = ["--store", str(own if "several" in place else store), str(job)]
+            own = store / job.name if "several" in place else store
+            arguments = ["--store", str(own), str(job)]
             arguments += ["--server", server.url] if place != "one store" else []
             processes.append(start_sync(arguments, tmp_path / "log"))
         for process in processes:
@@ -208,12 +170,8 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_is_one_line_and_the_next_sync_completes_the_store(
-    trials: Trials,
-    disk: Path,
-    runs: list[Path],
-    expected: Contents,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+    trials, disk, runs, expected, capfd
+):
     arguments = ["sync", "--store", str(disk / "store"), *map(str, runs)]
     full = 0
     for number in trials("tracking: disk full during a sync", 6, 20):
@@ -236,23 +194,10 @@ def test_a_full_disk_is_one_line_and_the_next_sync_completes_the_store(
     assert full
 
 
-def prepare(folder: Path) -> RunDir:
-    """A short run of the smoke scale."""
-    specs = plan.load({"scale": "smoke"}, ROOT / "config.yaml").runs.values()
-    spec = next(spec for spec in specs if spec.variant == "tafs_grpo")
-    assert spec.training is not None
-    training = spec.training.model_copy(update={"iterations": 8})
-    run = RunDir(folder / spec.name)
-    run.folder.mkdir(parents=True)
-    spec = spec.model_copy(update={"training": training})
-    (run.folder / "run.json").write_text(spec.to_json())
-    return run
-
-
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The result of a training that is not tracked."""
-    run = prepare(tmp_path_factory.mktemp("untracked"))
+    run = prepare(tmp_path_factory.mktemp("untracked") / "run", 8, "tafs_grpo")
     train.train(run)
     return run.adapter.read_bytes()
 
@@ -261,17 +206,11 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     "fault, few", [("gone at the start", 1), ("killed while a run trains", 1), ("gone for good", 0)]
 )
 def test_training_does_not_notice_a_server_that_fails(
-    trials: Trials,
-    server: Server,
-    adapter: bytes,
-    undisturbed: Mirrored,
-    tmp_path: Path,
-    fault: str,
-    few: int,
-) -> None:
+    trials, server, adapter, undisturbed, tmp_path, fault, few
+):
     for number in trials(f"tracking: server {fault}", few, 5):
         folder, log = tmp_path / str(number), tmp_path / f"log-{number}"
-        run = prepare(folder / "runs")
+        run = prepare(folder / "runs" / "run", 8, "tafs_grpo")
         server.forget()
         arguments = ["--every", "0.1", "--server", server.url, "--store", str(folder)]
         killed = fault == "killed while a run trains"

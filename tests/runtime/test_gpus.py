@@ -87,17 +87,20 @@ def test_a_machine_with_too_few_gpus_is_refused(start: Start, visible: str, show
     assert line == f"the job needs 4 GPUs, and this machine shows {shown}"
 
 
-@pytest.mark.parametrize("visible", ["0,0", "-1", "../x"])
-def test_a_wrong_list_of_gpus_is_refused(start: Start, visible: str) -> None:
-    assert refused(start(1, CUDA_VISIBLE_DEVICES=visible)) == (
-        f"CUDA_VISIBLE_DEVICES: {visible!r} is not a list of different GPUs; give their numbers or "
-        "UUIDs, or unset it"
-    )
-
-
-def test_gpus_that_cannot_be_counted_are_refused(start: Start, tmp_path: Path) -> None:
-    line = refused(start(1, CUDA_VISIBLE_DEVICES=None, PATH=str(tmp_path)))
-    assert line.startswith("this machine's GPUs cannot be counted: ")
+@pytest.mark.parametrize(
+    ("visible", "message"),
+    [
+        ("0,0", "CUDA_VISIBLE_DEVICES: '0,0' is not a list of different GPUs; give their numbers"),
+        (
+            "../x",
+            "CUDA_VISIBLE_DEVICES: '../x' is not a list of different GPUs; give their numbers",
+        ),
+        (None, "this machine's GPUs cannot be counted: "),
+    ],
+)
+def test_a_wrong_list_of_gpus_is_refused(start: Start, tmp_path: Path, visible, message) -> None:
+    line = refused(start(1, CUDA_VISIBLE_DEVICES=visible, PATH=str(tmp_path)))
+    assert line.startswith(message)
 
 
 @pytest.mark.parametrize("kind", ["link", "writable"])

@@ -37,12 +37,6 @@ def test_the_options_give_the_time_limit(run, monkeypatch):
     assert (found[0].limit, found[0].started, found[1].limit) == (600.0, 1000.0, None)
 
 
-@pytest.mark.parametrize("given", ["", "-1", "1.5"])
-def test_a_time_limit_that_is_not_a_number_is_refused(given, run, monkeypatch, capsys):
-    assert call(run, lambda *_: None, monkeypatch, f"--minutes={given}") == errors.BAD_INPUT
-    assert f"--minutes: {given!r} is not a whole number" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [

@@ -34,8 +34,7 @@ def test_a_job_that_cannot_report_continues(tmp_path):
 
 
 def test_old_and_truncated_reports_are_ignored(tmp_path):
-    file = tmp_path / RUN / progress.FOLDER / "train.json"
-    file.parent.mkdir(parents=True)
+    file = Reporter(tmp_path / RUN, "train", total=5).file
     file.write_text(json.dumps(record(updated=110.0)))
     assert progress.active(tmp_path, 110.0 + progress.STALE) == []
     file.write_text('{"stage": "tra')

@@ -12,6 +12,7 @@ import socket
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,24 @@ def _serve(arguments: list[str], log: Path) -> None:
     mlflow.cli.cli(["server", *arguments])
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind((HOST, 0))
+        return int(free.getsockname()[1])
+
+
+def wait_healthy(port: int, alive: Callable[[], bool]) -> None:
+    """Wait until a server answers."""
+    end = time.monotonic() + 180
+    while True:
+        try:
+            urllib.request.urlopen(f"http://{HOST}:{port}/health", timeout=60).close()
+            return
+        except OSError:
+            assert alive() and time.monotonic() < end
+            time.sleep(0.05)
+
+
 class Server:
     """An MLflow server with a database that outlives it.
 
@@ -76,9 +95,7 @@ class Server:
     def __init__(self, folder: Path, empty: Path) -> None:
         self.folder, self.empty = folder, empty
         self.database, self.artifacts = folder / "mlflow.db", folder / "artifacts"
-        with socket.socket() as free:
-            free.bind((HOST, 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://{HOST}:{self.port}"
         self.process: ForkServerProcess | None = None
         self.forget()
@@ -97,13 +114,7 @@ class Server:
         arguments += ["--artifacts-destination", str(self.artifacts)]
         log = self.folder / "log"
         self.process = _start(_serve, arguments, log)
-        for _ in range(1200):
-            try:
-                urllib.request.urlopen(f"{self.url}/health", timeout=60).close()
-                return
-            except OSError:
-                time.sleep(0.05)
-        raise AssertionError(log.read_text())
+        wait_healthy(self.port, self.process.is_alive)
 
     def kill(self) -> None:
         if self.process is not None:

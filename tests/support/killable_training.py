@@ -9,7 +9,6 @@ import io
 import os
 import resource
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.forked_processes import free_port
 
 from tafs import experiment
 from tafs.experiment import run_inputs
@@ -38,12 +38,7 @@ def prepare(
     hyperparameters: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> RunDir:
-    """Write run.json of a smoke-scale run; by default its model is an average over its updates.
-
-    Args:
-        hyperparameters: added to the variant's.
-        settings: fields of `TrainingSpec`.
-    """
+    """Write run.json of a smoke-scale run; `settings` are fields of `TrainingSpec`."""
     runs = experiment.load({"scale": "smoke"}, ROOT / "config.yaml").runs.values()
     spec = next(run for run in runs if run.variant == variant)
     assert spec.training is not None
@@ -89,12 +84,7 @@ def largest_file(size: int) -> Iterator[None]:
 
 
 class Process:
-    """A fork that runs `work` and can be killed.
-
-    Args:
-        work: ends with an exit code by `sys.exit`, or 0.
-        environment: added to this process's.
-    """
+    """A fork that runs `work` with some variables added to its environment, and can be killed."""
 
     def __init__(self, work: Callable[[], None], environment: dict[str, str] | None = None) -> None:
         read, write = os.pipe()
@@ -143,10 +133,8 @@ def stage(name: str, work: main.Work, run: RunDir, options: Sequence[str] = ()) 
 
 def training(run: RunDir, processes: int = 1, options: Sequence[str] = ()) -> list[Process]:
     """Start the processes that train a run together."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    server = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    server["WORLD_SIZE"] = str(processes)
     return [
         Process(
             lambda: stage("train", train.train_together, run, options),

@@ -26,21 +26,13 @@ Contents = dict[tuple[str, str], dict[str, Any]]  # by experiment and run
 
 
 def describe(folder: Path, **changes: Any) -> None:
-    description = {
-        "name": folder.name,
-        "method": "tafs_grpo",
-        "title": "TAFS-GRPO",
-        "task": "text",
-        "seed": 3,
-        "scale": "smoke",
-        "rewards": {"toy": 0.5},
-        "training": {"iterations": 100, "lora": {"rank": 4}},
-        "hyperparameters": {"learning_rate": 3e-4, "steps": [1, 2], "note": "n" * 7000}
-        | {"a=b": 1, "x" * 300: None},
-        **changes,
-    }
+    description: dict[str, Any] = {"name": folder.name, "method": "tafs_grpo", "task": "text"}
+    description |= {"title": "TAFS-GRPO", "seed": 3, "scale": "smoke", "rewards": {"toy": 0.5}}
+    description["training"] = {"iterations": 100, "lora": {"rank": 4}}
+    parameters = {"learning_rate": 3e-4, "steps": [1, 2], "note": "n" * 7000}
+    description["hyperparameters"] = {**parameters, "a=b": 1, "x" * 300: None}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "run.json").write_text(json.dumps(description))
+    (folder / "run.json").write_text(json.dumps({**description, **changes}))
 
 
 def begin(journal: Journal, at: float = START) -> None:
@@ -49,14 +41,19 @@ def begin(journal: Journal, at: float = START) -> None:
 
 
 def iterate(journal: Journal, iteration: int, delay: float = 0.0, kl: float = 0.5) -> None:
-    journal.append(
-        "iteration",
-        time=START + iteration + 1 + delay,
-        iteration=iteration,
-        rewards={"toy": [iteration / 10, iteration / 5]},
-        kl=kl,
-        seconds={"sample": 1.5, "total": 2.0},
-    )
+    record = {"time": START + iteration + 1 + delay, "iteration": iteration, "kl": kl}
+    record["rewards"] = {"toy": [iteration / 10, iteration / 5]}
+    journal.append("iteration", **record, seconds={"sample": 1.5, "total": 2.0})
+
+
+def training_run(folder: Path, iterations: int, delay: float = 0.0, **changes: Any) -> Journal:
+    """A run that trains; return its journal."""
+    describe(folder, **changes)
+    journal = Journal(folder / ".state" / "journal.jsonl")
+    begin(journal, START + delay)
+    for iteration in range(iterations):
+        iterate(journal, iteration, delay)
+    return journal
 
 
 def trained_run(folder: Path, **changes: Any) -> Path:

@@ -16,16 +16,8 @@ from pathlib import Path
 from tafs.common import yaml_files
 
 ROOT = Path(__file__).resolve().parents[2]
-NEEDED = (
-    "config.yaml",
-    "claims.yaml",
-    "environment.yml",
-    "pyproject.toml",
-    "workflow",
-    "tafs",
-    "baselines",
-    "slurm",
-)
+NEEDED = ("config.yaml", "claims.yaml", "environment.yml", "pyproject.toml")
+NEEDED += ("workflow", "tafs", "baselines", "slurm")
 RUN = "tafs_grpo.preference.shapes-flux.0"  # the only training of a reduced project
 
 
@@ -59,14 +51,8 @@ class Project:
         return ["snakemake", *arguments, *config, "scale=smoke", f"results={self.results}"]
 
     def snakemake(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            self.command(*arguments),
-            cwd=self.folder,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        command, place = self.command(*arguments), {"cwd": self.folder, "env": self.environment}
+        return subprocess.run(command, **place, capture_output=True, text=True)
 
     def start(self, *arguments: str, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
         """Start the command in its own process group, without waiting for its end.

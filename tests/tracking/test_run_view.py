@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support.mirrored_runs import ITERATIONS, PROMPTS, SHOWN, SNAPSHOT, START, describe, trained_run
+from support.mirrored_runs import ITERATIONS, PROMPTS, SHOWN, SNAPSHOT, START, trained_run
 
 from tafs.tracking import run_view
 
@@ -36,9 +36,7 @@ def test_values_that_are_not_finite_are_skipped_and_counted(view: run_view.RunVi
     assert (view.skipped, view.tags["tafs.skipped_values"]) == (2, "2")
 
 
-def test_scores_are_the_means_that_the_tables_show_at_their_models_iteration(
-    view: run_view.RunView,
-) -> None:
+def test_scores_are_the_means_that_the_tables_show_at_their_models_iteration(view) -> None:
     # GenEval averages the means of its tags.
     assert points(view, "score/GenEval/ode/nfe_4") == [(SNAPSHOT, 50.0), (100, 75.0)]
     assert points(view, "score/PickScore/ode/nfe_4") == [(100, 22.0)]
@@ -48,13 +46,10 @@ def test_scores_are_the_means_that_the_tables_show_at_their_models_iteration(
     assert points(view, "score/other/ode/nfe_4") == [(100, 1.0)]
 
 
-def test_parameters_and_tags_are_flat_and_within_the_limits_of_mlflow(
-    view: run_view.RunView,
-) -> None:
-    assert view.parameters["hyperparameters/learning_rate"] == "0.0003"
-    assert view.parameters["hyperparameters/steps"] == "[1, 2]"
-    assert view.parameters["training/lora/rank"] == "4"
-    assert view.parameters["hyperparameters/a_b"] == "1"
+def test_parameters_and_tags_are_flat_and_within_the_limits_of_mlflow(view) -> None:
+    expected = {"hyperparameters/learning_rate": "0.0003", "hyperparameters/steps": "[1, 2]"}
+    expected |= {"training/lora/rank": "4", "hyperparameters/a_b": "1"}
+    assert expected.items() <= view.parameters.items()
     assert max(map(len, view.parameters)) == 250
     note = view.parameters["hyperparameters/note"]
     assert (len(note), note.lstrip("n")) == (6000, "... (7000 characters)")
@@ -64,19 +59,12 @@ def test_parameters_and_tags_are_flat_and_within_the_limits_of_mlflow(
     assert (view.tags["fingerprint"], view.tags["method"]) == ("f1", "tafs_grpo")
 
 
-def test_sample_images_are_spread_over_the_prompts_and_named_by_them(
-    view: run_view.RunView,
-) -> None:
+def test_sample_images_are_spread_over_the_prompts_and_named_by_them(view) -> None:
     found = list(run_view.sample_images(view))
     shown = range(0, PROMPTS, PROMPTS // SHOWN)
     assert [key for key, *_ in found] == [f"samples/ode-4/prompt_{10 * row}" for row in shown]
     assert [image[0, 0, 0] for _, image, *_ in found] == list(shown)
     assert {step for *_, step, _ in found} == {100}
-
-
-def test_a_folder_in_which_nothing_has_started_has_no_view(tmp_path: Path) -> None:
-    describe(tmp_path / "run")
-    assert run_view.read_run(tmp_path / "run") is None
 
 
 def test_an_untrained_model_consists_of_its_scores(tmp_path: Path) -> None:

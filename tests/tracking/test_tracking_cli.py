@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import http.server
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,40 +72,14 @@ def test_a_broken_run_is_named_and_the_others_are_mirrored(
     assert line([*sync, "--best-effort"], capsys, code=0) == said
 
 
-def test_a_store_that_cannot_be_written_is_one_line(
-    tmp_path: Path, finished: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "file").write_text("")
-    store = tmp_path / "file" / "x"
-    assert str(tmp_path / "file") in line(["sync", finished, "--store", store], capsys)
-
-
-class Refusing(http.server.BaseHTTPRequestHandler):
-    """A server that requires credentials."""
-
-    def do_GET(self) -> None:
-        self.send_error(401)
-
-    do_POST = do_GET
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
-
-
-@contextmanager
-def place(kind: str) -> Iterator[int]:
-    """The port of a server that cannot be used."""
-    if kind == "refuses":
-        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
-            threading.Thread(target=server.serve_forever).start()
-            yield server.server_port
-            server.shutdown()
-        return
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        if kind == "never answers":
-            server.listen()
-        yield server.getsockname()[1]
+def refuse(server: socket.socket) -> None:
+    """Answer every request that credentials are missing, until the socket is closed."""
+    with suppress(OSError):
+        while True:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(10_000)
+                connection.sendall(b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n")
 
 
 @pytest.mark.parametrize(
@@ -115,19 +87,19 @@ def place(kind: str) -> Iterator[int]:
     [("refuses", "401"), ("never answers", "timed out"), ("is gone", "Connection refused")],
 )
 def test_a_server_that_cannot_be_used_costs_seconds_and_is_one_line_without_credentials(
-    finished: Path,
-    tmp_path: Path,
-    kind: str,
-    reason: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    finished, tmp_path, kind, reason, monkeypatch, capsys
+):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "secret")
     began = time.monotonic()
-    with place(kind) as port:
-        url = f"http://127.0.0.1:{port}"
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if kind != "is gone":
+            server.listen()
+        if kind == "refuses":
+            threading.Thread(target=refuse, args=[server], daemon=True).start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
         said = line(["sync", finished, "--store", tmp_path, "--server", url], capsys)
     assert time.monotonic() - began < 10
     assert said.startswith(f"{url}: MLflow cannot use it (")
