@@ -54,6 +54,9 @@ class Estimate(NamedTuple):
     p_value: float  # two-sided, of a value of 0; 1 without an interval
 
 
+NOTHING = Estimate(np.nan, np.nan, np.nan, 0, 0, 0, "", 1.0)  # of no values
+
+
 def checked(values: ArrayLike, strata: Sequence[str]) -> tuple[Array, tuple[int, ...]]:
     """The values of the seeds that have any, and the stratum of each prompt as a number."""
     array = np.asarray(values, dtype=float)

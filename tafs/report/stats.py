@@ -15,6 +15,7 @@ from scipy.stats import bootstrap, pearsonr, trim_mean
 from tafs.report.bootstrap import (
     DEFAULT,
     LEVEL,
+    NOTHING,
     RESAMPLES,
     Array,
     Estimate,
@@ -34,7 +35,7 @@ from tafs.report.bootstrap import (
     student,
 )
 
-__all__ = ["LEVEL", "RESAMPLES", "Array", "Estimate", "Resampling"]
+__all__ = ["LEVEL", "NOTHING", "RESAMPLES", "Array", "Estimate", "Resampling"]
 
 Metrics = Sequence[ArrayLike]  # one [seeds, prompts, images] per metric
 
@@ -92,7 +93,7 @@ def paired_difference(
     same_seeds = same_seeds and len(left) == len(right) == len(np.asarray(a)) == len(np.asarray(b))
     common = np.isfinite(left).all(0) & np.isfinite(right).all(0) if seeds else np.zeros(1, bool)
     if not common.any():
-        return interval_of(np.nan, np.empty(0), 0, 0, int(common.size), "")
+        return NOTHING._replace(n_missing=int(common.size))
     left, right = np.where(common, left, np.nan), np.where(common, right, np.nan)
     draws = draw_means(left, groups, macro, by, stream=0)
     draws = draws - draw_means(right, groups, macro, by, stream=0 if same_seeds else 1)
@@ -150,7 +151,7 @@ def interquartile_effect(
     n_seeds, n_images = len(arrays[0]), int(sum(np.isfinite(x).sum() for x in arrays))
     n_missing = int(sum(np.isnan(np.asarray(x, dtype=float)).sum() for x in values))
     if not n_seeds:
-        return interval_of(np.nan, np.empty(0), 0, 0, n_missing, "")
+        return NOTHING._replace(n_missing=n_missing)
     weights = prompt_weights(groups, by)
     drawn = np.random.default_rng([by.seed, 2]).integers(n_seeds, size=(by.resamples, n_seeds))
     means = []
@@ -189,7 +190,7 @@ def probability_of_improvement(
     check_metrics(a, b)
     (left, groups), (right, _) = by_metric(a, strata), by_metric(b, strata)
     if not (len(left[0]) and len(right[0])):
-        return interval_of(np.nan, np.empty(0), 0, 0, 0, "")
+        return NOTHING
     first = np.stack([nanmean(x, 2) for x in left])[:, :, None]
     second = np.stack([nanmean(x, 2) for x in right])[:, None]
     wins = np.where(first == second, 0.5, first > second)

@@ -78,8 +78,7 @@ def _gains_table(loaded: LoadedTable) -> Table:
         def estimate(row: Row) -> stats.Estimate:
             other = others.get(row.spec.backbone)
             if other is None or other is row:  # no rival, or the rival itself
-                nan = float("nan")
-                return stats.Estimate(nan, nan, nan, 0, 0, 0, "", 1.0)
+                return stats.NOTHING
             tags = row.system.scores.tags
             return stats.probability_of_improvement(values(row, known), values(other, known), tags)
 

@@ -124,8 +124,7 @@ def _iteration_time(row: Row) -> float | None:
 def _compute(row: Row) -> float | None:
     """Training compute in forward passes per image; see `Method.forward_equivalents`."""
     iterations = _iterations(row)
-    spec = row.system.spec
-    return None if iterations is None else spec.forward_equivalents * iterations
+    return None if iterations is None else row.system.spec.forward_equivalents * iterations
 
 
 def _iterations(row: Row) -> float | None:
@@ -223,10 +222,7 @@ def _beside(paper: Sequence[dict[str, str]], row: Row) -> dict[str, str]:
         name = other.get("method") or next(iter(other.values()))
         steps = other.get("nfe")
         fits = steps == str(row.spec.nfe) if steps else row.first
-        if fits and _same_name(name, row.spec.label):
+        printed, ours = (x.replace(" ", "").casefold() for x in (name, row.spec.label))
+        if fits and printed == ours:
             return other
     return {}
-
-
-def _same_name(a: str, b: str) -> bool:
-    return a.replace(" ", "").casefold() == b.replace(" ", "").casefold()
