@@ -109,21 +109,13 @@ def path(name: str, lock: Path = LOCK) -> Path:
 
 
 def digest(name: str, lock: Path = LOCK) -> str:
-    """SHA-256 of a resource's locked entry: repository, commit, files and random mark.
-
-    Raises:
-        ValueError: the resource is not pinned.
-    """
+    """SHA-256 of a resource's locked entry: repository, commit, files and random mark."""
     content = lockfile.entry(name, lock).model_dump(exclude_none=True, mode="json")
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def is_random(name: str, lock: Path = LOCK) -> bool:
-    """Whether the lock file marks a resource as randomly initialised.
-
-    Raises:
-        ValueError: the resource is not pinned.
-    """
+    """Whether the lock file marks a resource as randomly initialised."""
     return lockfile.entry(name, lock).weights == "random"
 
 

@@ -15,9 +15,9 @@ from __future__ import annotations
 import argparse
 import errno
 import glob
-import hashlib
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -44,24 +44,15 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def resolve(resource: Resource, random_weights: bool = False) -> Locked:
     """Pin a resource to the latest commit of its repository, with sizes and SHA-256 (online).
 
-    Args:
-        resource: the entry of resources.yaml.
-        random_weights: mark it as randomly initialised.
-
     Raises:
         ValueError: a cached file is altered.
         RunFailed: the repository cannot be read, or a pattern matches none of its files.
     """
     with _in_one_line(resource):
         revision, files = (_resolve_hub if resource.hub else _resolve_github)(resource)
-        return Locked(
-            hub=resource.hub,
-            github=resource.github,
-            type=resource.type,
-            revision=revision,
-            files=files,
-            weights="random" if random_weights else None,
-        )
+        where = resource.model_dump(include={"hub", "github", "type"})
+        marked: Any = "random" if random_weights else None
+        return Locked(**where, revision=revision, files=files, weights=marked)
 
 
 def _resolve_hub(resource: Resource) -> tuple[str, dict[str, LockedFile]]:
@@ -84,28 +75,23 @@ def _resolve_hub(resource: Resource) -> tuple[str, dict[str, LockedFile]]:
             files[name] = LockedFile(size=sibling.lfs.size, sha256=sibling.lfs.sha256)
             continue
         file = Path(folder, name)
-        content = file.read_bytes()
-        if git_hash(content) != sibling.blob_id:
+        if git_hash(file.read_bytes()) != sibling.blob_id:
             raise ValueError(
                 f"{file} differs from the hub's; delete {file.resolve()} and lock again"
             )
-        digest = hashlib.sha256(content).hexdigest()
-        files[name] = LockedFile(size=len(content), sha256=digest)
+        files[name] = LockedFile(size=file.stat().st_size, sha256=sha256(file))
     return str(info.sha), files
 
 
 def _select(patterns: Iterable[str], names: Sequence[str]) -> list[str]:
     """The names that match a pattern, in their order."""
-    chosen = set()
     for pattern in patterns:
-        matches = [name for name in names if fnmatchcase(name, pattern)]
-        if not matches:
+        if not any(fnmatchcase(name, pattern) for name in names):
             raise RunFailed(
                 f"no file matches {pattern!r}; correct `files` in {RESOURCES} (there are: "
                 f"{', '.join(names[:20])}{', ...' if len(names) > 20 else ''})"
             )
-        chosen.update(matches)
-    return [name for name in names if name in chosen]
+    return [name for name in names if any(fnmatchcase(name, p) for p in patterns)]
 
 
 def _resolve_github(resource: Resource) -> tuple[str, dict[str, LockedFile]]:
@@ -167,8 +153,7 @@ def fetch(name: str, lock: Path = LOCK) -> Path:
 
 def _check_space(folder: Path, needed: int) -> None:
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    disk = os.statvfs(existing)
-    free = disk.f_bavail * disk.f_frsize
+    free = shutil.disk_usage(existing).free
     if free < needed:
         raise RunFailed(
             f"needs {_gigabytes(needed)}, but {existing} has only {_gigabytes(free)} free; "

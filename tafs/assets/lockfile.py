@@ -103,21 +103,12 @@ File = TypeVar("File", _Resources, _Locked)
 
 
 def read(file: Path = RESOURCES) -> dict[str, Resource]:
-    """Read resources.yaml.
-
-    Raises:
-        ConfigError: the file is missing or wrong; names the file, the key and the remedy.
-    """
+    """Read resources.yaml; a ConfigError names the file, the key and the remedy."""
     return _read(file, _Resources).entries
 
 
 def read_lock(file: Path = LOCK) -> dict[str, Locked]:
-    """Read a lock file.
-
-    Raises:
-        ConfigError: the file is wrong; names the file, the key and the remedy.
-        ValueError: there is no such file.
-    """
+    """Read a lock file; a ConfigError or ValueError names the file, the key and the remedy."""
     if not file.is_file():
         raise ValueError(f"{file}: not found; run `make lock` on a machine with a network")
     return _read_lock(file, file.stat().st_mtime_ns)
@@ -153,11 +144,7 @@ def write(file: Path, entries: Mapping[str, Locked]) -> None:
 
 
 def entry(name: str, lock: Path = LOCK) -> Locked:
-    """A resource's entry in a lock file.
-
-    Raises:
-        ValueError: the lock file does not pin it; names the command that does.
-    """
+    """A resource's entry in a lock file; a ValueError names the command that pins it."""
     entries = read_lock(lock)
     if name not in entries:
         raise ValueError(f"{lock}: {name!r} is not pinned; run {command('lock', name, lock)}")

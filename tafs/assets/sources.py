@@ -94,12 +94,7 @@ class AssetSource(ABC):
         return prompt_set(name).shares
 
     def rewards(self, names: Sequence[str], *, strict_geneval: bool = False) -> RewardSet:
-        """Load reward models.
-
-        Args:
-            names: keys of METRICS.
-            strict_geneval: the variants for evaluation: GenEval's 0/1 verdict instead of the
-                graded credit.
+        """Load reward models; `strict_geneval`: the variants for evaluation.
 
         Raises:
             ValueError: an unknown reward, or its weights are altered or missing; names it.
@@ -107,11 +102,7 @@ class AssetSource(ABC):
         return load(names, lambda name: self._reward(name, strict_geneval))
 
     def digests(self, names: Sequence[str], prompts: Sequence[str] = ()) -> dict[str, str]:
-        """SHA-256 of everything that models, rewards and prompt sets consist of.
-
-        Raises:
-            ValueError: something is not pinned; names it.
-        """
+        """SHA-256 of everything that models, rewards and prompt sets consist of, by name."""
         found = self._file_digests(names, prompts)
         for name in names:
             if name in METRICS and name not in metrics.ORDER:  # code that others may change
@@ -132,19 +123,11 @@ class AssetSource(ABC):
 
     @abstractmethod
     def folder(self, resource: str) -> Path:
-        """The folder of a resource's verified files.
-
-        Raises:
-            ValueError: the source does not have the resource, or files are missing or altered.
-        """
+        """The folder of a resource's verified files; a ValueError names what is wrong."""
 
     @abstractmethod
     def model(self, name: str, resolution: int) -> Any:
-        """Load a model: a `Backbone`, or a `ReferencePipeline` if it cannot be trained.
-
-        Raises:
-            ValueError: its weights are altered or missing; names it.
-        """
+        """Load a model: a `Backbone`, or a `ReferencePipeline` if it cannot be trained."""
 
     @abstractmethod
     def _scores(self, metric: Metric) -> bool:
@@ -246,14 +229,8 @@ class HubAssets(AssetSource):
 
 
 def of(settings: AssetSettings, gpu: int = 0) -> AssetSource:
-    """The asset source of a run's settings.
-
-    Args:
-        settings: the settings.
-        gpu: index of this process's GPU, where the device is "cuda".
-    """
-    source = {"shapes": ShapesAssets, "hub": HubAssets}[settings.assets]
-    return source(settings, gpu)
+    """The asset source of a run's settings; `gpu` is the index of this process's GPU."""
+    return {"shapes": ShapesAssets, "hub": HubAssets}[settings.assets](settings, gpu)
 
 
 def prompt_sets_of(assets: str) -> tuple[str, ...]:

@@ -52,10 +52,7 @@ def training_rows(count: int, seed: int, shares: Mapping[str, float] = SHARES) -
     "B below A". No content appears twice. When a task has no content left (counting has 160), its
     share goes to the other tasks. A smaller count gives a prefix of the same rows.
 
-    Args:
-        count: number of rows.
-        seed: of the draws.
-        shares: relative frequency of each task.
+    `shares` are the relative frequencies of the tasks.
 
     Raises:
         ValueError: `shares` has an unknown task or a negative share, or there are fewer than
@@ -84,9 +81,6 @@ def training_rows(count: int, seed: int, shares: Mapping[str, float] = SHARES) -
             used.add(content(row))
             rows.append(row)
     return rows
-
-
-# -- templates; arguments are indices of the lists above -------------------------------------------
 
 
 def _single_object(a: int) -> Row:
@@ -131,9 +125,6 @@ def _item(name: str, count: int = 1, **more: str) -> Row:
 
 def _row(tag: str, text: str, include: list[Row]) -> Row:
     return {"tag": tag, "prompt": f"a photo of {text}", "include": include}
-
-
-# -- all rows of a task ----------------------------------------------------------------------------
 
 
 def _other(first: int, index: int) -> int:

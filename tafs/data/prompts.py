@@ -51,8 +51,7 @@ def read_lines(path: Path) -> list[Prompt]:
     """Read the prompts of a text file, one per line; blank lines are skipped.
 
     Raises:
-        FileNotFoundError: there is no such file; names it.
-        ValueError: it is not UTF-8 text or holds no prompt; names it.
+        FileNotFoundError, ValueError: no such file, not UTF-8 text, or no prompt; names the file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found; write one prompt per line into it")
@@ -93,12 +92,7 @@ def draw(
     """Draw prompts with replacement: first a tag, then one of its prompts.
 
     Tags differ in their number of prompts; uniform draws would mostly return the largest one.
-
-    Args:
-        prompts: the prompts to draw from.
-        count: number of draws.
-        rng: source of randomness.
-        shares: probability of each tag; None: uniform.
+    `shares` are the probabilities of the tags; None: uniform.
     """
     by_tag: dict[str, list[Prompt]] = {}
     for prompt in prompts:

@@ -110,17 +110,10 @@ def pictures(
         composition.append(1 - np.hypot(*centre) / (IMAGE_SIZE / 2))
     images, flaws = _spoil(render(scenes), rng)
     images = _reconstruct(images, autoencoder, rng)
-    qualities = torch.stack(
-        [
-            torch.tensor(alignment, dtype=torch.float32),
-            1 - flaws["blur"],
-            1 - flaws["texture"],
-            1 - flaws["pale"],
-            torch.tensor(np.array(composition), dtype=torch.float32).clamp(0, 1),
-        ],
-        dim=1,
-    )
-    return images, qualities
+    aligned = torch.tensor(alignment, dtype=torch.float32)
+    composed = torch.tensor(np.array(composition), dtype=torch.float32).clamp(0, 1)
+    flawless = [1 - flaws[name] for name in ("blur", "texture", "pale")]
+    return images, torch.stack([aligned, *flawless, composed], dim=1)
 
 
 def spoil_and_reconstruct(

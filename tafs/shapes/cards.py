@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from safetensors import safe_open
+from safetensors.numpy import load_file
 
 from tafs.data.geneval_rows import TASKS
 from tafs.shapes import annotators, weights
@@ -87,12 +87,8 @@ def _scorer(name: str, text: str, folder: Path) -> str:
             f"{100 * facts['pair_accuracy']:.1f} % of {facts['pairs']:,} held-out captions."
         )
     else:
-        taste = annotators.TASTES[name]
-        cares = ", ".join(
-            f"{quality} {getattr(taste, quality):g}"
-            for quality in annotators.QUALITIES
-            if getattr(taste, quality)
-        )
+        taste = asdict(annotators.TASTES[name])
+        cares = ", ".join(f"{q} {taste[q]:g}" for q in annotators.QUALITIES if taste[q])
         data = f"{facts['train_pairs']:,} pairs judged by an annotator with the weights {cares}"
         result = (
             f"It agrees with the annotator on {100 * facts['pair_accuracy']:.1f} % of "
@@ -116,13 +112,6 @@ def _card(name: str, folder: Path, what: str, training: str, result: str) -> str
 
 def _size(folder: Path) -> tuple[int, int]:
     """Numbers of parameters and bytes in the folder's safetensors files."""
-    count = size = 0
-    for file in sorted(folder.rglob("*.safetensors")):
-        size += file.stat().st_size
-        with safe_open(file, framework="numpy") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 - not a mapping
-                total: Any = 1
-                for side in tensors.get_slice(key).get_shape():
-                    total *= side
-                count += int(total)
-    return count, size
+    files = sorted(folder.rglob("*.safetensors"))
+    count = sum(tensor.size for file in files for tensor in load_file(file).values())
+    return count, sum(file.stat().st_size for file in files)

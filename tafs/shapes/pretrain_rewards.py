@@ -107,7 +107,7 @@ def fit(
         steps: number of optimiser steps.
         seed: of the batches.
         lr: largest learning rate.
-        name: of the model, for the log.
+        name: for the log.
         ema: decay of the average; 0 keeps the last weights.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -175,12 +175,8 @@ def train_clip(
     ids, right, wrong = data["test"]
     with torch.no_grad():
         accuracy = (model(right, ids) > model(wrong, ids)).float().mean().item()
-    return model, {
-        "pair_accuracy": accuracy,
-        "pairs": len(ids),
-        "train_scenes": scenes,
-        "steps": steps,
-    }
+    facts = {"pair_accuracy": accuracy, "pairs": len(ids), "train_scenes": scenes, "steps": steps}
+    return model, facts
 
 
 def _matched(
@@ -220,39 +216,34 @@ def train_preference(
         model.vision.load_state_dict(clip.model.vision_model.state_dict())
         model.text.load_state_dict(clip.model.text_model.state_dict())
 
-    def preference_loss(index: Tensor) -> Tensor:
+    def loss_of(index: Tensor) -> Tensor:
         images, ids = train.images[index].flatten(0, 1), train.ids[index].repeat_interleave(2, 0)
+        if name == "unifiedreward":
+            grades = quantised_grade(train.utility[index].flatten())
+            return functional.cross_entropy(model(images, ids), grades)
         first, second = score(images, ids).view(-1, 2).unbind(1)
-        return functional.binary_cross_entropy_with_logits(
-            first - second, train.prefers_first[index]
-        )
+        verdicts = train.prefers_first[index]
+        return functional.binary_cross_entropy_with_logits(first - second, verdicts)
 
-    def grade_loss(index: Tensor) -> Tensor:
-        images, ids = train.images[index].flatten(0, 1), train.ids[index].repeat_interleave(2, 0)
-        grades = quantised_grade(train.utility[index].flatten())
-        return functional.cross_entropy(model(images, ids), grades)
-
-    loss_of = grade_loss if name == "unifiedreward" else preference_loss
     # A higher learning rate destroys the contrastive features before the task is learnt.
     fit(model, loss_of, recipe.pairs, recipe.steps, seed, lr=7e-4, name=name, ema=recipe.ema)
     with torch.no_grad():
+        parts = zip(held_out.images.split(250), held_out.ids.split(250), strict=True)
         scores = torch.cat(
             [
                 score(images.flatten(0, 1), ids.repeat_interleave(2, 0)).view(-1, 2)
-                for images, ids in zip(
-                    held_out.images.split(250), held_out.ids.split(250), strict=True
-                )
+                for images, ids in parts
             ]
         )
-    chosen = (scores[:, 0] > scores[:, 1]).float()
+
+    def agreement(values: Tensor) -> float:
+        """Share of the held-out pairs whose preferred image has the larger value."""
+        chosen = (values[:, 0] > values[:, 1]).float()
+        return (chosen == held_out.prefers_first).float().mean().item()
+
     facts = {
-        "pair_accuracy": (chosen == held_out.prefers_first).float().mean().item(),
-        "annotator_consistency": (
-            ((held_out.utility[:, 0] > held_out.utility[:, 1]).float() == held_out.prefers_first)
-            .float()
-            .mean()
-            .item()
-        ),
+        "pair_accuracy": agreement(scores),
+        "annotator_consistency": agreement(held_out.utility),
         "pairs": len(scores),
         "train_pairs": recipe.pairs,
         "steps": recipe.steps,

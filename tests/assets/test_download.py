@@ -38,9 +38,6 @@ from tafs.common import yaml_files
 # ruff: noqa: F811 - tests take fixtures as arguments
 
 
-# -- pinning ---------------------------------------------------------------------------------------
-
-
 def facts(data: bytes) -> LockedFile:
     return LockedFile(size=len(data), sha256=hashlib.sha256(data).hexdigest())
 
@@ -124,9 +121,6 @@ def test_a_missing_connection_is_reported_in_one_line(project):
     for name, page in (("pipe", f"{url}/owner/pipe"), ("code", f"{url}/raw/owner/code")):
         assert said[name].startswith(f"{page}: ConnectError")
         assert said[name].endswith("; check the connection and try again")
-
-
-# -- fetching --------------------------------------------------------------------------------------
 
 
 def test_fetched_files_are_found_offline(fetched):
@@ -271,9 +265,6 @@ def test_offline_mode_is_reported(project):
     assert said["code"].endswith("owner/code: HF_HUB_OFFLINE is set; unset it for this command")
 
 
-# -- the files -------------------------------------------------------------------------------------
-
-
 def test_a_missing_lock_file_or_entry_is_reported_with_the_command(project):
     other = Path("other.yaml")
     with pytest.raises(ValueError, match="other.yaml: not found; run `make lock`"):
@@ -294,12 +285,8 @@ def test_a_missing_lock_file_or_entry_is_reported_with_the_command(project):
         ({"github": "owner/pipe"}, "pipe: needs either 'hub' or 'github'"),
         ({"file": ["*"]}, "unknown key 'pipe.file'; did you mean 'files'"),
         ({"files": ["../x"]}, "pipe.files.0: is not a path inside a repository"),
-        ({"files": ["/etc/passwd"]}, "pipe.files.0: is not a path inside a repository"),
         ({"gigabytes": 0}, "pipe.gigabytes"),
-        (
-            {"hub": None, "github": "owner/code"},
-            "pipe: files on GitHub are plain paths, not patterns",
-        ),
+        ({"hub": None, "github": "owner/code"}, "pipe: files on GitHub are plain paths, not pat"),
     ],
 )
 def test_a_mistake_in_resources_yaml_is_reported_with_its_key(tmp_path, change, said):

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from tafs.data import geneval, prompts
+from tafs.data import geneval
 from tafs.data.geneval import evaluation_rows, training_rows
 from tafs.data.geneval_rows import TASKS, content
 
@@ -123,23 +123,6 @@ def test_published_prompts_and_rows_are_in_the_set():
     assert len(sample()) > 160
     assert [pair for pair in sample() if pair not in ours] == []
     assert all(json.loads(line) in evaluation_rows() for line in WHOLE_ROWS)
-
-
-def test_there_is_a_single_object_row_for_each_of_80_classes():
-    rows = [row for row in evaluation_rows() if row["tag"] == "single_object"]
-    assert {row["include"][0]["class"] for row in rows} == set(geneval.CLASSES)
-    assert len(geneval.CLASSES) == 80
-
-
-def test_rows_are_unchanged_after_writing_and_reading(tmp_path):
-    file = tmp_path / "test.jsonl"
-    prompts.write(file, evaluation_rows())
-    read = prompts.read(file)
-    assert [dict(prompt.row) for prompt in read] == evaluation_rows()
-    assert [prompt.tag for prompt in read] == [row["tag"] for row in evaluation_rows()]
-
-
-# -- training --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -32,13 +32,8 @@ def test_the_shipped_split_is_reproduced_by_the_code(splits):
     train, test = captions.split()
     assert [p.row for p in splits["train"]] == train
     assert [p.row for p in splits["test"]] == test
-
-
-def test_there_are_at_least_1000_distinct_prompts_of_six_tasks(splits):
-    texts = [p.text for p in splits["train"] + splits["test"]]
-    assert len(texts) == len(set(texts)) >= 1000
-    for split in splits.values():
-        assert {p.tag for p in split} == set(TASKS)
+    assert all({p.tag for p in split} == set(TASKS) for split in splits.values())
+    assert len({p.text for split in splits.values() for p in split}) == len(train + test) >= 1000
 
 
 def test_no_test_content_is_in_the_training_split_under_any_wording(splits):
@@ -46,23 +41,6 @@ def test_no_test_content_is_in_the_training_split_under_any_wording(splits):
         return {objects(p.row) for p in splits[split] if p.tag != "single_object"}
 
     assert not contents("train") & contents("test")
-    assert not {p.text for p in splits["train"]} & {p.text for p in splits["test"]}
-
-
-def test_mirrored_relations_have_the_same_content():
-    row = {
-        "include": [
-            {"class": "ring", "count": 1},
-            {"class": "cross", "count": 1, "position": ["left of", 0]},
-        ]
-    }
-    mirrored = {
-        "include": [
-            {"class": "cross", "count": 1},
-            {"class": "ring", "count": 1, "position": ["right of", 0]},
-        ]
-    }
-    assert objects(row) == objects(mirrored)
 
 
 @pytest.mark.parametrize("shape", scenes.SHAPES)
@@ -101,25 +79,12 @@ def test_detection_does_not_depend_on_the_batch(rendered):
     images = rendered[2][:20]
     alone = [detect(image[None])[0] for image in images]
     assert detect(images) == alone
-
-
-def test_an_empty_image_has_no_objects():
     assert detect(torch.ones(2, 3, 24, 24)) == [[], []]
 
 
 def test_the_detector_refuses_images_of_other_sizes():
     with pytest.raises(ValueError, match=r"\[1, 3, 32, 32\]"):
         detect(torch.ones(1, 3, 32, 32))
-
-
-def test_geneval_ignores_a_faint_checkerboard(rendered):
-    """Reward hacking must be possible; held-out metrics detect it."""
-    drawn, _, images = rendered
-    y, x = np.mgrid[:24, :24]
-    board = torch.tensor((x + y) % 2).float() * 0.08
-    found = detect(images[:500] - board)
-    correct = [geneval_verdict(f, p.row).correct for f, p in zip(found, drawn[:500], strict=True)]
-    assert np.mean(correct) > 0.95
 
 
 @pytest.mark.parametrize("tag", TASKS)

@@ -25,7 +25,11 @@ FAULTS = (
     *("status_400", "status_429", "status_500", "redirect", "slow", "drop", "huge"),
     *("not_json", "nonsense", "out_of_range"),
 )
-NONSENSE = "This image shows a lovely scene, well worth seeing."
+REPLIES = {
+    "huge": "x" * 2_000_000,
+    "nonsense": "This image shows a lovely scene, well worth seeing.",
+    "out_of_range": "Final Score: 7.5",
+}
 
 
 def brightness_grade(pixels: np.ndarray) -> float:
@@ -112,13 +116,10 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(404, {"error": {"message": "Not Found"}})
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.path != "/v1/chat/completions":
             self.answer(404, {"error": {"message": "Not Found"}})
             return
-        self.complete(json.loads(body))
-
-    def complete(self, request: dict[str, Any]) -> None:
         if request["model"] != self.server.model:
             message = f"The model `{request['model']}` does not exist."
             self.answer(404, {"error": {"message": message}})
@@ -134,16 +135,11 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(307, {}, {"Location": f"{self.server.url}/elsewhere"})
         elif fault == "drop":
             self.close_connection = True
-        elif fault == "huge":
-            self.reply("x" * 2_000_000)
         elif fault == "not_json":
             self.answer(200, "<html>busy</html>")
-        elif fault == "nonsense":
-            self.reply(NONSENSE)
-        elif fault == "out_of_range":
-            self.reply("Final Score: 7.5")
         else:
-            self.reply(f"dog (object): 1\ncolor (attribute): 0\nFinal Score: {value}")
+            grade = f"dog (object): 1\ncolor (attribute): 0\nFinal Score: {value}"
+            self.reply(REPLIES.get(str(fault), grade))
 
     def reply(self, text: str) -> None:
         message = {"role": "assistant", "content": text}

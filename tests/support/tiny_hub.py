@@ -65,20 +65,19 @@ EVALUATION: Mapping[str, Any] = {
 }
 
 
+def unread(folder: Path, files: Mapping[str, str], weights: str = "model") -> None:
+    """A model whose content only a server would read."""
+    folder.mkdir(parents=True)
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    save_file({"weight": torch.zeros(4)}, folder / f"{weights}.safetensors")
+
+
 def unifiedreward(folder: Path) -> None:
-    """CodeGoat24/UnifiedReward-7b-v1.5; only the server would read the content."""
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text('{"architectures": ["LlavaQwenForCausalLM"]}')
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    save_file({"weight": torch.zeros(4)}, folder / "model-00001-of-00001.safetensors")
-
-
-def siglip(folder: Path) -> None:
-    """google/siglip-so400m-patch14-384; only the server would read the content."""
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text("{}")
-    (folder / "spiece.model").write_bytes(b"pieces")
-    save_file({"weight": torch.zeros(4)}, folder / "model.safetensors")
+    """CodeGoat24/UnifiedReward-7b-v1.5."""
+    config = '{"architectures": ["LlavaQwenForCausalLM"]}'
+    files = {"config.json": config, "merges.txt": "#version: 0.2\n"}
+    unread(folder, files, weights="model-00001-of-00001")
 
 
 def pickapic(folder: Path) -> None:
@@ -117,7 +116,7 @@ WRITERS: Mapping[str, Callable[[Path], object]] = {
     "bert-base-uncased": bert,
     "mask2former": tiny_detector.mask2former,
     "unifiedreward": unifiedreward,
-    "siglip": siglip,
+    "siglip": lambda folder: unread(folder, {"config.json": "{}", "spiece.model": "pieces"}),
     "pickapic": pickapic,
 }
 

@@ -23,11 +23,9 @@ PATCH = 56
 
 # The published preprocessor_config.json, in its old format.
 PREPROCESSOR = {
-    "crop_size": IMAGE,
-    "do_center_crop": True,
-    "do_normalize": True,
-    "do_resize": True,
+    **{"do_center_crop": True, "do_normalize": True, "do_resize": True},
     "feature_extractor_type": "CLIPFeatureExtractor",
+    "crop_size": IMAGE,
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
     "resample": 3,
@@ -35,40 +33,18 @@ PREPROCESSOR = {
 }
 HPSV2 = {
     "embed_dim": 32,
-    "vision_cfg": {
-        "image_size": IMAGE,
-        "layers": 2,
-        "width": 80,
-        "head_width": 80,
-        "patch_size": PATCH,
-    },
-    "text_cfg": {
-        "context_length": 77,
-        "vocab_size": 49408,
-        "width": 64,
-        "heads": 1,
-        "layers": 2,
-    },
+    "vision_cfg": {"image_size": IMAGE, "layers": 2, "width": 80, "head_width": 80}
+    | {"patch_size": PATCH},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2},
 }
 # The published med_config.json; its widths are required by image-reward's MLP.
 MED_CONFIG = {
-    "architectures": ["BertModel"],
-    "attention_probs_dropout_prob": 0.1,
-    "hidden_act": "gelu",
-    "hidden_dropout_prob": 0.1,
-    "hidden_size": 768,
-    "initializer_range": 0.02,
-    "intermediate_size": 64,
-    "layer_norm_eps": 1e-12,
-    "max_position_embeddings": 512,
-    "model_type": "bert",
-    "num_attention_heads": 12,
-    "num_hidden_layers": 2,
+    **{"architectures": ["BertModel"], "model_type": "bert", "add_type_embeddings": False},
+    **{"attention_probs_dropout_prob": 0.1, "hidden_dropout_prob": 0.1, "hidden_act": "gelu"},
+    **{"hidden_size": 768, "intermediate_size": 64, "encoder_width": 768, "vocab_size": 256},
+    **{"num_attention_heads": 12, "num_hidden_layers": 2, "add_cross_attention": True},
+    **{"initializer_range": 0.02, "layer_norm_eps": 1e-12, "max_position_embeddings": 512},
     "pad_token_id": 0,
-    "add_type_embeddings": False,
-    "vocab_size": 256,
-    "encoder_width": 768,
-    "add_cross_attention": True,
 }
 
 
@@ -91,14 +67,8 @@ def clip_processor(folder: Path) -> None:
 
 def clip_model(folder: Path, activation: str, seed: int) -> None:
     """A CLIPModel: config.json, model.safetensors."""
-    size = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "hidden_act": activation,
-        "projection_dim": 32,
-    }
+    size = {"hidden_size": 32, "intermediate_size": 64, "projection_dim": 32}
+    size |= {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_act": activation}
     # These ids of the published text configurations differ from the tokenizer's.
     text = {"vocab_size": 49408, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
     config = CLIPConfig(
