@@ -110,8 +110,8 @@ class Method:
             backbone: the model with its current adapter.
             cond: conditioning of the B images.
             noise: x_1, [B, ...].
-            generator: the source of the steps' noise and of all other random choices.
-            iteration: the number of the iteration, from 0.
+            generator: the source of all random choices.
+            iteration: from 0.
         """
         raise NotImplementedError
 
@@ -157,10 +157,7 @@ class Method:
 
     @property
     def nfe_old(self) -> float | None:
-        """Network evaluations per image in the rollout (their mean if iterations differ).
-
-        None for methods that the paper gives no such number for.
-        """
+        """Mean number of evaluations per image in the rollout; None if the paper gives none."""
         return None
 
     @property
@@ -175,10 +172,6 @@ class Method:
         An evaluation with gradients counts as three: one forward pass, and twice that for the
         backward pass. All calls of `backbone.velocity` in `rollout` and `losses` count; the
         decoder, the reward models and `kl_to_base` do not. The mean if iterations differ.
-
-        Raises:
-            NotImplementedError: the method defines neither this property nor `nfe_old` and
-                `nfe_theta`.
         """
         if self.nfe_old is None or self.nfe_theta is None:
             raise NotImplementedError(

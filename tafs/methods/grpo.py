@@ -28,13 +28,6 @@ def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
 
     The text of the paper says "variance", but the standard deviation is meant. The advantages of a
     group are exactly 0 if its rewards are all equal or fewer than two of them are known.
-
-    Args:
-        rewards: [..., groups, G].
-        eps: added to the standard deviation.
-
-    Returns:
-        The advantages, [..., groups, G].
     """
     centred = rewards - mean_of_known(rewards, -1, keepdim=True)
     std = mean_of_known(centred.square(), -1, keepdim=True).sqrt()
@@ -45,14 +38,8 @@ def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
 def global_std_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
     """Compute Flow-GRPO's advantages: the mean of each group, the std of the whole batch.
 
-    If only one reward of a group is known its advantage is 0, but it counts in the batch's std.
-
-    Args:
-        rewards: [..., groups, G]; each leading index is a separate batch.
-        eps: added to the standard deviation.
-
-    Returns:
-        The advantages, [..., groups, G].
+    Each leading index is a separate batch. If only one reward of a group is known its advantage is
+    0, but it counts in the batch's std.
     """
     centred = rewards - mean_of_known(rewards, -1, keepdim=True)
     spread = (rewards - mean_of_known(rewards, (-2, -1), keepdim=True)).square()

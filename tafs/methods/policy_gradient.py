@@ -61,11 +61,7 @@ class PolicyGradient(Method):
     def deterministic_step(
         self, past: Sequence[tuple[Tensor, Tensor]], x_t: Tensor, s: Tensor
     ) -> Tensor:
-        """Return x_s of a deterministic step.
-
-        Args:
-            past: (x0_hat, t) of all steps so far, the current one last.
-        """
+        """Return x_s; `past` is (x0_hat, t) of all steps so far, the current one last."""
         x0_hat, t = past[-1]
         return sampling.ode_to(x_t, x0_hat, t, s)
 
@@ -86,9 +82,7 @@ class PolicyGradient(Method):
     ) -> Sequence[Tensor]:
         """Select the trained steps of each image from the recorded ones; by default all.
 
-        Args:
-            records: x_t, x_s, t, s and log_prob of `trained_steps`, [T, B, ...] each.
-            generator: for random selections.
+        Records are x_t, x_s, t, s and log_prob of `trained_steps`, [T, B, ...] each.
         """
         return records
 

@@ -48,14 +48,7 @@ def vae(
 
 FLUX_LATENTS = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
 SD3_LATENTS = {"scaling_factor": 1.5305, "shift_factor": 0.0609}
-FLUX_SCHEDULER = {
-    "shift": 3.0,
-    "use_dynamic_shifting": True,
-    "base_shift": 0.5,
-    "max_shift": 1.15,
-    "base_image_seq_len": 256,
-    "max_image_seq_len": 4096,
-}
+FLUX_SCHEDULER = {"shift": 3.0, "use_dynamic_shifting": True}
 SD3_SCHEDULER = {"shift": 3.0}
 PUBLISHED_VAE: dict[str, Any] = {"channels": (128, 256, 512, 512), "layers": 2, "groups": 32}
 

@@ -88,8 +88,9 @@ class Backbone:
                 f"resolution: {resolution} is not a multiple of {patch}, "
                 "the side of this model's patches in pixels"
             )
-        for module in self._modules():
-            module.eval().requires_grad_(False)
+        for component in pipeline.components.values():
+            if isinstance(component, nn.Module):
+                component.eval().requires_grad_(False)
 
     @classmethod
     def load(
@@ -154,10 +155,9 @@ class Backbone:
         return None
 
     def embed(self, prompts: Sequence[str]) -> Conditioning:
-        """Run the text encoders on one batch, on their current device; differentiable.
+        """Return the conditioning of one batch, without `negative`; differentiable.
 
-        Returns:
-            The conditioning of the prompts, without `negative`.
+        The text encoders run on their current device.
         """
         raise NotImplementedError
 
@@ -178,8 +178,8 @@ class Backbone:
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Return the conditioning of the prompts on the device, without gradients.
 
-        Prompts that are not cached are encoded and cached first. Each prompt is encoded in its own
-        batch, so that its embeddings have the same bits whichever other prompts are encoded.
+        Each prompt is encoded in its own batch, once: its embeddings have the same bits whichever
+        other prompts are encoded.
         """
         self._keep(self._with_negative(prompts))
         distinct = list(dict.fromkeys(prompts))
@@ -207,11 +207,8 @@ class Backbone:
 
     @contextmanager
     def _encoders_on_device(self) -> Iterator[None]:
-        encoders = [
-            component
-            for name, component in self.pipeline.components.items()
-            if name.startswith("text_encoder") and component is not None
-        ]
+        components = self.pipeline.components.items()
+        encoders = [c for name, c in components if name.startswith("text_encoder") and c]
         for encoder in encoders:
             encoder.to(self.device)
         try:
@@ -255,15 +252,12 @@ class Backbone:
         return (self.transformer.config.in_channels, self.latent_size, self.latent_size)
 
     def network(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """Evaluate the network once, without classifier-free guidance.
+        """Return the velocity e - x_0 without classifier-free guidance, like x_t.
 
         Args:
             x_t: [B, *latent_shape], float32.
             t: [B] in (0, 1].
             cond: of the B images; `negative` is ignored.
-
-        Returns:
-            The predicted velocity e - x_0, [B, *latent_shape], float32.
         """
         raise NotImplementedError
 
@@ -280,11 +274,9 @@ class Backbone:
         return negative + self.guidance * (positive - negative)
 
     def decode(self, x_0: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Decode latents to images [B, 3, H, W] in [0, 1], float32; differentiable.
+        """Decode latents [B, *latent_shape] to images [B, 3, H, W] in [0, 1]; differentiable.
 
-        Args:
-            x_0: [B, *latent_shape].
-            dtype: the precision of the decoder's convolutions; by default that of its weights.
+        `dtype` is the precision of the decoder's convolutions; by default that of its weights.
         """
         vae = self.pipeline.vae
         shift = getattr(vae.config, "shift_factor", None) or 0  # some autoencoders have no shift
@@ -305,9 +297,7 @@ class Backbone:
     def add_lora(self, rank: int, alpha: int, generator: torch.Generator) -> None:
         """Attach a new float32 adapter; its B matrices are 0, so that the output is unchanged.
 
-        Args:
-            rank, alpha: of the adapter.
-            generator: a CPU generator, so that the adapter is the same on all devices.
+        With a CPU generator the adapter is the same on all devices.
         """
         from peft import LoraConfig
 
@@ -384,10 +374,6 @@ class Backbone:
         for name, parameter in self.lora_parameters().items():
             values = saved["transformer." + ADAPTER_NAME.sub(".weight", name)]
             parameter.data = values.float().to(parameter.device)
-
-    def _modules(self) -> list[nn.Module]:
-        components = self.pipeline.components.values()
-        return [c for c in components if isinstance(c, nn.Module)]
 
 
 def _host(tensor: Tensor) -> Tensor:

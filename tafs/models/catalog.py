@@ -64,9 +64,7 @@ class Model(_Strict):
 
         A trainable model's `steps` are left out: runs set their own.
         """
-        left_out = {"title", "short", "assets", "licence"} | (
-            {"steps"} if self.trainable else set()
-        )
+        left_out = {"title", "short", "assets", "licence", *(["steps"] if self.trainable else [])}
         return self.model_dump(mode="json", exclude=left_out)
 
 

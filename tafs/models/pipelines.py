@@ -54,8 +54,7 @@ class ReferencePipeline:
             model: the catalogue's entry.
             folders: the folders of its resources, by name.
             resolution: of the images, in pixels.
-            device: of all modules.
-            dtype: of all weights.
+            device, dtype: of all modules.
 
         Raises:
             FileNotFoundError: a resource has no folder, or the folder lacks a file; names it.
@@ -68,7 +67,11 @@ class ReferencePipeline:
                     f"{name}: {model.title} needs this resource; add it to resources.yaml"
                 )
         folder = folders[model.resource]
-        _check_kind(folder, model)
+        if (found := pipeline_class(folder)) != model.pipeline:
+            raise ValueError(
+                f"{folder / 'model_index.json'}: holds a {found!r}, but `pipeline` of "
+                f"{model.title} is {model.pipeline!r}; correct the entry"
+            )
         _check_arguments(model)
         components = {}
         if model.text_encoder:
@@ -121,15 +124,6 @@ class ReferencePipeline:
                 f"{self.resolution}; set its `resolution` to {width}"
             )
         return images.float()
-
-
-def _check_kind(folder: Path, model: Model) -> None:
-    found = pipeline_class(folder)
-    if found != model.pipeline:
-        raise ValueError(
-            f"{folder / 'model_index.json'}: holds a {found!r}, but `pipeline` of {model.title} is "
-            f"{model.pipeline!r}; correct the entry"
-        )
 
 
 def _check_arguments(model: Model) -> None:

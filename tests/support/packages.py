@@ -17,12 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def installed(
     site: Path, files: Mapping[str, str], entry_points: Mapping[str, Mapping[str, str]]
 ) -> Iterator[None]:
-    """Install the package `their_package` 1.0 inside the block.
+    """Install the package `their_package` 1.0 into `site` inside the block.
 
-    Args:
-        site: a folder that is put on sys.path.
-        files: the package's files by name.
-        entry_points: by group, then by name.
+    `files` are by name, `entry_points` by group, then by name.
     """
     package, info = site / "their_package", site / "their_package-1.0.dist-info"
     package.mkdir(parents=True)

@@ -65,14 +65,9 @@ class ToyBackbone:
 
 def toy_rewards(names: Sequence[str] = ("clip",)) -> RewardSet:
     """Return rewards that are coordinates of the image: the first reward the first, and so on."""
+    metrics = [Metric(name, name, "score", digits=3, differentiable=True) for name in names]
     return RewardSet(
-        [
-            Reward(
-                Metric(name, name, "score", digits=3, differentiable=True),
-                lambda images, _, n=n: images[:, n],
-            )
-            for n, name in enumerate(names)
-        ]
+        [Reward(metric, lambda images, _, n=n: images[:, n]) for n, metric in enumerate(metrics)]
     )
 
 
@@ -118,14 +113,7 @@ def toy_run(
     training: Mapping[str, int] | None = None,
     **hyperparameters: Any,
 ) -> RunSpec:
-    """A toy run, which trains in seconds.
-
-    Args:
-        method: its name.
-        rewards: weights by name; by default those of "clip" alone.
-        training: fields of `TrainingSpec` to replace.
-        hyperparameters: of the method.
-    """
+    """A toy run, which trains in seconds; `training` replaces fields of `TrainingSpec`."""
     policy = issubclass(method_class(method), PolicyGradient)
     clipping = {"clip_range": 0.2} if policy else {}
     settings = {
