@@ -60,7 +60,7 @@ def changed(tmp_path: Path) -> Callable[..., Path]:
         ("iterations: 17", "iterations: -1", "scales.shapes.iterations: input should be greater"),
         ("iterations: 17", "iterations: many", "iterations: input should be a valid integer"),
         ("kind: gains", "kind: gain", "experiments.gains.kind: input should be 'scores', 'compute"),
-        ("ore: 1.0, clip: 2", "ore: -1, clip: 2", "tasks.preference.rewards.pickscore: input"),
+        ("score: 1.0, cl", "score: -1, cl", "tasks.preference.rewards.pickscore: input"),
         ("results: results", "results: '-rf'", "results: should be a path of letters"),
         ("results: results", "scale: smoke", "line 6: 'scale' is given twice; keep one of them"),
         ("=127.0.0.1", "={host}", "should have no braces except those of {folder} and {port}"),
