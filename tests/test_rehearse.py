@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tafs import experiment
 from tafs.common import errors
-from tafs.data.prompts import Prompt
 from tafs.methods import registry
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,15 +70,6 @@ def test_a_network_with_weights_computes_the_counted_flops(name):
     before = backbone.lora_parameters()
     backbone.add_lora(4, 8, torch.Generator())  # one adapter serves all methods
     assert all(p is before[key] for key, p in backbone.lora_parameters().items())
-
-
-def test_reward_models_have_gradients():
-    rewards = models.reward_models(["pickscore", "clip"], TINY, CPU)
-    images = torch.rand(2, 3, TINY.resolution, TINY.resolution, requires_grad=True)
-    scores = rewards.differentiate(images, [Prompt("a", {}), Prompt("b", {})])
-    assert {name: len(values) for name, values in scores.items()} == {"pickscore": 2, "clip": 2}
-    sum(values.sum() for values in scores.values()).backward()
-    assert images.grad.abs().sum() > 0
 
 
 def test_every_method_gets_the_micro_batches_that_fit():
@@ -165,8 +154,7 @@ def test_the_rows_hold_the_derived_figures():
 
 
 def test_the_peak_follows_from_the_gpus_name():
-    names = {"H100 80GB HBM3": 989e12, "A100-SXM4-80GB": 312e12, "H100 PCIe": None}
-    names |= {"H100 80GB HBM3 MIG 3g.40gb": None, "H200": 989e12}
+    names = {"H100 80GB HBM3": 989e12, "H100 PCIe": None, "H100 80GB HBM3 MIG 3g.40gb": None}
     assert {name: rehearse.peak_of(f"NVIDIA {name}", None) for name in names} == names
     assert rehearse.peak_of("CPU", 5.0) == 5e12
 
@@ -175,17 +163,16 @@ OPTIONS = ("--size", "tiny", "--device", "cpu", "--micro-batch", "2", "--images"
 
 
 @pytest.mark.parametrize("backbone", ["flux", "sd3"])
-def test_a_tiny_run_reports_its_measurements(backbone, tmp_path):
+def test_a_tiny_run_reports_its_measurements(backbone, tmp_path, capsys):
     out = tmp_path / "new" / "report.md"
     options = [*OPTIONS, "--backbone", backbone, "--methods", "reward_instruct", "tafs_grpo"]
     options += ["--peak-tflops", "0.01", "--out", str(out)]
-    command = [sys.executable, "benchmarks/rehearse.py", *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert out.read_text() == done.stdout
-    assert f"`python benchmarks/rehearse.py {' '.join(options)}`" in done.stdout
-    [flops] = re.findall(r"; (\S+) TFLOP per evaluation", done.stdout)
-    rows = table_of(done.stdout)
+    rehearse.main(options)
+    printed = capsys.readouterr().out
+    assert out.read_text() == printed
+    assert f"`python benchmarks/rehearse.py {' '.join(options)}`" in printed
+    [flops] = re.findall(r"; (\S+) TFLOP per evaluation", printed)
+    rows = table_of(printed)
     assert [r["method"] for r in rows] == ["TAFS-GRPO", "Reward-Instruct"]
     assert [(r["NFE_old"], r["NFE_theta"]) for r in rows] == [("4", "3"), ("2.5", "2.5")]
     for found in rows:
@@ -219,11 +206,9 @@ def test_a_method_out_of_memory_does_not_stop_the_others(monkeypatch, capsys):
 @pytest.mark.parametrize(
     "given, message",
     [
-        (("--backbone", "sdxl"), "argument --backbone: invalid choice: 'sdxl'"),
         (("--micro-batch", "150"), "--micro-batch: 150 does not divide the 4 images"),
         (("--images", "5"), "--micro-batch: 2 does not divide the 5 images"),
         (("--methods", "ppo"), "--methods: unknown 'ppo' (available: dance_grpo, "),
-        (("--attention", "slow"), "argument --attention: invalid choice: 'slow'"),
         (("--time-limit", "0.001"), "--time-limit: one micro-batch of each method takes about "),
     ],
 )

@@ -42,10 +42,6 @@ def prompts(run: RunDir) -> list[Any]:
     return run_inputs.test_prompts(run_inputs.run_spec(run), run_inputs.eval_spec(run))
 
 
-def batches(run: RunDir) -> int:
-    return len(settings(run)) * -(-len(prompts(run)) // BATCH)
-
-
 def evaluating(run: RunDir, *options: str, killed_after: int = 0) -> Process:
     """Evaluate in a fork; with `killed_after` it saves every batch, and kills itself after some."""
     save, saved = scores.PartialScores.save, 0
@@ -165,6 +161,7 @@ def test_an_untrained_model_is_evaluated_without_an_adapter(ready, tmp_path):
 
 def test_jobs_with_time_for_one_batch_give_the_same_files(ready, uninterrupted, tmp_path):
     run = copied(ready, tmp_path)
+    batches = len(settings(run)) * -(-len(prompts(run)) // BATCH)
     expired = ("--minutes=1", f"--started={time.time() - 60}")
     codes = []
     while not codes or codes[-1] == errors.CONTINUE:
@@ -173,7 +170,7 @@ def test_jobs_with_time_for_one_batch_give_the_same_files(ready, uninterrupted, 
         if codes[-1] == errors.CONTINUE:
             assert "to be continued: the time limit" in process.said
             assert not run.scores.exists()
-    assert codes == [errors.CONTINUE] * (batches(run) - 1) + [0], process.said
+    assert codes == [errors.CONTINUE] * (batches - 1) + [0], process.said
     assert outcome(run) == outcome(uninterrupted)
 
 
@@ -201,23 +198,18 @@ def test_damaged_saved_scores_are_computed_again(uninterrupted, tmp_path, patter
 def test_another_adapter_or_setting_invalidates_the_saved_scores(uninterrupted, tmp_path):
     run = copied(uninterrupted, tmp_path)
     spec, evaluation = run_inputs.run_spec(run), run_inputs.eval_spec(run)
-    found = {run_inputs.evaluation_fingerprint(run, spec, evaluation)}
-    found.add(
-        run_inputs.evaluation_fingerprint(run, spec, evaluation.model_copy(update={"batch": 3}))
-    )
+    other = evaluation.model_copy(update={"batch": 3})
+    found = {run_inputs.evaluation_fingerprint(run, spec, e) for e in (evaluation, other)}
     run.snapshot(1).write_bytes(b"another")
     found.add(run_inputs.evaluation_fingerprint(run, spec, evaluation))
     assert len(found) == 3
 
 
 @pytest.mark.parametrize("name", ["adapter.safetensors", "snapshots/1.safetensors"])
-def test_an_altered_or_missing_adapter_is_refused(ready, tmp_path, name):
+def test_an_altered_adapter_is_refused(ready, tmp_path, name):
     run = copied(ready, tmp_path)
     flip_bit(run.folder / name)
     with pytest.raises(ValueError, match=f"{name}: "):
-        evaluate.evaluate(run)
-    (run.folder / name).unlink()
-    with pytest.raises(FileNotFoundError, match=name):
         evaluate.evaluate(run)
     assert not run.scores.exists()
 

@@ -26,9 +26,6 @@ SCRIPT = Path(__file__).resolve().parents[1] / "support" / "chat_server.py"
 SERVER = [sys.executable, str(SCRIPT), "{port}"]
 
 
-# -- the process -----------------------------------------------------------------------------------
-
-
 def test_the_server_runs_inside_the_block_only(tmp_path):
     with served.serving(SERVER, tmp_path, tmp_path / "server.log") as url:
         assert urlopen(f"{url}/v1/models", timeout=5).status == 200
@@ -80,24 +77,16 @@ def test_a_server_that_does_not_start_is_quoted(tmp_path, monkeypatch, code, mes
 
 
 def test_a_missing_program_is_named(tmp_path):
-    with (
-        pytest.raises(errors.RunFailed, match="no-such-server: cannot be started"),
-        served.serving(["no-such-server"], tmp_path, tmp_path / "server.log"),
-    ):
+    starting = served.serving(["no-such-server"], tmp_path, tmp_path / "server.log")
+    with pytest.raises(errors.RunFailed, match="no-such-server: cannot be started"), starting:
         pass
 
 
-@pytest.mark.parametrize("given", [None, "", "serve me", json.dumps({"a": 1}), json.dumps([1])])
+@pytest.mark.parametrize("given", ["", "serve me", "[1]"])
 def test_a_command_that_is_not_a_list_of_strings_is_refused(monkeypatch, given):
-    if given is None:
-        monkeypatch.delenv("TAFS_SERVER", raising=False)
-    else:
-        monkeypatch.setenv("TAFS_SERVER", given)
+    monkeypatch.setenv("TAFS_SERVER", given)
     with pytest.raises(ValueError, match="TAFS_SERVER: not a command.*evaluation.server"):
         served._command()
-
-
-# -- the scores ------------------------------------------------------------------------------------
 
 
 class Impatient(UnifiedReward):
@@ -139,7 +128,7 @@ def test_served_scores_join_the_other_scores(run, capsys):
 
 @pytest.mark.parametrize(
     "fault, reason",
-    [("nonsense=1.0", "no_score"), ("not_json=1.0", "malformed"), ("slow=1.0", "timeout")],
+    [("nonsense=1.0", "no_score"), ("slow=1.0", "timeout")],
 )
 def test_a_server_that_answers_garbage_or_hangs_leaves_no_scores(run, monkeypatch, fault, reason):
     monkeypatch.setenv("TAFS_SERVER", json.dumps([*SERVER, fault]))
@@ -152,19 +141,13 @@ def test_a_server_that_dies_leaves_no_scores(run, monkeypatch):
     code = (
         "import os, runpy, sys\n"
         f"found = runpy.run_path({str(SCRIPT)!r})\n"
-        "found['Handler'].complete = lambda self, request: os._exit(1)\n"
+        "found['Handler'].do_POST = lambda self: os._exit(1)\n"
         "found['main']()\n"
     )
     monkeypatch.setenv("TAFS_SERVER", json.dumps([sys.executable, "-c", code, "{port}"]))
     with pytest.raises(errors.RunFailed, match="unifiedreward: .*http://127.0.0.1:"):
         served.score_served(run)
     assert not run.served_scores.exists() and run.eval_state.exists()
-
-
-def test_missing_images_are_named(run):
-    run.images.unlink()
-    with pytest.raises(FileNotFoundError, match="images.zip: not found"):
-        served.score_served(run)
 
 
 def test_the_server_must_reproduce_its_golden_scores(run, tmp_path, monkeypatch):

@@ -36,8 +36,8 @@ def stream(seed: int = 0) -> torch.Generator:
     return seeding.generator(seed, "test")
 
 
-@pytest.mark.parametrize("steps", [1, 4])
-def test_the_last_image_is_that_of_annealed_sampling_with_the_same_noise(steps):
+def test_the_last_image_is_that_of_annealed_sampling_with_the_same_noise():
+    steps = 4
     backbone, generator = toy(), stream()
     noise = torch.randn(len(TEXTS), 2, generator=generator)
     cond = backbone.encode(TEXTS)
@@ -106,17 +106,14 @@ def test_each_value_is_the_reward_of_its_image_and_prompt(run, monkeypatch):
         assert value == pytest.approx(images[step - 1, prompt, 0].item())
 
 
-def test_equal_runs_write_equal_bytes(run):
-    trajectory_rewards.write(run)
-    first = run.trajectory_rewards.read_bytes()
-    trajectory_rewards.write(run)
-    assert run.trajectory_rewards.read_bytes() == first
-
-
 def test_every_training_prompt_can_be_drawn_but_no_more(run):
     count = len(training_prompts(run))
     write(run, batch=256, trajectories=TrajectorySpec(nfe=1, prompts=count))
-    trajectory_rewards.write(run)
+    files = []
+    for _ in range(2):
+        trajectory_rewards.write(run)
+        files.append(run.trajectory_rewards.read_bytes())
+    assert files[0] == files[1]
     assert pd.read_parquet(run.trajectory_rewards)["prompt"].nunique() == count
     run.trajectory_rewards.unlink()
     write(run, trajectories=TrajectorySpec(nfe=1, prompts=count + 1))

@@ -155,24 +155,18 @@ def test_snapshots_are_the_adapters_of_shorter_runs(finished, tmp_path):
     assert short.adapter.read_bytes() == found["1.safetensors"]
 
 
-def test_a_snapshot_damaged_before_the_end_is_written_again(uninterrupted, tmp_path, monkeypatch):
-    run = prepare(tmp_path)
-    train_until(run, 3, monkeypatch)
-    flip_bit(run.kept_snapshot(1))
-    train.train(run)
-    assert outputs(run) == outputs(uninterrupted)
-
-
-def test_a_snapshot_without_its_checkpoint_is_written_again(uninterrupted, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("iteration", "resumed"), [(1, []), (3, [2])])
+def test_a_damaged_or_partial_snapshot_is_written_again(
+    uninterrupted, tmp_path, monkeypatch, iteration, resumed
+):
+    """The snapshot of iteration 3 has no checkpoint yet, that of iteration 1 has."""
     run = prepare(tmp_path)
     with before(monkeypatch, "save", 3, interrupt), pytest.raises(KeyboardInterrupt):
         train.train(run)
-    early = run.kept_snapshot(3)
-    assert early.read_bytes() == outputs(uninterrupted)["3.safetensors"]
-    early.write_bytes(b"part of a file")
+    run.kept_snapshot(iteration).write_bytes(b"part of a file")
     train.train(run)
-    resumed = [r["iteration"] for r in journal.read(run.journal) if r["kind"] == "resume"]
-    assert resumed == [2]
+    found = [r["iteration"] for r in journal.read(run.journal) if r["kind"] == "resume"]
+    assert found == resumed
     assert outputs(run) == outputs(uninterrupted)
 
 
@@ -210,10 +204,8 @@ def test_jobs_near_their_time_limit_save_the_state_and_continue(uninterrupted, t
 def test_a_signal_stops_after_the_iteration(uninterrupted, tmp_path, number, monkeypatch):
     run = prepare(tmp_path)
     handler = signal.getsignal(number)
-    message = f"2 of {ITERATIONS}.*: {number.name}$"
-    kill = lambda: os.kill(os.getpid(), number)  # noqa: E731
-    stops = pytest.raises(errors.ToBeContinued, match=message)
-    with before(monkeypatch, "iterate", 1, kill), stops:
+    stops = pytest.raises(errors.ToBeContinued, match=f"2 of {ITERATIONS}.*: {number.name}$")
+    with before(monkeypatch, "iterate", 1, lambda: os.kill(os.getpid(), number)), stops:
         train.train(run)
     assert signal.getsignal(number) == handler
     train.train(run)
@@ -276,13 +268,6 @@ def test_a_run_stopped_by_missing_rewards_can_be_continued(uninterrupted, tmp_pa
     train.train(run)
     assert kinds(run) == ["start", *["iteration"] * 2, "resume", *["iteration"] * 2, "end"]
     assert outputs(run) == outputs(uninterrupted)
-
-
-def test_a_missing_run_json_is_one_line_and_exit_code_2(tmp_path):
-    [process] = killable.training(RunDir(tmp_path))
-    assert process.wait() == errors.BAD_INPUT
-    assert process.said.count("\n") == 1
-    assert "run.json: not found" in process.said
 
 
 def test_a_base_model_is_not_trained(tmp_path):
