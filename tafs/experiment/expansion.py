@@ -98,7 +98,8 @@ class Expansion:
             task=task,
             seed=seed,
             training=TrainingSpec(**self.scale.model_dump(include={*TrainingSpec.model_fields})),
-            rewards=self.config.tasks[task].rewards,
+            # Sorted, so that the order in config.yaml does not change the rounding of sums.
+            rewards=dict(sorted(self.config.tasks[task].rewards.items())),
             hyperparameters=hyperparameters,
             sampler=method.evaluation_sampler,
             nfe_old=method.nfe_old,
@@ -108,7 +109,7 @@ class Expansion:
         )
 
     def _run(self, prompts: str, backbone: str, **fields: Any) -> RunSpec:
-        names = [backbone, *sorted(fields.get("rewards", ()))]
+        names = [backbone, *fields.get("rewards", ())]
         weights, random = self._weights(names, [prompts])
         return RunSpec(
             prompts=prompts,

@@ -103,6 +103,10 @@ def test_equal_labels_of_different_systems_name_the_variant() -> None:
     assert [row.label for row in found.rows][1:] == ["2 (tafs_n_adv_2)", "2 (tafs_grpo)"]
 
 
+def test_rewards_are_summed_in_the_order_of_their_names(shapes: Plan) -> None:
+    assert all(list(run.rewards) == sorted(run.rewards) for run in shapes.runs.values())
+
+
 def test_hyperparameters_come_from_the_variant_the_scale_and_what_it_extends() -> None:
     raw = load_yaml(SHIPPED, dict)
     raw["methods"] |= {
