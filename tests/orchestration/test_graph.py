@@ -64,12 +64,8 @@ def test_training_takes_all_gpus_of_its_nodes_and_other_stages_one(paper):
 def test_training_on_several_nodes_asks_for_gpus_per_node(paper):
     train = with_scale(paper, processes=16, nodes=2).resources("train")
     assert train["gres"] == "gpu:8" and "gpu" not in train
-    assert (train["mpi"], train["nodes"], train["tasks"], train["tasks_per_gpu"]) == (
-        "srun",
-        2,
-        2,
-        0,
-    )
+    expected = {"mpi": "srun", "nodes": 2, "tasks": 2, "tasks_per_gpu": 0}
+    assert train.items() >= expected.items()
 
 
 def test_the_servers_command_reaches_the_jobs_quoted(paper):

@@ -79,8 +79,6 @@ def test_the_logger_and_the_slurm_executor_have_their_names():
     assert events == ("job_info", "job_finished", "job_error", "progress")
 
 
-# -- a real dry run --------------------------------------------------------------------------------
-
 SNAKEFILE = """
 rule all:
     input: [f"runs/{run}/scores" for run in config["runs"].split("+")]
