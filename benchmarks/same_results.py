@@ -4,9 +4,9 @@ Compares the tensors of adapters, snapshots and samples, the scores of every ima
 of every table except times. Prints each difference and exits with 1 if there is one. A change of
 code that should change no result is checked by running one scale before and after it:
 
-    snakemake all --config scale=smoke results=/tmp/before     # at the old commit
-    snakemake all --config scale=smoke results=/tmp/after      # at the new commit
-    python benchmarks/same_results.py /tmp/before/smoke /tmp/after/smoke
+    snakemake all --config scale=smoke results=before     # at the old commit
+    snakemake all --config scale=smoke results=after      # at the new commit
+    python benchmarks/same_results.py before/smoke after/smoke
 """
 
 from __future__ import annotations

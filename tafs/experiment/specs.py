@@ -47,8 +47,9 @@ class Spec(BaseModel):
         try:
             return cls.model_validate_json(file.read_bytes())
         except ValidationError as error:
+            problem = first_problem(error, cls).removesuffix("; add it")
             raise ValueError(
-                f"{file}: {first_problem(error, cls)}; it was not written by this version: delete "
+                f"{file}: was not written by this version ({problem}); delete "
                 "the results folder or choose another with --config results=FOLDER"
             ) from None
 

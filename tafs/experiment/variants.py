@@ -36,7 +36,7 @@ class Variants:
             parameters = {**(settings.model_extra or {}), **at_scale, **parameters}
             name = settings.extends or name
         if chain and name in chain[:-1]:
-            raise ValueError(f"extends: {' -> '.join([*chain, name])} is a circle")
+            raise ValueError(f"extends: {' -> '.join([*chain, name])} is circular")
         return name, parameters
 
     @cache  # noqa: B019

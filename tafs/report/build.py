@@ -6,6 +6,7 @@ share the loaded systems.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -45,15 +46,16 @@ def build(root: Path) -> None:
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
-        print("usage: python -m tafs.report.build ROOT", file=sys.stderr)
-        sys.exit(2)
-    root = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(prog="python -m tafs.report.build")
+    parser.add_argument("root", type=Path, metavar="ROOT", help="results folder of a scale")
+    root: Path = parser.parse_args().root
 
     def wait(holder: str) -> None:
         print(f"report {root}: waiting for {holder}", file=sys.stderr, flush=True)
 
     def alone() -> None:
+        if not root.is_dir():  # the lock would create it
+            raise FileNotFoundError(f"{root}: not found; give the results folder of a scale")
         with locks.held(root / ".locks" / "report", wait):
             build(root)
 
