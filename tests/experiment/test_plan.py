@@ -245,7 +245,7 @@ def test_settings_of_the_evaluation_change_no_training(shapes: Plan, key: str) -
     [
         (RunSpec, '{"name": "a", "settings": {"world": "shapes"}}', "unknown key 'settings'"),
         (EvalSpec, '{"full": 28}', "unknown key 'full'"),
-        (ReportSpec, '{"tables": []}', "missing key 'scale'; add it"),
+        (ReportSpec, '{"tables": []}', "missing key 'scale'"),
         (RunSpec, "{", "invalid JSON"),
     ],
 )
