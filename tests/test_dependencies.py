@@ -131,7 +131,10 @@ def test_every_imported_package_is_declared(
     folders: tuple[str, ...], extras: tuple[str, ...]
 ) -> None:
     distributions = packages_distributions()
-    own = {"tafs", "baselines", "support", *(f.stem for f in ROOT.glob("tests/**/*.py"))}
+    own = {"tafs", "baselines", "support"}
+    own |= {
+        file.stem for folder in ("tests", "benchmarks") for file in ROOT.glob(f"{folder}/**/*.py")
+    }
     known = {*declared(*extras), *pinned(lines("requirements-nodeps.txt"))}
     missing = set()
     for file in (file for folder in folders for file in (ROOT / folder).rglob("*.py")):

@@ -271,6 +271,6 @@ def _signature(folder: Path, store: Path, server: str | None) -> Signature:
     return server or state(store / DATABASE)[:1], *map(state, files)
 
 
-def brief(error: object, length: int = 300) -> str:
+def brief(error: object, length: int = 600) -> str:
     """An error's text in one line."""
     return one_line(" ".join(str(error).split()) or type(error).__name__, length)

@@ -1,13 +1,13 @@
 """The catalogue: models.yaml, entries of plug-ins, and the stub of a model."""
 
+import json
 from pathlib import Path
 
 import pytest
-import yaml
 from support import tiny_pipelines
 from support.packages import assert_clean, installed
 
-from tafs.common.yaml_files import ConfigError
+from tafs.common.yaml_files import ConfigError, load_yaml
 from tafs.models import catalog, template
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,7 +57,7 @@ def test_the_shipped_models_are_those_of_table_1():
 
 
 def test_each_resource_of_a_model_is_in_resources_yaml_and_has_a_tiny_checkpoint():
-    known = yaml.safe_load((ROOT / "resources.yaml").read_text())
+    known = load_yaml(ROOT / "resources.yaml", dict)
     for models in (MODELS, catalog.read_file(catalog.FILE)):
         hub = [model for model in models.values() if model.assets == "hub"]
         needed = {resource for model in hub for resource in model.resources}
@@ -67,9 +67,9 @@ def test_each_resource_of_a_model_is_in_resources_yaml_and_has_a_tiny_checkpoint
 
 def changed(tmp_path: Path, **changes) -> Path:
     """A catalogue with only Flux-Turbo-Alpha in it, changed; None removes a key."""
-    entry = yaml.safe_load(catalog.FILE.read_text())["flux-turbo-alpha"] | changes
+    entry = load_yaml(catalog.FILE, dict)["flux-turbo-alpha"] | changes
     file = tmp_path / "models.yaml"
-    file.write_text(yaml.safe_dump({"flux": {k: v for k, v in entry.items() if v is not None}}))
+    file.write_text(json.dumps({"flux": {k: v for k, v in entry.items() if v is not None}}))
     return file
 
 
@@ -103,7 +103,7 @@ def test_an_installed_package_adds_models_as_a_mapping_or_a_file(install, as_fil
     entry, files = repr({"theirs": ENTRY}), {}
     if as_file:
         entry = "Path(__file__).parent / 'models.yaml'"
-        files = {"models.yaml": yaml.safe_dump({"theirs": ENTRY})}
+        files = {"models.yaml": json.dumps({"theirs": ENTRY})}
     with install("from pathlib import Path\n" + plugin(entry), files):
         found = catalog.read()
         assert list(found)[-1] == "theirs"

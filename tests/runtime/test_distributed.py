@@ -153,7 +153,7 @@ def test_a_failure_of_all_processes_is_reported_once(broken):
     # rewards and stop, and either may be the first.
     [line] = own_lines(run, done)
     assert re.fullmatch(
-        rf"train {re.escape(str(run.folder))}: process [01]: iteration 1: reward 'pickscore' is "
+        rf"train {re.escape(str(run.folder))}: process [01]: iteration 1: reward 'clip' is "
         r"nan for image 4, scored step 1 of 3; 8 of 16 images \(50.0%\) lack a finite reward, "
         r"at most 1 may \(10%, or one\)",
         line,
