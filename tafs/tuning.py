@@ -140,12 +140,12 @@ def search(plan: Plan, only: str | None = None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Search the methods' hyperparameters.")
-    parser.add_argument("--scale", default="shapes")
+    parser.add_argument("--scale", help="default: config.yaml's")
     parser.add_argument("--results", help="default: config.yaml's")
     parser.add_argument("--only", metavar="METHOD", help="search one method only")
     options = parser.parse_args()
-    overrides = {"scale": options.scale}
-    overrides |= {"results": options.results} if options.results else {}
+    given = {"scale": options.scale, "results": options.results}
+    overrides = {key: value for key, value in given.items() if value is not None}
 
     def work() -> None:
         limit_threads()

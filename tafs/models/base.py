@@ -28,7 +28,7 @@ KEPT_BYTES = 4 << 30  # memory for prompt embeddings on the host, per process
 ADAPTER_NAME = re.compile(r"\.[^.]+\.weight$")  # peft's name of an adapter, which files lack
 TIMESTEPS = 1000  # many networks take t in [0, 1] as a timestep in [0, 1000]
 
-# cuDNN's attention, PyTorch's default on H100 and H200 since 2.11, can return NaN gradients, as
+# cuDNN's attention, PyTorch's default on H100 and H200 since 2.11, can return NaN gradients
 # (https://github.com/pytorch/pytorch/issues/196678; seen with FLUX.1-dev), so it is not used.
 torch.backends.cuda.enable_cudnn_sdp(False)
 

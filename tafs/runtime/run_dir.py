@@ -57,11 +57,6 @@ class RunDir:
         """The device type of the run's models, cpu or cuda; "" where run.json does not say."""
         return str(self.description.get("assets", {}).get("device", ""))
 
-    @property
-    def trained(self) -> bool:
-        """Whether the run has a training; the base model has none."""
-        return bool(self.description["method"] != BASE)
-
     def verified(self, iteration: int | None) -> Path:
         """Return the adapter's file, or a snapshot's, after comparing it with the journal's hash.
 
