@@ -95,13 +95,11 @@ def nanmean(array: Array, axis: int | tuple[int, ...]) -> Array:
 
 
 def spread(reference: Array) -> float:
-    """The standard deviation of the prompts' means."""
+    """The standard deviation of the prompts' means; NaN if they are equal, which is no scale."""
     prompts = nanmean(reference, (0, 2))
     prompts = prompts[np.isfinite(prompts)]
     spread = float(prompts.std()) if len(prompts) else 0.0
-    if not spread > 0:
-        raise ValueError("the reference is the same for every prompt: it cannot be a scale")
-    return spread
+    return spread if spread > 0 else np.nan
 
 
 def interquartile_means(rows: Array) -> Array:

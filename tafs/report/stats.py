@@ -113,13 +113,14 @@ def interquartile_mean(values: ArrayLike) -> float:
 def effects(values: ArrayLike, reference: ArrayLike) -> Array:
     """Each seed's gain on a reference, in standard deviations of the reference's prompts: [seeds].
 
-    This puts all metrics on one scale: 1 is the distance of a typical prompt from the mean.
+    This puts all metrics on one scale: 1 is the distance of a typical prompt from the mean. A
+    reference of one prompt, or of equal ones, has no such scale: the gains are NaN.
 
     Args:
         values: [seeds, prompts, images]; reference: [seeds, prompts, images] of the same prompts.
 
     Raises:
-        ValueError: the prompts differ, or the reference does not vary over them.
+        ValueError: the prompts differ.
     """
     array, base = np.asarray(values, dtype=float), np.asarray(reference, dtype=float)
     if array.ndim != 3 or array.shape[1:] != base.shape[1:]:
@@ -135,17 +136,19 @@ def interquartile_effect(
     See `effects` and `interquartile_mean`. Prompts are resampled jointly for all metrics, the
     values and the reference; seeds are resampled jointly for all metrics. The reference's seeds are
     not resampled, and its spread, the unit, stays fixed. The variation due to seeds is stretched
-    for their small number.
+    for their small number. A metric whose reference does not vary over its prompts is missing.
 
     Args:
         values: one [seeds, prompts, images] per metric; seed i is the same model in all of them.
         reference: one [seeds, prompts, images] per metric, of the same prompts.
 
     Raises:
-        ValueError: the metrics, their seeds or the prompts do not match, or a reference does not
-            vary over its prompts.
+        ValueError: the metrics, their seeds or the prompts do not match.
     """
     check_metrics(values, reference)
+    units = [spread(np.asarray(base, dtype=float)) for base in reference]
+    # Counted as missing, like an image without a value.
+    values = [np.where(np.isfinite(unit), x, np.nan) for x, unit in zip(values, units, strict=True)]
     arrays, groups = by_metric(values, strata)
     gains = [effects(x, base) for x, base in zip(arrays, reference, strict=True)]
     n_seeds, n_images = len(arrays[0]), int(sum(np.isfinite(x).sum() for x in arrays))
@@ -155,12 +158,12 @@ def interquartile_effect(
     weights = prompt_weights(groups, by)
     drawn = np.random.default_rng([by.seed, 2]).integers(n_seeds, size=(by.resamples, n_seeds))
     means = []
-    for array, given in zip(arrays, reference, strict=True):
+    for array, given, unit in zip(arrays, reference, units, strict=True):
         base = np.asarray(given, dtype=float)
         # As one seed, because `effects` averages over all images of the reference.
         pooled = base.transpose(1, 0, 2).reshape(1, base.shape[1], -1)
         gain = seed_means(array, groups, weights, macro=False)
-        means.append((gain - seed_means(pooled, groups, weights, macro=False)) / spread(base))
+        means.append((gain - seed_means(pooled, groups, weights, macro=False)) / unit)
     draws = interquartile_means(np.concatenate(means, axis=1))
     if n_seeds > 1:
         resampled = [np.take_along_axis(gain, drawn, axis=1) for gain in means]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -70,6 +71,33 @@ def test_the_report_writes_every_table_figure_and_claim(root: Path) -> None:
     verdicts = json.loads((root / "claims.json").read_text(encoding="utf-8"))
     assert [v["verdict"] for v in verdicts] == ["reproduced", "not tested"]
     assert not (root / "runs" / "base-0" / ".eval_state").exists()
+
+
+def test_one_prompt_gives_dashes_in_place_of_gains_and_a_figure_that_says_why(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for run in (root / "runs").iterdir():
+        change_scores(run, lambda found: found[found["prompt"] == 0])
+    drawn: dict[str, Figure] = {}
+    real = Figure.savefig
+
+    def kept(figure: Figure, file: Path, **options: Any) -> None:
+        drawn[file.stem] = figure
+        real(figure, file, **options)
+
+    monkeypatch.setattr(Figure, "savefig", kept)
+    build.build(root)
+    gains = pd.read_csv(root / "tables" / "gains.csv")
+    assert gains[["iqm_trained", "iqm_other", "iqm_all"]].isna().all(axis=None)
+    assert gains["better_than_base"].notna().all()
+    scores = pd.read_csv(root / "tables" / "scores.csv")
+    assert scores["clip"].notna().all() and scores["clip_low"].isna()[:2].all()  # one seed
+    text = (root / "tables" / "gains.md").read_text(encoding="utf-8")
+    assert "| Flow-GRPO | 4 | – | – | – |" in text
+    assert re.search(r"Missing and left out: (\d+) of \1 values of All metrics", text)
+    for kind in ("pareto", "hacking", "profiles"):
+        texts = [t.get_text() for t in drawn[f"figure_{kind}"].axes[0].texts]
+        assert texts == ["No gains: the base model's scores\ndo not vary over the prompts"]
 
 
 def test_every_table_of_a_run_is_read_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -291,9 +291,18 @@ def test_mismatched_inputs_are_refused(
         statistic(a, b, A3)
 
 
-def test_inputs_that_do_not_vary_are_refused() -> None:
-    with pytest.raises(ValueError, match="cannot be a scale"):
-        stats.interquartile_effect([X], [np.ones((1, 3, 1))], A3)
+def test_a_reference_that_does_not_vary_is_no_scale_and_its_metric_is_missing() -> None:
+    constant = np.ones((1, 3, 1))
+    assert np.isnan(stats.effects(X, constant)).all()
+    nothing = stats.interquartile_effect([X], [constant], A3)
+    assert np.isnan(nothing.value) and (nothing.n_images, nothing.n_missing) == (0, 3)
+    both = stats.interquartile_effect([X, X + 1], [constant, X], A3)
+    one = stats.interquartile_effect([X + 1], [X], A3)
+    assert both[:3] == pytest.approx(one[:3])
+    assert (both.n_images, both.n_missing) == (3, 3)
+
+
+def test_values_that_do_not_vary_have_no_correlation() -> None:
     with pytest.raises(ValueError, match="both sides must vary"):
         stats.correlation([1, 1, 1], [1, 2, 3])
 

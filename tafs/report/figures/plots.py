@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tafs.report import stats
+from tafs.report.bootstrap import nanmean
 from tafs.report.figures.style import Look, legend, line, looks
 from tafs.report.results import LoadedTable, System
 from tafs.report.stats import Array
@@ -97,10 +98,11 @@ def pareto(table: LoadedTable) -> Figure:
                 for m in metrics
             ]
             values.append(stats.interquartile_mean(np.concatenate(effects)))
-        front = np.maximum(front, values)
+        front = np.fmax(front, values)
         axes.plot(nfe, values, **line(look), label=system.label, linewidth=1)
     best = np.maximum.accumulate(front)
     axes.step(nfe, best, where="post", color="#bbbbbb", linewidth=4, zorder=0, label="Pareto front")
+    _explain_if_empty(axes, front)
     axes.set_xticks(list(nfe))
     axes.set_xlabel("Inference steps (NFE)")
     axes.set_ylabel("Gain on the base model,\nin standard deviations")
@@ -121,15 +123,18 @@ def hacking(table: LoadedTable) -> Figure:
     figure = Figure(figsize=(3.6, 3.9), layout="constrained")
     axes = figure.subplots()
     look_of = looks(table.distinct)
+    drawn: list[Array] = []
     for system in trained:
         colour, marker, _ = look_of[system]
         x, y = (
-            np.mean([_effects(table, system, metric) for metric in metrics], axis=0)
+            nanmean(np.array([_effects(table, system, metric) for metric in metrics]), 0)
             for metrics in (inside, outside)
         )
+        drawn.append(x + y)
         if len(x) > 1:
             axes.plot(x, y, ".", color=colour, alpha=0.5, markersize=3)
         axes.plot(x.mean(), y.mean(), marker, color=colour, markersize=7, label=system.label)
+    _explain_if_empty(axes, np.concatenate(drawn))
     axes.axline((0, 0), slope=1, color="#999999", linestyle=":", linewidth=0.8)
     axes.axhline(0, color="#cccccc", linewidth=0.6)
     axes.axvline(0, color="#cccccc", linewidth=0.6)
@@ -152,19 +157,31 @@ def profiles(table: LoadedTable) -> Figure:
         for system in table.trained
     }
     everything = np.concatenate(list(gains.values()))
-    margin = 0.05 * float(np.ptp(everything)) + 1e-3
-    grid = np.linspace(everything.min() - margin, everything.max() + margin, 400)
+    everything = everything[np.isfinite(everything)]
     figure = Figure(figsize=(3.6, 3.2), layout="constrained")
     axes = figure.subplots()
+    _explain_if_empty(axes, everything)
+    everything = everything if len(everything) else np.zeros(1)
+    margin = 0.05 * float(np.ptp(everything)) + 1e-3
+    grid = np.linspace(everything.min() - margin, everything.max() + margin, 400)
     for system, values in gains.items():
-        above = (values[:, None] > grid).mean(0)
-        label = f"{system.label} ({stats.interquartile_mean(values):+.2f})"
+        finite = values[np.isfinite(values)]
+        above = nanmean(finite[:, None] > grid, 0)
+        middle = stats.interquartile_mean(values)
+        label = f"{system.label} ({f'{middle:+.2f}' if np.isfinite(middle) else '–'})"
         axes.plot(grid, above, color=look_of[system].colour, label=label)
     axes.set_xlabel("Gain on the base model, in standard deviations")
     axes.set_ylabel("Share of seeds and metrics above it")
     axes.set_ylim(-0.02, 1.02)
     legend(figure, axes, columns=2)
     return figure
+
+
+def _explain_if_empty(axes: Axes, gains: Array) -> None:
+    """Say in a figure of gains why it shows nothing: see `stats.effects`."""
+    if not np.isfinite(gains).any():
+        text = "No gains: the base model's scores\ndo not vary over the prompts"
+        axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes)
 
 
 def _effects(table: LoadedTable, system: System, metric: str) -> Array:
