@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tafs.common.yaml_files import ConfigError
-from tafs.experiment import validate
+from tafs.experiment import claims, validate
 from tafs.experiment.expansion import Expansion
 from tafs.experiment.schema import Config
 from tafs.experiment.specs import EvalSpec, ReportSpec, RunSpec, TableSpec
@@ -44,7 +44,7 @@ def expand(config: Config, added_method: str | None = None) -> Plan:
 
 
 def load(overrides: Mapping[str, Any] | None = None, path: Path = Path("config.yaml")) -> Plan:
-    """The plan of config.yaml.
+    """The plan of config.yaml; the claims.yaml beside it is checked too.
 
     Args:
         overrides: OVERRIDES, as snakemake's `--config KEY=VALUE` gives them.
@@ -68,9 +68,12 @@ def load(overrides: Mapping[str, Any] | None = None, path: Path = Path("config.y
     _check_folder(Path(config.results), path)
     if seeds is not None:
         config = validate.with_seeds(config, seeds)
-    if method is None:
-        return expand(config)
-    return expand(validate.with_method(config, str(method)), added_method=str(method))
+    if method is not None:
+        config = validate.with_method(config, str(method))
+    plan = expand(config, None if method is None else str(method))
+    stated = path.with_name(claims.CLAIMS.name)
+    claims.check(claims.read(stated), plan.config, plan.tables, stated)
+    return plan
 
 
 def _check_folder(results: Path, path: Path) -> None:

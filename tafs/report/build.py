@@ -11,10 +11,9 @@ import sys
 from pathlib import Path
 
 from tafs.common import errors, locks
+from tafs.experiment.claims import CLAIMS, read
 from tafs.report import claims, figures, formats, results, table_kinds
 from tafs.runtime import checkpoint
-
-CLAIMS = Path("claims.yaml")
 
 
 def build(root: Path) -> None:
@@ -23,18 +22,17 @@ def build(root: Path) -> None:
     Raises:
         ValueError, FileNotFoundError: an input is missing or broken; names it.
     """
-    stated = claims.read(CLAIMS)
+    stated = read(CLAIMS)
     report = results.load(root)
     verdicts: list[claims.Verdict] = []
     for table in report.tables:
         # The paper's values are comparable with the paper's models only.
         formats.write(table_kinds.build(table), root, published=report.scale == "paper")
         figures.draw(table, root / "figures")
-        excluded = set(table.spec.excluded_methods)
         verdicts += [
             claims.assess_claim(claim, table)
             for claim in stated
-            if claim.experiment == table.spec.name and not claim.methods & excluded
+            if claims.is_testable(claim, table)
         ]
     assessed = {verdict.claim.id for verdict in verdicts}
     untested = [claim for claim in stated if claim.id not in assessed]

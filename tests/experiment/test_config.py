@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -30,6 +31,7 @@ def changed(tmp_path: Path) -> Callable[..., Path]:
         assert old in text
         path = tmp_path / "config.yaml"
         path.write_text(text.replace(old, new, 1), encoding="utf-8")
+        shutil.copy(ROOT / "claims.yaml", tmp_path)
         return path
 
     return write

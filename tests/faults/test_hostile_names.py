@@ -26,6 +26,7 @@ from support import synthetic
 from tafs.assets import sources
 from tafs.common import yaml_files
 from tafs.data import prompts
+from tafs.experiment.claims import read
 from tafs.report import claims, figures, formats, table_kinds
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -177,7 +178,7 @@ def test_claims_show_any_text_literally(tmp_path):
     for text in LINES:
         raw = yaml_files.load_yaml(ROOT / "claims.yaml", list)[0] | {"claim": text, "source": text}
         (tmp_path / "claims.yaml").write_text(json.dumps([raw], ensure_ascii=False))
-        [claim] = claims.read(tmp_path / "claims.yaml")
+        [claim] = read(tmp_path / "claims.yaml")
         verdict = claims.Verdict(claim, claims.NOT_TESTED, ())
         markdown, record = claims.write([verdict], "smoke", tmp_path / "out")
         row = markdown.read_text(encoding="utf-8").splitlines()[-1]

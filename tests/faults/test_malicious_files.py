@@ -27,10 +27,10 @@ from support import synthetic, tiny_detector, tiny_pipelines, tiny_rewards
 from tafs.assets import lockfile, sources
 from tafs.data import prompts
 from tafs.evaluation import image_archive
-from tafs.experiment import run_inputs, validate
+from tafs.experiment import claims, run_inputs, validate
 from tafs.models import catalog, loading
 from tafs.models.pipelines import ReferencePipeline
-from tafs.report import claims, figures, results
+from tafs.report import figures, results
 from tafs.rewards import golden
 from tafs.rewards.clip import CLIPScore, PickScore
 from tafs.rewards.detector import Mask2FormerDetector
