@@ -22,10 +22,10 @@ from tafs.common import errors, files
 from tafs.common.yaml_files import ConfigError
 from tafs.data import prompts
 from tafs.evaluation import generate
-from tafs.experiment import Plan, RunSpec, run_inputs
+from tafs.experiment import Plan, RunSpec, needs, run_inputs
 from tafs.experiment.schema import Evaluation
 from tafs.experiment.specs import EvalSetting
-from tafs.runtime import gpus, journal
+from tafs.runtime import gpus, journal, receipts
 from tafs.runtime.main import limit_threads
 from tafs.runtime.run_dir import RunDir
 from tafs.training import train
@@ -87,10 +87,10 @@ def score(
 
 def is_trained(run: RunDir, trial: RunSpec) -> bool:
     """Whether the folder's adapter was trained with the present settings and method."""
-    if not (run.adapter.is_file() and run.journal.is_file()):
+    receipt = receipts.read(run.folder, "train")
+    if receipt is None or receipt.missing(run.folder):
         return False
-    fingerprint = journal.read(run.journal)[0]["fingerprint"]
-    return bool(fingerprint == run_inputs.training_fingerprint(trial))
+    return not receipts.differences(receipt.needs, needs.training(trial))
 
 
 def run_trial(

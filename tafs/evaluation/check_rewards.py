@@ -13,10 +13,10 @@ from pathlib import Path
 from tafs.assets import sources
 from tafs.common import errors, files
 from tafs.evaluation import served
-from tafs.experiment import run_inputs
+from tafs.experiment import needs, run_inputs
 from tafs.rewards import golden
 from tafs.rewards.metrics import METRICS
-from tafs.runtime import gpus
+from tafs.runtime import gpus, receipts
 from tafs.runtime.main import limit_threads
 from tafs.runtime.run_dir import RunDir
 
@@ -40,7 +40,9 @@ def check_rewards(run: RunDir, out: Path) -> None:
             digests = {reward.name: source.reward_digest(reward.name)}
             found |= golden.record([reward], digests, file)
     records = {r.name: {**r.record(), "scores": found[r.name]} for r in rewards}
-    files.atomic_text(out, json.dumps(records, indent=1) + "\n")
+    own = needs.check_rewards(evaluation)
+    with receipts.replacing(out.parent, "check_rewards", own, [out]):
+        files.atomic_text(out, json.dumps(records, indent=1) + "\n")
 
 
 def main() -> None:

@@ -28,10 +28,11 @@ from tafs.common import errors
 from tafs.data.prompts import Prompt, first_of_each
 from tafs.evaluation import generate, image_archive, scores
 from tafs.evaluation.scores import PartialScores
-from tafs.experiment import run_inputs
+from tafs.experiment import needs, run_inputs
 from tafs.experiment.specs import EvalSpec
 from tafs.rewards import golden
 from tafs.rewards.registry import RewardSet
+from tafs.runtime import receipts
 from tafs.runtime.deadline import Deadline
 from tafs.runtime.main import run_stage
 from tafs.runtime.progress import Reporter
@@ -61,7 +62,7 @@ def evaluate(run: RunDir, deadline: Deadline | None = None) -> None:
         golden.verify(rewards.rewards, digests, source.golden_scores, source.device)
     settings = evaluation.settings
     reporter = Reporter(run.folder, "evaluate", sum(s.nfe for s in settings))
-    fingerprint = run_inputs.evaluation_fingerprint(run, spec, evaluation)
+    own = needs.evaluation(run, spec, evaluation)
     found: list[PartialScores] = []
     worked = False
     with deadline or Deadline() as deadline:
@@ -69,7 +70,7 @@ def evaluate(run: RunDir, deadline: Deadline | None = None) -> None:
             after = spec.iterations if iteration is None else iteration
             model = None
             for setting in group:
-                partial = PartialScores(run, setting, after, fingerprint)
+                partial = PartialScores(run, setting, after, own)
                 if partial.done < len(prompts) * setting.images_per_prompt:
                     # Score at least one batch; otherwise a job with no time left requeues forever.
                     if worked and deadline.expired:
@@ -82,7 +83,8 @@ def evaluate(run: RunDir, deadline: Deadline | None = None) -> None:
                 name, parts = next(iter(partial.scores.items()))
                 mean = torch.cat(parts).mean()
                 reporter.advance(f"{setting.name}  {name} {mean:.3g}", setting.nfe)
-    scores.write(run, spec, prompts, found, metrics)
+    with receipts.replacing(run.folder, "evaluate", own, [run.scores, run.samples]):
+        scores.write(run, spec, prompts, found, metrics)
     totals = {kind: sum(partial.seconds[kind] for partial in found) for kind in found[0].seconds}
     print(json.dumps({"evaluated": run.name, "seconds": totals}))
     reporter.finish()

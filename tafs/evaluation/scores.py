@@ -17,6 +17,7 @@ from tafs.data.prompts import Prompt, first_of_each
 from tafs.evaluation import image_archive
 from tafs.experiment.specs import EvalSetting, RunSpec
 from tafs.runtime import checkpoint
+from tafs.runtime.receipts import Needs
 from tafs.runtime.run_dir import SAMPLES_PER_TAG, RunDir
 
 CAPTIONS = "captions"  # the metadata entry of samples.safetensors with the prompts' texts
@@ -27,15 +28,15 @@ class PartialScores:
 
     Args:
         after: iterations of training of the setting's model.
-        fingerprint: of everything that determines the scores.
+        needs: what the scores depend on.
     """
 
-    def __init__(self, run: RunDir, setting: EvalSetting, after: int, fingerprint: str) -> None:
+    def __init__(self, run: RunDir, setting: EvalSetting, after: int, needs: Needs) -> None:
         self.folder = run.eval_state / f"{setting.name}-{after}"
         self.setting = setting
         self.after = after
-        self._fingerprint = fingerprint
-        state = checkpoint.load(self.folder, fingerprint, self._damaged_archive)
+        self._needs = needs
+        state = checkpoint.load(self.folder, needs, self._damaged_archive)
         self.done = 0 if state is None else state.iteration  # images
         kept = {} if state is None else state.tensors
         self.scores = {n[7:]: [t] for n, t in kept.items() if n.startswith("scores/")}
@@ -58,7 +59,7 @@ class PartialScores:
         tensors = {f"scores/{name}": torch.cat(parts) for name, parts in self.scores.items()}
         tensors |= {f"first/{prompt}": pixels for prompt, pixels in self.first.items()}
         values = {"archives": self.archives, "seconds": self.seconds}
-        checkpoint.save(self.folder, self._fingerprint, self.done, tensors, values)
+        checkpoint.save(self.folder, self._needs, self.done, tensors, values)
 
     def _damaged_archive(self, state: checkpoint.State) -> str:
         """Name an archive that a state needs and that is damaged or missing; "" if none is."""

@@ -22,11 +22,11 @@ import pandas as pd
 
 from tafs.common import errors
 from tafs.evaluation import image_archive, scores
-from tafs.experiment import run_inputs
+from tafs.experiment import needs, run_inputs
 from tafs.experiment.specs import RunSpec
 from tafs.rewards import golden
 from tafs.rewards.unifiedreward import UnifiedReward, wait_ready
-from tafs.runtime import checkpoint
+from tafs.runtime import checkpoint, receipts
 from tafs.runtime.main import run_stage
 from tafs.runtime.progress import Reporter
 from tafs.runtime.run_dir import RunDir
@@ -119,6 +119,7 @@ def score_served(run: RunDir) -> None:
             its golden scores.
     """
     spec, evaluation = run_inputs.run_spec(run), run_inputs.eval_spec(run)
+    own = needs.evaluation(run, spec, evaluation)
     prompts, source = run_inputs.test_prompts(spec, evaluation), run_inputs.asset_source(spec)
     total = sum(s.images_per_prompt for s in evaluation.settings) * len(prompts)
     reporter = Reporter(run.folder, "score_served", total)
@@ -137,7 +138,8 @@ def score_served(run: RunDir) -> None:
             ]
             reporter.advance(steps=len(keys))
         print(json.dumps(reward.record()))
-    scores.write_table(run, spec, run.served_scores, pd.DataFrame(rows))
+    with receipts.replacing(run.folder, "score_served", own, [run.served_scores]):
+        scores.write_table(run, spec, run.served_scores, pd.DataFrame(rows))
     checkpoint.clear(run.eval_state)
     reporter.finish()
 

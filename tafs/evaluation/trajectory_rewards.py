@@ -14,9 +14,10 @@ from torch import Tensor
 
 from tafs.common import files, seeding
 from tafs.evaluation import generate
-from tafs.experiment import run_inputs
+from tafs.experiment import needs, run_inputs
 from tafs.models import sampling
 from tafs.models.base import Backbone
+from tafs.runtime import receipts
 from tafs.runtime.main import run_stage
 from tafs.runtime.progress import Reporter
 from tafs.runtime.run_dir import RunDir
@@ -46,6 +47,7 @@ def trajectory_images(
 def write(run: RunDir) -> None:
     """Write the run's trajectory_rewards.parquet."""
     spec, evaluation = run_inputs.run_spec(run), run_inputs.eval_spec(run)
+    own = needs.trajectories(run, spec, evaluation)
     source, seed = run_inputs.asset_source(spec), generate.EVALUATION_SEED
     backbone = generate.load_model(run, spec, evaluation, None)
     rewards = source.rewards(source.metrics(spec.prompts))
@@ -77,7 +79,8 @@ def write(run: RunDir) -> None:
         ]
         reporter.advance(f"{low + len(part)} prompts")
     table = pd.concat(tables, ignore_index=True).astype({"metric": "category"})
-    files.atomic_write(run.trajectory_rewards, lambda path: table.to_parquet(path, index=False))
+    with receipts.replacing(run.folder, "trajectory_rewards", own, [run.trajectory_rewards]):
+        files.atomic_write(run.trajectory_rewards, lambda path: table.to_parquet(path, index=False))
     reporter.finish()
 
 

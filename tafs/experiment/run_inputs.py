@@ -1,12 +1,11 @@
-"""What a run's folder refers to: its specs, assets and prompts, and the fingerprints over them."""
+"""What a run's folder refers to: its specs, assets and prompts."""
 
 from __future__ import annotations
 
 from tafs.assets import sources
 from tafs.assets.sources import AssetSource
 from tafs.data import prompts
-from tafs.experiment.specs import EvalSpec, RunSpec, fingerprint
-from tafs.methods import registry
+from tafs.experiment.specs import EvalSpec, RunSpec
 from tafs.runtime.run_dir import RunDir
 
 
@@ -30,13 +29,3 @@ def test_prompts(spec: RunSpec, evaluation: EvalSpec) -> list[prompts.Prompt]:
     found = asset_source(spec).prompts(spec.prompts, "test")
     return [found[i] for i in prompts.first_of_each(found, evaluation.prompts_per_tag)]
 
-
-def training_fingerprint(spec: RunSpec) -> str:
-    """What a resume state must match: the spec and the source of the run's method."""
-    return fingerprint(spec, registry.source_file(spec.method))
-
-
-def evaluation_fingerprint(run: RunDir, spec: RunSpec, evaluation: EvalSpec) -> str:
-    """Everything that decides the run's scores, its trained weights included."""
-    files = [run.adapter, *(run.snapshot(n) for n in spec.snapshots)] if spec.trained else []
-    return fingerprint(spec, evaluation, *files)

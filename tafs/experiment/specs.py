@@ -11,9 +11,9 @@ The workflow writes all of them from config.yaml:
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
@@ -29,6 +29,13 @@ class Spec(BaseModel):
     """A frozen spec with a JSON form."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    # The fields that do not change an outcome; see `decisive`.
+    DESCRIPTIVE: ClassVar[Mapping[str, Any]] = {}
+
+    def decisive(self) -> dict[str, JsonValue]:
+        """The fields that decide an outcome, by their dotted names."""
+        return dict(flat(self.model_dump(mode="json", exclude=dict(self.DESCRIPTIVE))))
 
     def to_json(self) -> str:
         """The one JSON form, which is written to files and compared."""
@@ -67,6 +74,16 @@ class TrainingSpec(Spec):
 
 class RunSpec(Spec):
     """One training run, or the evaluation of a model that is not trained."""
+
+    DESCRIPTIVE: ClassVar[Mapping[str, Any]] = {
+        # Names, and what follows from the method's source.
+        **dict.fromkeys(("name", "variant", "title", "task", "scale", "random_weights"), True),
+        **dict.fromkeys(("nfe_old", "nfe_theta", "forward_equivalents"), True),
+        "sampler": True,  # of the evaluation
+        "training": {"checkpoint_every"},
+        # Where and how the work is done; other hardware changes the rounding alone.
+        "assets": {"lock", "device", "gradient_checkpointing"},
+    }
 
     name: str
     variant: str  # key of config.yaml's `methods`, or BASE
@@ -177,9 +194,10 @@ class ReportSpec(Spec):
     tables: tuple[TableSpec, ...]
 
 
-def fingerprint(*parts: Spec | Path) -> str:
-    """SHA-256 over specs and the contents of files: what decides an outcome."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part.to_json().encode() if isinstance(part, Spec) else part.read_bytes())
-    return digest.hexdigest()
+def flat(values: Mapping[str, JsonValue], prefix: str = "") -> Iterator[tuple[str, JsonValue]]:
+    """The values that are not mappings, by their dotted names."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

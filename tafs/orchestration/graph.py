@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import compress
+from itertools import chain, compress
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,10 @@ from tafs.assets import cache, sources
 from tafs.assets.sources import AssetSource
 from tafs.experiment import Plan
 from tafs.experiment.schema import Scale
-from tafs.methods import registry
 from tafs.rewards.metrics import METRICS
+from tafs.runtime.run_dir import STAGES
 
 CPUS_PER_GPU = 8  # for decoding, writing PNG files and the processes of a server
-# The rules that work on one run, in their order.
-STAGES = ("train", "evaluate", "trajectory_rewards", "score_served")
 
 
 @dataclass(frozen=True)
@@ -51,10 +49,9 @@ class Graph:
     def folder(self, run: str) -> str:
         return f"{self.root}/runs/{run}"
 
-    def files(self, name: str, stage: str = "") -> list[str]:
-        """`name` in the folder of every run that has this stage; "": of every run."""
-        runs = (r for r in self.plan.runs if not stage or stage in self.stages[r])
-        return [f"{self.folder(run)}/{name}".rstrip("/") for run in runs]
+    @property
+    def trained(self) -> list[str]:
+        return [name for name, run in self.plan.runs.items() if run.trained]
 
     @cached_property
     def tables(self) -> list[str]:
@@ -67,14 +64,6 @@ class Graph:
     def output(self, folder: str, names: Sequence[str], formats: Sequence[str]) -> list[str]:
         """The files of tables or figures."""
         return [f"{self.root}/{folder}/{name}.{suffix}" for name in names for suffix in formats]
-
-    def adapters(self, run: str) -> list[str]:
-        """The adapter and the folder of its snapshots; [] for a model that is not trained."""
-        names = ("adapter.safetensors", "snapshots") if self.plan.runs[run].trained else ()
-        return [f"{self.folder(run)}/{name}" for name in names]
-
-    def method_source(self, run: str) -> str:
-        return str(registry.source_file(self.plan.runs[run].method))
 
     @property
     def images(self) -> list[str]:
@@ -117,6 +106,93 @@ class Graph:
             yield Job("check_rewards")
         yield from map(Job, ("report_spec", "compare", "track", "all"))
 
+    def outputs(self, job: Job) -> list[str]:
+        """The files that a job writes, without those that are deleted later."""
+        names = {
+            "describe": ("run.json",),
+            "describe_evaluation": ("evaluation.json",),
+            "train": ("adapter.safetensors", "journal.jsonl", "snapshots"),
+            "evaluate": ("scores.parquet", "samples.safetensors"),
+            "trajectory_rewards": ("trajectory_rewards.parquet",),
+            "score_served": ("served_scores.parquet",),
+            "fetch": (job.target,),
+            "check_rewards": ("reward_check.json",),
+            "report_spec": ("report_spec.json",),
+            "track": ("tracked",),
+        }
+        match job.rule:
+            case "all":
+                return []
+            case "compare":
+                return [
+                    *self.output("tables", self.tables, ["html", "csv", "md", "parquet", "tex"]),
+                    *self.output("figures", self.figures, ["png", "pdf"]),
+                    *self.output("provenance", self.tables, ["json"]),
+                    *(f"{self.root}/claims.{suffix}" for suffix in ("md", "json")),
+                ]
+            case "fetch":
+                folder = f"{self.root}/resources"
+            case _:
+                folder = self.folder(job.target) if job.target else self.root
+        return [f"{folder}/{name}" for name in names[job.rule]]
+
+    @cached_property
+    def finished(self) -> dict[Job, list[str]]:
+        """The files of all runs that report and tracking read, by the job that writes them."""
+        names = {
+            "describe": ("run.json",),
+            "describe_evaluation": ("evaluation.json",),
+            "train": ("journal.jsonl",),
+            "evaluate": ("scores.parquet", "samples.safetensors"),
+            "trajectory_rewards": ("trajectory_rewards.parquet",),
+            "score_served": ("served_scores.parquet",),
+        }
+        return {
+            job: [f"{self.folder(job.target)}/{name}" for name in names[job.rule]]
+            for job in self.jobs()
+            if job.rule in names
+        }
+
+    def inputs(self, job: Job) -> dict[Job, list[str]]:
+        """The files that a job reads, by the job that writes them."""
+
+        def of(run: str, rule: str, *names: str) -> dict[Job, list[str]]:
+            return {Job(rule, run): [f"{self.folder(run)}/{name}" for name in names]}
+
+        def described(run: str) -> dict[Job, list[str]]:
+            evaluation = of(run, "describe_evaluation", "evaluation.json")
+            return of(run, "describe", "run.json") | evaluation
+
+        def marks(files: Iterable[str]) -> dict[Job, list[str]]:
+            return {Job("fetch", Path(file).name): [file] for file in files}
+
+        run = job.target
+        check = {Job("check_rewards"): self.reward_check} if self.reward_check else {}
+        match job.rule:
+            case "train":
+                return of(run, "describe", "run.json") | marks(self.fetched(run))
+            case "evaluate" | "trajectory_rewards":
+                names = ("adapter.safetensors", "snapshots")
+                trained = of(run, "train", *names) if self.plan.runs[run].trained else {}
+                return described(run) | trained | marks(self.fetched(run, judging=True)) | check
+            case "score_served":
+                images = of(run, "evaluate", "images.zip")
+                return described(run) | images | marks(self.served_inputs) | check
+            case "check_rewards":
+                return described(self.check_run) | marks(self.check_inputs)
+            case "compare":
+                return {(spec := Job("report_spec")): self.outputs(spec), **self.finished}
+            case "track":
+                return self.finished
+            case "all":
+                return {other: self.outputs(other) for other in (Job("compare"), Job("track"))}
+            case _:
+                return {}
+
+    def input_files(self, rule: str, run: str = "") -> list[str]:
+        """All files of `inputs`."""
+        return list(chain.from_iterable(self.inputs(Job(rule, run)).values()))
+
     def fetched(self, run: str, judging: bool = False) -> list[str]:
         """The marks of the resources that a run's training, or its evaluation, reads."""
         if self.scale.assets != "hub":
@@ -149,6 +225,16 @@ class Graph:
         """The marks of the resources of the metrics that a server scores."""
         served = [metric.name for metric in METRICS.values() if metric.served]
         return self._marks(sources.resources_of(served))
+
+    def text(self, job: Job) -> str:
+        """The spec that a job writes to its file."""
+        match job.rule:
+            case "describe":
+                return self.plan.runs[job.target].to_json()
+            case "describe_evaluation":
+                return self.plan.evaluations[job.target].to_json()
+            case _:
+                return self.plan.report.to_json()
 
     def locked(self, resource: str) -> str:
         """SHA-256 of a resource's entry in the lock file; a new one downloads it again."""

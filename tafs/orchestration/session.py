@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
 from tafs.common import errors, locks
 from tafs.common.yaml_files import ConfigError
-from tafs.orchestration import graph, slurm
+from tafs.orchestration import graph, slurm, verdicts
 from tafs.orchestration.live_table import LiveTable
 from tafs.orchestration.retries import Retries
 from tafs.orchestration.snakemake_hooks import (
     LOGGER,
+    decide_by_content,
     on_failure,
     remove_rate_limit,
     slurm_executor,
 )
+from tafs.runtime.run_dir import STAGES
 
 
 class Session:
@@ -27,28 +30,37 @@ class Session:
 
     Args:
         config: what `snakemake --config` sets.
+        workflow: Snakemake's object.
 
     Raises:
         SystemExit: it or config.yaml is wrong (exit code 2); prints one line.
     """
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], workflow: Any) -> None:
         try:
             self.graph = graph.read(config)
         except ConfigError as error:
             self._exit(str(error), errors.BAD_INPUT)
         self.root = Path(self.graph.root)
         self.submitted = self.root / ".locks" / "slurm.json"  # the last call's jobs in Slurm
+        self.workflow = workflow
+        records = self.root / ".snakemake"
+        decide_by_content(workflow, self.stale, records)
         self._held = ExitStack()  # until this process ends
         self._started = False
         title = f"scale {self.graph.plan.config.scale}"
         self.table = LiveTable(self.root / "runs", sys.stderr, title)
 
-    def start(self, workflow: Any) -> None:
-        """Refuse what cannot run; then show progress and watch for failures.
+    def stale(self, forced: Collection[str]) -> list[str]:
+        """The output files of all jobs that have to run; prints why finished ones run again."""
+        found = verdicts.pending(self.graph, forced)
+        again = Counter((p.job.rule, p.reason) for p in found if p.again and p.job.rule in STAGES)
+        for (rule, reason), count in again.items():
+            print(f"{rule}: {count} to run again ({reason})", file=sys.stderr)
+        return [file for one in found for file in self.graph.outputs(one.job)]
 
-        Args:
-            workflow: Snakemake's object.
+    def start(self) -> None:
+        """Refuse what cannot run; then show progress and watch for failures.
 
         Raises:
             SystemExit: the scale's models are not pinned (exit code 2), or another call uses the
@@ -74,12 +86,12 @@ class Session:
             self._exit(f"{self.root}: {error}")
         if ended:
             print(f"{self.root}: cancelled {ended} jobs of an earlier call", file=sys.stderr)
-        remove_rate_limit(workflow)
+        remove_rate_limit(self.workflow)
         self._started = True
         self.table.start(logging.getLogger(LOGGER))
         retries = Retries(self.table)
-        on_failure(workflow, retries.decide)
-        executor = slurm_executor(workflow)
+        on_failure(self.workflow, retries.decide)
+        executor = slurm_executor(self.workflow)
         if executor is not None:
             slurm.remember(self.submitted, slurm.Watch(executor, retries).run_name)
 

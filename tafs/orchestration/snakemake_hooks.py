@@ -7,17 +7,14 @@ versions.
 
 from __future__ import annotations
 
-import io
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
-
-from tafs.common.errors import RunFailed
+from unittest import mock
 
 LOGGER = "snakemake.logging"
 SLURM = "snakemake_executor_plugin_slurm"  # the module of the Slurm executor
@@ -77,35 +74,6 @@ def screen_handlers(logger: logging.Logger) -> list[logging.Handler]:
     ]
 
 
-def dry_run(arguments: Sequence[str]) -> list[LoggedJob]:
-    """The jobs that `snakemake ARGUMENTS` would run in this folder, from a dry run in this process.
-
-    Raises:
-        RunFailed: snakemake fails; holds its last line.
-    """
-    from snakemake import cli
-
-    handler = JobLog(say=lambda text: None)
-
-    def observe(record: logging.LogRecord) -> bool:
-        handler.handle(record)
-        return True
-
-    logger = logging.getLogger(LOGGER)
-    logger.addFilter(observe)  # Snakemake removes all handlers when it starts
-    printed = io.StringIO()
-    try:
-        with redirect_stdout(printed), redirect_stderr(printed):
-            cli.main([*arguments, "--dry-run"])
-    except SystemExit as ended:
-        if ended.code:
-            lines = (printed.getvalue().strip() or "no output").splitlines()
-            raise RunFailed(f"snakemake --dry-run: {lines[-1]}") from None
-    finally:
-        logger.removeFilter(observe)
-    return list(handler.running.values())
-
-
 class Verdict(Enum):
     """What happens to a failed job."""
 
@@ -132,6 +100,49 @@ class FailedJob:
     is_group: bool
     members: tuple[Member, ...]
     retries_left: bool
+
+
+def decide_by_content(
+    workflow: Any, stale: Callable[[set[str]], Collection[str]], records: Path
+) -> None:
+    """Run a job if a file is missing or `stale` names one of its files, for no other reason.
+
+    All inputs in the rules are `ancient`. Files of an earlier outcome stay until a job replaces
+    them, also if the job fails.
+
+    Args:
+        stale: takes the rules and files that the user runs in any case; returns output files.
+        records: the folder of Snakemake's own records, which another user may not share.
+    """
+    import snakemake.workflow
+    from snakemake.jobs import Job
+    from snakemake.settings.enums import RerunTrigger
+
+    prepare = workflow._prepare_dag
+    own_persistence = snakemake.workflow.FilePersistence
+
+    def prepared(*arguments: Any, **settings: Any) -> None:
+        def persistence(**given: Any) -> Any:
+            conda = given["conda_prefix"] or str(Path(".snakemake/conda").absolute())
+            return own_persistence(
+                **{**given, "path": given["path"] or records, "conda_prefix": conda}
+            )
+
+        workflow.dag_settings.rerun_triggers = frozenset({RerunTrigger.MTIME})
+        if workflow.execution_settings is not None:
+            workflow.execution_settings.keep_incomplete = True
+        with mock.patch.object(snakemake.workflow, "FilePersistence", persistence):
+            prepare(*arguments, **{**settings, "ignore_incomplete": True})
+        if workflow.is_main_process:
+            workflow._dag.forcefiles.update(stale(set(map(str, workflow.dag_settings.forcerun))))
+
+    workflow._prepare_dag = prepared
+
+    async def remove_logs(job: Any) -> None:
+        for log in job.log:
+            await log.remove(remove_non_empty_dir=False)
+
+    Job.remove_existing_output = remove_logs
 
 
 def on_failure(workflow: Any, decide: Callable[[FailedJob], Verdict]) -> None:

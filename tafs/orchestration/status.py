@@ -13,15 +13,15 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tafs.common import errors
 from tafs.experiment import RunSpec
-from tafs.orchestration import slurm
-from tafs.orchestration.graph import Graph
+from tafs.orchestration import slurm, verdicts
+from tafs.orchestration.graph import Graph, Job
 from tafs.runtime import journal, progress
 from tafs.runtime.run_dir import RunDir
 
@@ -108,18 +108,11 @@ def gone(job: str) -> bool:
         return False
 
 
-def _done(run: RunDir, stage: str) -> bool:
-    files = {
-        "train": (run.adapter, run.journal),
-        "evaluate": (run.scores, run.samples),
-        "trajectory_rewards": (run.trajectory_rewards,),
-        "score_served": (run.served_scores,),
-    }
-    return all(file.is_file() for file in files[stage])
-
-
-def of_run(spec: RunSpec, folder: Path, stages: Sequence[str], now: float) -> State:
+def of_run(spec: RunSpec, folder: Path, stages: Mapping[str, bool], now: float) -> State:
     """The state of a run, whose folder need not exist, at a Unix time.
+
+    Args:
+        stages: whether each stage of the run is done.
 
     Raises:
         ValueError: its journal is damaged; names it.
@@ -128,7 +121,7 @@ def of_run(spec: RunSpec, folder: Path, stages: Sequence[str], now: float) -> St
     locks = {stage: read_lock(run.lock(stage)) for stage in stages}
     held = next((stage for stage, lock in locks.items() if lock and lock.held), None)
     # A stage in progress is not done, even if files of an earlier attempt exist.
-    done = [stage for stage in stages if stage != held and _done(run, stage)]
+    done = [stage for stage in stages if stage != held and stages[stage]]
     current = held or next((stage for stage in stages if stage not in done), None)
     journals = [run.state / "journal.jsonl", run.journal]
     file = next((f for f in journals if f.is_file()), None) if spec.trained else None
@@ -219,8 +212,14 @@ def _reward(records: Sequence[dict[str, Any]]) -> str:
 
 def look(graph: Graph, now: float) -> list[State]:
     """The states of the scale's runs, in the order of ORDER."""
+    waiting = {one.job for one in verdicts.pending(graph)}
     found = [
-        of_run(spec, Path(graph.folder(name)), graph.stages[name], now)
+        of_run(
+            spec,
+            Path(graph.folder(name)),
+            {stage: Job(stage, name) not in waiting for stage in graph.stages[name]},
+            now,
+        )
         for name, spec in graph.plan.runs.items()
     ]
     return sorted(found, key=lambda state: ORDER.index(state.state))

@@ -11,9 +11,11 @@ import sys
 from pathlib import Path
 
 from tafs.common import errors, locks
+from tafs.experiment import needs
 from tafs.experiment.claims import CLAIMS, read
+from tafs.experiment.specs import ReportSpec
 from tafs.report import claims, figures, formats, results, table_kinds
-from tafs.runtime import checkpoint
+from tafs.runtime import checkpoint, receipts
 
 
 def build(root: Path) -> None:
@@ -22,13 +24,25 @@ def build(root: Path) -> None:
     Raises:
         ValueError, FileNotFoundError: an input is missing or broken; names it.
     """
+    spec = ReportSpec.read(root / "report_spec.json")
+    written: list[Path] = []
+    with receipts.replacing(root, "compare", needs.report(root, spec), written):
+        written += _write(root)
+    # The scores are final: no evaluation has to be continued.
+    for state in root.glob("runs/*/.eval_state"):
+        checkpoint.clear(state)
+
+
+def _write(root: Path) -> list[Path]:
+    """Write all files of the report; return them."""
     stated = read(CLAIMS)
     report = results.load(root)
     verdicts: list[claims.Verdict] = []
+    written: list[Path] = []
     for table in report.tables:
         # The paper's values are comparable with the paper's models only.
-        formats.write(table_kinds.build(table), root, published=report.scale == "paper")
-        figures.draw(table, root / "figures")
+        written += formats.write(table_kinds.build(table), root, published=report.scale == "paper")
+        written += figures.draw(table, root / "figures")
         verdicts += [
             claims.assess_claim(claim, table)
             for claim in stated
@@ -37,10 +51,7 @@ def build(root: Path) -> None:
     assessed = {verdict.claim.id for verdict in verdicts}
     untested = [claim for claim in stated if claim.id not in assessed]
     verdicts += [claims.Verdict(claim, claims.NOT_TESTED, ()) for claim in untested]
-    claims.write(verdicts, report.scale, root, report.random_weights)
-    # The scores are final: no evaluation has to be continued.
-    for state in root.glob("runs/*/.eval_state"):
-        checkpoint.clear(state)
+    return written + claims.write(verdicts, report.scale, root, report.random_weights)
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 Layout, where the highest number is the newest generation:
 
     <folder>/000007/tensors.safetensors
-                    values.json      fingerprint, iteration and the caller's values
+                    values.json      needs, iteration and the caller's values
                     manifest.json    SHA-256 of both; safetensors loads a flipped bit silently
 
 Two intact generations are kept. Nothing is ever unpickled.
@@ -28,6 +28,8 @@ from torch import Tensor
 
 from tafs.common.errors import one_line
 from tafs.common.files import fsync, sha256
+from tafs.runtime import receipts
+from tafs.runtime.receipts import Needs
 
 KEPT = 2  # intact generations
 TENSORS, VALUES, MANIFEST = "tensors.safetensors", "values.json", "manifest.json"
@@ -47,7 +49,7 @@ class State:
 
 def save(
     folder: Path,
-    fingerprint: str,
+    needs: Needs,
     iteration: int,
     tensors: Mapping[str, Tensor],
     values: Mapping[str, Any],
@@ -56,7 +58,7 @@ def save(
 
     Args:
         folder: of the resume state; it is created.
-        fingerprint: identifies the run's configuration and method source.
+        needs: what the run's outcome depends on.
         iteration: the number of finished iterations.
         tensors: of any device and dtype.
         values: JSON. Tuples are loaded as lists and keys as strings.
@@ -69,7 +71,7 @@ def save(
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
-    content = {"fingerprint": fingerprint, "iteration": iteration, "values": dict(values)}
+    content = {"needs": dict(needs), "iteration": iteration, "values": dict(values)}
     files = {TENSORS: safetensors.torch.save(copies), VALUES: json.dumps(content).encode()}
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     files[MANIFEST] = json.dumps({"sha256": hashes}, indent=1).encode()
@@ -99,16 +101,16 @@ def save(
 
 
 def load(
-    folder: Path, fingerprint: str, lacks: Callable[[State], str] = lambda _: ""
+    folder: Path, needs: Needs, lacks: Callable[[State], str] = lambda _: ""
 ) -> State | None:
-    """Return the newest intact state with this fingerprint, or None.
+    """Return the newest intact state with these needs, or None.
 
     Any other state is skipped with one line in the log and in `State.notes`. It stays on the disk
     until `save` or `clear` removes it.
 
     Args:
         folder: of the resume state.
-        fingerprint: of the run.
+        needs: of the run.
         lacks: returns what a state refers to but is missing, in words, or "".
     """
     notes: list[str] = []
@@ -120,9 +122,8 @@ def load(
                 # From bytes: a mapped file cannot be deleted cleanly on a network file system.
                 tensors = safetensors.torch.load((generation / TENSORS).read_bytes())
                 state = State(content["iteration"], tensors, content["values"], notes)
-                found = content["fingerprint"]
-                if found != fingerprint:
-                    reason = f"its fingerprint is {found}, the run's is {fingerprint}"
+                if different := receipts.differences(content["needs"], needs):
+                    reason = f"it is of other settings ({'; '.join(different)})"
                 elif not (reason := lacks(state)):
                     return state
             except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:

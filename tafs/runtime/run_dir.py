@@ -15,9 +15,11 @@ from typing import Any
 
 from tafs.common import locks
 from tafs.common.files import sha256
-from tafs.runtime import journal
+from tafs.runtime import receipts
 
 BASE = "base"  # stands for the untrained model in place of a method
+# The stages of a run, in their order.
+STAGES = ("train", "evaluate", "trajectory_rewards", "score_served")
 SAMPLES_PER_TAG = 8  # prompts of each tag whose images samples.safetensors keeps
 
 
@@ -58,22 +60,26 @@ class RunDir:
         return str(self.description.get("assets", {}).get("device", ""))
 
     def verified(self, iteration: int | None) -> Path:
-        """Return the adapter's file, or a snapshot's, after comparing it with the journal's hash.
+        """Return the adapter's file, or a snapshot's, after comparing it with the receipt's hash.
 
         Raises:
-            FileNotFoundError: the file is missing.
+            FileNotFoundError: the file or the training's receipt is missing.
             ValueError: the file has changed since training wrote it.
         """
         file = self.adapter if iteration is None else self.snapshot(iteration)
         if not file.is_file():
             raise FileNotFoundError(f"{file}: not found; `python -m tafs.training.train` writes it")
-        written: dict[str, str] = {}
-        for record in journal.read(self.journal):
-            written |= record.get("sha256", {})
-        if sha256(file) != written.get(file.name):
-            raise ValueError(
-                f"{file}: does not match the SHA-256 in {self.journal.name}; delete it, and the "
+        receipt = receipts.read(self.folder, "train")
+        name = file.relative_to(self.folder).as_posix()
+        if receipt is None or name not in receipt.files:
+            raise FileNotFoundError(
+                f"{receipts.path(self.folder, 'train')}: is missing or does not list {name}; the "
                 "workflow trains the run again"
+            )
+        if sha256(file) != receipt.files[name].sha256:
+            raise ValueError(
+                f"{file}: is not the file that training wrote (its SHA-256 differs); delete it, "
+                "and the workflow trains the run again"
             )
         return file
 

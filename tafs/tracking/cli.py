@@ -12,7 +12,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -74,6 +75,20 @@ def _report(error: object) -> None:
     print(f"tracking: {mlflow_mirror.brief(error, 500)}", file=sys.stderr, flush=True)
 
 
+@contextmanager
+def noted(folder: Path | None, run_dirs: Sequence[Path]) -> Iterator[None]:
+    """Write the receipt of the workflow's copy, if the results folder of a scale is given."""
+    if folder is None:
+        yield
+        return
+    from tafs.experiment import needs  # imports torch
+    from tafs.runtime import receipts
+
+    own = needs.tracking(folder, [run.name for run in run_dirs])
+    with receipts.replacing(folder, "track", own, []):
+        yield
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"tracking: {message}\n")
@@ -97,6 +112,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     sync.add_argument("--runs", type=Path, metavar="FOLDER", help="all run folders in it")
     sync.add_argument("--server", type=_url, metavar="URL", help="a running MLflow server")
     sync.add_argument("--every", type=float, metavar="SECONDS", help="repeat until interrupted")
+    sync.add_argument("--receipt", type=Path, metavar="FOLDER", help="note a success there")
     sync.add_argument("--best-effort", action="store_true", help="a failure is not an error")
     ui = commands.add_parser("ui", help=f"browse the store on {HOST}")
     ui.add_argument("--port", type=int, default=5000)
@@ -131,7 +147,8 @@ def main(arguments: list[str] | None = None) -> int:
         if given.every:
             keep_syncing(sync, place, given.every)
         else:
-            print(sync().describe(place))
+            with noted(given.receipt, given.run_dirs):
+                print(sync().describe(place))
     except Exception as error:  # a mirror that fails must not look like a run that fails
         _report(error)
         return 0 if given.command == "sync" and given.best_effort else 1

@@ -9,9 +9,10 @@ from typing import Any
 
 from tafs.common import files
 from tafs.common.files import sha256
-from tafs.runtime import checkpoint
+from tafs.runtime import checkpoint, receipts
 from tafs.runtime.journal import Journal
 from tafs.runtime.progress import Reporter
+from tafs.runtime.receipts import Needs
 from tafs.runtime.run_dir import RunDir
 from tafs.training import provenance
 from tafs.training.trainer import Trainer
@@ -22,21 +23,22 @@ class RunRecorder:
 
     Args:
         trainer: restored from `state`.
-        fingerprint: what the resume state must match.
+        needs: what the run's outcome depends on.
         state: where training continues; None: at the beginning.
     """
 
     def __init__(
-        self, run: RunDir, trainer: Trainer, fingerprint: str, state: checkpoint.State | None
+        self, run: RunDir, trainer: Trainer, needs: Needs, state: checkpoint.State | None
     ) -> None:
         self.run = run
         self.trainer = trainer
-        self.fingerprint = fingerprint
+        self.needs = needs
         self.journal = Journal(run.state / "journal.jsonl")
         if state is None:
             # A journal that exists now belongs to a run with other settings.
             run.clear_state()
             origin = provenance.collect(trainer.spec)
+            fingerprint = receipts.fingerprint(needs)
             self.journal.append("start", run=run.name, fingerprint=fingerprint, provenance=origin)
         else:
             self.journal.append("resume", iteration=state.iteration, notes=state.notes)
@@ -65,7 +67,7 @@ class RunRecorder:
     def save(self, done: int) -> None:
         """Write the resume state after `done` iterations."""
         values = {"seconds": self.seconds, "snapshots": self.snapshots}
-        self.trainer.save(self.run.checkpoints, self.fingerprint, done, values)
+        self.trainer.save(self.run.checkpoints, self.needs, done, values)
         self.saved = done
 
     def pause(self, done: int, reason: str) -> str:
@@ -80,13 +82,17 @@ class RunRecorder:
     def finish(self) -> None:
         """Write the finished run's adapter and journal, and move its snapshots in place."""
         run = self.run
-        run.snapshots.mkdir(exist_ok=True)
-        for iteration in self.trainer.spec.snapshots:
-            copy = partial(shutil.copyfile, run.kept_snapshot(iteration))
-            files.atomic_write(run.snapshot(iteration), copy)
-        self.trainer.export(run.adapter)
-        digests = {**self.snapshots, run.adapter.name: sha256(run.adapter)}
-        iterations = self.trainer.iterations
-        self.journal.append("end", iterations=iterations, seconds=self.seconds, sha256=digests)
-        files.atomic_text(run.journal, self.journal.path.read_text(encoding="utf-8"))
+        kept = {run.snapshot(n): run.kept_snapshot(n) for n in self.trainer.spec.snapshots}
+        written = [run.adapter, run.journal, *kept]
+        with receipts.replacing(run.folder, "train", self.needs, written):
+            run.snapshots.mkdir(exist_ok=True)
+            for file in {*run.snapshots.iterdir()} - {*kept}:  # of other settings
+                file.unlink()
+            for file, source in kept.items():
+                files.atomic_write(file, partial(shutil.copyfile, source))
+            self.trainer.export(run.adapter)
+            digests = {**self.snapshots, run.adapter.name: sha256(run.adapter)}
+            iterations = self.trainer.iterations
+            self.journal.append("end", iterations=iterations, seconds=self.seconds, sha256=digests)
+            files.atomic_text(run.journal, self.journal.path.read_text(encoding="utf-8"))
         self.reporter.finish()

@@ -2,7 +2,7 @@
 
 It writes adapter.safetensors, journal.jsonl and snapshots/, which holds the adapter after the
 iterations that run.json lists. During training, all of them and the resume state are in
-RUN_DIR/.state, which survives a kill and is ignored if the run's fingerprint has changed. The
+RUN_DIR/.state, which survives a kill and is ignored if what it depends on has changed. The
 evaluation deletes that folder, so that a training that Snakemake repeats finds nothing left to do.
 All randomness comes from streams of (seed, name, iteration), so a resumed run draws the same
 numbers as an uninterrupted one.
@@ -26,7 +26,7 @@ import torch
 
 from tafs.common import errors
 from tafs.common.files import sha256
-from tafs.experiment import run_inputs
+from tafs.experiment import needs, run_inputs
 from tafs.runtime import checkpoint, distributed
 from tafs.runtime.deadline import Deadline
 from tafs.runtime.distributed import Processes
@@ -50,8 +50,8 @@ def train(
     """
     spec = run_inputs.run_spec(run)
     trainer = trainer_of(spec, processes)
-    fingerprint = run_inputs.training_fingerprint(spec)
-    state = checkpoint.load(run.checkpoints, fingerprint, partial(_missing_snapshot, run))
+    own = needs.training(spec)
+    state = checkpoint.load(run.checkpoints, own, partial(_missing_snapshot, run))
     done = 0 if state is None else state.iteration
     found = processes.all_gather(torch.tensor([done]), dim=0).tolist()
     if len(set(found)) > 1:
@@ -61,7 +61,7 @@ def train(
         )
     if state is not None:
         trainer.restore(state)
-    recorder = RunRecorder(run, trainer, fingerprint, state) if processes.leads else None
+    recorder = RunRecorder(run, trainer, own, state) if processes.leads else None
     with deadline or Deadline() as deadline:
         for iteration in range(done, trainer.iterations):
             record = trainer.iterate(iteration)

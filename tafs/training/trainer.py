@@ -23,6 +23,7 @@ from tafs.models.base import Backbone, fast_dtype
 from tafs.rewards.registry import RewardSet
 from tafs.runtime import checkpoint, distributed
 from tafs.runtime.distributed import Processes
+from tafs.runtime.receipts import Needs
 from tafs.training.rewards import IterationRewards, NonFinite, invalid_images
 
 # Iterations whose prompts are encoded together, so that the text encoders move to the GPU rarely.
@@ -361,13 +362,13 @@ class Trainer:
             swap()
 
     def save(
-        self, folder: Path, fingerprint: str, iteration: int, values: Mapping[str, Any]
+        self, folder: Path, needs: Needs, iteration: int, values: Mapping[str, Any]
     ) -> None:
         """Write the resume state after `iteration` iterations, with JSON values."""
         tensors, optimizer = checkpoint.pack_optimizer(self.optimizer)
         tensors |= {f"lora/{name}": p.detach() for name, p in self.parameters.items()}
         tensors |= {f"ema/{name}": average for name, average in self.averages.items()}
-        checkpoint.save(folder, fingerprint, iteration, tensors, {**optimizer, **values})
+        checkpoint.save(folder, needs, iteration, tensors, {**optimizer, **values})
 
     def restore(self, state: checkpoint.State) -> None:
         """Continue from a state that `save` wrote."""

@@ -18,9 +18,8 @@ rule fetch:
 
 rule check_rewards:
     input:
-        run=f"{ROOT}/runs/{GRAPH.check_run}/run.json",
-        evaluation=f"{ROOT}/runs/{GRAPH.check_run}/evaluation.json",
-        fetched=GRAPH.check_inputs,
+        run=ancient(f"{ROOT}/runs/{GRAPH.check_run}/run.json"),
+        others=ancient(GRAPH.input_files("check_rewards")),
     output:
         f"{ROOT}/reward_check.json",
     log:

@@ -14,16 +14,9 @@ rule report_spec:
 
 rule compare:
     input:
-        spec=rules.report_spec.output,
-        claims="claims.yaml",
-        runs=GRAPH.files("run.json"),
-        journals=GRAPH.files("journal.jsonl", "train"),
-        scores=GRAPH.files("scores.parquet", "evaluate"),
-        samples=GRAPH.files("samples.safetensors", "evaluate"),
-        served_scores=GRAPH.files("served_scores.parquet", "score_served"),
-        trajectory_rewards=GRAPH.files(
-            "trajectory_rewards.parquet", "trajectory_rewards"
-        ),
+        spec=ancient(rules.report_spec.output),
+        claims=ancient("claims.yaml"),
+        runs=ancient(GRAPH.input_files("compare")),
     output:
         # Files with labels appear in Snakemake's own report.
         [
@@ -69,10 +62,7 @@ rule compare:
 # A failed copy does not fail the workflow; `tafs sync` repeats it.
 rule track:
     input:
-        runs=GRAPH.files("run.json", "train"),
-        journals=GRAPH.files("journal.jsonl", "train"),
-        scores=GRAPH.files("scores.parquet", "evaluate"),
-        served_scores=GRAPH.files("served_scores.parquet", "score_served"),
+        ancient(GRAPH.input_files("track")),
     output:
         touch(f"{ROOT}/tracked"),
     log:
@@ -83,7 +73,8 @@ rule track:
         mem_mb=lambda wildcards, attempt: 1000 * (1 + attempt),
     params:
         store=f"{GRAPH.results}/mlflow",
-        runs=GRAPH.files("", "train"),
+        root=ROOT,
+        runs=[GRAPH.folder(run) for run in GRAPH.trained],
     shell:
         "python -m tafs.tracking.cli sync --best-effort --store {params.store:q} "
-        "{params.runs:q} > {log:q} 2>&1"
+        "--receipt {params.root:q} {params.runs:q} > {log:q} 2>&1"

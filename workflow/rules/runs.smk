@@ -1,4 +1,5 @@
-# One run: its specs, training and evaluation.
+# One run: its specs, training and evaluation. All inputs are `ancient`: contents, not times, decide
+# what runs (tafs/orchestration/verdicts.py).
 rule describe:
     output:
         f"{ROOT}/runs/{{run}}/run.json",
@@ -30,10 +31,8 @@ rule describe_evaluation:
 
 rule train:
     input:
-        run=f"{ROOT}/runs/{{run}}/run.json",
-        # Editing a method retrains its own runs only.
-        method=lambda wildcards: GRAPH.method_source(wildcards.run),
-        fetched=lambda wildcards: GRAPH.fetched(wildcards.run),
+        run=ancient(f"{ROOT}/runs/{{run}}/run.json"),
+        others=ancient(lambda wildcards: GRAPH.input_files("train", wildcards.run)),
     output:
         adapter=f"{ROOT}/runs/{{run}}/adapter.safetensors",
         journal=f"{ROOT}/runs/{{run}}/journal.jsonl",
@@ -59,11 +58,8 @@ rule train:
 
 rule evaluate:
     input:
-        run=f"{ROOT}/runs/{{run}}/run.json",
-        evaluation=f"{ROOT}/runs/{{run}}/evaluation.json",
-        adapters=lambda wildcards: GRAPH.adapters(wildcards.run),
-        fetched=lambda wildcards: GRAPH.fetched(wildcards.run, judging=True),
-        check=ancient(GRAPH.reward_check),
+        run=ancient(f"{ROOT}/runs/{{run}}/run.json"),
+        others=ancient(lambda wildcards: GRAPH.input_files("evaluate", wildcards.run)),
     output:
         temp(GRAPH.images),
         scores=f"{ROOT}/runs/{{run}}/scores.parquet",
@@ -86,11 +82,10 @@ rule evaluate:
 
 rule trajectory_rewards:
     input:
-        run=f"{ROOT}/runs/{{run}}/run.json",
-        evaluation=f"{ROOT}/runs/{{run}}/evaluation.json",
-        adapters=lambda wildcards: GRAPH.adapters(wildcards.run),
-        fetched=lambda wildcards: GRAPH.fetched(wildcards.run, judging=True),
-        check=ancient(GRAPH.reward_check),
+        run=ancient(f"{ROOT}/runs/{{run}}/run.json"),
+        others=ancient(
+            lambda wildcards: GRAPH.input_files("trajectory_rewards", wildcards.run)
+        ),
     output:
         f"{ROOT}/runs/{{run}}/trajectory_rewards.parquet",
     log:
@@ -108,11 +103,10 @@ rule trajectory_rewards:
 # A metric behind a server scores the images later, so that the server has the GPUs to itself.
 rule score_served:
     input:
-        run=f"{ROOT}/runs/{{run}}/run.json",
-        evaluation=f"{ROOT}/runs/{{run}}/evaluation.json",
-        images=f"{ROOT}/runs/{{run}}/images.zip",
-        fetched=GRAPH.served_inputs,
-        check=ancient(GRAPH.reward_check),
+        run=ancient(f"{ROOT}/runs/{{run}}/run.json"),
+        others=ancient(
+            lambda wildcards: GRAPH.input_files("score_served", wildcards.run)
+        ),
     output:
         f"{ROOT}/runs/{{run}}/served_scores.parquet",
     log:

@@ -15,11 +15,11 @@ from pathlib import Path
 
 from tafs.assets import lockfile
 from tafs.data import prompts
-from tafs.experiment import run_inputs
+from tafs.experiment import needs, run_inputs
 from tafs.experiment.specs import EvalSpec, RunSpec
 from tafs.models import architectures, catalog
 from tafs.orchestration.graph import Graph, Job
-from tafs.runtime import journal, run_dir
+from tafs.runtime import journal, receipts, run_dir
 from tafs.shapes import weights
 
 # Sustained FLOP/s without measurements: 40 % of an H100's 989e12 in dense bfloat16; one core with
@@ -159,7 +159,7 @@ class Workload:
         if not file.is_file():
             return 0.0
         started = [record for record in journal.read(file) if record["kind"] == "start"]
-        current = run_inputs.training_fingerprint(spec)
+        current = receipts.fingerprint(needs.training(spec))
         if not started or started[-1]["fingerprint"] != current:
             return 0.0  # the state of other settings, which is not continued
         done = journal.iterations(file)

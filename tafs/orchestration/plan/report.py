@@ -12,9 +12,8 @@ from typing import Any
 
 from tafs.experiment.schema import Scale
 from tafs.orchestration import graph as graphs
+from tafs.orchestration import verdicts
 from tafs.orchestration.graph import Graph, Job
-from tafs.orchestration.plan import dry_run
-from tafs.orchestration.plan.dry_run import Pending
 from tafs.orchestration.plan.estimate import (
     ASSUMED_RATE,
     HOUR,
@@ -29,10 +28,12 @@ from tafs.orchestration.plan.estimate import (
     measured,
 )
 from tafs.orchestration.plan.schedule import Task, makespan
+from tafs.orchestration.verdicts import Pending
 from tafs.runtime.progress import duration
 from tafs.runtime.run_dir import BASE
+from tafs.runtime.run_dir import STAGES as RUN_STAGES
 
-STAGES = ("fetch", "check_rewards", *graphs.STAGES)
+STAGES = ("fetch", "check_rewards", *RUN_STAGES)
 ORDER = ("describe", "describe_evaluation", *STAGES, "report_spec", "compare", "track")
 # stage -> the stage of the same run that it waits for
 AFTER = {"evaluate": "train", "trajectory_rewards": "train", "score_served": "evaluate"}
@@ -59,13 +60,12 @@ def report(
 
     Raises:
         ValueError: config.yaml is wrong, a file is damaged or there are too few nodes; one line.
-        RunFailed: snakemake's dry run fails.
     """
     graph = graphs.read(overrides)
     device = graph.scale.device
     work = Workload(graph)
     rate = tflops * 1e12 if tflops else ASSUMED_RATE[device]
-    every, pending = list(graph.jobs()), dry_run.pending(overrides)
+    every, pending = list(graph.jobs()), verdicts.pending(graph)
     page = Page(
         graph=graph,
         work=work,
@@ -188,14 +188,14 @@ class Page:
         return ["", *table([head, *rows], left=(0,))]
 
     def reasons(self, pending: Sequence[Pending], verbose: bool) -> list[str]:
-        """Why jobs would run, as Snakemake states it."""
+        """Why jobs would run."""
         jobs = [one for one in pending if one.job.rule != "all"]
         if not jobs:
             return ["", "Nothing to run: all results exist and are up to date."]
-        lines = ["", "Jobs to run, with Snakemake's reasons:"]
+        lines = ["", "Jobs to run, and why:"]
         groups: dict[tuple[str, str], list[str]] = {}
         for one in jobs:
-            groups.setdefault((one.job.rule, one.summary), []).append(one.job.target)
+            groups.setdefault((one.job.rule, one.reason), []).append(one.job.target)
         for rule, why in sorted(groups, key=lambda key: (ORDER.index(key[0]), key)):
             targets = sorted(groups[rule, why])
             lines.append(f"  {len(targets):4} {rule}: {why}")

@@ -1,0 +1,98 @@
+"""What the outcome of each stage depends on; see `tafs.runtime.receipts`.
+
+The workflow computes the needs from config.yaml, and a stage from the files that it reads. Where
+both are equal, the stage's files are what another run would write.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import JsonValue
+
+from tafs.common.files import sha256
+from tafs.experiment.specs import EvalSpec, ReportSpec, RunSpec
+from tafs.methods import registry
+from tafs.runtime import receipts
+from tafs.runtime.receipts import Needs
+from tafs.runtime.run_dir import STAGES, RunDir
+
+# Increased by every change of the code that changes adapters or scores.
+NUMERICS = 1
+
+REPORT_CODE = Path(__file__).parents[1] / "report"
+
+
+def training(spec: RunSpec) -> Needs:
+    """What a training's adapters depend on."""
+    source = sha256(registry.source_file(spec.method))
+    return {"numerics": NUMERICS, "method source": source, **spec.decisive()}
+
+
+def evaluation(run: RunDir, spec: RunSpec, evaluation: EvalSpec) -> Needs:
+    """What a run's scores depend on, its trained weights included."""
+    settings = {
+        f"settings.{s.name}.{'final' if s.iteration is None else s.iteration}": s.images_per_prompt
+        for s in evaluation.settings
+    }
+    own = {"prompts_per_tag": evaluation.prompts_per_tag, "batch": evaluation.batch}
+    return {**_judged(run, spec, evaluation), **own, **settings}
+
+
+def trajectories(run: RunDir, spec: RunSpec, evaluation: EvalSpec) -> Needs:
+    """What the rewards of a run's annealed trajectories depend on."""
+    own = {"batch": evaluation.batch, **evaluation.trajectories.decisive()}
+    return {**_judged(run, spec, evaluation), **own}
+
+
+def _judged(run: RunDir, spec: RunSpec, evaluation: EvalSpec) -> dict[str, JsonValue]:
+    """A run's models, and the metrics that judge them."""
+    kept = ("method", "seed", "backbone", "model", "prompts", "weights", "assets")
+    decisive = {k: v for k, v in spec.decisive().items() if k.split(".")[0] in kept}
+    metrics = check_rewards(evaluation)
+    trained: dict[str, JsonValue] = {}
+    if spec.trained and (receipt := receipts.read(run.folder, "train")):
+        trained = {name: file.sha256 for name, file in receipt.files.items()}
+        trained.pop(run.journal.name)  # it has the times
+    own = {"numerics": NUMERICS, "resolution": evaluation.resolution}
+    return {**own, **decisive, **metrics, **trained}
+
+
+def check_rewards(evaluation: EvalSpec) -> Needs:
+    """What the check of the rewards depends on."""
+    return {f"metrics.{name}": digest for name, digest in evaluation.weights.items()}
+
+
+def tracking(root: Path, runs: Iterable[str]) -> Needs:
+    """What the runs' copy in MLflow depends on: everything that they have written.
+
+    Args:
+        root: the results folder of a scale.
+    """
+    found: dict[str, JsonValue] = {}
+    for name in runs:
+        folder = root / "runs" / name
+        described = [folder / "run.json", folder / "evaluation.json"]
+        found |= {f"{name}/{file.name}": sha256(file) for file in described if file.is_file()}
+        for stage in STAGES:
+            receipt = receipts.read(folder, stage)
+            for file, written in receipt.files.items() if receipt else ():
+                found[f"{name}/{file}"] = written.sha256
+    return found
+
+
+def report(root: Path, spec: ReportSpec, claims: Path = Path("claims.yaml")) -> Needs:
+    """What the tables, figures and claims of a results folder depend on."""
+    code = hashlib.sha256()
+    for file in sorted(REPORT_CODE.rglob("*.py")):
+        code.update(file.read_bytes())
+    own: dict[str, Any] = {
+        "code of the report": code.hexdigest(),
+        "report spec": hashlib.sha256(spec.to_json().encode()).hexdigest(),
+        claims.name: sha256(claims),
+    }
+    runs = dict.fromkeys(name for table in spec.tables for name in table.runs)
+    return {**own, **tracking(root, runs)}

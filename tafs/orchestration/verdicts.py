@@ -1,0 +1,157 @@
+"""What has to run and why, decided by content: receipts against the plan.
+
+The times of files and Snakemake's own records decide nothing, so results may be copied, moved or
+computed elsewhere. `snakemake`, `tafs plan` and `tafs status` use the same verdicts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from tafs.assets import cache
+from tafs.experiment import needs
+from tafs.experiment.specs import flat
+from tafs.orchestration.graph import Graph, Job
+from tafs.runtime import receipts
+from tafs.runtime.receipts import Needs
+from tafs.runtime.run_dir import STAGES, RunDir
+
+LISTED = 3  # differences in a reason
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A job that has to run."""
+
+    job: Job
+    reason: str
+    again: bool  # it has run before
+
+
+def pending(graph: Graph, forced: Collection[str] = ()) -> list[Pending]:
+    """The jobs of `snakemake all` that have to run, in the order of `Graph.jobs`.
+
+    Args:
+        forced: rules and output files that the user runs in any case.
+    """
+    return _Verdicts(graph, set(forced)).decide()
+
+
+class _Verdicts:
+    def __init__(self, graph: Graph, forced: set[str]) -> None:
+        self.graph = graph
+        self.root = Path(graph.root)
+        self.forced = forced
+        self.jobs = list(graph.jobs())
+        self.reasons: dict[Job, str] = {}
+
+    def decide(self) -> list[Pending]:
+        for job in self.jobs:
+            if reason := self._reason(job):
+                self.reasons[job] = reason
+        # A job needs the files of others, which may have been deleted, and others need its files.
+        known = -1
+        while known < len(self.reasons):
+            known = len(self.reasons)
+            for job in list(self.reasons):
+                for other, files in self.graph.inputs(job).items():
+                    if other not in self.reasons and (lack := self._lack(other, files)):
+                        self.reasons[other] = lack
+            for job in self.jobs:
+                if job not in self.reasons and (reason := self._follows(job)):
+                    self.reasons[job] = reason
+        return [
+            Pending(job, self.reasons[job], self._ran(job))
+            for job in self.jobs
+            if job in self.reasons
+        ]
+
+    def _reason(self, job: Job) -> str:
+        """Why a job has to run, whether or not another one needs its files; "": it does not."""
+        outputs = self.graph.outputs(job)
+        if self.forced & {job.rule, *outputs}:
+            return "forced"
+        match job.rule:
+            case "fetch":
+                return ""
+            case "describe" | "describe_evaluation" | "report_spec":
+                return _changed(Path(outputs[0]), self.graph.text(job))
+            case "all":
+                return self._follows(job)
+        if reason := self._follows(job):
+            return reason
+        folder = self._folder(job)
+        receipt = receipts.read(folder, job.rule)
+        if receipt is None:
+            written = any(Path(file).exists() for file in outputs)
+            return f"{receipts.path(folder, job.rule)} is missing" if written else "has not run"
+        different = receipts.differences(receipt.needs, self._needs(job))
+        more = f" and {len(different) - LISTED} more" if len(different) > LISTED else ""
+        return "; ".join(different[:LISTED]) + more
+
+    def _follows(self, job: Job) -> str:
+        """Name a job that has to run and that this one follows; "" if there is none.
+
+        A job follows another stage, and, because of Snakemake, whatever writes a missing file.
+        """
+        followed = (*STAGES, "compare", "track") if job.rule == "all" else STAGES
+        for producer, files in self.graph.inputs(job).items():
+            if producer in self.reasons and (
+                producer.rule in followed or not all(Path(file).exists() for file in files)
+            ):
+                return f"follows {producer.rule}"
+        return ""
+
+    def _lack(self, producer: Job, files: Collection[str]) -> str:
+        """Name a file of `producer` that is missing; "" if there is none."""
+        for file in map(Path, files):
+            if not file.exists():
+                return f"{file.name} is missing"
+            if producer.rule == "fetch":
+                if file.read_text(encoding="utf-8").strip() != self.graph.locked(producer.target):
+                    return "pinned to other files"
+                if not cache.Cached(producer.target, Path(self.graph.scale.lock)).noted:
+                    return "not on this machine"
+        return ""
+
+    def _needs(self, job: Job) -> Needs:
+        plan = self.graph.plan
+        if job.rule == "compare":
+            return needs.report(self.root, plan.report)
+        if job.rule == "track":
+            return needs.tracking(self.root, self.graph.trained)
+        name = job.target or self.graph.check_run
+        spec, evaluation = plan.runs[name], plan.evaluations[name]
+        run = RunDir(Path(self.graph.folder(name)))
+        match job.rule:
+            case "train":
+                return needs.training(spec)
+            case "trajectory_rewards":
+                return needs.trajectories(run, spec, evaluation)
+            case "check_rewards":
+                return needs.check_rewards(evaluation)
+            case _:
+                return needs.evaluation(run, spec, evaluation)
+
+    def _ran(self, job: Job) -> bool:
+        return any(Path(file).exists() for file in self.graph.outputs(job))
+
+    def _folder(self, job: Job) -> Path:
+        return Path(self.graph.folder(job.target)) if job.target else self.root
+
+
+def _changed(file: Path, text: str) -> str:
+    """How the spec in a file differs from its new text; "" if it does not."""
+    if not file.is_file():
+        return f"{file.name} is missing"
+    old = file.read_text(encoding="utf-8")
+    if old == f"{text}\n":
+        return ""
+    try:
+        different = receipts.differences(dict(flat(json.loads(old))), dict(flat(json.loads(text))))
+    except (ValueError, AttributeError):
+        different = []
+    return "; ".join(different[:LISTED]) or f"{file.name} is damaged"
