@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from tafs.experiment.expansion import Expansion
 from tafs.experiment.schema import Config
 from tafs.experiment.specs import EvalSpec, ReportSpec, RunSpec, TableSpec
 
-OVERRIDES = ("scale", "results", "method", "seeds")
+TEXTS = ("scale", "results", "method")
+OVERRIDES = (*TEXTS, "seeds")
 
 
 @dataclass(frozen=True)
@@ -59,21 +60,30 @@ def load(overrides: Mapping[str, Any] | None = None, path: Path = Path("config.y
                 f"--config {key}: only {', '.join(OVERRIDES)} can be set on the command line; "
                 f"set everything else in {path}"
             )
-    method, seeds = given.pop("method", None), given.pop("seeds", None)
+    seeds = given.pop("seeds", None)
     if seeds is None and "seeds" in (overrides or {}):  # snakemake reads `seeds=` as None
         raise ConfigError("--config seeds=: give a number from 1 to 1000")
-    if "results" in given:
-        given["results"] = str(given["results"])  # snakemake reads 2026 as a number
+    given = {key: str(value) for key, value in given.items()}  # a file of --configfile has numbers
+    method = given.pop("method", None)
     config = validate.read(path, given)
     _check_folder(Path(config.results), path)
     if seeds is not None:
         config = validate.with_seeds(config, seeds)
     if method is not None:
-        config = validate.with_method(config, str(method))
-    plan = expand(config, None if method is None else str(method))
+        config = validate.with_method(config, method)
+    plan = expand(config, method)
     stated = path.with_name(claims.CLAIMS.name)
     claims.check(claims.read(stated), plan.config, plan.tables, stated)
     return plan
+
+
+def as_typed(arguments: Sequence[str] | None) -> dict[str, str]:
+    """The values of TEXTS among snakemake's arguments KEY=VALUE of `--config`.
+
+    Snakemake itself reads 1e3 as a number, true as a truth value and 007 as 7.
+    """
+    pairs = (argument.partition("=") for argument in arguments or ())
+    return {key: value for key, _, value in pairs if key in TEXTS}
 
 
 def _check_folder(results: Path, path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from tafs import experiment
 from tafs.common.yaml_files import ConfigError
 from tafs.experiment import json_schema, validate
+from tafs.experiment.plan import as_typed
 from tafs.experiment.schema import RENAMED_KEYS
 from tafs.methods import registry
 
@@ -199,6 +200,34 @@ def test_results_below_a_file_or_a_protected_folder_are_refused(
     monkeypatch.setattr("os.access", lambda *_: False)
     with pytest.raises(ConfigError, match="results: . is not writable; choose another path"):
         experiment.load({"results": "below"}, SHIPPED)
+
+
+PATHS = ["2026", "1e3", "007", "0x10", "true", "null", "2026-01-02", "1_000", "a b", "ünï/名"]
+
+
+@pytest.mark.parametrize("text", [*PATHS, "a=b", "a@b,c+d", "x" * 200])
+def test_a_path_is_taken_as_it_is_typed(text: str) -> None:
+    typed = as_typed([f"results={text}", "scale=smoke", "seeds=1"])
+    assert typed == {"results": text, "scale": "smoke"}
+    assert experiment.load(typed, SHIPPED).root == Path(text) / "smoke"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "-rf", " a", "a ", "'a'", '"a"', "a$b", "a\nb", "{run}", "[a]", "x" * 201, ".."],
+)
+def test_a_path_that_a_shell_or_a_pattern_would_change_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="results: should ") as caught:
+        experiment.load(as_typed([f"results={text}"]), SHIPPED)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["scale", "method"])
+def test_a_number_in_place_of_a_name_is_refused_as_a_name(key: str) -> None:
+    for value in (1, 1.5, True, None):
+        with pytest.raises(ConfigError, match=f"{key}.*name") as caught:
+            experiment.load({key: value}, SHIPPED)
+        assert "valid string" not in str(caught.value)
 
 
 def test_the_published_json_schema_is_current() -> None:
