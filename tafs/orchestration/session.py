@@ -13,10 +13,12 @@ from typing import Any, NoReturn
 from tafs.common import errors, locks
 from tafs.common.yaml_files import ConfigError
 from tafs.orchestration import graph, slurm, verdicts
+from tafs.orchestration.graph import Job
 from tafs.orchestration.live_table import LiveTable
 from tafs.orchestration.retries import Retries
 from tafs.orchestration.snakemake_hooks import (
     LOGGER,
+    Key,
     decide_by_content,
     on_failure,
     remove_rate_limit,
@@ -44,20 +46,20 @@ class Session:
         self.root = Path(self.graph.root)
         self.submitted = self.root / ".locks" / "slurm.json"  # the last call's jobs in Slurm
         self.workflow = workflow
-        records = self.root / ".snakemake"
-        decide_by_content(workflow, self.stale, records)
+        known = {(job.rule, job.target) for job in self.graph.jobs()}
+        decide_by_content(workflow, known, self.decide, self.root / ".snakemake")
         self._held = ExitStack()  # until this process ends
         self._started = False
         title = f"scale {self.graph.plan.config.scale}"
         self.table = LiveTable(self.root / "runs", sys.stderr, title)
 
-    def stale(self, forced: Collection[str]) -> list[str]:
-        """The output files of all jobs that have to run; prints why finished ones run again."""
-        found = verdicts.pending(self.graph, forced)
+    def decide(self, forced: Collection[Key]) -> dict[Key, str]:
+        """The jobs that have to run, with reasons; prints why finished ones run again."""
+        found = verdicts.pending(self.graph, {Job(*key) for key in forced})
         again = Counter((p.job.rule, p.reason) for p in found if p.again and p.job.rule in STAGES)
         for (rule, reason), count in again.items():
             print(f"{rule}: {count} to run again ({reason})", file=sys.stderr)
-        return [file for one in found for file in self.graph.outputs(one.job)]
+        return {(one.job.rule, one.job.target): one.reason for one in found}
 
     def start(self) -> None:
         """Refuse what cannot run; then show progress and watch for failures.

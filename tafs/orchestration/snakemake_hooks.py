@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -18,6 +18,8 @@ from unittest import mock
 
 LOGGER = "snakemake.logging"
 SLURM = "snakemake_executor_plugin_slurm"  # the module of the Slurm executor
+
+Key = tuple[str, str]  # a job's rule and its wildcard, or ""
 
 
 @dataclass(frozen=True)
@@ -103,38 +105,85 @@ class FailedJob:
 
 
 def decide_by_content(
-    workflow: Any, stale: Callable[[set[str]], Collection[str]], records: Path
+    workflow: Any,
+    decided: Collection[Key],
+    decide: Callable[[set[Key]], Mapping[Key, str]],
+    records: Path,
 ) -> None:
-    """Run a job if a file is missing or `stale` names one of its files, for no other reason.
+    """Let `decide` determine which jobs run, in place of times and Snakemake's records.
 
-    All inputs in the rules are `ancient`. Files of an earlier outcome stay until a job replaces
-    them, also if the job fails.
+    Files of an earlier outcome stay until a job replaces them, also if the job fails.
 
     Args:
-        stale: takes the rules and files that the user runs in any case; returns output files.
-        records: the folder of Snakemake's own records, which another user may not share.
+        decided: the jobs that `decide` knows; Snakemake decides about all others.
+        decide: takes the jobs that the user runs in any case; returns the jobs to run and why.
+        records: the folder of Snakemake's own records, which two users cannot share.
     """
     import snakemake.workflow
-    from snakemake.jobs import Job
-    from snakemake.settings.enums import RerunTrigger
+    from snakemake.jobs import Job, Reason
+
+    class Told(Reason):
+        def __init__(self, text: str) -> None:
+            super().__init__()
+            self.text = text
+
+        def __bool__(self) -> bool:
+            return True
+
+        def __str__(self) -> str:
+            return self.text
+
+        def get_names(self) -> Iterator[str]:
+            yield self.text
 
     prepare = workflow._prepare_dag
     own_persistence = snakemake.workflow.FilePersistence
 
-    def prepared(*arguments: Any, **settings: Any) -> None:
-        def persistence(**given: Any) -> Any:
-            conda = given["conda_prefix"] or str(Path(".snakemake/conda").absolute())
-            return own_persistence(
-                **{**given, "path": given["path"] or records, "conda_prefix": conda}
-            )
+    def persistence(**given: Any) -> Any:
+        conda = given["conda_prefix"] or str(Path(".snakemake/conda").absolute())
+        found = own_persistence(
+            **{**given, "path": given["path"] or records, "conda_prefix": conda}
+        )
+        found.has_metadata = lambda job: True  # its absence means nothing here
+        return found
 
-        workflow.dag_settings.rerun_triggers = frozenset({RerunTrigger.MTIME})
+    def key(job: Any) -> Key:
+        return job.rule.name, next(iter(job.wildcards_dict.values()), "")
+
+    def prepared(*arguments: Any, **settings: Any) -> None:
         if workflow.execution_settings is not None:
             workflow.execution_settings.keep_incomplete = True
         with mock.patch.object(snakemake.workflow, "FilePersistence", persistence):
             prepare(*arguments, **{**settings, "ignore_incomplete": True})
+        dag = workflow._dag
+        update = dag.update_needrun
+
+        def asked_for(job: Any) -> bool:
+            if job.rule in dag.forcerules or not dag.forcefiles.isdisjoint(job.output):
+                return True
+            targets = job.output if job.rule in dag.targetrules else dag.targetfiles
+            return any(file in targets and not Path(file).exists() for file in job.output)
+
+        async def updated(*arguments: Any, **settings: Any) -> None:
+            await update(*arguments, **settings)
+            jobs = {job: key(job) for job in dag.jobs if not dag.finished(job)}
+            reasons = decide({one for job, one in jobs.items() if asked_for(job)})
+            wanted = {
+                job
+                for job, one in jobs.items()
+                if (one in reasons if one in decided else dag.needrun(job))
+            }
+            dag._needrun.clear()
+            dag._needrun.update(wanted)
+            dag._n_until_ready.clear()
+            for job in wanted:
+                dag._n_until_ready[job] = sum(one in wanted for one in dag._dependencies[job])
+                if jobs[job] in reasons:
+                    dag._reason[job] = Told(reasons[jobs[job]])
+            dag._len = len(dag._finished | dag._needrun)
+
         if workflow.is_main_process:
-            workflow._dag.forcefiles.update(stale(set(map(str, workflow.dag_settings.forcerun))))
+            dag.update_needrun = updated
 
     workflow._prepare_dag = prepared
 

@@ -31,19 +31,18 @@ class Pending:
     again: bool  # it has run before
 
 
-def pending(graph: Graph, forced: Collection[str] = ()) -> list[Pending]:
+def pending(graph: Graph, forced: Collection[Job] = ()) -> list[Pending]:
     """The jobs of `snakemake all` that have to run, in the order of `Graph.jobs`.
 
     Args:
-        forced: rules and output files that the user runs in any case.
+        forced: jobs that the user runs in any case.
     """
     return _Verdicts(graph, set(forced)).decide()
 
 
 class _Verdicts:
-    def __init__(self, graph: Graph, forced: set[str]) -> None:
+    def __init__(self, graph: Graph, forced: set[Job]) -> None:
         self.graph = graph
-        self.root = Path(graph.root)
         self.forced = forced
         self.jobs = list(graph.jobs())
         self.reasons: dict[Job, str] = {}
@@ -72,8 +71,8 @@ class _Verdicts:
     def _reason(self, job: Job) -> str:
         """Why a job has to run, whether or not another one needs its files; "": it does not."""
         outputs = self.graph.outputs(job)
-        if self.forced & {job.rule, *outputs}:
-            return "forced"
+        if job in self.forced:
+            return "asked for"
         match job.rule:
             case "fetch":
                 return ""
@@ -81,27 +80,22 @@ class _Verdicts:
                 return _changed(Path(outputs[0]), self.graph.text(job))
             case "all":
                 return self._follows(job)
-        if reason := self._follows(job):
-            return reason
-        folder = self._folder(job)
+        folder = job_folder(self.graph, job)
         receipt = receipts.read(folder, job.rule)
         if receipt is None:
             written = any(Path(file).exists() for file in outputs)
             return f"{receipts.path(folder, job.rule)} is missing" if written else "has not run"
-        different = receipts.differences(receipt.needs, self._needs(job))
+        different = receipts.differences(receipt.needs, job_needs(self.graph, job))
         more = f" and {len(different) - LISTED} more" if len(different) > LISTED else ""
-        return "; ".join(different[:LISTED]) + more
+        return "; ".join(different[:LISTED]) + more or self._follows(job)
 
     def _follows(self, job: Job) -> str:
         """Name a job that has to run and that this one follows; "" if there is none.
 
-        A job follows another stage, and, because of Snakemake, whatever writes a missing file.
+        Jobs over all runs follow everything that they read, a stage only other stages.
         """
-        followed = (*STAGES, "compare", "track") if job.rule == "all" else STAGES
-        for producer, files in self.graph.inputs(job).items():
-            if producer in self.reasons and (
-                producer.rule in followed or not all(Path(file).exists() for file in files)
-            ):
+        for producer in self.graph.inputs(job):
+            if producer in self.reasons and (not job.target or producer.rule in STAGES):
                 return f"follows {producer.rule}"
         return ""
 
@@ -117,30 +111,40 @@ class _Verdicts:
                     return "not on this machine"
         return ""
 
-    def _needs(self, job: Job) -> Needs:
-        plan = self.graph.plan
-        if job.rule == "compare":
-            return needs.report(self.root, plan.report)
-        if job.rule == "track":
-            return needs.tracking(self.root, self.graph.trained)
-        name = job.target or self.graph.check_run
-        spec, evaluation = plan.runs[name], plan.evaluations[name]
-        run = RunDir(Path(self.graph.folder(name)))
-        match job.rule:
-            case "train":
-                return needs.training(spec)
-            case "trajectory_rewards":
-                return needs.trajectories(run, spec, evaluation)
-            case "check_rewards":
-                return needs.check_rewards(evaluation)
-            case _:
-                return needs.evaluation(run, spec, evaluation)
-
     def _ran(self, job: Job) -> bool:
         return any(Path(file).exists() for file in self.graph.outputs(job))
 
-    def _folder(self, job: Job) -> Path:
-        return Path(self.graph.folder(job.target)) if job.target else self.root
+
+def job_folder(graph: Graph, job: Job) -> Path:
+    """The folder that a job's receipt is in."""
+    return Path(graph.folder(job.target) if job.target else graph.root)
+
+
+def job_needs(graph: Graph, job: Job) -> Needs:
+    """What the outcome of a job depends on, if it runs now.
+
+    Args:
+        job: of a rule that leaves a receipt.
+    """
+    plan, root = graph.plan, Path(graph.root)
+    name = job.target or graph.check_run
+    spec, evaluation = plan.runs[name], plan.evaluations[name]
+    run = RunDir(Path(graph.folder(name)))
+    match job.rule:
+        case "train":
+            return needs.training(spec)
+        case "evaluate" | "score_served":
+            return needs.evaluation(run, spec, evaluation)
+        case "trajectory_rewards":
+            return needs.trajectories(run, spec, evaluation)
+        case "check_rewards":
+            return needs.check_rewards(evaluation)
+        case "compare":
+            return needs.report(root, plan.report)
+        case "track":
+            return needs.tracking(root, graph.trained)
+        case _:
+            raise ValueError(f"{job.rule}: leaves no receipt")
 
 
 def _changed(file: Path, text: str) -> str:

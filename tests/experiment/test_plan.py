@@ -11,7 +11,7 @@ from tafs import experiment
 from tafs.common.yaml_files import load_yaml
 from tafs.experiment import EvalSpec, Plan, ReportSpec, RunSpec, TableSpec
 from tafs.experiment.schema import FIGURES, Evaluation, Kind
-from tafs.experiment.specs import EvalSetting, fingerprint
+from tafs.experiment.specs import EvalSetting
 from tafs.experiment.validate import check
 from tafs.models import catalog
 from tafs.report import figures, table_kinds
@@ -261,17 +261,6 @@ def test_a_file_of_another_version_is_refused_in_one_line_with_the_remedy(
     text = str(caught.value)
     assert text.startswith(f"{file}: ") and "\n" not in text
     assert text.endswith("or choose another with --config results=FOLDER")
-
-
-def test_a_fingerprint_covers_specs_and_the_contents_of_files(shapes: Plan, tmp_path: Path) -> None:
-    spec = shapes.runs["tafs_grpo.preference.shapes-flux.0"]
-    file = tmp_path / "adapter"
-    file.write_bytes(b"a")
-    before = fingerprint(spec, file)
-    assert fingerprint(spec.model_copy(), file) == before
-    assert fingerprint(spec.model_copy(update={"seed": 1}), file) != before
-    file.write_bytes(b"b")
-    assert fingerprint(spec, file) != before
 
 
 def test_every_kind_of_table_and_figure_can_be_built() -> None:

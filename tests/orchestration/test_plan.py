@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from tafs.experiment import run_inputs
+from tafs.experiment import needs
 from tafs.orchestration import graph as graphs
 from tafs.orchestration.graph import Graph, Job
 from tafs.orchestration.plan import estimate
-from tafs.orchestration.plan.dry_run import Pending
 from tafs.orchestration.plan.estimate import DeviceJob, Speed, Workload
 from tafs.orchestration.plan.report import amount, report, size
 from tafs.orchestration.plan.schedule import Task, makespan
+from tafs.runtime import receipts
 from tafs.runtime.journal import Journal
 from tafs.runtime.progress import duration
 
@@ -122,7 +122,7 @@ def test_evaluations_are_measured_by_their_logs(work):
 
 
 def test_a_resume_state_of_the_same_settings_leaves_the_other_iterations(work):
-    own = run_inputs.training_fingerprint(work.runs[TAFS])
+    own = receipts.fingerprint(needs.training(work.runs[TAFS]))
     journalled(described(work, TAFS) / ".state" / "journal.jsonl", [1.0], own)
     journalled(described(work, FLOW) / ".state" / "journal.jsonl", [1.0], "of other settings")
     every = [Job("train", TAFS), Job("train", FLOW)]
@@ -174,23 +174,13 @@ def test_a_training_over_two_nodes_needs_both_of_them():
         makespan(tasks, nodes=1, per_node=8)
 
 
-def test_reasons_name_the_updated_files_of_the_run_only():
-    reason = (
-        f"Updated input files: results/runs/{TAFS}/run.json; Input files updated by another job: x"
-    )
-    assert Pending(Job("train", TAFS), reason).summary == "updated input files (run.json)"
-    assert Pending(Job("all"), "Input files updated by another job: x").summary == (
-        "input files updated by another job"
-    )
-
-
 def test_a_plan_fits_a_terminal_of_100_columns_and_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     overrides = {"scale": "smoke", "results": str(tmp_path / "results")}
     text = report(overrides, nodes=2, price=2.0, verbose=True)
     lines = text.splitlines()
     assert all(len(line) <= 100 for line in lines if str(tmp_path) not in line), text
-    assert "     6 train: missing output files" in lines
+    assert "     6 train: has not run" in lines
     assert f"         {TAFS}" in lines
     [stage] = [line.split() for line in lines if line.startswith("train ")]
     assert stage[:4] == ["train", "6", "0", "6"]
@@ -214,7 +204,7 @@ def test_the_paper_scale_is_planned_without_a_lock_file_and_without_diffusers():
     *lines, imported = done.stdout.splitlines()
     assert imported == "False"
     assert max(map(len, lines)) <= 100
-    assert "    15 train: missing output files" in lines
+    assert "    15 train: has not run" in lines
     assert any(line.startswith("Wall time on 4 nodes of 8 GPUs: ") for line in lines)
     # 1,500 iterations of 24 x 48 images, 13 network evaluations each, at 40 % of an H100.
     row = next(line.split() for line in lines if line.startswith("tafs_final_advantage"))

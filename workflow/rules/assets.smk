@@ -18,8 +18,8 @@ rule fetch:
 
 rule check_rewards:
     input:
-        run=ancient(f"{ROOT}/runs/{GRAPH.check_run}/run.json"),
-        others=ancient(GRAPH.input_files("check_rewards")),
+        run=f"{ROOT}/runs/{GRAPH.check_run}/run.json",
+        others=GRAPH.input_files("check_rewards"),
     output:
         f"{ROOT}/reward_check.json",
     log:

@@ -14,9 +14,9 @@ rule report_spec:
 
 rule compare:
     input:
-        spec=ancient(rules.report_spec.output),
-        claims=ancient("claims.yaml"),
-        runs=ancient(GRAPH.input_files("compare")),
+        spec=rules.report_spec.output,
+        claims="claims.yaml",
+        runs=GRAPH.input_files("compare"),
     output:
         # Files with labels appear in Snakemake's own report.
         [
@@ -62,7 +62,7 @@ rule compare:
 # A failed copy does not fail the workflow; `tafs sync` repeats it.
 rule track:
     input:
-        ancient(GRAPH.input_files("track")),
+        GRAPH.input_files("track"),
     output:
         touch(f"{ROOT}/tracked"),
     log:

@@ -1,5 +1,5 @@
-# One run: its specs, training and evaluation. All inputs are `ancient`: contents, not times, decide
-# what runs (tafs/orchestration/verdicts.py).
+# One run: its specs, training and evaluation. Contents, not times, decide what runs
+# (tafs/orchestration/verdicts.py).
 rule describe:
     output:
         f"{ROOT}/runs/{{run}}/run.json",
@@ -31,8 +31,8 @@ rule describe_evaluation:
 
 rule train:
     input:
-        run=ancient(f"{ROOT}/runs/{{run}}/run.json"),
-        others=ancient(lambda wildcards: GRAPH.input_files("train", wildcards.run)),
+        run=f"{ROOT}/runs/{{run}}/run.json",
+        others=lambda wildcards: GRAPH.input_files("train", wildcards.run),
     output:
         adapter=f"{ROOT}/runs/{{run}}/adapter.safetensors",
         journal=f"{ROOT}/runs/{{run}}/journal.jsonl",
@@ -58,8 +58,8 @@ rule train:
 
 rule evaluate:
     input:
-        run=ancient(f"{ROOT}/runs/{{run}}/run.json"),
-        others=ancient(lambda wildcards: GRAPH.input_files("evaluate", wildcards.run)),
+        run=f"{ROOT}/runs/{{run}}/run.json",
+        others=lambda wildcards: GRAPH.input_files("evaluate", wildcards.run),
     output:
         temp(GRAPH.images),
         scores=f"{ROOT}/runs/{{run}}/scores.parquet",
@@ -82,7 +82,7 @@ rule evaluate:
 
 rule trajectory_rewards:
     input:
-        run=ancient(f"{ROOT}/runs/{{run}}/run.json"),
+        run=f"{ROOT}/runs/{{run}}/run.json",
         others=ancient(
             lambda wildcards: GRAPH.input_files("trajectory_rewards", wildcards.run)
         ),
@@ -103,7 +103,7 @@ rule trajectory_rewards:
 # A metric behind a server scores the images later, so that the server has the GPUs to itself.
 rule score_served:
     input:
-        run=ancient(f"{ROOT}/runs/{{run}}/run.json"),
+        run=f"{ROOT}/runs/{{run}}/run.json",
         others=ancient(
             lambda wildcards: GRAPH.input_files("score_served", wildcards.run)
         ),
