@@ -12,13 +12,17 @@ code that should change no result is checked by running one scale before and aft
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from safetensors import safe_open
 from safetensors.numpy import load_file
+
+from tafs.common.files import check_readable
 
 TIMES = "_s"  # suffix of the columns of tables that hold seconds
 
@@ -39,7 +43,7 @@ def differences(a: Path, b: Path) -> Iterator[str]:
 
 def _same(a: Path, b: Path) -> bool:
     if a.suffix == ".safetensors":
-        left, right = load_file(a), load_file(b)
+        left, right = _tensors(a), _tensors(b)
         return left.keys() == right.keys() and all(
             np.array_equal(left[key], right[key]) for key in left
         )
@@ -49,12 +53,25 @@ def _same(a: Path, b: Path) -> bool:
     return bool(tables[0].equals(tables[1]))
 
 
+def _tensors(file: Path) -> dict[str, np.ndarray]:
+    """The tensors; an adapter's B with the factor alpha / rank of its header.
+
+    Version 0.1.0 left that factor to the program that loads the adapter.
+    """
+    check_readable(file)
+    with safe_open(file, "numpy") as stored:
+        header = json.loads((stored.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    scale = header["transformer.lora_alpha"] / header["transformer.r"] if header else 1
+    tensors = load_file(file)
+    return {key: x * scale if "lora_B" in key else x for key, x in tensors.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Whether two folders hold the same results.")
     parser.add_argument("folders", nargs=2, type=Path, metavar="results/SCALE")
     try:
         found = list(differences(*parser.parse_args().folders))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     print("\n".join(found) or "the same")
     sys.exit(bool(found))

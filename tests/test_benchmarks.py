@@ -86,6 +86,19 @@ def test_same_results_names_the_files_that_differ(tmp_path):
     assert (other.returncode, other.stdout) == (1, "runs/run/adapter.safetensors: differs\n")
 
 
+def test_same_results_compares_adapters_with_their_strength(tmp_path):
+    for name, alpha, value in (("a", 8, 1.0), ("b", 4, 2.0), ("c", 4, 1.0)):
+        folder = tmp_path / name / "runs" / "run"
+        folder.mkdir(parents=True)
+        header = json.dumps({"transformer.r": 4, "transformer.lora_alpha": alpha})
+        b = torch.full((1, 4), value)
+        tensors = {"x.lora_A.weight": torch.ones(4, 1), "x.lora_B.weight": b}
+        file = folder / "adapter.safetensors"
+        save_file(tensors, file, {"lora_adapter_metadata": header})
+    assert printed("same_results.py", tmp_path / "a", tmp_path / "b") == "the same\n"
+    assert "differs" in run("same_results.py", tmp_path / "a", tmp_path / "c").stdout
+
+
 def test_tracking_measures_a_training_beside_dead_servers():
     names = ["alone", "the server is gone"]
     smallest = ("--repeats", 1, "--iterations", 1, "--every", 1, "--places", *names)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,8 @@ import safetensors
 
 
 def sha256(file: Path) -> str:
-    """Return the SHA-256 of a file's content in hexadecimal."""
+    """Return the SHA-256 of a file's content in hexadecimal; raises as `check_readable`."""
+    check_readable(file)
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
@@ -23,7 +25,9 @@ def atomic(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """Yield a temporary file beside `path`; rename it to `path` when the block ends without error.
 
     `path` holds either its previous content or all of the new content, even after a crash of the
-    machine. The temporary name keeps the suffix, because some writers choose a format by it.
+    machine. It has the umask's mode also if the writer sets another one: safetensors makes files
+    that only their owner can read. The temporary name keeps the suffix, because some writers choose
+    a format by it.
 
     Args:
         path: the file to write; its folder is created.
@@ -41,6 +45,7 @@ def atomic(path: Path, *, shared: bool = False) -> Iterator[Path]:
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
         yield temporary
+        give_umask_mode(temporary)
         fsync(temporary)
         os.replace(temporary, path)
     except safetensors.SafetensorError as error:  # raised for a full disk, among others
@@ -60,6 +65,34 @@ def atomic_text(path: Path, text: str, *, shared: bool = False) -> None:
     """Write a text atomically, in UTF-8 and without newline conversion; see `atomic`."""
     with atomic(path, shared=shared) as temporary:
         temporary.write_bytes(text.encode())
+
+
+def give_umask_mode(file: Path) -> None:
+    """Give a file the mode that a new file beside it gets.
+
+    A new file tells it, because reading the umask would mean changing it for all threads.
+    """
+    new = file.with_name(f".tmp-{os.getpid()}-mode-{file.name}")
+    try:
+        new.touch()
+        mode = stat.S_IMODE(new.stat().st_mode)
+    finally:
+        new.unlink(missing_ok=True)
+    if stat.S_IMODE(file.stat().st_mode) != mode:
+        file.chmod(mode)
+
+
+def check_readable(file: Path) -> None:
+    """Open a file before a library does: safetensors reports every failure as a missing file.
+
+    Raises:
+        OSError: the file cannot be opened, of the class of the reason; names it and the reason.
+    """
+    try:
+        with file.open("rb"):
+            pass
+    except OSError as error:
+        raise type(error)(f"{file}: cannot be read ({error.strerror})") from None
 
 
 def fsync(path: Path) -> None:

@@ -1,7 +1,8 @@
 """Let torchvision be imported beside a CPU-only torch.
 
-torchvision's wheel on PyPI is built for CUDA. Beside a CPU-only torch its compiled extension cannot
-be loaded, so importing it fails with "operator torchvision::nms does not exist". transformers,
+The wheels of torch and torchvision on PyPI match: both are built for CUDA and also run without a
+GPU. Beside a CPU-only torch from elsewhere, the compiled extension of PyPI's torchvision cannot be
+loaded, so importing it fails with "operator torchvision::nms does not exist". transformers,
 diffusers, peft, open_clip and timm import torchvision. Import this module before them.
 """
 

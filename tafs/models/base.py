@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tafs.common.files import check_readable
 from tafs.models.conditioning import Conditioning
 from tafs.models.sampling import shifted
 
@@ -68,6 +69,7 @@ class Backbone:
     """
 
     lora_targets: ClassVar[Sequence[str]]  # names, or their last parts, of the adapted layers
+    base_model: str | None = None  # the name that adapters' files state
 
     def __init__(
         self,
@@ -138,6 +140,7 @@ class Backbone:
             guidance=guidance,
             max_sequence_length=max_sequence_length,
         )
+        backbone.base_model = _model_name(path)
         for module in (pipeline.transformer, pipeline.vae):
             module.to(device)
         if gradient_checkpointing:
@@ -325,20 +328,32 @@ class Backbone:
             self.transformer.enable_adapters()
 
     def save_adapter(self, file: Path) -> None:
-        """Save the adapter in the format of diffusers, including its alpha."""
-        from diffusers.training_utils import _collate_lora_metadata
+        """Save the adapter in diffusers' format, so that it adds B A to a layer's weights.
+
+        The saved B is alpha / rank times the trained one, and the header's alpha is the rank: all
+        programs then load the adapter with the strength of training, also those that do not read
+        alpha or expect it elsewhere. The multiplication is exact if alpha / rank is a power of two;
+        otherwise each value is rounded once, by at most 2^-24 of itself.
+
+        The header holds the arguments of peft's `LoraConfig`, with the layers (`target_modules`)
+        and the base model's name.
+        """
         from peft import get_peft_model_state_dict
 
-        # Without the metadata, diffusers loads the adapter with another alpha.
-        metadata = _collate_lora_metadata({"transformer": self.transformer})
-        for values in metadata.values():
-            # The order of a set differs between processes.
-            values |= {key: sorted(v) for key, v in values.items() if isinstance(v, set)}
+        config = self.transformer.peft_config["default"]
+        layers = get_peft_model_state_dict(self.transformer)
+        for name in layers:
+            if name.endswith("lora_B.weight"):
+                layers[name] = layers[name] * (config.lora_alpha / config.r)
+        header = config.to_dict()
+        header |= {"lora_alpha": config.r, "base_model_name_or_path": self.base_model}
+        # The order of a set differs between processes.
+        header |= {key: sorted(v) for key, v in header.items() if isinstance(v, set)}
         self.pipeline.save_lora_weights(
             file.parent,
             weight_name=file.name,
-            transformer_lora_layers=get_peft_model_state_dict(self.transformer),
-            **metadata,
+            transformer_lora_layers=layers,
+            transformer_lora_adapter_metadata=header,
         )
         _sort_header(file)
 
@@ -350,10 +365,12 @@ class Backbone:
 
         Raises:
             FileNotFoundError: the file does not exist.
+            OSError: the file cannot be read.
             ValueError: the file is not a safetensors file.
         """
         if not file.is_file():
             raise FileNotFoundError(f"{file}: adapter not found; train the run first")
+        check_readable(file)
         try:
             with safe_open(file, framework="numpy"):
                 pass
@@ -379,6 +396,13 @@ class Backbone:
 def _host(tensor: Tensor) -> Tensor:
     """Return the tensor in host memory, pinned if it was on a GPU."""
     return tensor.cpu().pin_memory() if tensor.is_cuda else tensor
+
+
+def _model_name(folder: Path) -> str:
+    """Return OWNER/NAME for a snapshot in Hugging Face's cache, else the folder's name."""
+    if folder.parent.name == "snapshots":
+        return folder.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
+    return folder.name
 
 
 def _sort_header(file: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from tafs.common.files import check_readable
 from tafs.experiment.run_inputs import eval_spec, run_spec
 from tafs.experiment.specs import EvalSpec, ReportSpec, RowSpec, RunSpec, TableSpec
 from tafs.report import stats
@@ -93,6 +94,7 @@ def read_trajectory_rewards(file: Path) -> pd.DataFrame:
 def _read(file: Path, columns: list[str], what: str, rule: str) -> pd.DataFrame:
     if not file.is_file():
         raise ValueError(f"{file}: not found; the workflow's rule {rule} writes it")
+    check_readable(file)
     try:
         table = pd.read_parquet(file, columns=columns)
     except (ValueError, KeyError, OSError) as error:

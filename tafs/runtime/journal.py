@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tafs.common.files import check_readable
+
 
 @dataclass(frozen=True)
 class Journal:
@@ -50,9 +52,10 @@ def read(path: Path) -> list[dict[str, Any]]:
     """Read the records in the order of writing, without an unfinished last line.
 
     Raises:
-        FileNotFoundError: the file does not exist.
+        OSError: the file does not exist (FileNotFoundError) or cannot be read; names it.
         ValueError: a complete line is not a record; names the file and the line.
     """
+    check_readable(path)
     *lines, _ = path.read_bytes().split(b"\n")
     records = []
     for number, line in enumerate(lines, start=1):

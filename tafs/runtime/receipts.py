@@ -54,10 +54,12 @@ def read(folder: Path, stage: str) -> Receipt | None:
     """The receipt of a stage; None if there is none, or not a whole one.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: it cannot be read; names it.
     """
+    file = path(folder, stage)
     try:
-        return Receipt.model_validate_json(path(folder, stage).read_bytes())
+        files.check_readable(file)
+        return Receipt.model_validate_json(file.read_bytes())
     except (FileNotFoundError, NotADirectoryError, ValidationError):
         return None
 

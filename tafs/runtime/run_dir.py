@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tafs.common import locks
-from tafs.common.files import sha256
+from tafs.common.files import check_readable, sha256
 from tafs.runtime import receipts
 
 BASE = "base"  # stands for the untrained model in place of a method
@@ -134,6 +134,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object that snakemake wrote from config.yaml; errors name the file."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: not found; snakemake writes it from config.yaml")
+    check_readable(file)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

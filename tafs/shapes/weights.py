@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tafs.common.files import sha256
+from tafs.common.files import give_umask_mode, sha256
 
 ROOT = Path(__file__).parent / "weights"
 VAE = "shapes-sd3/vae"  # the autoencoder of all base models
@@ -26,16 +26,22 @@ def save_module(module: Any, folder: Path) -> None:
     """Write one diffusers or transformers module in float16."""
     module.half().save_pretrained(folder, safe_serialization=True)
     module.float()
+    _give_umask_modes(folder)
 
 
 def save_pipeline(pipeline: Any, folder: Path) -> None:
-    """Write a diffusers pipeline folder in float16."""
+    """Write a diffusers pipeline folder in float16, whose modules are loaded in float32."""
     pipeline.to(torch.float16).save_pretrained(folder, safe_serialization=True)
     pipeline.to(torch.float32)
+    _give_umask_modes(folder)
     for file in (folder / "model_index.json", *folder.glob("*/config.json")):
         settings = json.loads(file.read_text(encoding="utf-8"))
         # A path of the machine that trained the model.
         settings.pop("_name_or_path", None)
+        # Without a dtype argument, diffusers loads its own modules in float32, but transformers
+        # loads the text encoders in the dtype that is noted here.
+        if "dtype" in settings:
+            settings["dtype"] = "float32"
         file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
@@ -43,6 +49,12 @@ def save_scorer(scorer: Any, folder: Path) -> None:
     """Write a reward model in float16."""
     scorer.half().save(folder)
     scorer.float()
+    _give_umask_modes(folder)
+
+
+def _give_umask_modes(folder: Path) -> None:
+    for file in folder.rglob("*.safetensors"):
+        give_umask_mode(file)
 
 
 def write_facts(folder: Path, facts: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ import pandas as pd
 from mlflow.entities import Metric as Point
 from safetensors import safe_open
 
-from tafs.common.files import sha256
+from tafs.common.files import check_readable, sha256
 from tafs.rewards.metrics import METRICS, Metric
 from tafs.runtime import journal
 from tafs.runtime.run_dir import RunDir
@@ -139,6 +139,7 @@ def _curves(iterations: list[dict[str, Any]]) -> tuple[list[Point], int]:
 def _scores(file: Path) -> tuple[list[Point], int]:
     """`score/METRIC/SAMPLER/nfe_N` as the tables show it, at the iteration of the scored model."""
     columns = ["metric", "sampler", "nfe", "iteration", "tag", "value"]
+    check_readable(file)
     try:
         table = pd.read_parquet(file, columns=columns)
     except Exception as error:  # pyarrow's errors have no common class

@@ -1,13 +1,19 @@
-"""A full, broken or read-only disk ends a stage in one line and leaves existing files unchanged."""
+"""A full, broken or read-only disk ends a stage in one line and leaves existing files unchanged.
+
+So does a file that the process may not read.
+"""
 
 from __future__ import annotations
 
 import builtins
+import ctypes
 import errno
 import io
+import json
 import os
 import random
 import shutil
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -27,6 +33,7 @@ from tafs.evaluation import evaluate
 from tafs.experiment.specs import ReportSpec
 from tafs.report import build
 from tafs.runtime.run_dir import RunDir
+from tafs.tracking import cli
 from tafs.training import train
 
 SIZE = 64_000_000  # bytes of the disk
@@ -226,3 +233,44 @@ def test_a_read_only_disk_leaves_existing_files_unchanged(disk, stages, name, tr
         assert visible(folder) == before
         tried.assert_harmless(folder, process)
         shutil.rmtree(folder.parent)
+
+
+def without_privileges() -> None:
+    """Let the modes of files bind this process, also if it is root's."""
+    version_3, this_process = 0x20080522, 0
+    assert ctypes.CDLL(None).capset(struct.pack("Ii", version_3, this_process), bytes(24)) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [
+        ("evaluate", "run.json"),
+        ("evaluate", "adapter.safetensors"),
+        ("report", "runs/*/scores.parquet"),
+        ("report", "runs/*/samples.safetensors"),
+        ("tracking", "run.json"),
+        ("tracking", "adapter.safetensors"),
+    ],
+)
+def test_a_file_that_may_not_be_read_is_named_with_the_reason(
+    stages, name, pattern, tmp_path
+) -> None:
+    ready = stages["evaluate" if name == "tracking" else name].ready
+    folder = Path(shutil.copytree(ready, tmp_path / ready.name))
+    file = min(folder.glob(pattern))
+    file.chmod(0)
+    if name == "report":
+        spec = json.loads((folder / "report_spec.json").read_text())
+        spec["tables"][0]["figures"] = {"images": "images"}
+        (folder / "report_spec.json").write_text(json.dumps(spec))
+
+    def sync() -> None:
+        without_privileges()
+        sys.exit(cli.main(["sync", str(folder), "--store", str(tmp_path / "store")]))
+
+    tracking = name == "tracking"
+    process = Process(sync) if tracking else stages[name].run(folder, without_privileges)
+    assert process.wait() == 1
+    [line] = [line for line in process.said.splitlines() if line.startswith(name)]
+    assert line.endswith(f"{file}: cannot be read (Permission denied)")
+    assert "Traceback" not in process.said

@@ -9,13 +9,21 @@ from tempfile import mkdtemp
 import pytest
 import torch
 from support import tiny_pipelines
-from support.checkpoints import PROMPTS, STEPS, Checkpoint, noise_for, our_images, their_images
+from support.checkpoints import (
+    EMBEDDED,
+    PROMPTS,
+    STEPS,
+    Checkpoint,
+    embedded,
+    noise_for,
+    our_images,
+    their_images,
+)
 from torch import Tensor
 
 from tafs.common import seeding
 from tafs.models import Conditioning, base, catalog, loading, sampling, template
-from tafs.shapes import text, weights
-from tafs.shapes.scenes import IMAGE_SIZE
+from tafs.shapes import text
 
 FOUND = {
     f"{name}-{pipeline}": (pipeline, backbone)
@@ -24,7 +32,6 @@ FOUND = {
 }
 # A plug-in for SANA would be tested in the stub's place.
 STUB = () if "SanaPipeline" in catalog.backbones() else ("stub",)
-EMBEDDED = ("shapes-sd3", "shapes-flux")
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -33,9 +40,7 @@ def checkpoint_of(name: str) -> Checkpoint:
     """A tiny random checkpoint for a backbone, the stub's for SANA, or an embedded model."""
     folder = Path(mkdtemp())
     if name in EMBEDDED:
-        shipped = weights.verify(name)
-        settings = {"resolution": IMAGE_SIZE, "guidance": 3.0, "max_sequence_length": 10}
-        return Checkpoint(catalog.backbones()[loading.pipeline_class(shipped)], shipped, settings)
+        return embedded(name)
     if name == "stub":
         file = template.write("my-sana", "SanaPipeline", folder)
         spec = importlib.util.spec_from_file_location("my_sana", file)
@@ -279,7 +284,7 @@ def test_a_saved_adapter_gives_the_same_images_in_the_backbone_and_in_a_plain_pi
     plain = their_images(adapted, pipeline)
     pipeline.load_lora_weights(tmp_path, weight_name=file.name)
     (config,) = pipeline.transformer.peft_config.values()
-    assert (config.r, config.lora_alpha) == (4, 8)
+    assert (config.r, config.lora_alpha) == (4, 4)
     theirs = their_images(adapted, pipeline)
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     assert (theirs - plain).abs().max() > 1e-3

@@ -12,8 +12,11 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from tafs.common import seeding
-from tafs.models import Backbone, sampling
+from tafs.models import Backbone, catalog, loading, sampling
+from tafs.shapes import weights
+from tafs.shapes.scenes import IMAGE_SIZE
 
+EMBEDDED = ("shapes-sd3", "shapes-flux")
 PROMPTS = ["a red ring left of a blue square", "two crosses"]
 STEPS = 4
 
@@ -31,10 +34,10 @@ class Checkpoint:
     def load(self, **settings: Any) -> Backbone:
         return self.backbone.load(self.folder, **(self.settings | settings))
 
-    def adapted(self, **settings: Any) -> Backbone:
-        """With an adapter that changes the network's output."""
+    def adapted(self, alpha: int = 8, **settings: Any) -> Backbone:
+        """With an adapter of rank 4 that changes the network's output."""
         backbone = self.load(**settings)
-        backbone.add_lora(4, 8, seeding.generator(0, "lora"))
+        backbone.add_lora(4, alpha, seeding.generator(0, "lora"))
         with torch.no_grad():
             for name, parameter in backbone.lora_parameters().items():
                 if "lora_B" in name:
@@ -52,6 +55,13 @@ class Checkpoint:
             pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
+
+
+def embedded(name: str) -> Checkpoint:
+    """An embedded model, as shipped."""
+    shipped = weights.verify(name)
+    settings = {"resolution": IMAGE_SIZE, "guidance": 3.0, "max_sequence_length": 10}
+    return Checkpoint(catalog.backbones()[loading.pipeline_class(shipped)], shipped, settings)
 
 
 def noise_for(backbone: Backbone) -> Tensor:

@@ -125,7 +125,8 @@ def test_the_adapter_loads_in_a_plain_pipeline(done):
     adapter = run_folder(done, TRAINED) / "adapter.safetensors"
     with safe_open(adapter, "pt") as file:
         metadata = json.loads(file.metadata()["lora_adapter_metadata"])
-    assert metadata["transformer.lora_alpha"] == 8
+    assert metadata["transformer.lora_alpha"] == metadata["transformer.r"] == 4
+    assert metadata["transformer.base_model_name_or_path"] == "black-forest-labs/FLUX.1-dev"
     pipeline = FluxPipeline.from_pretrained(done / "hub/black-forest-labs/FLUX.1-dev")
     pipeline.load_lora_weights(adapter.parent, weight_name=adapter.name)
     assert pipeline.get_list_adapters() == {"transformer": ["default_0"]}

@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from safetensors import SafetensorError, safe_open
 
+from tafs.common.files import check_readable
 from tafs.report.figures.style import DPI
 from tafs.report.results import LoadedTable, Result
 from tafs.runtime.run_dir import SAMPLES_PER_TAG
@@ -86,6 +87,7 @@ def _grid(
 def _opened(file: Path) -> Iterator[Any]:
     if not file.is_file():
         raise ValueError(f"{file}: not found; the workflow's rule evaluate writes it")
+    check_readable(file)
     try:
         with safe_open(file, framework="numpy") as stored:
             yield stored
