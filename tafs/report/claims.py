@@ -18,7 +18,7 @@ import numpy as np
 
 from tafs.experiment.claims import Claim, Correlated, Differences, Faster, Holds, Predicate, RowName
 from tafs.report import stats
-from tafs.report.formats import MARKDOWN, escape
+from tafs.report.formats import markdown
 from tafs.report.results import LoadedTable, check_paired, step_correlation
 from tafs.report.stats import Estimate
 from tafs.report.tables import Row
@@ -191,12 +191,12 @@ def write(
     ]
     for claim, verdict, comparisons in verdicts:
         effects = "<br>".join(
-            f"{escape(c.what, MARKDOWN)}: {c.estimate.value:+.3g} "
+            f"{markdown(c.what)}: {c.estimate.value:+.3g} "
             f"[{c.estimate.low:+.3g}, {c.estimate.high:+.3g}]"
             for c in comparisons
         )
         seeds = min((c.estimate.n_seeds for c in comparisons), default="–")
-        said, source = escape(claim.claim, MARKDOWN), escape(claim.source, MARKDOWN)
+        said, source = markdown(claim.claim), markdown(claim.source)
         lines.append(f"| {said} | {source} | **{verdict}** | {effects} | {seeds} |")
     record = [
         {

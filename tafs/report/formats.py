@@ -12,9 +12,9 @@ import html
 import io
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from pandas.io.formats.style import Styler
 from pandas.io.formats.style_render import CSSDict
 
 from tafs.common.files import sha256
-from tafs.report import stats
+from tafs.report import latex, stats
 from tafs.report.tables import Cell, Column, Line, Number, Score, Table, fill
 from tafs.rewards.metrics import METRICS
 
@@ -58,7 +58,9 @@ def write(table: Table, out_dir: Path, published: bool = False) -> list[Path]:
         (out_dir / name).parent.mkdir(parents=True, exist_ok=True)
         (out_dir / name).write_text(text, encoding="utf-8", newline="\n")
     parquet = out_dir / "tables" / f"{table.name}.parquet"
-    pd.read_csv(io.StringIO(csv_text)).to_parquet(parquet, index=False)
+    labels = [row["row"] for row in csv.DictReader(io.StringIO(csv_text))]  # one may be "NaN" or 5
+    frame = pd.read_csv(io.StringIO(csv_text)).assign(row=labels)
+    frame.to_parquet(parquet, index=False)
     return [*(out_dir / name for name in texts), parquet]
 
 
@@ -97,16 +99,16 @@ def _exact(value: Any) -> Any:
 
 
 def _markdown(table: Table, lines: Sequence[Line]) -> str:
-    titles = (_title(column) for column in table.columns)
-    header = [escape(table.header, MARKDOWN), "Steps", *titles, "Seeds"]
+    titles = (_title(column, markdown) for column in table.columns)
+    header = [markdown(table.header), "Steps", *titles, "Seeds"]
     rows = [header, ["---", *["---:"] * (len(header) - 1)]]
     for line in lines:
         cells = [_cell(cell, "**{}**", "{}") for cell in line.cells]
-        label = escape(line.row.spec.label, MARKDOWN)
+        label = markdown(line.row.spec.label)
         rows.append([label, str(line.row.spec.nfe), *cells, _seeds(line)])
     body = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    notes = [f"- {escape(note, MARKDOWN)}" for note in [BRACKETS, *_notes(table, lines)]]
-    return "\n\n".join([escape(table.caption, MARKDOWN), body, "\n".join(notes)]) + "\n"
+    notes = [f"- {markdown(note)}" for note in [BRACKETS, *_notes(table, lines)]]
+    return "\n\n".join([markdown_line(table.caption), body, "\n".join(notes)]) + "\n"
 
 
 def _cell(cell: Cell, bold: str, small: str) -> str:
@@ -159,7 +161,7 @@ def _html(table: Table, lines: Sequence[Line]) -> str:
     styled = _styled(
         table,
         lines,
-        lambda column: _title(column, plain=html.escape),
+        lambda column: _title(column, html.escape),
         html.escape,
         lambda cell: _cell(cell, "<b>{}</b>", "<small>{}</small>"),
     )
@@ -179,12 +181,11 @@ def _html(table: Table, lines: Sequence[Line]) -> str:
 def _latex(table: Table, lines: Sequence[Line]) -> str:
     """A table* for booktabs; intervals are given as half their width."""
 
-    plain = partial(escape, special=LATEX)
-    styled = _styled(table, lines, lambda c: _title(c, latex=True), plain, _latex_cell)
+    styled = _styled(table, lines, _latex_title, latex.escape, _latex_cell)
     notes = [r"$\pm$: half the width of the 95\,\% interval."]
     if any(cell.published is not None for line in lines for cell in line.cells):
         notes.append("In parentheses: the published value.")
-    notes += map(plain, _notes(table, lines))
+    notes += map(latex.escape, _notes(table, lines))
     # Styler prints these as commands before the tabular.
     styled.set_table_styles(
         [
@@ -198,15 +199,15 @@ def _latex(table: Table, lines: Sequence[Line]) -> str:
         position_float="centering",
         hrules=True,
         column_format="l" + "r" * (len(table.columns) + 2),
-        caption=f"{plain(table.caption)} {' '.join(notes)}",
+        caption=f"{latex.escape(table.caption)} {' '.join(notes)}",
         label=f"tab:{table.name}",
     )
-    return _with_rules(text, lines)
+    return latex.header(text) + _with_rules(text, lines)
 
 
-def _with_rules(latex: str, lines: Sequence[Line]) -> str:
+def _with_rules(text: str, lines: Sequence[Line]) -> str:
     """Add a \\midrule above the rows that have one; the header has its own."""
-    printed = latex.splitlines()
+    printed = text.splitlines()
     first = printed.index(r"\midrule") + 1
     for place in reversed([i for i, line in enumerate(lines) if i and line.row.spec.rule]):
         printed.insert(first + place, r"\midrule")
@@ -224,14 +225,21 @@ def _latex_cell(cell: Cell) -> str:
     return text
 
 
-def _title(column: Column, latex: bool = False, plain: Callable[[str], str] | None = None) -> str:
-    if isinstance(column, Number) and latex:
-        return column.latex
-    title = plain(column.title) if plain else escape(column.title, LATEX if latex else MARKDOWN)
+def _title(column: Column, plain: Callable[[str], str]) -> str:
+    title = plain(column.title)
     if not isinstance(column, Score):
         return title
-    arrow, symbol = ("up", "↑") if METRICS[column.metric].higher_is_better else ("down", "↓")
-    return rf"{title} $\{arrow}arrow$" if latex else f"{title} {symbol}"
+    return f"{title} {'↑' if METRICS[column.metric].higher_is_better else '↓'}"
+
+
+def _latex_title(column: Column) -> str:
+    if isinstance(column, Number):
+        return column.latex
+    title = latex.escape(column.title)
+    if not isinstance(column, Score):
+        return title
+    arrow = "up" if METRICS[column.metric].higher_is_better else "down"
+    return rf"{title} $\{arrow}arrow$"
 
 
 def _notes(table: Table, lines: Sequence[Line]) -> list[str]:
@@ -316,19 +324,18 @@ def _provenance(table: Table, lines: Sequence[Line]) -> str:
     return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
 
 
-MARKDOWN = {c: f"\\{c}" for c in "\\`*_|<>[]"}
-LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
-    "[": "{[}",  # at the start of a row it would be an option of the row break
-    "*": "{*}",
-    "|": r"\textbar{}",
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-}
+MARKDOWN = {c: f"\\{c}" for c in "\\`*_|<>[]#~$&"}
+# At the start of a line these make a list, a heading or a rule.
+_STARTS = re.compile(r"(\d*)([-+=:.)])")
 
 
-def escape(text: str, special: Mapping[str, str]) -> str:
-    """The text with the special characters of MARKDOWN or LATEX escaped."""
-    return "".join(special.get(character, character) for character in text)
+def markdown(text: str) -> str:
+    """The text with Markdown's special characters escaped, for the middle of a line or a cell."""
+    return "".join(MARKDOWN.get(character, character) for character in text)
+
+
+def markdown_line(text: str) -> str:
+    """The text as a line of Markdown."""
+    return (
+        _STARTS.sub(r"\1\\\2", markdown(text), count=1) if _STARTS.match(text) else markdown(text)
+    )

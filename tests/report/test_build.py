@@ -73,19 +73,25 @@ def test_the_report_writes_every_table_figure_and_claim(root: Path) -> None:
     assert not (root / "runs" / "base-0" / ".eval_state").exists()
 
 
-def test_one_prompt_gives_dashes_in_place_of_gains_and_a_figure_that_says_why(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for run in (root / "runs").iterdir():
-        change_scores(run, lambda found: found[found["prompt"] == 0])
-    drawn: dict[str, Figure] = {}
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
+    """The figures that are saved, by name."""
+    found: dict[str, Figure] = {}
     real = Figure.savefig
 
     def kept(figure: Figure, file: Path, **options: Any) -> None:
-        drawn[file.stem] = figure
+        found[file.stem] = figure
         real(figure, file, **options)
 
     monkeypatch.setattr(Figure, "savefig", kept)
+    return found
+
+
+def test_one_prompt_gives_dashes_in_place_of_gains_and_a_figure_that_says_why(
+    root: Path, drawn: dict[str, Figure]
+) -> None:
+    for run in (root / "runs").iterdir():
+        change_scores(run, lambda found: found[found["prompt"] == 0])
     build.build(root)
     gains = pd.read_csv(root / "tables" / "gains.csv")
     assert gains[["iqm_trained", "iqm_other", "iqm_all"]].isna().all(axis=None)
@@ -116,16 +122,14 @@ def test_every_table_of_a_run_is_read_once(root: Path, monkeypatch: pytest.Monke
 
 
 def test_a_system_has_one_label_in_tables_figures_and_claims(
-    root: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, drawn: dict[str, Figure]
 ) -> None:
     spec = results.load(root).tables[0].spec
     labels = {"base": "Untrained", "flow_grpo": "First", "tafs_grpo": "Second"}
     rows = [row.model_copy(update={"label": labels[row.variant]}) for row in spec.rows]
     write_spec(root, spec.model_copy(update={"rows": tuple(rows)}))
-    saved: list[Figure] = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: saved.append(self))
     build.build(root)
-    for figure in saved:
+    for figure in drawn.values():
         legends = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
         shown = " ".join([*legends, *(text.get_text() for text in figure.texts)])
         assert "First" in shown and "Second" in shown

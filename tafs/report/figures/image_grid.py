@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from matplotlib.figure import Figure
 from safetensors import SafetensorError, safe_open
 
 from tafs.common.files import check_readable
+from tafs.report.figures import style
 from tafs.report.figures.style import DPI
 from tafs.report.results import LoadedTable, Result
 from tafs.runtime.run_dir import SAMPLES_PER_TAG
@@ -35,7 +35,7 @@ def draw(table: LoadedTable) -> Figure:
     for system in table.distinct:
         few = table.spec.few_nfe
         for n in dict.fromkeys([few] if system.spec.trained else [system.full_steps, few]):
-            titles.append(f"{textwrap.fill(system.label, 14)}\n{n} steps")
+            titles.append(f"{style.wrap(system.label, 14)}\n{n} steps")
             images.append(_samples(system.results[0], f"{system.spec.sampler}-{n}", shown))
     return _grid(titles, images, shown, captions, tags)
 
@@ -62,7 +62,7 @@ def _grid(
     for row, prompt in enumerate(shown):
         top -= between if breaks[row] else 0
         middle = (top - side / 2) / height
-        caption = textwrap.fill(captions[prompt], 27, max_lines=3, placeholder=" …")
+        caption = style.wrap(captions[prompt], 27, max_lines=3, placeholder=" …")
         tag = tags.get(prompt, "").replace("_", " ")
         lines = caption.count("\n") + 1
         offset = 0.06 * bool(tag)

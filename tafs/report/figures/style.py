@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +14,9 @@ import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
+from tafs.report import fonts
 from tafs.report.results import Result, System
 
 DPI = 200
@@ -43,7 +47,7 @@ OTHERS = (
 )
 LINES = ("-", "--", "-.", ":")
 STYLE: dict[str, Any] = {
-    "font.family": "DejaVu Sans",  # part of matplotlib: the same on every machine
+    "font.family": fonts.BASE,
     "font.size": 8,
     "text.parse_math": False,  # a prompt or a title may contain dollar signs
     "axes.titlesize": 9,
@@ -133,6 +137,23 @@ def style() -> Iterator[None]:
         yield
 
 
+def wrap(text: str, width: int, **options: Any) -> str:
+    """The text as it is drawn, in lines of at most `width` characters; wide ones count twice."""
+    drawn = fonts.shown(text)
+    wide = any(unicodedata.east_asian_width(character) in "WF" for character in drawn)
+    return textwrap.fill(drawn, width // (1 + wide), **options)
+
+
+def _choose_fonts(figure: Figure) -> None:
+    """Draw what matplotlib's own font does not have with other fonts, or show it by its number."""
+    texts = [text for text in figure.findobj(Text) if isinstance(text, Text) and text.get_text()]
+    families = fonts.covering("".join(text.get_text() for text in texts)).families
+    for text in texts:
+        text.set_text(fonts.shown(text.get_text()))
+        if families:
+            text.set_fontfamily([fonts.BASE, *families])
+
+
 def save(figure: Figure, out_dir: Path, name: str, results: Sequence[Result]) -> list[Path]:
     """Write NAME.png and NAME.pdf without dates and versions: equal figures are equal files."""
     if any(result.random_weights for result in results):
@@ -148,6 +169,7 @@ def save(figure: Figure, out_dir: Path, name: str, results: Sequence[Result]) ->
             color="#cc3311",
             alpha=0.3,
         )
+    _choose_fonts(figure)
     out_dir.mkdir(parents=True, exist_ok=True)
     files = [out_dir / f"{name}.png", out_dir / f"{name}.pdf"]
     figure.savefig(files[0], metadata={"Software": None})
