@@ -24,7 +24,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tafs.methods import LossPart, Method, Trajectory, UpdateInputs
+from tafs.methods import LossPart, Method, Trajectory, UpdateInputs, grpo
 from tafs.models import Backbone, Conditioning, sampling
 
 
@@ -110,7 +110,10 @@ class RewardInstruct(Method):
         total = torch.zeros_like(latents)
         for name, weight in inputs.weights.items():
             (gradient,) = torch.autograd.grad(rewards[name].sum(), latents, retain_graph=True)
-            length = gradient.flatten(1).norm(dim=1).clamp(min=1e-12)
+            flat = gradient.flatten(1)
+            unit = grpo.binade(flat.abs().amax(1, keepdim=True))
+            length = (flat / unit).norm(dim=1, keepdim=True) * unit
+            length = length.where(length > 0, 1)  # the gradient 0 has no direction
             total += weight * gradient / length.view(-1, *[1] * (gradient.dim() - 1))
         return total
 

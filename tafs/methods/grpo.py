@@ -6,12 +6,14 @@ NaN marks a missing reward: means and standard deviations ignore it, and its adv
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 CREDITS = ("step", "sum", "to_go", "final")
+SAME_ULPS = 4  # rewards whose range is at most this many roundings of the largest are equal
 
 
 def mean_of_known(values: Tensor, dim: int | tuple[int, ...], keepdim: bool = False) -> Tensor:
@@ -23,28 +25,55 @@ def mean_of_known(values: Tensor, dim: int | tuple[int, ...], keepdim: bool = Fa
     return torch.where(mean.isnan(), values.nanmean(dim, keepdim=keepdim), mean)
 
 
+def centred(rewards: Tensor) -> Tensor:
+    """Subtract the mean of each group; NaN where a reward is missing.
+
+    Exactly 0 in a group without a preference: fewer than two rewards are known, or they differ by
+    no more than float rounding. The computed mean of equal numbers may differ from them.
+    """
+    missing = rewards.isnan()
+    low = rewards.masked_fill(missing, math.inf).amin(-1, keepdim=True)
+    high = rewards.masked_fill(missing, -math.inf).amax(-1, keepdim=True)
+    rounding = SAME_ULPS * torch.finfo(rewards.dtype).eps * torch.maximum(low.abs(), high.abs())
+    difference = rewards - mean_of_known(rewards, -1, keepdim=True)
+    return torch.where(high - low <= rounding, torch.zeros_like(rewards), difference)
+
+
+def binade(values: Tensor) -> Tensor:
+    """Return the power of two 2^e with 2^(e-1) <= |value| < 2^e; 1 for the value 0.
+
+    Dividing by it keeps squares in the range of the dtype and changes no digit of them.
+    """
+    mantissa, _ = torch.frexp(values)
+    return torch.where(values == 0, torch.ones_like(values), values / mantissa).abs()
+
+
 def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
-    """Compute (R - mean) / std over the G images of a prompt at the same step (Eq. 9).
+    """Compute (R - mean) / (std + eps) over the G images of a prompt at the same step (Eq. 9).
 
     The text of the paper says "variance", but the standard deviation is meant. The advantages of a
-    group are exactly 0 if its rewards are all equal or fewer than two of them are known.
+    group without a preference (see `centred`) are exactly 0.
     """
-    centred = rewards - mean_of_known(rewards, -1, keepdim=True)
-    std = mean_of_known(centred.square(), -1, keepdim=True).sqrt()
-    known = ~rewards.isnan() & (std > eps * 1e-2)
-    return torch.where(known, centred / (std + eps), torch.zeros_like(centred))
+    differences = centred(rewards)
+    std = _root_mean_square(differences, -1)
+    return torch.where(rewards.isnan(), torch.zeros_like(rewards), differences / (std + eps))
 
 
 def global_std_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
     """Compute Flow-GRPO's advantages: the mean of each group, the std of the whole batch.
 
-    Each leading index is a separate batch. If only one reward of a group is known its advantage is
-    0, but it counts in the batch's std.
+    Each leading index is a separate batch. The advantages of a group without a preference (see
+    `centred`) are exactly 0, but its rewards count in the batch's std.
     """
-    centred = rewards - mean_of_known(rewards, -1, keepdim=True)
-    spread = (rewards - mean_of_known(rewards, (-2, -1), keepdim=True)).square()
-    std = mean_of_known(spread, (-2, -1), keepdim=True).sqrt()
-    return torch.where(rewards.isnan(), torch.zeros_like(centred), centred / (std + eps))
+    spread = rewards - mean_of_known(rewards, (-2, -1), keepdim=True)
+    std = _root_mean_square(spread, (-2, -1))
+    return torch.where(rewards.isnan(), torch.zeros_like(rewards), centred(rewards) / (std + eps))
+
+
+def _root_mean_square(values: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """Return the root mean square of the values that are not NaN; `dim` is kept."""
+    unit = binade(values.abs().nan_to_num(0.0).amax(dim, keepdim=True))
+    return mean_of_known((values / unit).square(), dim, keepdim=True).sqrt() * unit
 
 
 def assign_credit(advantages: Tensor, credit: str, steps: int) -> Tensor:

@@ -1,5 +1,6 @@
 """What is specific to each shipped method: windows, random steps, solvers, gradients."""
 
+import pytest
 import torch
 from support.toy import ToyBackbone, toy_run, toy_trainer
 
@@ -104,17 +105,18 @@ def test_without_annealing_tafs_grpo_scores_only_the_final_image_of_an_sde():
     assert algorithm.evaluation_sampler == "ode"
 
 
-def test_reward_instruct_normalises_the_gradient_of_each_reward():
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_reward_instruct_normalises_the_gradient_of_each_reward(scale):
     algorithm = registry.create("reward_instruct", {})
     latents = torch.zeros(5, 2)
     inputs = UpdateInputs(
         torch.zeros(0, 5),
-        lambda x, part: {"large": 1000 * x[:, 0], "small": 0.001 * x[:, 1]},
-        {"large": 1.0, "small": 2.0},
+        lambda x, part: {"one": scale * x[:, 0], "both": x.sum(1) / scale, "none": 0 * x[:, 1]},
+        {"one": 1.0, "both": 2.0, "none": 3.0},
         toy().reference,
     )
     direction = algorithm.direction(latents, slice(0, 5), inputs)
-    torch.testing.assert_close(direction, torch.tensor([1.0, 2.0]).expand(5, 2))
+    torch.testing.assert_close(direction, torch.tensor([1 + 2**0.5, 2**0.5]).expand(5, 2))
 
 
 def test_reward_instruct_draws_its_number_of_steps():

@@ -1,5 +1,7 @@
 """Advantages, credit and the objective against values computed by hand."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -27,8 +29,66 @@ def test_advantages_have_zero_mean_in_each_group_and_step(rewards):
     assert advantages.mean(-1).abs().max() < 1e-4
 
 
-def test_a_group_with_equal_rewards_has_zero_advantages():
-    assert not grpo.group_advantages(torch.full((3, 2, 5), 0.7)).any()
+NORMALISATIONS = (grpo.group_advantages, grpo.global_std_advantages)
+magnitudes = st.floats(2.0**-100, 2.0**100, width=32)  # of a reward
+
+
+@pytest.mark.parametrize("normalise", NORMALISATIONS)
+@given(
+    value=st.just(0.0) | magnitudes | magnitudes.map(lambda m: -m),
+    size=st.integers(1, 24),
+    lacking=st.sets(st.integers(0, 23)),
+    ulps=st.integers(0, 4),
+)
+def test_a_group_with_equal_rewards_has_zero_advantages(normalise, value, size, lacking, ulps):
+    """Whatever the other groups are; rewards that differ by float rounding are equal."""
+    rewards = torch.full((2, 3, size), value)
+    rewards[1] = torch.linspace(value, value + 1, size)
+    rewards[1, 2] = value
+    for _ in range(ulps):
+        rewards[..., 0, -1] = rewards[..., 0, -1].nextafter(torch.tensor(0.0))
+    rewards[..., [image for image in lacking if image < size]] = float("nan")
+    advantages = normalise(rewards)
+    assert advantages.isfinite().all()
+    assert not advantages[0].any() and not advantages[1, 2].any()
+
+
+def test_scaled_equal_rewards_have_zero_advantages():
+    """The float32 mean of 50 times 5/6 is another number."""
+    rewards = 50 * torch.full((1, 6), 5 / 6)
+    assert (rewards - rewards.mean(-1)).any()
+    for normalise in NORMALISATIONS:
+        assert not normalise(rewards).any()
+
+
+@pytest.mark.parametrize("normalise", NORMALISATIONS)
+@given(power=st.integers(-100, 100), shift=st.integers(-64, 64))
+def test_a_scale_or_a_shift_of_the_rewards_changes_the_advantages_only_by_eps(
+    normalise, power, shift
+):
+    """A = (R - mean) / (std + eps), by hand for deviations of -2, -1, 0 and 3."""
+    rewards = (torch.tensor([[1.0, 2.0, 3.0, 6.0], [5.0, 4.0, 3.0, 0.0]]) + shift) * 2.0**power
+    deviations = torch.tensor([[-2.0, -1.0, 0.0, 3.0], [2.0, 1.0, 0.0, -3.0]]).double()
+    expected = deviations / (3.5**0.5 + 1e-4 / 2.0**power)
+    torch.testing.assert_close(normalise(rewards).double(), expected, atol=0, rtol=1e-6)
+
+
+def test_a_preference_is_relative_to_the_size_of_the_rewards():
+    one = torch.tensor(1.0)
+    above = one.nextafter(torch.tensor(2.0))
+    for _ in range(grpo.SAME_ULPS):
+        assert not grpo.group_advantages(torch.stack([one, above])[None]).any()
+        above = above.nextafter(torch.tensor(2.0))
+    assert grpo.group_advantages(torch.stack([one, above])[None]).all()
+    assert grpo.group_advantages(torch.tensor([[1e-9, 2e-9]])).all()
+
+
+@given(value=st.floats(width=32, allow_nan=False, allow_infinity=False))
+def test_a_binade_is_the_power_of_two_above_a_number(value):
+    found = grpo.binade(torch.tensor(value, dtype=torch.float64)).item()
+    if value:
+        assert found / 2 <= abs(value) < found
+    assert math.frexp(found)[0] == 0.5
 
 
 def test_groups_and_steps_are_normalised_separately():
@@ -57,7 +117,7 @@ def test_group_mean_and_std_ignore_a_missing_reward():
     assert advantages[0, 1] == 0 and advantages[1, 3] == 0
 
 
-@pytest.mark.parametrize("normalise", [grpo.group_advantages, grpo.global_std_advantages])
+@pytest.mark.parametrize("normalise", NORMALISATIONS)
 def test_a_group_with_fewer_than_two_rewards_has_zero_advantages(normalise):
     advantages = normalise(torch.tensor([[NAN, 5.0, NAN], [NAN, NAN, NAN], [1.0, 2.0, 3.0]]))
     assert not advantages[:2].any()
@@ -71,7 +131,7 @@ def test_the_global_std_ignores_missing_rewards():
     torch.testing.assert_close(grpo.global_std_advantages(rewards), expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("normalise", [grpo.group_advantages, grpo.global_std_advantages])
+@pytest.mark.parametrize("normalise", NORMALISATIONS)
 @given(rewards=rewards, lacking=st.sets(st.integers(0, 3), max_size=4))
 def test_known_rewards_are_normalised_as_without_the_missing_ones(normalise, rewards, lacking):
     known = [image for image in range(4) if image not in lacking]

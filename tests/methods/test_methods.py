@@ -107,6 +107,19 @@ def test_an_image_without_a_reward_has_no_advantage_and_changes_no_others(name, 
     torch.testing.assert_close(advantages[..., known], without)
 
 
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("parameters", [{}, {"normalize_rewards": True}, {"global_std": True}])
+@pytest.mark.parametrize("weight", [1e-30, 1.0, 50.0, 1e29])
+def test_images_with_equal_rewards_have_no_advantage(name, parameters, weight):
+    """Their float32 mean may differ from them; one of the images lacks its rewards."""
+    algorithm = registry.create(name, parameters)
+    equal = torch.full((len(algorithm.scored_steps()), 5, 8), 5 / 6)
+    equal[..., 0, 3] = float("nan")
+    weights = {"clip": weight, "pickscore": 2 * weight}
+    advantages = algorithm.compute_advantages({"clip": equal, "pickscore": -3 * equal}, weights)
+    assert not advantages.any()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_an_unknown_hyperparameter_is_refused_by_name(name):
     with pytest.raises(ValueError, match="unknown hyperparameter 'learningrate'.*learning_rate"):
@@ -214,8 +227,8 @@ def test_stopped_training_continues_to_the_same_adapter(name, tmp_path):
     stopped = trainer(name)
     for iteration in range(2):
         stopped.iterate(iteration)
-    stopped.save(tmp_path, "of this run", 2, {})
-    state = checkpoint.load(tmp_path, "of this run")
+    stopped.save(tmp_path, {"run": "this one"}, 2, {})
+    state = checkpoint.load(tmp_path, {"run": "this one"})
     assert state is not None
     continued = trainer(name)
     continued.restore(state)
