@@ -20,6 +20,8 @@ from pydantic import BaseModel, ConfigDict
 
 from tafs.assets import cache
 from tafs.common.files import sha256
+from tafs.common.yaml_files import suggestion
+from tafs.data import geneval_rows
 from tafs.data.prompt_sets import prompt_set, prompt_sets
 from tafs.data.prompts import Prompt, digest
 from tafs.models import catalog, loading
@@ -27,7 +29,7 @@ from tafs.models.catalog import Model
 from tafs.rewards import metrics
 from tafs.rewards.metrics import METRICS, Metric, Reward
 from tafs.rewards.registry import RewardSet, load
-from tafs.shapes import weights
+from tafs.shapes import captions, scenes, weights
 
 
 class AssetSettings(BaseModel):
@@ -236,6 +238,37 @@ def of(settings: AssetSettings, gpu: int = 0) -> AssetSource:
 def prompt_sets_of(assets: str) -> tuple[str, ...]:
     """The prompt sets that can be used with the assets "shapes" or "hub"."""
     return tuple(name for name, found in prompt_sets().items() if assets in found.assets)
+
+
+def prompt_problem(name: str, assets: str) -> str | None:
+    """Why models or rewards of "shapes" or "hub" cannot take a prompt of a file; None: they can.
+
+    Names the file and the line.
+    """
+    places = prompt_set(name).places
+    embedded = assets == "shapes"
+    classes = scenes.SHAPES if embedded else geneval_rows.CLASSES
+    colors = tuple(scenes.COLORS) if embedded else geneval_rows.COLORS
+
+    def problem(prompt: Prompt) -> str | None:
+        spoken = prompt.text.split()
+        unknown = next((word for word in spoken if word not in captions.words()), None)
+        if embedded and unknown is not None:
+            return f"has {unknown!r}, which is no word of tafs/data/shapes/train.jsonl"
+        if embedded and len(spoken) > captions.MAX_WORDS:
+            return f"has more than {captions.MAX_WORDS} words, which the embedded models ignore"
+        for item in (*prompt.row.get("include", ()), *prompt.row.get("exclude", ())):
+            for key, known in (("class", classes), ("color", colors)):
+                if item.get(key, known[0]) not in known:
+                    hint = suggestion(item[key], known)
+                    return f"has the {key} {item[key]!r}, which the detector does not know{hint}"
+        return None
+
+    for split in ("train", "test") if places else ():
+        for prompt in prompt_set(name).prompts(split, Path):
+            if found := problem(prompt):
+                return f"{places[prompt.text]} {found}"
+    return None
 
 
 def resources_of(names: Sequence[str], prompts: Sequence[str] = ()) -> list[str]:

@@ -8,7 +8,7 @@ add one.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -29,6 +29,8 @@ class PromptSet:
         shares: how often training draws each tag, adding up to 1; None: all tags equally often.
         resources: entries of resources.yaml that `train` and `test` read.
         metadata: whether every row has GenEval's metadata, which the metric `geneval` needs.
+        files: where a set that is no plug-in comes from; see tafs.data.prompt_files.
+        places: the file and line of each prompt of such a set, by its text.
     """
 
     train: Callable[[Folder], list[Prompt]]
@@ -37,12 +39,16 @@ class PromptSet:
     shares: Mapping[str, float] | None = None
     resources: tuple[str, ...] = ()
     metadata: bool = False
+    files: tuple[str, ...] = ()
+    places: Mapping[str, str] = field(default_factory=dict)
 
     def prompts(self, split: str, folder: Folder) -> list[Prompt]:
         """The prompts of a split, "train" or "test"."""
         return {"train": self.train, "test": self.test}[split](folder)
 
 
+# Sets of files that config.yaml names, by name; tafs.data.prompt_files adds them.
+FROM_FILES: dict[str, PromptSet] = {}
 PLUGINS = Group(kind="prompt", attribute="PROMPT_SET", package="tafs.data.plugins")
 
 
@@ -69,6 +75,8 @@ def prompt_set(name: str) -> PromptSet:
     Raises:
         ValueError: an unknown prompt set; lists those available.
     """
+    if name in FROM_FILES:
+        return FROM_FILES[name]
     if name not in prompt_sets():
         raise ValueError(f"unknown prompt set {name!r} (available: {', '.join(prompt_sets())})")
     return prompt_sets()[name]

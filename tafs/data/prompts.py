@@ -56,7 +56,7 @@ def read_lines(path: Path) -> list[Prompt]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found; write one prompt per line into it")
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8-sig") as lines:
             texts = [line.strip() for line in lines if line.strip()]
     except UnicodeDecodeError:
         raise ValueError(f"{path}: is not UTF-8 text; save it as UTF-8") from None

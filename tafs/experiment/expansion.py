@@ -8,6 +8,7 @@ from typing import Any
 
 from tafs.assets import sources
 from tafs.assets.sources import AssetSettings
+from tafs.data.prompt_sets import prompt_set
 from tafs.experiment.schema import Config, Experiment
 from tafs.experiment.specs import (
     PIPELINE,
@@ -113,6 +114,7 @@ class Expansion:
         weights, random = self._weights(names, [prompts])
         return RunSpec(
             prompts=prompts,
+            prompt_files=prompt_set(prompts).files,
             backbone=backbone,
             model=catalog.read()[backbone].settings(),
             scale=self.config.scale,

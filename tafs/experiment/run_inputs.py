@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from tafs.assets import sources
 from tafs.assets.sources import AssetSource
-from tafs.data import prompts
+from tafs.data import prompt_files, prompts
 from tafs.experiment.specs import EvalSpec, RunSpec
 from tafs.runtime.run_dir import RunDir
 
@@ -20,7 +22,16 @@ def eval_spec(run: RunDir) -> EvalSpec:
 
 
 def asset_source(spec: RunSpec, gpu: int = 0) -> AssetSource:
-    """The source of the run's models, rewards and prompts."""
+    """The source of the run's models, rewards and prompts.
+
+    Raises:
+        ValueError: a file of prompts is wrong, or has changed since the run was described.
+    """
+    files = spec.prompt_files
+    if files and prompt_files.register([Path(file) for file in files]) != spec.prompts:
+        raise ValueError(
+            f"{' and '.join(files)}: changed since run.json was written; run snakemake"
+        )
     return sources.of(spec.assets, gpu)
 
 
@@ -28,4 +39,3 @@ def test_prompts(spec: RunSpec, evaluation: EvalSpec) -> list[prompts.Prompt]:
     """The held-out prompts that the run is judged on."""
     found = asset_source(spec).prompts(spec.prompts, "test")
     return [found[i] for i in prompts.first_of_each(found, evaluation.prompts_per_tag)]
-

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import re
 import string
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    model_validator,
+)
 
 from tafs.common.yaml_files import NAME
+from tafs.data import prompt_files
 
 # What a table prints: every metric at its steps, the same at equal training compute, the gains of
 # all metrics in one number, or the correlation of earlier images' rewards with the final image's.
@@ -64,6 +73,21 @@ def _command(part: str) -> str:
     return part
 
 
+def _prompts(value: Any, info: ValidationInfo) -> Any:
+    """The name of a prompt set; files are read, relative to the folder of config.yaml."""
+    split = isinstance(value, dict) and value.keys() == {"train", "test"}
+    files = [value["train"], value["test"]] if split else [value]
+    if not split and not (isinstance(value, str) and re.search(r"[./]", value)):
+        return value
+    for file in files:
+        if not isinstance(file, str) or PurePosixPath(file).suffix not in prompt_files.ENDINGS:
+            raise ValueError(
+                "should be a prompt set, a file .txt or .jsonl, or {train: FILE, test: FILE}"
+            )
+    folder = (info.context or {}).get("folder", Path())
+    return prompt_files.register([folder / _path(file) for file in files])
+
+
 Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Seed = Annotated[int, Field(ge=0, le=10**9)]
@@ -74,6 +98,17 @@ PathText = Annotated[str, AfterValidator(_path)]
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SplitFiles(_Strict):
+    """Two files of prompts."""
+
+    train: str
+    test: str
+
+
+# A prompt set, or files of prompts; see tafs.data.prompt_files.
+Prompts = Annotated[Name, BeforeValidator(_prompts, json_schema_input_type=str | SplitFiles)]
 
 
 class Lora(_Strict):
@@ -109,7 +144,7 @@ class Scale(_Strict):
     nodes: Count = 1  # machines that share the processes
     memory_mb: Count = 3000  # of host memory per process
     model_roles: dict[Name, Name]  # role in the experiments -> model of models.yaml
-    prompts: dict[Name, Name]  # role in the tasks -> prompt set
+    prompts: dict[Name, Prompts]  # role in the tasks -> prompt set
     models: tuple[Name, ...] = ()  # compared as published, in experiments with `models: true`
     exclude_methods: tuple[Name, ...] = ()  # not trained at this scale
     methods: dict[Name, dict[Name, Any]] = {}  # hyperparameters at this scale

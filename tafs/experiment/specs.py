@@ -78,6 +78,7 @@ class RunSpec(Spec):
     DESCRIPTIVE: ClassVar[Mapping[str, Any]] = {
         # Names, and what follows from the method's source.
         **dict.fromkeys(("name", "variant", "title", "task", "scale", "random_weights"), True),
+        "prompt_files": True,  # `prompts` and `weights` say what is in them
         **dict.fromkeys(("nfe_old", "nfe_theta", "forward_equivalents"), True),
         "sampler": True,  # of the evaluation
         "training": {"checkpoint_every"},
@@ -91,6 +92,7 @@ class RunSpec(Spec):
     title: str
     task: str  # "" for a model that is not trained
     prompts: str  # the prompt set: trained on its train split, judged on its test split
+    prompt_files: tuple[str, ...] = ()  # of a set that is no plug-in; relative to the project
     backbone: str  # key of models.yaml
     model: dict[str, JsonValue]  # the settings of models.yaml that decide the model's images
     seed: int

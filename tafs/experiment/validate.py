@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from tafs.assets import sources
 from tafs.common.yaml_files import NAME, ConfigError, first_problem, load_yaml, suggestion
+from tafs.data.prompt_sets import FROM_FILES, prompt_set
 from tafs.experiment.schema import FIGURES, RENAMED_KEYS, Config, Experiment, Scale, Tuning
 from tafs.experiment.variants import Variants
 from tafs.methods import registry
@@ -32,7 +33,7 @@ def read(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
 def check(raw: Mapping[str, Any], source: str = "config.yaml") -> Config:
     """Check a mapping read from config.yaml; see `read`."""
     try:
-        config = Config.model_validate(raw)
+        config = Config.model_validate(raw, context={"folder": Path(source).parent})
     except ValidationError as error:
         problem = _renamed(error) or first_problem(error, Config)
         raise ConfigError(f"{source}: {problem}") from None
@@ -235,8 +236,37 @@ def _scale_problems(config: Config, key: str, scale: Scale) -> Iterator[str]:
         )
     if scale.evaluation.server and scale.assets != "hub":
         yield f"{where}.evaluation.server: the assets {scale.assets!r} need no server"
-    sets = sources.prompt_sets_of(scale.assets)
-    yield from _unknown(f"{where}.prompts", "prompt set", scale.prompts.values(), sets)
+    yield from _prompt_problems(config, scale, f"{where}.prompts")
+
+
+def _prompt_problems(config: Config, scale: Scale, where: str) -> Iterator[str]:
+    """Prompt sets that the scale's models, rewards or numbers do not fit."""
+    available = sources.prompt_sets_of(scale.assets)
+    for role, name in scale.prompts.items():
+        if name not in FROM_FILES and name not in available:
+            yield from _unknown(where, "prompt set", [name], available)
+            return
+        if problem := sources.prompt_problem(name, scale.assets):
+            yield f"{where}.{role}: {problem}"
+    for key in scale.experiments:
+        experiment = config.experiments[key]
+        role = config.prompt_role(experiment)
+        chosen = prompt_set(scale.prompts[role])
+        for task in experiment.tasks if not chosen.metadata else ():
+            for reward in config.tasks[task].rewards:
+                if METRICS[reward].metadata:
+                    yield (
+                        f"{where}.{role}: the reward {reward!r} of task {task!r} needs GenEval's "
+                        "metadata; give prompts that have it, as a .jsonl file with 'include'"
+                    )
+        count = scale.evaluation.correlation_prompts
+        if experiment.kind == "correlation" and chosen.files:
+            known = len(chosen.prompts("train", Path))
+            if count > known:
+                yield (
+                    f"{where.removesuffix('prompts')}evaluation.correlation_prompts: {count} is "
+                    f"more than the {known} training prompts of {', '.join(chosen.files)}; lower it"
+                )
 
 
 def _tuning_problems(config: Config, tuning: Tuning) -> Iterator[str]:

@@ -289,6 +289,11 @@ def _provenance(table: Table, lines: Sequence[Line]) -> str:
             "seed": result.spec.seed,
             "scale": result.spec.scale,
             "sha256": {file.name: sha256(file) for file in result.files},
+            "prompts": {
+                "set": result.spec.prompts,
+                "files": result.spec.prompt_files,
+                "sha256": result.spec.weights.get(f"prompts.{result.spec.prompts}"),
+            },
             "metrics": result.evaluation.weights,
             **result.origin,
         }

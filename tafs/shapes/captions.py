@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from functools import cache
 
 import numpy as np
 
@@ -17,6 +18,8 @@ from tafs.data import prompts
 from tafs.data.geneval_rows import NUMBERS, TASKS, Row, objects, plural
 from tafs.data.plugins.shapes import FOLDER
 from tafs.shapes.scenes import COLORS, RELATIONS, SHAPES
+
+MAX_WORDS = 8  # that the text encoders read; the longest caption has seven
 
 # Test prompts per task, 105 in total.
 TEST_PROMPTS = {
@@ -65,6 +68,12 @@ def rows() -> Iterator[Row]:
     ):
         for text in (f"a {c} {a} and a {d} {b}", f"one {c} {a} and one {d} {b}"):
             yield _row("color_attr", text, [_item(a, color=c), _item(b, color=d)])
+
+
+@cache
+def words() -> frozenset[str]:
+    """All words of the captions: the vocabulary of the embedded models."""
+    return frozenset(word for row in rows() for word in row["prompt"].split())
 
 
 def split() -> tuple[list[Row], list[Row]]:

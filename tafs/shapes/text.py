@@ -20,16 +20,16 @@ from transformers import (
     T5Tokenizer,
 )
 
-from tafs.shapes.captions import rows
+from tafs.shapes import captions
 
-MAX_TOKENS = 10  # the longest caption has seven words, CLIP adds two tokens
+MAX_TOKENS = captions.MAX_WORDS + 2  # CLIP marks the start and the end
 CLIP_WIDTH = 64
 T5_WIDTH = 128
 
 
 def words() -> list[str]:
     """All words of the captions, sorted."""
-    return sorted({word for row in rows() for word in row["prompt"].split()})
+    return sorted(captions.words())
 
 
 def clip_tokenizer() -> CLIPTokenizer:

@@ -13,7 +13,7 @@ import pytest
 
 from tafs import experiment
 from tafs.common.yaml_files import ConfigError
-from tafs.experiment import json_schema, validate
+from tafs.experiment import json_schema, run_inputs, validate
 from tafs.experiment.plan import as_typed
 from tafs.experiment.schema import RENAMED_KEYS
 from tafs.methods import registry
@@ -228,6 +228,97 @@ def test_a_number_in_place_of_a_name_is_refused_as_a_name(key: str) -> None:
         with pytest.raises(ConfigError, match=f"{key}.*name") as caught:
             experiment.load({key: value}, SHIPPED)
         assert "valid string" not in str(caught.value)
+
+
+OWN = "a red circle\na black ring\nfour crosses\n"
+ROW = '{"prompt": "a red circle", "tag": "colors", "include": [{"class": "circle", "count": 1}]}\n'
+SMOKE = "prompts: {preference: shapes, composition: shapes}"
+
+
+@pytest.fixture
+def with_prompts(changed: Callable[..., Path]) -> Callable[[str], Path]:
+    """Writes a configuration whose scale smoke has these prompts, with files beside it."""
+
+    def write(prompts: str) -> Path:
+        path = changed(SMOKE, f"prompts: {{preference: {prompts}, composition: shapes}}")
+        small = path.read_text(encoding="utf-8").replace("ion_prompts: 12", "ion_prompts: 2", 1)
+        path.write_text(small, encoding="utf-8")
+        for name, text in {"own.txt": OWN, "b.txt": "a ring\n", "Bad.txt": "a red cat\n"}.items():
+            (path.parent / name).write_text(text, encoding="utf-8")
+        rows = ROW + ROW.replace("a red", "one red")
+        (path.parent / "own.jsonl").write_text(rows, encoding="utf-8")
+        (path.parent / "cat.jsonl").write_text(rows.replace('"circle"', '"cat"'), encoding="utf-8")
+        (path.parent / "long.txt").write_text("a " * 9 + "\na\n", encoding="utf-8")
+        return path
+
+    return write
+
+
+def test_prompts_come_from_files_beside_the_configuration(
+    with_prompts: Callable[[str], Path],
+) -> None:
+    path = with_prompts("own.txt")
+    run = experiment.load({"scale": "smoke"}, path).runs["tafs_grpo.preference.shapes-flux.0"]
+    assert run.prompt_files == (str(path.parent / "own.txt"),)
+    known = [run_inputs.asset_source(run).prompts(run.prompts, s) for s in ("train", "test")]
+    assert sorted(p.text for split in known for p in split) == sorted(OWN.splitlines())
+    assert len(run.weights[f"prompts.{run.prompts}"]) == 64
+    (path.parent / "own.txt").rename(path.parent / "moved file.txt")
+    again = path.read_text(encoding="utf-8").replace("own.txt", "moved file.txt")
+    path.write_text(again, encoding="utf-8")
+    moved = experiment.load({"scale": "smoke"}, path).runs[run.name]
+    assert moved.prompt_files != run.prompt_files and moved.decisive() == run.decisive()
+    (path.parent / "moved file.txt").write_text(OWN + "a ring", encoding="utf-8")
+    assert experiment.load({"scale": "smoke"}, path).runs[run.name].decisive() != run.decisive()
+    with pytest.raises(ValueError, match="moved file.txt: changed since run.json was written; run"):
+        run_inputs.asset_source(moved)
+
+
+def test_two_files_train_and_test_and_json_lines_have_metadata(
+    with_prompts: Callable[[str], Path],
+) -> None:
+    path = with_prompts("{train: own.txt, test: b.txt}")
+    run = experiment.load({"scale": "smoke"}, path).runs["tafs_grpo.preference.shapes-flux.0"]
+    source = run_inputs.asset_source(run)
+    assert [p.text for p in source.prompts(run.prompts, "test")] == ["a ring"]
+    assert "geneval" not in source.metrics(run.prompts)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "problem"),
+    [
+        ("missing.txt", "prompts.preference: the file {}/missing.txt cannot be read (No such file"),
+        ("own.csv", "prompts.preference: should be a prompt set, a file .txt or .jsonl, or {tra"),
+        ("{train: own.txt}", "prompts.preference: input should be a valid string"),
+        ("{train: own.txt, test: [a]}", "prompts.preference: should be a prompt set, a file .txt"),
+        ("'-rf.txt'", "prompts.preference: should be a path of letters"),
+        ("{train: own.txt, test: own.txt}", "prompts.preference: line 1 of {}/own.txt is also li"),
+        (
+            "{train: own.txt, test: Bad.txt}",
+            "prompts.preference: line 1 of {}/Bad.txt has 'cat', which is no word of tafs/data/sh",
+        ),
+        ("long.txt", "prompts.preference: line 1 of {}/long.txt has more than 8 words, which"),
+        ("cat.jsonl", "prompts.preference: line 1 of {}/cat.jsonl has the class 'cat', which the"),
+        ("own.jsonl", "evaluation.correlation_prompts: 2 is more than the 1 training prompts of"),
+        (
+            "shapes, composition: own.txt",
+            "prompts.composition: the reward 'geneval' of task 'composition' needs GenEval's meta",
+        ),
+    ],
+)
+def test_prompts_that_do_not_fit_the_scale_are_refused_in_one_line(
+    with_prompts: Callable[[str], Path], prompts: str, problem: str
+) -> None:
+    path = with_prompts(prompts)
+    if "composition: " in prompts:
+        text = path.read_text(encoding="utf-8").replace("txt, composition: shapes}", "txt}")
+        text = text.replace("experiments: [table2,", "experiments: [table1, table2,", 1)
+        path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        experiment.load({"scale": "smoke"}, path)
+    expected = problem.replace("{}", str(path.parent))
+    assert str(caught.value).startswith(f"{path}: scales.smoke.{expected}")
+    assert "\n" not in str(caught.value)
 
 
 def test_the_published_json_schema_is_current() -> None:
