@@ -58,8 +58,8 @@ LINES = (
 )
 NOT_LINES = ("a\nb", "a\x00b", "\x1b[31mred", "\u202etxt.exe", "a\u2028b", "x" * 100_000)
 
-# matplotlib's font has no CJK and warns about it.
-pytestmark = pytest.mark.filterwarnings("ignore:Glyph")
+# A glyph that is missing in silence fails.
+pytestmark = pytest.mark.filterwarnings("error:Glyph")
 
 
 @pytest.fixture(autouse=True)
