@@ -254,7 +254,7 @@ def prompt_problem(name: str, assets: str) -> str | None:
         spoken = prompt.text.split()
         unknown = next((word for word in spoken if word not in captions.words()), None)
         if embedded and unknown is not None:
-            return f"has {unknown!r}, which is no word of tafs/data/shapes/train.jsonl"
+            return f"has {unknown!r}, which is not in tafs/data/shapes/train.jsonl"
         if embedded and len(spoken) > captions.MAX_WORDS:
             return f"has more than {captions.MAX_WORDS} words, which the embedded models ignore"
         for item in (*prompt.row.get("include", ()), *prompt.row.get("exclude", ())):

@@ -29,7 +29,7 @@ class PromptSet:
         shares: how often training draws each tag, adding up to 1; None: all tags equally often.
         resources: entries of resources.yaml that `train` and `test` read.
         metadata: whether every row has GenEval's metadata, which the metric `geneval` needs.
-        files: where a set that is no plug-in comes from; see tafs.data.prompt_files.
+        files: where a set of tafs.data.prompt_files comes from.
         places: the file and line of each prompt of such a set, by its text.
     """
 

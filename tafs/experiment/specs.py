@@ -92,7 +92,7 @@ class RunSpec(Spec):
     title: str
     task: str  # "" for a model that is not trained
     prompts: str  # the prompt set: trained on its train split, judged on its test split
-    prompt_files: tuple[str, ...] = ()  # of a set that is no plug-in; relative to the project
+    prompt_files: tuple[str, ...] = ()  # of a set of files; relative to the project
     backbone: str  # key of models.yaml
     model: dict[str, JsonValue]  # the settings of models.yaml that decide the model's images
     seed: int

@@ -95,7 +95,7 @@ def nanmean(array: Array, axis: int | tuple[int, ...]) -> Array:
 
 
 def spread(reference: Array) -> float:
-    """The standard deviation of the prompts' means; NaN if they are equal, which is no scale."""
+    """The standard deviation of the prompts' means; NaN if they are all equal."""
     prompts = nanmean(reference, (0, 2))
     prompts = prompts[np.isfinite(prompts)]
     spread = float(prompts.std()) if len(prompts) else 0.0

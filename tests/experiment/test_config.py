@@ -295,7 +295,7 @@ def test_two_files_train_and_test_and_json_lines_have_metadata(
         ("{train: own.txt, test: own.txt}", "prompts.preference: line 1 of {}/own.txt is also li"),
         (
             "{train: own.txt, test: Bad.txt}",
-            "prompts.preference: line 1 of {}/Bad.txt has 'cat', which is no word of tafs/data/sh",
+            "prompts.preference: line 1 of {}/Bad.txt has 'cat', which is not in tafs/data/shapes",
         ),
         ("long.txt", "prompts.preference: line 1 of {}/long.txt has more than 8 words, which"),
         ("cat.jsonl", "prompts.preference: line 1 of {}/cat.jsonl has the class 'cat', which the"),
