@@ -93,7 +93,11 @@ def item(**fields: Any) -> str:
         ("a.jsonl", '{"prompt": "a"}\n{"text": "b"}', "line 2 of {}: unknown key 'text'"),
         ("a.jsonl", '{"prompt": "\\ud800"}', "line 1 of {}"),
         ("a.jsonl", '{"prompt": " "}', "line 1 of {} has an empty prompt; remove the line"),
-        ("a.jsonl", item(inclde=[]), "line 1 of {}: unknown key 'inclde'; did you mean 'include'?"),
+        (
+            "a.jsonl",
+            item(included=[]),
+            "line 1 of {}: unknown key 'included'; did you mean 'include'?",
+        ),
         ("a.jsonl", item(include=[]), "line 1 of {}: include: list should have at least 1 item"),
         (
             "a.jsonl",
