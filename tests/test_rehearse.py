@@ -53,7 +53,7 @@ def test_full_models_have_the_published_sizes_and_precisions():
 def test_full_reward_models_have_the_published_sizes(name, parameters):
     [reward] = models.reward_models([name], models.SIZES["full"], META).rewards
     assert reward.name == name
-    assert sum(p.numel() for p in reward.score.model.parameters()) == parameters
+    assert sum(p.numel() for p in reward.scorer.model.parameters()) == parameters
 
 
 @pytest.mark.parametrize("name", ["flux", "sd3"])

@@ -26,9 +26,8 @@ from tafs.data.geneval_rows import CLASSES, COLORS
 from tafs.data.prompts import Prompt
 from tafs.rewards import learned
 from tafs.rewards.clip import CLIPScore
-from tafs.rewards.geneval import Detection, geneval_verdict
+from tafs.rewards.geneval import Detection, check_metadata, geneval_verdict
 from tafs.rewards.metrics import METRICS, Reward
-from tafs.rewards.registry import check_images
 
 # Labels of COCO checkpoints on the hub, some of them Pascal VOC's -> GenEval's class names.
 SPELLINGS = {
@@ -74,10 +73,10 @@ class GenEval:
         """images [B, 3, H, W] in [0, 1] -> [B] float32 in [0, 1].
 
         Raises:
-            ValueError: wrong images, or a prompt without GenEval's metadata or with an unknown
-                class or colour.
+            ValueError: a prompt without GenEval's metadata or with an unknown class or colour.
         """
-        check_images(self.metric.name, images, prompts)
+        for prompt in prompts:
+            check_metadata(prompt.row)
         found = self.detector.detect(images, prompts)
         verdicts = [geneval_verdict(d, p.row) for d, p in zip(found, prompts, strict=True)]
         scores = [float(v.correct) if self.strict else v.graded for v in verdicts]
@@ -234,7 +233,7 @@ def prepare(pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
     """
     height, width = pixels.shape[-2:]
     scale = min(LONG_EDGE / max(height, width), SHORT_EDGE / min(height, width))
-    inside = (int(height * scale + 0.5), int(width * scale + 0.5))
+    inside = (max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5)))
     resized = F.interpolate(pixels.float(), size=inside, mode="bilinear", align_corners=False)
     mean, std = (pixels.new_tensor(v).float().view(3, 1, 1) for v in (MEAN, STD))
     # The original resizes 8-bit images.

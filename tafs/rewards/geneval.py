@@ -46,6 +46,34 @@ def relations(a: Detection, b: Detection) -> set[str]:
     return {name for name, holds in named.items() if holds}
 
 
+def check_metadata(row: Mapping[str, Any]) -> None:
+    """Refuse a row that is not GenEval's metadata, as in `geneval_verdict`.
+
+    Raises:
+        ValueError: names the prompt and the entry.
+    """
+    where = f"GenEval cannot judge {row.get('prompt', '')!r}"
+    if not row.get("include"):
+        raise ValueError(f"{where}: no 'include' metadata")
+    for key in ("include", "exclude"):
+        for index, item in enumerate(row.get(key, ())):
+            match item:
+                case {"class": str(), "count": int(count)} if count > 0:
+                    pass
+                case _:
+                    raise ValueError(f"{where}: {key!r} needs a class and a count, not {item!r}")
+            match item.get("position"):
+                case None:
+                    pass
+                case [str(), int(target)] if 0 <= target < index:
+                    pass
+                case other:
+                    raise ValueError(
+                        f"{where}: a position is a relation and the index of an earlier entry of "
+                        f"'include', not {other!r}"
+                    )
+
+
 def geneval_verdict(detections: Sequence[Detection], row: Mapping[str, Any]) -> Verdict:
     """GenEval's strict verdict and the graded credit of one image.
 
@@ -59,10 +87,9 @@ def geneval_verdict(detections: Sequence[Detection], row: Mapping[str, Any]) -> 
         row: metadata {tag, prompt, include: [{class, count, color?, position?}], exclude?}.
 
     Raises:
-        ValueError: the row has no `include`; names the prompt.
+        ValueError: the row has another format; names the prompt.
     """
-    if "include" not in row:
-        raise ValueError(f"GenEval cannot judge {row.get('prompt', '')!r}: no 'include' metadata")
+    check_metadata(row)
     by_class: dict[str, list[Detection]] = {}
     for detection in detections:
         by_class.setdefault(detection.label, []).append(detection)

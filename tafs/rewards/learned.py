@@ -21,7 +21,6 @@ from torch.nn import functional
 
 from tafs.data.prompts import Prompt
 from tafs.rewards.metrics import Metric, Reward
-from tafs.rewards.registry import check_images
 
 KEPT_CAPTIONS = 32_768  # captions whose token ids are cached; more than Pick-a-Pic has prompts
 
@@ -65,12 +64,7 @@ class LearnedReward(ABC):
         """Training-scale scores [B] of normalised pixels; captions[owner[i]] belongs to image i."""
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """images [B, 3, H, W] in [0, 1] on `device` -> [B] float32, differentiable.
-
-        Raises:
-            ValueError: wrong shape, range or number of images; names the reward.
-        """
-        check_images(self.name, images, prompts)
+        """images [B, 3, H, W] in [0, 1] on `device` -> [B] float32, differentiable."""
         # Images of a group share a caption, which is encoded once.
         rows = {text: row for row, text in enumerate(dict.fromkeys(p.text for p in prompts))}
         captions = torch.stack([self.token_ids(text) for text in rows]).to(self.device)
@@ -117,7 +111,7 @@ def resize_longer_side(images: Tensor, side: int) -> Tensor:
     Not clipped, since hpsv2 resizes floats.
     """
     height, width = images.shape[-2:]
-    size = [round(side * n / max(height, width)) for n in (height, width)]
+    size = [max(1, round(side * n / max(height, width))) for n in (height, width)]
     images = functional.interpolate(images, size, mode="bicubic", antialias=True)
     rows, columns = (side - n for n in size)
     border = (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)

@@ -53,10 +53,10 @@ class Metric:
 
 
 class Scorer(Protocol):
-    """Scores images against prompts on the training scale."""
+    """Scores images against prompts on the training scale; `Reward.score` checks its input."""
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """images [B, 3, H, W] in [0, 1] -> [B] float32; NaN is a missing value."""
+        """images [B, 3, H, W], B > 0, in [0, 1], float32 -> [B] float32; NaN: a missing value."""
         ...
 
 
@@ -65,12 +65,30 @@ class Reward:
     """A loaded reward model."""
 
     metric: Metric  # a variant of a registered metric replaces fields of it
-    score: Scorer
+    scorer: Scorer
     details: Callable[[], dict[str, str]] = dict  # further entries of its provenance
 
     @property
     def name(self) -> str:
         return self.metric.name
+
+    def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Score images on the training scale.
+
+        Args:
+            images: [B, 3, H, W] in [0, 1], of any floating-point dtype.
+            prompts: of the images.
+
+        Returns:
+            [B] float32; NaN is a missing value.
+
+        Raises:
+            ValueError: wrong images or prompts; names the reward.
+        """
+        from tafs.rewards import registry
+
+        images = registry.check_images(self.name, images, prompts)
+        return self.scorer(images, prompts) if len(images) else images.new_empty(0)
 
     @property
     def differentiable(self) -> bool:

@@ -32,10 +32,10 @@ class RewardSet:
         """Training-scale scores by name, [B] each; images [B, 3, H, W] in [0, 1].
 
         Raises:
-            ValueError: an image holds NaN or infinity; names the rewards and the image.
+            ValueError: wrong images or prompts; names the rewards and the image.
         """
-        check_finite(", ".join(self.names), images)
-        parts = [slice(low, low + chunk) for low in range(0, len(images), chunk)]
+        check_batch(", ".join(self.names), images, prompts)
+        parts = [slice(low, low + chunk) for low in range(0, max(1, len(images)), chunk)]
         return {
             reward.name: torch.cat([reward.score(images[part], prompts[part]) for part in parts])
             for reward in self.rewards
@@ -45,9 +45,9 @@ class RewardSet:
         """Training-scale scores by name, [B] each, with gradients to the images.
 
         Raises:
-            ValueError: a reward has no gradient, or an image holds NaN or infinity; names them.
+            ValueError: a reward has no gradient, or wrong images or prompts; names them.
         """
-        check_finite(", ".join(self.names), images)
+        check_batch(", ".join(self.names), images, prompts)
         for reward in self.rewards:
             if not reward.differentiable:
                 raise ValueError(f"reward {reward.name!r} is not differentiable")
@@ -58,39 +58,43 @@ class RewardSet:
         return {r.name: r.report(scores[r.name]) for r in self.rewards}
 
 
-def check_finite(name: str, images: Tensor) -> None:
-    """Refuse images [B, ...] with NaN or infinity.
+def check_batch(name: str, images: Tensor, prompts: Sequence[Prompt]) -> None:
+    """Refuse images [B, ...] without one prompt each, or with NaN or infinity.
 
     Raises:
-        ValueError: an image holds NaN or infinity; names the reward and the image.
+        ValueError: names the reward, and the first image that is not finite.
     """
-    broken = ~images.detach().flatten(1).isfinite().all(1)
-    if broken.any():
-        first = int(broken.nonzero()[0, 0])
+    if images.ndim == 0 or len(images) != len(prompts):
+        count = len(images) if images.ndim else "no batch of"
+        raise ValueError(f"reward {name}: {count} images, but {len(prompts)} prompts")
+    finite = images.detach().isfinite()
+    if not finite.all():
+        first = int((~finite).nonzero()[0, 0])
         raise ValueError(f"reward {name}: image {first} of {len(images)} holds NaN or infinity")
 
 
-def check_images(name: str, images: Tensor, prompts: Sequence[Prompt]) -> None:
-    """Refuse images that a reward model would fail on or score wrongly.
+def check_images(name: str, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    """Return the images in float32; refuse those that a model would fail on or score wrongly.
 
     Raises:
-        ValueError: images are not [B, 3, H, W], B > 0, float32, with one prompt each, finite and in
-            [0, 1]; names the reward.
+        ValueError: images are not [B, 3, H, W] of floating-point numbers in [0, 1], or have not one
+            prompt each; names the reward.
     """
-    if images.ndim != 4 or images.shape[1] != 3:
+    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
         raise ValueError(f"reward {name}: images must be [B, 3, H, W], not {list(images.shape)}")
-    if images.dtype != torch.float32:
-        raise ValueError(f"reward {name}: images must be float32, not {images.dtype}")
-    if len(images) == 0:
-        raise ValueError(f"reward {name}: there are no images to score")
-    if len(images) != len(prompts):
-        raise ValueError(f"reward {name}: {len(images)} images, but {len(prompts)} prompts")
-    check_finite(name, images)
-    low, high = (value.item() for value in images.detach().aminmax())
-    if low < -ROUNDING or high > 1 + ROUNDING:
+    if not images.is_floating_point():
         raise ValueError(
-            f"reward {name}: images must be in [0, 1], not from {low:.3g} to {high:.3g}"
+            f"reward {name}: images must be floating-point numbers in [0, 1], not {images.dtype}"
         )
+    check_batch(name, images, prompts)
+    images = images.float()
+    if len(images):
+        low, high = (value.item() for value in images.detach().aminmax())
+        if low < -ROUNDING or high > 1 + ROUNDING:
+            raise ValueError(
+                f"reward {name}: images must be in [0, 1], not from {low:.3g} to {high:.3g}"
+            )
+    return images
 
 
 def load(names: Sequence[str], build: Callable[[str], Reward]) -> RewardSet:

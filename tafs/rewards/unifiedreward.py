@@ -27,7 +27,7 @@ from torch import Tensor
 from tafs.common.errors import RunFailed
 from tafs.data.prompts import Prompt
 from tafs.rewards.metrics import METRICS, Metric, Reward
-from tafs.rewards.registry import MISSING_SHARE, check_images
+from tafs.rewards.registry import MISSING_SHARE
 
 GRADES = 5
 # The question of Flow-GRPO's reward (`unifiedreward_score_sglang` of flow_grpo/rewards.py in
@@ -51,8 +51,19 @@ MAX_ANSWER = 1_000_000  # bytes
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0  # seconds between attempts, doubled each time
 
 _ADDRESS = re.compile(r"http://([\w.-]+|\[[\da-fA-F:]+\]):(\d{1,5})/?")
-_SCORE = re.compile(r"Final Score:\**\s*(\S+)")
-_NUMBER = re.compile(r"\d+(?:\.\d+)?")
+_NUMBER = r"""
+    [\s*_`"'\[(<{$]*+                         # Markdown, quotes, brackets
+    (\d+(?:\.\d+)?) (?![\w%]|[.,]\d)          # not a part of another number or word
+    [*_`"'\])>}$]*+
+    (?: [ ]*(?:/|out[ ]of)[ ]*5(?:\.0+)?(?!\d|[.,]\d) )?
+    (?! [ ]*(?:/|-|–|to|or|out[ ]of)[ *_]*\d ) # not a range, not of another scale
+"""
+_LABEL = r"""
+    \bFinal[\s*_]+Score[*_`"'\s]*+ (?:\([^()]*\)[*_\s]*+)? (?: : | ： | = | \bis\b | \bof\b )
+"""
+_FLAGS = re.ASCII | re.IGNORECASE | re.VERBOSE
+_SCORE = re.compile(_LABEL + _NUMBER, _FLAGS)
+_ALONE = re.compile(rf"[*_\s]*+ (?:(?:Final|Score)[*_\s]*+:)? {_NUMBER} [*_.\s]*+", _FLAGS)
 _TRANSIENT = frozenset({429, 500, 502, 503, 504})
 _REJECTED = frozenset({400, 413, 422})  # other images or captions may be accepted
 
@@ -100,10 +111,8 @@ class UnifiedReward:
         """images [B, 3, H, W] in [0, 1] -> [B] float32: the grade divided by 5, or NaN.
 
         Raises:
-            ValueError: wrong images.
             RunFailed: there is no server, it refuses the request, or too many scores are missing.
         """
-        check_images(self.metric.name, images, prompts)
         pixels = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
         arrays = pixels.permute(0, 2, 3, 1).cpu().numpy()
         of = self.images or len(prompts)
@@ -221,17 +230,23 @@ class _Unreachable(Exception):
 
 
 def grade(text: str) -> float:
-    """The grade in an answer: the number after "Final Score:".
+    """The grade in an answer: the number after "Final Score:", or the number that the answer is.
+
+    The published readers are Flow-GRPO's, which takes the first "Final Score:" before a digit from
+    1 to 5, and UnifiedReward's (DiffusionDPO/sift_dpo_data.py in
+    https://github.com/CodeGoat24/UnifiedReward), which takes the last. The grade is theirs where
+    they agree on one; where they give 0, differ, or take a part of a number such as the 4 of 45,
+    it is missing.
 
     Raises:
         Missing: there is no number or there are different ones ("no_score"), or it is outside
             [1, 5] ("out_of_range").
     """
-    answers = [match.strip("*").rstrip(".") for match in _SCORE.findall(text)]
-    numeric = all(_NUMBER.fullmatch(answer) for answer in answers)
-    if not numeric or len({float(answer) for answer in answers}) != 1:
+    alone = _ALONE.fullmatch(text)
+    grades = {float(number) for number in ([alone[1]] if alone else _SCORE.findall(text))}
+    if len(grades) != 1:
         raise Missing("no_score")
-    found = float(answers[0])
+    [found] = grades
     if not 1 <= found <= GRADES:
         raise Missing("out_of_range")
     return found

@@ -40,7 +40,7 @@ def detect(images: Tensor) -> list[list[Detection]]:
     if tuple(images.shape[1:]) != (3, IMAGE_SIZE, IMAGE_SIZE):
         raise ValueError(
             f"reward geneval: images must be [B, 3, {IMAGE_SIZE}, {IMAGE_SIZE}], "
-            f"got {list(images.shape)}"
+            f"not {list(images.shape)}"
         )
     pixels = images.detach().float().clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
     found: list[list[Detection]] = [[] for _ in range(len(pixels))]

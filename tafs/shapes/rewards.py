@@ -14,9 +14,9 @@ from transformers import CLIPTokenizer
 from tafs.data.prompts import Prompt
 from tafs.rewards.geneval import geneval_verdict
 from tafs.rewards.metrics import METRICS, Reward
-from tafs.rewards.registry import check_images
 from tafs.shapes import scorers, weights
 from tafs.shapes.detector import detect
+from tafs.shapes.scenes import IMAGE_SIZE
 
 Model = scorers.DualEncoder | scorers.FusionScorer
 
@@ -58,7 +58,6 @@ class GenEval:
         self.strict = strict
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        check_images("geneval", images, prompts)
         verdicts = [geneval_verdict(d, p.row) for d, p in zip(detect(images), prompts, strict=True)]
         return torch.tensor([float(v.correct) if self.strict else v.graded for v in verdicts])
 
@@ -76,7 +75,11 @@ class Learned:
         self._ids: dict[str, Tensor] = {}
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        check_images(self.name, images, prompts)
+        if images.shape[-2:] != (IMAGE_SIZE, IMAGE_SIZE):
+            raise ValueError(
+                f"reward {self.name}: images must be [B, 3, {IMAGE_SIZE}, {IMAGE_SIZE}], "
+                f"not {list(images.shape)}"
+            )
         new = [text for text in dict.fromkeys(p.text for p in prompts) if text not in self._ids]
         if new:
             self._ids.update(zip(new, scorers.tokens(self.tokenizer, new), strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,20 +65,49 @@ def test_scores_do_not_depend_on_batch_or_order(reward):
     torch.testing.assert_close(torch.cat(alone), together, atol=1e-5, rtol=1e-5)
 
 
+def with_pixel(value: float) -> torch.Tensor:
+    changed = images()
+    changed[1, 0, 0, 0] = value
+    return changed
+
+
 def test_wrong_images_are_refused_in_one_line_that_names_the_reward(reward):
-    broken = images()
-    broken[1, 0, 0, 0] = float("nan")
-    for wrong, prompts in (
-        (images()[0], PROMPTS),
-        (images()[:, :2], PROMPTS),
-        (images().half(), PROMPTS),
-        (images(0), []),
-        (images(), PROMPTS[:2]),
-        (broken, PROMPTS),
+    for wrong, prompts, message in (
+        (images()[0], PROMPTS, "must be [B, 3, H, W], not [3, 24, 24]"),
+        (images()[:, :2], PROMPTS, "must be [B, 3, H, W], not [3, 2, 24, 24]"),
+        (images()[:, :1].expand(-1, 4, -1, -1), PROMPTS, "not [3, 4, 24, 24]"),
+        (images()[..., :0], PROMPTS, "must be [B, 3, H, W], not [3, 3, 24, 0]"),
+        (torch.tensor(0.5), PROMPTS, "must be [B, 3, H, W], not []"),
+        ((images() * 255).byte(), PROMPTS, "floating-point numbers in [0, 1], not torch.uint8"),
+        (images() * 255, PROMPTS, "must be in [0, 1], not from"),
+        (images() * 2 - 1, PROMPTS, "must be in [0, 1], not from -0.5"),
+        (images(), PROMPTS[:2], "3 images, but 2 prompts"),
+        (images(), [*PROMPTS, *PROMPTS], "3 images, but 6 prompts"),
+        (images(0), PROMPTS, "0 images, but 3 prompts"),
+        *[
+            (with_pixel(value).to(dtype), PROMPTS, "image 1 of 3 holds NaN or infinity")
+            for value in (math.nan, math.inf, -math.inf)
+            for dtype in (torch.float32, torch.float16, torch.bfloat16)
+        ],
     ):
         with pytest.raises(ValueError, match=f"^reward {reward.name}: .+") as error:
             reward.score(wrong, prompts)
+        assert message in str(error.value)
         assert "\n" not in str(error.value)
+
+
+def test_images_of_any_floating_point_type_are_scored_as_float32(reward):
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        converted = images().to(dtype)
+        scores = reward.score(converted, PROMPTS)
+        assert scores.dtype == torch.float32
+        assert torch.equal(scores, reward.score(converted.float(), PROMPTS))
+
+
+def test_an_empty_batch_has_no_scores(reward):
+    for dtype in (torch.float32, torch.bfloat16):
+        scores = reward.score(images(0).to(dtype), [])
+        assert scores.shape == (0,) and scores.dtype == torch.float32
 
 
 def test_the_gradient_reaches_the_images_exactly_if_the_reward_says_so(reward):
@@ -104,6 +134,22 @@ def test_the_description_is_complete(metric):
     assert set(metric.resources) <= set(lockfile.read(ROOT / "resources.yaml"))
 
 
+def test_a_hub_reward_scores_images_of_any_shape(folder):
+    for name in [m.name for m in METRICS.values() if not m.served]:
+        reward = metrics.plugin(name).build("cpu", folder)
+        for height, width in ((1, 1), (3, 700), (2000, 1)):
+            scores = reward.score(torch.full((1, 3, height, width), 0.5), PROMPTS[:1])
+            assert scores.isfinite().all(), (name, height, width)
+
+
+def test_an_embedded_reward_refuses_images_of_another_size():
+    rewards = EMBEDDED.rewards(EMBEDDED.metrics("shapes")).rewards
+    for reward in rewards:
+        message = rf"^reward {reward.name}: images must be \[B, 3, 24, 24\], not \[1, 3, 32, 24\]$"
+        with pytest.raises(ValueError, match=message):
+            reward.score(torch.full((1, 3, 32, 24), 0.5), PROMPTS[:1])
+
+
 def test_a_served_reward_cannot_be_built_in_the_training_process(folder):
     [served] = [metric.name for metric in METRICS.values() if metric.served]
     with pytest.raises(ValueError, match=f"reward '{served}' is scored by a server"):
@@ -128,6 +174,8 @@ def test_the_template_is_a_reward(tmp_path):
     assert reward.report(scores)[0] > 0
     test_scores_are_float32_and_repeatable(reward)
     test_wrong_images_are_refused_in_one_line_that_names_the_reward(reward)
+    test_images_of_any_floating_point_type_are_scored_as_float32(reward)
+    test_an_empty_batch_has_no_scores(reward)
     test_the_gradient_reaches_the_images_exactly_if_the_reward_says_so(reward)
     test_the_description_is_complete(plugin.metric)
     with pytest.raises(ValueError, match="'clip' is taken"):

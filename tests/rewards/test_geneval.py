@@ -81,6 +81,31 @@ def test_a_prompt_without_metadata_is_refused_by_its_text():
         geneval_verdict([thing("ring")], {"prompt": "a fine day"})
 
 
+RING = include("ring")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"include": []}, "no 'include' metadata"),
+        ({"include": ["ring"]}, "'include' needs a class and a count, not 'ring'"),
+        ({"include": [{"class": "ring"}]}, "'include' needs a class and a count, not {'class'"),
+        ({"include": [include("ring", 0)]}, "'include' needs a class and a count, not"),
+        (
+            {"include": [RING], "exclude": [{"count": 1}]},
+            "'exclude' needs a class and a count, not",
+        ),
+        ({"include": [include("ring", position=["above", 0])]}, "a position is a relation and"),
+        ({"include": [RING, include("ring", position=["above", -1])]}, "a position is a relation"),
+        ({"include": [RING, include("ring", position="above")]}, "of 'include', not 'above'"),
+    ],
+)
+def test_malformed_metadata_is_refused_in_one_line(row, message):
+    with pytest.raises(ValueError, match=f"^GenEval cannot judge 'a': .*{message}") as error:
+        geneval_verdict([thing("ring")], {"prompt": "a", **row})
+    assert "\n" not in str(error.value)
+
+
 # -- an independent implementation of evaluate_images.py in https://github.com/djghosh13/geneval ---
 # A requirement holds if there are enough objects, if the most confident of them have the required
 # colour, and if each has the required relation to each object of an earlier requirement that holds.

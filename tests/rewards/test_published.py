@@ -262,8 +262,8 @@ def test_a_reward_set_scores_in_chunks_and_reports(scorers):
         (torch.full((2, 3, 8, 8), float("inf")), "image 0 of 2 holds NaN or infinity"),
         (torch.full((2, 3, 8, 8), -0.1), r"in \[0, 1\], not from -0.1 to -0.1"),
         (torch.full((2, 3, 8, 8), 255.0), r"in \[0, 1\], not from 255 to 255"),
-        (torch.zeros(2, 3, 8, 8).bfloat16(), "must be float32, not torch.bfloat16"),
-        (torch.zeros(0, 3, 8, 8), "no images to score"),
+        (torch.zeros(2, 3, 8, 8).int(), r"numbers in \[0, 1\], not torch.int32"),
+        (torch.zeros(0, 3, 8, 8), "0 images, but 2 prompts"),
         (torch.zeros(3, 8, 8), r"\[B, 3, H, W\], not \[3, 8, 8\]"),
         (torch.zeros(2, 4, 8, 8), r"\[B, 3, H, W\], not \[2, 4, 8, 8\]"),
         (torch.zeros(3, 3, 8, 8), "3 images, but 2 prompts"),
@@ -280,13 +280,16 @@ def test_rounding_errors_beyond_0_and_1_are_accepted():
 
 
 @pytest.mark.parametrize("score", ["score", "differentiate"])
-def test_a_reward_set_refuses_nan_images_and_names_the_image(score):
+def test_a_reward_set_checks_the_whole_batch(score):
     metric = Metric("toy", "Toy", "score", 2, differentiable=True)
-    reward = registry.Reward(metric, lambda i, _: i.mean((1, 2, 3)))
+    rewards = registry.RewardSet([registry.Reward(metric, lambda i, _: i.mean((1, 2, 3)))])
     images = torch.zeros(4, 3, 8, 8)
+    assert getattr(rewards, score)(images[:0], [])["toy"].shape == (0,)
     images[2, 0, 3, 3] = float("nan")
-    with pytest.raises(ValueError, match="reward toy: image 2 of 4 holds NaN"):
-        getattr(registry.RewardSet([reward]), score)(images, prompts(4))
+    with pytest.raises(ValueError, match="^reward toy: image 2 of 4 holds NaN"):
+        getattr(rewards, score)(images, prompts(4))
+    with pytest.raises(ValueError, match="^reward toy: 512 images, but 513 prompts$"):
+        getattr(rewards, score)(torch.zeros(512, 3, 1, 1), prompts(513))
 
 
 @pytest.fixture

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import socket
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from support.chat_server import ChatServer, brightness_grade, caption, decode
 
 from tafs.common.errors import RunFailed
@@ -45,36 +48,93 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+ELEMENTS = "cat (animal): 1\nblack (color): 0\n2 (count): 1\n"
+
+
 @pytest.mark.parametrize(
     ("text", "number"),
     [
         ("Final Score: 4", 4),
         ("Final Score:3.25", 3.25),
-        ("cat (animal): 1\nblack (color): 0\nFinal Score: 2.5", 2.5),
+        ("Final Score: 4.67\n", 4.67),
+        (ELEMENTS + "Final Score: 2.5", 2.5),
+        (ELEMENTS + "\nFinal Score: 3.0<|im_end|>", 3),
+        ("Alignment Score: 2\nOverall Image Quality: 4\nFinal Score: 3", 3),
         ("Final Score: 5.", 5),
-        ("**Final Score:** 1", 1),
+        ("Final Score: 5.0. The image shows 2 cats.", 5),
+        ("Final Score: 4, because the 3 dogs are blurred.", 4),
+        ("The dog has 5 legs.\n\n**Final Score:** 1", 1),
+        ("**Final Score**: 2", 2),
+        ("**Final Score: 3.5**", 3.5),
+        ("Final Score: **4**", 4),
+        ("### Final Score:\n\n4.3", 4.3),
+        ("Final Score: 4\n- 2 dogs are missing", 4),
+        ("Final Score: 4/5", 4),
+        ("Final Score: 4.5 / 5.0", 4.5),
+        ("Final Score: 3 out of 5.", 3),
+        ("Final Score (1-5): 4", 4),
+        ("Final Score: [4]", 4),
+        ("Final Score: $\\boxed{4}$", None),
+        ('{"Final Score": 3.7}', 3.7),
+        ("final score: 4", 4),
+        ("FINAL SCORE: 2", 2),
+        ("The final score is 4.", 4),
+        ("I give it a final score of 2.", 2),
         ("Final Score: 3\nAgain, Final Score: 3", 3),
         ("Final Score: 4.0\n**Final Score: 4**", 4),
-    ],
-)
-def test_the_grade_is_the_number_after_final_score(text, number):
-    assert grade(text) == number
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
+        ("Final Score: 4.0, so that the grade is 4. Final Score: 4.00", 4),
+        ("After 'Final Score:' I give the grade.\nFinal Score: 4", 4),
+        ("Final Score: N/A at first.\nFinal Score: 2", 2),
+        ("4", 4),
+        (" 3.7\n", 3.7),
+        ("**4.0**", 4),
+        ("Score: 4", 4),
+        ("Final: 4/5", 4),
         *[
-            (text, "no_score")
-            for text in ("", "4", "Final Score:", "Final Score: 2 Final Score: 3")
+            (text, None)
+            for text in (
+                *("", " ", "Final", "Final Score", "Final Score:", "Final Score: .", "F", "nan"),
+                *("This image shows 4 cats.", "Image 2 of 4", "1. Alignment: 4\n2. Quality: 3"),
+                *(ELEMENTS, "Alignment Score: 4", "Final Score: 2 Final Score: 3"),
+                *("Final Score: 3-4", "Final Score: 3 to 4", "Final Score: 4 or 5", "3-4"),
+                *("Final Score: 4/10", "Final Score: 8 out of 10", "4/10", "Final Score: 4/50"),
+                *("**Final Score: 4** / 10", "Final Score: **3** - **4**", "Final Score: 4–5"),
+                *("Final Score: four", "Final Score: 4,5", "Final Score: nan", "Final Score: -2"),
+                *("Final Score: 4.5.1", "Final Score: 4th", "Final Score: 80%", "Final Score: 1e0"),
+                "assign a score from 1 to 5 after 'Final Score:'.\nText Caption: [3 dogs]",
+            )
         ],
-        *[(f"Final Score: {n}", "no_score") for n in ("four", "4/5", "4,5", "nan", "-2")],
-        *[(f"Final Score: {n}", "out_of_range") for n in ("0", "0.99", "5.01", "45")],
     ],
 )
-def test_other_answers_are_missing_scores(text, reason):
-    with pytest.raises(Missing, match=f"^{reason}$"):
-        grade(text)
+def test_the_grade_is_the_number_after_final_score_or_missing(text, number):
+    if number is None:
+        with pytest.raises(Missing, match="^no_score$"):
+            grade(text)
+    else:
+        assert grade(text) == number
+
+
+@pytest.mark.parametrize("start", ["", "Final Score", "Final Score:", "Final"])
+@pytest.mark.parametrize("part", [" ", "*", "9", "(", "Final "])
+def test_a_long_answer_is_read_at_once(start, part):
+    with pytest.raises(Missing):
+        grade(start + part * 100_000 + "x")
+
+
+@pytest.mark.parametrize("number", ["0", "0.99", "5.01", "6", "7.5", "10", "45", "100"])
+@pytest.mark.parametrize("form", ["Final Score: {}", "**Final Score**: {}.", "{}", "{}/5"])
+def test_a_grade_outside_1_to_5_is_out_of_range(form, number):
+    with pytest.raises(Missing, match="^out_of_range$"):
+        grade(form.format(number))
+
+
+@given(number=st.integers(10, 50).map(lambda n: n / 10), text=st.text("abc 123.:*\n", max_size=40))
+def test_grades_are_those_of_the_published_readers(number, text):
+    """In answers with one "Final Score:", the last of them and the first before a digit."""
+    answer = f"{text}\nFinal Score: {number}\n"
+    first = re.search(r"Final Score:\s*([1-5](?:\.\d+)?)", answer)
+    last = answer.split("Final Score:")[-1].strip()
+    assert first and grade(answer) == float(first[1]) == float(last) == number
 
 
 def test_scores_are_the_servers_grades_in_the_order_of_the_images():

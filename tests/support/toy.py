@@ -63,11 +63,18 @@ class ToyBackbone:
             self.active = True
 
 
+class ToyReward(Reward):
+    """A reward of two-dimensional latents, which would be refused as images."""
+
+    def score(self, images: Tensor, image_prompts: Sequence[prompts.Prompt]) -> Tensor:
+        return self.scorer(images, image_prompts)
+
+
 def toy_rewards(names: Sequence[str] = ("clip",)) -> RewardSet:
     """Return rewards that are coordinates of the image: the first reward the first, and so on."""
     metrics = [Metric(name, name, "score", digits=3, differentiable=True) for name in names]
     return RewardSet(
-        [Reward(metric, lambda images, _, n=n: images[:, n]) for n, metric in enumerate(metrics)]
+        [ToyReward(metric, lambda images, _, n=n: images[:, n]) for n, metric in enumerate(metrics)]
     )
 
 
@@ -92,7 +99,7 @@ def spoil(run: Trainer, values: Mapping[tuple[int, int], float], name: str = "cl
                     scores[row] = value
             return scores
 
-        return dataclasses.replace(reward, score=score)
+        return dataclasses.replace(reward, scorer=score)
 
     run.rewards.rewards = tuple(
         spoiled(reward) if reward.name == name else reward for reward in run.rewards.rewards
