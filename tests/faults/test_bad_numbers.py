@@ -207,7 +207,7 @@ def stop_and_continue(
     failing, update = int(rng.integers(ITERATIONS)), int(rng.integers(UPDATES))
     for iteration in range(failing):
         run.iterate(iteration)
-    run.save(folder, "of this run", failing, {})
+    run.save(folder, {"run": "this one"}, failing, {})
     saved = contents(folder)
     made = [weights(run)]
     run.optimizer.register_step_post_hook(lambda *_: made.append(weights(run)))
@@ -223,7 +223,7 @@ def stop_and_continue(
     assert same(weights(run), made[-1])
     assert all(tensor.isfinite().all() for tensor in state(run).values())
     assert contents(folder) == saved
-    kept = checkpoint.load(folder, "of this run")
+    kept = checkpoint.load(folder, {"run": "this one"})
     assert kept is not None and kept.iteration == failing
     continued = trainer(name, updates=UPDATES)
     continued.restore(kept)
