@@ -140,10 +140,10 @@ def decide_by_content(
     own_persistence = snakemake.workflow.FilePersistence
 
     def persistence(**given: Any) -> Any:
+        # A dry run leaves nothing behind.
+        own = workflow.snakemake_tmp_dir / "records" if workflow.dryrun else records
         conda = given["conda_prefix"] or str(Path(".snakemake/conda").absolute())
-        found = own_persistence(
-            **{**given, "path": given["path"] or records, "conda_prefix": conda}
-        )
+        found = own_persistence(**{**given, "path": given["path"] or own, "conda_prefix": conda})
         found.has_metadata = lambda job: True  # its absence means nothing here
         return found
 

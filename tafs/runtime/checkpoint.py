@@ -100,9 +100,7 @@ def save(
             shutil.rmtree(generation, ignore_errors=True)
 
 
-def load(
-    folder: Path, needs: Needs, lacks: Callable[[State], str] = lambda _: ""
-) -> State | None:
+def load(folder: Path, needs: Needs, lacks: Callable[[State], str] = lambda _: "") -> State | None:
     """Return the newest intact state with these needs, or None.
 
     Any other state is skipped with one line in the log and in `State.notes`. It stays on the disk

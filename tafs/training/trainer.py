@@ -361,9 +361,7 @@ class Trainer:
         finally:
             swap()
 
-    def save(
-        self, folder: Path, needs: Needs, iteration: int, values: Mapping[str, Any]
-    ) -> None:
+    def save(self, folder: Path, needs: Needs, iteration: int, values: Mapping[str, Any]) -> None:
         """Write the resume state after `iteration` iterations, with JSON values."""
         tensors, optimizer = checkpoint.pack_optimizer(self.optimizer)
         tensors |= {f"lora/{name}": p.detach() for name, p in self.parameters.items()}

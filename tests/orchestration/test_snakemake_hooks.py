@@ -59,6 +59,8 @@ RELIED_ON: list[tuple[Any, str]] = [
     (workflow.Workflow._prepare_dag, "path=persistence_path"),
     (workflow.Workflow._prepare_dag, "conda_prefix=self.deployment_settings.conda_prefix"),
     (workflow.Workflow, "self._prepare_dag("),
+    (workflow.Workflow, "def snakemake_tmp_dir(self)"),
+    (workflow.Workflow, "def dryrun(self)"),
     (workflow.Workflow.is_main_process.fget, "return self.exec_mode == ExecMode.DEFAULT"),
     (workflow.DAG, "await self.update_needrun(create_inventory=True)"),
     (workflow.DAG.update_needrun, "_needrun = self._needrun"),

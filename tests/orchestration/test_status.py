@@ -11,21 +11,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from support.finished import finish, finish_all
 
 from tafs.common import errors
 from tafs.orchestration import graph as graphs
 from tafs.orchestration import status
-from tafs.orchestration.graph import Graph
+from tafs.orchestration.graph import Graph, Job
 from tafs.orchestration.status import State
 from tafs.runtime.journal import Journal
-from tafs.runtime.run_dir import RunDir
+from tafs.runtime.run_dir import STAGES, RunDir
 
 ROOT = Path(__file__).resolve().parents[2]
 TAFS, FLOW = "tafs_grpo.preference.shapes-flux.0", "flow_grpo.preference.shapes-flux.0"
 BASE = "base.shapes.shapes-flux"
 NOW = 10_000.0
-TRAINED = ("adapter.safetensors", "journal.jsonl")
-JUDGED = ("scores.parquet", "samples.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +46,6 @@ def folder_of(graph: Graph, name: str) -> Path:
 
 def look(graph: Graph, name: str = TAFS, now: float = NOW) -> State:
     return next(state for state in status.look(graph, now) if state.run == name)
-
-
-def touched(folder: Path, *names: str) -> None:
-    for name in names:
-        (folder / name).touch()
 
 
 def iterated(file: Path, *seconds: float, end: float = NOW - 10) -> None:
@@ -131,15 +125,15 @@ def test_a_released_lock_is_not_a_sign_of_life(graph):
 
 def test_a_trained_run_is_evaluated_and_then_done(graph):
     folder = folder_of(graph, TAFS)
-    touched(folder, TRAINED[0])
     iterated(folder / "journal.jsonl", 8.0, 8.0)
+    finish(graph, Job("train", TAFS))
     assert (look(graph).state, look(graph).stages) == ("trained", (1, 2))
     reported(folder, "evaluate")
     with working(folder, "evaluate"):
         found = look(graph)
     # 10 of 40 steps took 100 s; the other 30 take 300 s, 20 s of which have passed.
     assert (found.state, found.left) == ("evaluating", 280.0)
-    touched(folder, *JUDGED)
+    finish(graph, Job("evaluate", TAFS))
     assert (look(graph).state, look(graph).stages) == ("done", (2, 2))
 
 
@@ -154,7 +148,11 @@ def test_a_trained_run_is_evaluated_and_then_done(graph):
 def test_a_run_is_in_the_stage_that_is_locked(tmp_path, scale, name, stage, state, stages):
     graph = graphs.read({"scale": scale, "results": str(tmp_path)}, ROOT / "config.yaml")
     folder = folder_of(graph, name)
-    touched(folder, *TRAINED, *JUDGED)
+    if name != BASE:
+        (folder / "journal.jsonl").touch()
+        finish(graph, Job("train", name))
+    finish(graph, Job("evaluate", name))
+    (folder / "images.zip").touch()
     with working(folder, stage):
         found = look(graph, name)
     assert (found.state, found.stages) == (state, stages)
@@ -261,8 +259,9 @@ def test_the_exit_code_is_1_if_a_run_has_failed(graph, capsys):
     folder = folder_of(graph, TAFS)
     assert status.show(graph) == 0
     failed(folder, "train")
-    touched(folder_of(graph, FLOW), *JUDGED, TRAINED[0])
     iterated(folder_of(graph, FLOW) / "journal.jsonl", 1.0, 1.0)
+    finish(graph, Job("train", FLOW))
+    finish(graph, Job("evaluate", FLOW))
     capsys.readouterr()
     assert status.show(graph) == 1
     first, blank, head, run, *_ = capsys.readouterr().out.splitlines()
@@ -275,11 +274,12 @@ def test_the_exit_code_is_1_if_a_run_has_failed(graph, capsys):
 def test_the_table_is_printed_again_until_all_runs_are_done(graph, capsys):
     waits = []
 
-    def finish(seconds: float) -> None:
+    def wait(seconds: float) -> None:
         waits.append(seconds)
         for name in graph.plan.runs:
-            touched(folder_of(graph, name), *TRAINED, *JUDGED, "trajectory_rewards.parquet")
+            (folder_of(graph, name) / "journal.jsonl").touch()
+        finish_all(graph, STAGES)
 
-    assert status.show(graph, 7.0, finish) == 0
+    assert status.show(graph, 7.0, wait) == 0
     assert waits == [7.0]
     assert "7 done; 14 of 14 jobs done" in capsys.readouterr().out

@@ -5,19 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 import shutil
-import subprocess
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.dry_run import dry_run
+from support.finished import finish_all
 
 from tafs.orchestration import graph as graphs
 from tafs.orchestration import verdicts
 from tafs.orchestration.graph import Graph, Job
-from tests.support.finished import finish_all
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = "tafs_grpo.preference.shapes-flux.0"
@@ -156,15 +155,6 @@ def test_what_the_user_forces_runs_with_what_follows(graph):
     assert rules(graph, forced={Job("train", RUN)}) == ["train", *AFTER]
 
 
-def planned_by_snakemake(graph: Graph, *options: str) -> Counter[str]:
-    """The jobs of a dry run, by rule."""
-    config = ["--config", "scale=smoke", f"results={graph.plan.config.results}"]
-    command = ["snakemake", "--dry-run", "all", *options, *config]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return Counter(re.findall(r"^ *(?:local)?rule (\w+):", done.stdout + done.stderr, re.MULTILINE))
-
-
 @pytest.mark.parametrize("change", ["nothing", "adapter", "trained", "method", "spec", "report"])
 def test_snakemake_runs_what_the_verdicts_say(graph, change):
     folder, root, options = Path(graph.folder(RUN)), Path(graph.root), []
@@ -185,6 +175,6 @@ def test_snakemake_runs_what_the_verdicts_say(graph, change):
             (root / "claims.md").unlink()
             (root / "receipts" / "compare.json").unlink()
     forced = {job for job in graph.jobs() if options and job.rule == "train"}
-    expected = Counter(one.job.rule for one in verdicts.pending(graph, forced))
-    assert planned_by_snakemake(graph, *options) == expected
+    expected = Counter(one.job for one in verdicts.pending(graph, forced))
+    assert dry_run("smoke", graph.plan.config.results, *options) == expected
     assert bool(expected) == (change != "nothing")

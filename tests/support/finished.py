@@ -11,7 +11,7 @@ from tafs.runtime import receipts
 
 
 def finish(graph: Graph, job: Job) -> None:
-    """Write a job's files and receipt."""
+    """Write a job's receipt, and those of its files that do not exist."""
     outputs = [Path(file) for file in graph.outputs(job)]
     for file in outputs:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -29,7 +29,7 @@ def finish(graph: Graph, job: Job) -> None:
             with receipts.replacing(
                 job_folder(graph, job), job.rule, job_needs(graph, job), outputs
             ):
-                for file in outputs:
+                for file in (one for one in outputs if not one.exists()):
                     file.write_text(f"{job} {file.name}", encoding="utf-8")
 
 
