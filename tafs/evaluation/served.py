@@ -45,11 +45,21 @@ def serving(command: Sequence[str], folder: Path, log: Path) -> Iterator[str]:
         command: {folder} and {port} in it are replaced.
         folder: the model's files.
         log: the file for the server's output; errors quote its last line.
+
+    Raises:
+        ValueError: the command has other placeholders.
+        RunFailed: the server does not start.
     """
     with socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    filled = [part.format(folder=folder, port=port) for part in command]
+    try:
+        filled = [part.format(folder=folder, port=port) for part in command]
+    except (ValueError, LookupError, AttributeError):
+        raise ValueError(
+            f"the server's command {errors.shown(command)}: has braces other than those of "
+            "{folder} and {port}; double them"
+        ) from None
     url = f"http://127.0.0.1:{port}"
     with log.open("w+b") as out:
         try:
@@ -103,7 +113,7 @@ def _command() -> list[str]:
         command = json.loads(os.environ.get("TAFS_SERVER", ""))
     except ValueError:
         command = None
-    if not isinstance(command, list) or not all(isinstance(part, str) for part in command):
+    if not command or not isinstance(command, list) or {*map(type, command)} != {str}:
         raise ValueError(
             "TAFS_SERVER: not a command as a JSON list of strings; snakemake sets it from "
             "evaluation.server in config.yaml"

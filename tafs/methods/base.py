@@ -87,6 +87,7 @@ class Method:
         self._at_least("learning_rate", 0)
         self._at_least("weight_decay", 0)
         self._between("ema", 0, 1)
+        self._at_least("max_grad_norm", 0)
 
     def _at_least(self, name: str, low: float) -> None:
         if not getattr(self, name) >= low:

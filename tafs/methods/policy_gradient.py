@@ -42,6 +42,9 @@ class PolicyGradient(Method):
         self._at_least("steps", 1)
         self._at_least("clip_range", 0)
         self._at_least("eta", 0)
+        self._at_least("beta", 0)
+        if self.advantage_limit is not None:
+            self._at_least("advantage_limit", 0)
         if self.time_grid not in ("uniform", "model"):
             raise ValueError(f"time_grid: {self.time_grid!r} is neither 'uniform' nor 'model'")
         if self.sampler not in sampling.TRANSITIONS:

@@ -50,7 +50,7 @@ MAX_TOKENS = 512
 MAX_ANSWER = 1_000_000  # bytes
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0  # seconds between attempts, doubled each time
 
-_ADDRESS = re.compile(r"http://([\w.-]+|\[[\da-fA-F:]+\]):(\d{1,5})/?")
+_ADDRESS = re.compile(r"http://([\w.-]+|\[[\da-fA-F:]+\]):(\d{1,5})/?", re.ASCII)
 _NUMBER = r"""
     [\s*_`"'\[(<{$]*+                         # Markdown, quotes, brackets
     (\d+(?:\.\d+)?) (?![\w%]|[.,]\d)          # not a part of another number or word
@@ -332,7 +332,7 @@ def _content(answer: bytes) -> str:
     """
     try:
         content = json.loads(answer)["choices"][0]["message"]["content"]
-    except (ValueError, KeyError, IndexError, TypeError):
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
         content = None
     if not isinstance(content, str):
         raise Missing("malformed")

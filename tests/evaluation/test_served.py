@@ -82,7 +82,14 @@ def test_a_missing_program_is_named(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("given", ["", "serve me", "[1]"])
+@pytest.mark.parametrize("part", ['{"image": 1}', "{}", "{0}", "{", "{port.x}", "{other}"])
+def test_other_braces_in_a_command_are_refused(tmp_path, part):
+    starting = served.serving(["serve", part], tmp_path, tmp_path / "server.log")
+    with pytest.raises(ValueError, match="has braces other than those of {folder} and"), starting:
+        pass
+
+
+@pytest.mark.parametrize("given", ["", "serve me", "[1]", "[]", "{}", '"serve"', '["a", null]'])
 def test_a_command_that_is_not_a_list_of_strings_is_refused(monkeypatch, given):
     monkeypatch.setenv("TAFS_SERVER", given)
     with pytest.raises(ValueError, match="TAFS_SERVER: not a command.*evaluation.server"):

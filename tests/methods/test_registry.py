@@ -89,3 +89,10 @@ def test_an_unknown_method_is_refused_with_a_suggestion():
 def test_a_value_of_another_type_or_size_is_refused_by_name(value, message):
     with pytest.raises(ValueError, match=message):
         registry.create("tafs_grpo", {"steps": value})
+
+
+@pytest.mark.parametrize("name", ["beta", "advantage_limit", "max_grad_norm", "eta", "clip_range"])
+def test_a_negative_size_is_refused_by_name(name):
+    """A negative limit of the gradient's length would turn the gradient around."""
+    with pytest.raises(ValueError, match=f"^{name}: -1.0 is less than 0$"):
+        registry.create("flow_grpo", {name: -1.0})

@@ -219,6 +219,16 @@ def test_an_answer_without_a_score_is_missing_and_counted_but_not_zero(fault, re
 
 
 @pytest.mark.parametrize(
+    "answer",
+    [b"", b"[]", b"null", b'{"choices": []}', b'{"choices": [{"message": {"content": 4}}]}']
+    + [b'{"choices": [{"message": {"content": null}}]}', b"[" * 100_000, b"\xff\xfe", b"9" * 5000],
+)
+def test_an_answer_that_is_no_chat_completion_is_malformed(answer):
+    with pytest.raises(Missing, match="^malformed$"):
+        unifiedreward._content(answer)
+
+
+@pytest.mark.parametrize(
     ("fault", "reason"),
     [("status_500", "status_500"), ("drop", "connection_lost"), ("slow", "timeout")],
 )
@@ -276,7 +286,7 @@ def test_a_redirect_is_not_followed():
     [
         *("", "127.0.0.1:8000", "https://127.0.0.1:8000", "file:///etc/passwd", "http://127.0.0.1"),
         *("http://127.0.0.1:8000/v1", "http://127.0.0.1:80000", "http://127.0.0.1:8000?x=1"),
-        "http://me:secret@127.0.0.1:8000",
+        *("http://me:secret@127.0.0.1:8000", "http://sérver:8000", "http://127.0.0.1:８０"),
     ],
 )
 def test_a_url_of_another_format_is_refused(url):
