@@ -12,8 +12,8 @@ import pytest
 from tafs import experiment, tuning
 from tafs.common.yaml_files import ConfigError
 from tafs.evaluation import generate
-from tafs.experiment import Plan, RunSpec, run_inputs
-from tafs.runtime.journal import Journal
+from tafs.experiment import Plan, RunSpec, needs
+from tafs.runtime import receipts
 from tafs.runtime.run_dir import RunDir
 from tafs.training import train
 
@@ -72,8 +72,8 @@ def test_an_adapter_of_other_settings_or_without_an_end_is_trained_again(plan, t
     trial = tuning.trials(plan)[0]
     run = RunDir(tmp_path / trial.name)
     run.folder.mkdir()
-    run.adapter.write_bytes(b"")
-    Journal(run.journal).append("start", fingerprint=run_inputs.training_fingerprint(trial))
+    with receipts.replacing(run.folder, "train", needs.training(trial), [run.adapter]):
+        run.adapter.write_bytes(b"")
     assert tuning.is_trained(run, trial)
     assert not tuning.is_trained(run, trial.model_copy(update={"rewards": {"clip": 5.0}}))
     run.adapter.unlink()

@@ -55,8 +55,8 @@ def _judged(run: RunDir, spec: RunSpec, evaluation: EvalSpec) -> dict[str, JsonV
     metrics = check_rewards(evaluation)
     trained: dict[str, JsonValue] = {}
     if spec.trained and (receipt := receipts.read(run.folder, "train")):
-        trained = {name: file.sha256 for name, file in receipt.files.items()}
-        trained.pop(run.journal.name)  # it has the times
+        timed = run.journal.name
+        trained = {n: file.sha256 for n, file in receipt.files.items() if n != timed}
     own = {"numerics": NUMERICS, "resolution": evaluation.resolution}
     return {**own, **decisive, **metrics, **trained}
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from tafs.common.errors import one_line
-from tafs.common.files import fsync, sha256
+from tafs.common.files import check_readable, fsync, sha256
 from tafs.runtime import receipts
 from tafs.runtime.receipts import Needs
 
@@ -189,13 +189,14 @@ def _generations(folder: Path) -> list[Path]:
 def _damage(generation: Path) -> str:
     """Describe the damage to a generation's files; "" if they are as written."""
     try:
+        check_readable(generation / MANIFEST)
         hashes = json.loads((generation / MANIFEST).read_bytes())["sha256"]
         for name in (TENSORS, VALUES):
             if sha256(generation / name) != hashes[name]:
                 return f"{name} is damaged"
     # Any other OSError does not mean damage: starting over would delete a usable state.
     except (FileNotFoundError, NotADirectoryError) as error:
-        return f"{Path(error.filename or generation).name}: {error.strerror}"
+        return str(error)
     except (ValueError, KeyError, TypeError):
         return f"{MANIFEST} is damaged"
     return ""

@@ -20,10 +20,10 @@ from support.killable_training import Process, flip_bit, stage
 from tafs.assets.sources import ShapesAssets
 from tafs.common import errors
 from tafs.evaluation import check_rewards, evaluate, generate, image_archive, scores
-from tafs.experiment import run_inputs
+from tafs.experiment import needs, run_inputs
 from tafs.experiment.specs import PIPELINE, EvalSetting, RunSpec
 from tafs.rewards import golden
-from tafs.runtime import checkpoint
+from tafs.runtime import checkpoint, receipts
 from tafs.runtime.run_dir import RunDir
 
 KEY = ["iteration", "sampler", "nfe", "prompt", "image"]
@@ -199,10 +199,13 @@ def test_another_adapter_or_setting_invalidates_the_saved_scores(uninterrupted, 
     run = copied(uninterrupted, tmp_path)
     spec, evaluation = run_inputs.run_spec(run), run_inputs.eval_spec(run)
     other = evaluation.model_copy(update={"batch": 3})
-    found = {run_inputs.evaluation_fingerprint(run, spec, e) for e in (evaluation, other)}
-    run.snapshot(1).write_bytes(b"another")
-    found.add(run_inputs.evaluation_fingerprint(run, spec, evaluation))
-    assert len(found) == 3
+    own = needs.evaluation(run, spec, evaluation)
+    changed = needs.evaluation(run, spec, other)
+    assert receipts.differences(own, changed) == [f"batch: {evaluation.batch} -> 3"]
+    with receipts.replacing(run.folder, "train", {}, [run.adapter, run.snapshot(1)]):
+        run.snapshot(1).write_bytes(b"another")
+    [difference] = receipts.differences(own, needs.evaluation(run, spec, evaluation))
+    assert difference.startswith("snapshots/1.safetensors: ")
 
 
 @pytest.mark.parametrize("name", ["adapter.safetensors", "snapshots/1.safetensors"])

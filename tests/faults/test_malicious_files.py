@@ -111,7 +111,7 @@ def base(tmp_path) -> RunDir:
 
 
 def state(run: RunDir) -> Path:
-    checkpoint.save(run.checkpoints, "f", 1, {"a": torch.zeros(2)}, {"seconds": 1.0})
+    checkpoint.save(run.checkpoints, {}, 1, {"a": torch.zeros(2)}, {"seconds": 1.0})
     [generation] = run.checkpoints.iterdir()
     return generation
 
@@ -123,14 +123,14 @@ def rehashed(generation: Path) -> object:
         for name in (checkpoint.TENSORS, checkpoint.VALUES)
     }
     (generation / checkpoint.MANIFEST).write_text(json.dumps({"sha256": hashes}))
-    return checkpoint.load(generation.parent, "f")
+    return checkpoint.load(generation.parent, {})
 
 
 def loads_of_a_run(run: RunDir, base: RunDir) -> Iterator[tuple[Path, Any]]:
     """Yield files and what reads them."""
     generation = state(run)
     for name in (checkpoint.TENSORS, checkpoint.VALUES, checkpoint.MANIFEST):
-        yield generation / name, lambda: checkpoint.load(run.checkpoints, "f")
+        yield generation / name, lambda: checkpoint.load(run.checkpoints, {})
     for name in (checkpoint.TENSORS, checkpoint.VALUES):
         yield generation / name, lambda: rehashed(generation)
     yield run.scores, lambda: results.read_scores(run.scores)

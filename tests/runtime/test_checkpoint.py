@@ -14,18 +14,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tafs.runtime import checkpoint
+from tafs.runtime.receipts import Needs
 
-PRINT = "5f1c"
+NEEDS = {"seed": 1, "method": "flow_grpo"}
+OTHER = {"seed": 2, "method": "flow_grpo"}
 FILES = (checkpoint.TENSORS, checkpoint.VALUES, checkpoint.MANIFEST)
 
 
-def save(folder: Path, iteration: int, fingerprint: str = PRINT) -> None:
+def save(folder: Path, iteration: int, needs: Needs = NEEDS) -> None:
     weight = torch.full((3, 4), float(iteration))
-    checkpoint.save(folder, fingerprint, iteration, {"weight": weight}, {"seen": iteration * 10})
+    checkpoint.save(folder, needs, iteration, {"weight": weight}, {"seen": iteration * 10})
 
 
-def load(folder: Path, fingerprint: str = PRINT) -> checkpoint.State:
-    state = checkpoint.load(folder, fingerprint)
+def load(folder: Path, needs: Needs = NEEDS) -> checkpoint.State:
+    state = checkpoint.load(folder, needs)
     assert state is not None
     assert torch.equal(state.tensors["weight"], torch.full((3, 4), float(state.iteration)))
     assert state.values == {"seen": state.iteration * 10}
@@ -64,8 +66,8 @@ def test_a_state_comes_back_bit_for_bit(folder: Path) -> None:
         "half": torch.randn(5).bfloat16(),
     }
     values = {"lr": 0.1 + 0.2, "big": 2**70, "text": "Zwölf", "nested": {"list": [1, None, True]}}
-    checkpoint.save(folder, PRINT, 12, tensors, values)
-    state = checkpoint.load(folder, PRINT)
+    checkpoint.save(folder, NEEDS, 12, tensors, values)
+    state = checkpoint.load(folder, NEEDS)
     assert state is not None
     assert (state.iteration, state.values, state.notes) == (12, values, [])
     assert state.tensors.keys() == tensors.keys()
@@ -73,7 +75,7 @@ def test_a_state_comes_back_bit_for_bit(folder: Path) -> None:
 
 
 def test_the_newest_of_two_generations_is_loaded(folder: Path) -> None:
-    assert checkpoint.load(folder, PRINT) is None
+    assert checkpoint.load(folder, NEEDS) is None
     for iteration in range(12):
         save(folder, iteration)
         state = load(folder)
@@ -103,19 +105,19 @@ def test_a_missing_or_damaged_file_is_noticed_and_the_previous_state_used(
     assert note in state.notes[0]
 
 
-def test_a_new_fingerprint_starts_over_beside_the_old_state(
+def test_a_state_of_other_settings_is_named_and_stays_beside_the_new_one(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    save(folder, 7, "old")
-    assert checkpoint.load(folder, "new") is None
+    save(folder, 7, OTHER)
+    assert checkpoint.load(folder, NEEDS) is None
     (message,) = caplog.messages
-    assert "its fingerprint is old, the run's is new" in message
-    save(folder, 0, "new")
-    assert load(folder, "new").iteration == 0
-    old = load(folder, "old")
+    assert "it is of other settings (seed: 2 -> 1)" in message
+    save(folder, 0, NEEDS)
+    assert load(folder, NEEDS).iteration == 0
+    old = load(folder, OTHER)
     assert (old.iteration, len(old.notes)) == (7, 1)
-    save(folder, 1, "new")
-    assert checkpoint.load(folder, "old") is None
+    save(folder, 1, NEEDS)
+    assert checkpoint.load(folder, OTHER) is None
     for _ in range(2):
         checkpoint.clear(folder)
         assert not folder.exists()
@@ -176,9 +178,9 @@ def test_a_resumed_optimizer_continues_bit_for_bit(
         step(optimizer, index)
     tensors, values = checkpoint.pack_optimizer(optimizer)
     tensors |= {f"weights/{i}": weight for i, weight in enumerate(weights)}
-    checkpoint.save(folder, PRINT, before, tensors, {"other": 1, **values})
+    checkpoint.save(folder, NEEDS, before, tensors, {"other": 1, **values})
 
-    state = checkpoint.load(folder, PRINT)
+    state = checkpoint.load(folder, NEEDS)
     assert state is not None
     resumed = parameters(shapes, seed + 1)
     # Its learning rate is overwritten by the state's.

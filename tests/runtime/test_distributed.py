@@ -135,7 +135,7 @@ def test_only_the_first_process_writes_files(by_four):
     for run in (by_four[variant] for variant in VARIANTS):
         kinds = [record["kind"] for record in journal.read(run.journal)]
         assert kinds == ["start", *["iteration"] * ITERATIONS, "end"]
-        names = ["run.json", "adapter.safetensors", "journal.jsonl", "snapshots"]
+        names = ["run.json", "adapter.safetensors", "journal.jsonl", "snapshots", "receipts"]
         assert {f.name for f in run.folder.iterdir()} == {*names, ".progress", ".state"}
         assert not any((run.folder / ".progress").iterdir())
 

@@ -20,7 +20,7 @@ import pytest
 from support.forked_processes import free_port
 
 from tafs import experiment
-from tafs.experiment import run_inputs
+from tafs.experiment import needs, run_inputs
 from tafs.runtime import checkpoint, journal, main
 from tafs.runtime.run_dir import RunDir
 from tafs.training import train
@@ -178,8 +178,7 @@ def assert_same_training(run: RunDir, other: RunDir) -> None:
         assert run.snapshot(iteration).read_bytes() == other.snapshot(iteration).read_bytes()
     assert records(run) == records(other)
     states = [
-        checkpoint.load(r.checkpoints, run_inputs.training_fingerprint(run_inputs.run_spec(r)))
-        for r in (run, other)
+        checkpoint.load(r.checkpoints, needs.training(run_inputs.run_spec(r))) for r in (run, other)
     ]
     found, expected = (
         {name: tensor.numpy().tobytes() for name, tensor in state.tensors.items()}

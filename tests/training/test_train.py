@@ -16,10 +16,10 @@ from support import killable_training as killable
 from support.killable_training import before, flip_bit, interrupt
 
 from tafs.common import errors
-from tafs.experiment import run_inputs
+from tafs.experiment import needs, run_inputs
 from tafs.experiment.specs import RunSpec
 from tafs.rewards.registry import RewardSet
-from tafs.runtime import journal
+from tafs.runtime import journal, receipts
 from tafs.runtime.run_dir import RunDir
 from tafs.training import train
 from tafs.training.rewards import NonFinite
@@ -217,7 +217,7 @@ def test_the_journal_records_measurements_and_provenance(uninterrupted):
     spec = run_inputs.run_spec(uninterrupted)
     assert first["kind"] == "start"
     assert set(first["provenance"]["weights"]) >= {"shapes-flux", "pickscore", "clip"}
-    assert first["fingerprint"] == run_inputs.training_fingerprint(spec)
+    assert first["fingerprint"] == receipts.fingerprint(needs.training(spec))
     assert set(last["sha256"]) == set(outputs(uninterrupted))
     records = journal.iterations(uninterrupted.journal)
     assert [r["iteration"] for r in records] == list(range(ITERATIONS))
