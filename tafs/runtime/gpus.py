@@ -108,7 +108,7 @@ def visible(given: str | None, listing: str | None) -> list[str]:
     found: dict[str, str] = {}  # by UUID, or by the name itself where UUIDs are unknown
     for name in names:
         if not NAME.fullmatch(name):
-            raise _wrong(given, f"has {shown(name)}, which is no GPU's number or UUID")
+            raise _wrong(given, f"has {shown(name)}, neither the number nor the UUID of a GPU")
         same = [str(int(name))] if name.isdecimal() else [name]
         if listing is not None:
             if name.isdecimal():

@@ -223,7 +223,7 @@ def test_an_answer_without_a_score_is_missing_and_counted_but_not_zero(fault, re
     [b"", b"[]", b"null", b'{"choices": []}', b'{"choices": [{"message": {"content": 4}}]}']
     + [b'{"choices": [{"message": {"content": null}}]}', b"[" * 100_000, b"\xff\xfe", b"9" * 5000],
 )
-def test_an_answer_that_is_no_chat_completion_is_malformed(answer):
+def test_an_answer_other_than_a_chat_completion_is_malformed(answer):
     with pytest.raises(Missing, match="^malformed$"):
         unifiedreward._content(answer)
 

@@ -124,12 +124,12 @@ def test_visible_gpus_are_those_of_the_variable_or_all(given, listing, expected)
         *[(twice, "has the GPU '0' twice") for twice in ("0,0", "0,1,0", " 0 ,0,")],
         ("0,00", "has the GPU '00' twice"),
         ("GPU-7f01,GPU-7f01", "has the GPU 'GPU-7f01' twice"),
-        ("0,-1", "has '-1', which is no GPU's number or UUID"),
-        ("../x", "has '../x', which is no GPU's number or UUID"),
-        ("0;1", "has '0;1', which is no GPU's number or UUID"),
+        ("0,-1", "has '-1', neither the number nor the UUID of a GPU"),
+        ("../x", "has '../x', neither the number nor the UUID of a GPU"),
+        ("0;1", "has '0;1', neither the number nor the UUID of a GPU"),
         ("9" * 5000, "has '999"),
-        ("all", "has 'all', which is no GPU's number or UUID"),
-        ("②", "has '②', which is no GPU's number or UUID"),
+        ("all", "has 'all', neither the number nor the UUID of a GPU"),
+        ("②", "has '②', neither the number nor the UUID of a GPU"),
     ],
 )
 def test_a_wrong_list_of_gpus_is_refused(given, what, listing) -> None:
