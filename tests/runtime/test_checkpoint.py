@@ -86,7 +86,7 @@ def test_the_newest_of_two_generations_is_loaded(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "note"),
     [
-        *((name, None, f"{name}: No such file") for name in FILES),
+        *((name, None, f"{name}: cannot be read (No such file") for name in FILES),
         *((name, "", f"{name} is damaged") for name in FILES),
         *((FILES[2], text, "manifest.json is damaged") for text in ("[]", "{}", '{"sha256": []}')),
     ],
