@@ -87,7 +87,10 @@ class _Verdicts:
             return f"{receipts.path(folder, job.rule)} is missing" if written else "has not run"
         different = receipts.differences(receipt.needs, job_needs(self.graph, job))
         more = f" and {len(different) - LISTED} more" if len(different) > LISTED else ""
-        return "; ".join(different[:LISTED]) + more or self._follows(job)
+        if reason := "; ".join(different[:LISTED]) + more or self._follows(job):
+            return reason
+        # What `all` asks for; other files may be deleted.
+        return "" if job.target else self._lack(job, outputs)
 
     def _follows(self, job: Job) -> str:
         """Name a job that has to run and that this one follows; "" if there is none.

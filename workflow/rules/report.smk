@@ -73,8 +73,7 @@ rule track:
         mem_mb=lambda wildcards, attempt: 1000 * (1 + attempt),
     params:
         store=f"{GRAPH.results}/mlflow",
-        root=ROOT,
         runs=[GRAPH.folder(run) for run in GRAPH.trained],
     shell:
         "python -m tafs.tracking.cli sync --best-effort --store {params.store:q} "
-        "--receipt {params.root:q} {params.runs:q} > {log:q} 2>&1"
+        '--receipt "$(dirname {output:q})" {params.runs:q} > {log:q} 2>&1'
