@@ -94,6 +94,20 @@ def test_an_interrupted_run_continues_to_the_same_files(finished, last, tmp_path
     assert kinds(run).count("resume") == 1
 
 
+def test_settings_that_change_no_outcome_do_not_end_a_run_s_state(
+    uninterrupted, tmp_path, monkeypatch
+):
+    run = prepare(tmp_path)
+    train_until(run, 2, monkeypatch)
+    spec = run_inputs.run_spec(run)
+    training = spec.training.model_copy(update={"checkpoint_every": 7})
+    moved = spec.assets.model_copy(update={"lock": "elsewhere.lock"})
+    change(run, title="Another title", training=training, assets=moved)
+    train.train(run)
+    assert outputs(run) == outputs(uninterrupted)
+    assert kinds(run).count("resume") == 1
+
+
 def test_a_killed_process_continues_to_the_same_files(uninterrupted, tmp_path):
     run = prepare(tmp_path)
     [process] = killable.training(run)
