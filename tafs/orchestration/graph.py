@@ -270,10 +270,12 @@ class Graph:
         if scale.device == "cuda":
             gpus = processes // nodes
             # Without a number of nodes Slurm may spread the GPUs over several.
-            found |= {"nodes": nodes, "cpus_per_task": CPUS_PER_GPU * gpus}
+            found |= {"nodes": nodes, "cpus_per_gpu": CPUS_PER_GPU}
+            # A profile's defaults for the jobs without GPUs do not apply.
+            found |= {"cpus_per_task": 0, "tasks_per_gpu": 0}
             found |= {"gres": f"gpu:{gpus}"} if nodes > 1 else {"gpu": gpus}
         if nodes > 1:
-            found |= {"mpi": "srun", "tasks": nodes, "tasks_per_gpu": 0}
+            found |= {"mpi": "srun", "tasks": nodes}
         return found
 
     @property

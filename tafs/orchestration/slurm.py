@@ -39,6 +39,8 @@ CANCEL_TIMEOUT = 300.0  # s for cancelled jobs to end
 UNREACHABLE = ("Unable to contact slurm controller", "Socket timed out", "Connection refused")
 # The executor's report of an sbatch that failed: sbatch's own message, then the whole command.
 REFUSED = re.compile(r"SLURM sbatch failed\. The error message was '(.*?)'\.\n", re.DOTALL)
+# Its report of a job that it cannot describe to sbatch, which it has printed already.
+INVALID = "Job submission failed with exception: "
 
 logger = logging.getLogger(LOGGER)
 
@@ -47,8 +49,8 @@ class Watch:
     """Polls Slurm in addition to the executor, and reports the jobs that Slurm has lost.
 
     Args:
-        executor: Snakemake's executor; its methods that poll jobs and report how they end are
-            replaced.
+        executor: Snakemake's executor; its methods that submit and poll jobs and report how they
+            end are replaced.
         retries: is told which failures are Slurm's.
     """
 
@@ -62,9 +64,11 @@ class Watch:
         self._poll = executor.check_active_jobs
         self._report_success = executor.report_job_success
         self._report_error = executor.report_job_error
+        self._submit = executor.run_jobs
         executor.check_active_jobs = self.check
         executor.report_job_success = self._success
         executor.report_job_error = self._error
+        executor.run_jobs = self._run
 
     async def check(self, active: Sequence[Any]) -> AsyncIterator[Any]:
         """The executor's `check_active_jobs`: yields the jobs to poll again."""
@@ -91,6 +95,12 @@ class Watch:
             self.retries.table.say(message)
             self._report_error(job, msg=message)
 
+    def _run(self, jobs: Sequence[Any]) -> None:
+        """Submit jobs; the logs of earlier attempts are deleted, as on one machine."""
+        for log in (log for job in jobs for log in job.log):
+            Path(log).unlink(missing_ok=True)
+        self._submit(jobs)
+
     def _success(self, job: Any) -> None:
         self._reported[id(job)] = job
         self._report_success(job)
@@ -100,11 +110,12 @@ class Watch:
         if msg:
             refused = REFUSED.search(msg)
             said = refused.group(1) if refused else msg
-            # Snakemake does not print the message of a group.
-            self.retries.table.say(" ".join(said.split()))
+            invalid = msg.startswith(INVALID)
+            if not invalid:  # Snakemake does not print the message of a group.
+                self.retries.table.say(" ".join(said.split()))
             if any(sign in msg for sign in UNREACHABLE):
                 self.retries.expect(job.job, Verdict.CONTINUE)
-            elif refused:
+            elif refused or invalid:
                 self.retries.expect(job.job, Verdict.GIVE_UP)
                 msg = said
         self._report_error(job, msg=msg, **fields)

@@ -8,16 +8,19 @@ versions.
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 LOGGER = "snakemake.logging"
 SLURM = "snakemake_executor_plugin_slurm"  # the module of the Slurm executor
+GPU_GRES = re.compile(r"gpu(:(?P<model>[A-Za-z_][\w.]*))?(:(?P<number>\d+))?")
 
 Key = tuple[str, str]  # a job's rule and its wildcard, or ""
 
@@ -238,6 +241,43 @@ def remove_rate_limit(workflow: Any) -> None:
 
 
 def slurm_executor(workflow: Any) -> Any | None:
-    """The workflow's executor if it is Slurm's; `slurm.Watch` replaces some of its methods."""
+    """The workflow's executor if it is Slurm's, which then asks for GPUs as `gpus_once` says.
+
+    `slurm.Watch` replaces some of its methods.
+    """
     executor = workflow.scheduler._executor
-    return executor if type(executor).__module__ == SLURM else None
+    if type(executor).__module__ != SLURM:
+        return None
+    sys.modules[SLURM].set_gres_string = gpu_options  # type: ignore[attr-defined]
+    return executor
+
+
+def gpu_options(job: Any) -> str:
+    """The options of sbatch for a job's GPUs and other generic resources.
+
+    Raises:
+        WorkflowError: one of the resources is malformed; names it.
+    """
+    from snakemake.iocontainers import ResourceList
+    from snakemake_executor_plugin_slurm.utils import set_gres_string
+
+    resources = ResourceList(fromdict=gpus_once(job.resources))
+    return str(set_gres_string(SimpleNamespace(resources=resources)))
+
+
+def gpus_once(resources: Any) -> dict[str, Any]:
+    """A job's `gpu`, `gpu_model` and `gres`, with its GPUs in one of them.
+
+    Settings of a profile reach jobs without GPUs, and those that have them in the other form: `gpu`
+    in all, or `gres` on each node. Slurm refuses both forms in one job, and the executor asks for a
+    GPU wherever a model is set.
+    """
+    gpu, model, gres = (resources.get(name) for name in ("gpu", "gpu_model", "gres"))
+    found = GPU_GRES.fullmatch(str(gres))
+    if not found:
+        settings = {"gpu": gpu, "gpu_model": model if gpu else None, "gres": gres}
+    else:
+        model, number = found["model"] or model, found["number"] or "1"
+        each = ":".join(filter(None, ("gpu", model, number)))
+        settings = {"gpu": int(number), "gpu_model": model} if gpu else {"gres": each}
+    return {name: value for name, value in settings.items() if value}
