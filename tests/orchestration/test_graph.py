@@ -59,8 +59,7 @@ def test_training_takes_all_gpus_of_its_nodes_and_other_stages_one(paper):
 def test_training_on_several_nodes_asks_for_gpus_per_node(paper):
     train = with_scale(paper, processes=16, nodes=2).resources("train")
     assert train["gres"] == "gpu:8" and "gpu" not in train
-    expected = {"mpi": "srun", "nodes": 2, "tasks": 2, "tasks_per_gpu": 0}
-    assert train.items() >= expected.items()
+    assert train.items() >= {"mpi": "srun", "nodes": 2, "tasks": 2}.items()
 
 
 def test_the_servers_command_reaches_the_jobs_quoted(paper):
@@ -70,9 +69,8 @@ def test_the_servers_command_reaches_the_jobs_quoted(paper):
     assert found.format() == """HF_HUB_OFFLINE=1 TAFS_SERVER='["it'"'"'s", "{folder}"]'"""
 
 
-def test_the_slurm_profile_sets_gpus_in_exactly_the_rules_that_use_them():
+def test_the_slurm_profile_limits_the_time_of_exactly_the_long_rules():
     profile = YAML(typ="safe").load(ROOT / "slurm" / "profile.yaml")
     rules = "".join(file.read_text() for file in (ROOT / "workflow" / "rules").glob("*.smk"))
     assert set(profile["set-resources"]) == set(re.findall(r'GRAPH\.resources\("(\w+)"\)', rules))
-    assert not any("gpu" in name.partition("=")[0] for name in profile["default-resources"])
     assert profile["group-components"] == ["evaluations=4"]

@@ -36,6 +36,9 @@ class Executor:
             elif found == "failed":
                 self.report_job_error(job, msg="it failed")
 
+    def run_jobs(self, jobs: Sequence[Any]) -> None:
+        self.ended += [(job.name, "submitted") for job in jobs]
+
     def report_job_success(self, job: Any) -> None:
         self.ended.append((job.external_jobid, "done"))
 
@@ -187,6 +190,26 @@ def test_a_refused_submission_is_repeated_only_after_an_outage(watched, said, ve
     executor.report_job_error(job, msg=report)
     assert (retries.expected, retries.said) == ([(job.job, verdict)], [said])
     assert executor.ended == [("", said if verdict is Verdict.GIVE_UP else report)]
+
+
+def test_a_job_that_cannot_be_described_to_sbatch_is_not_repeated(watched):
+    """The executor has shown its message."""
+    executor, retries = watched
+    job = submitted("")
+    message = f"{slurm.INVALID}Invalid GPU model format: h100 x."
+    executor.report_job_error(job, msg=message)
+    assert (retries.expected, retries.said) == ([(job.job, Verdict.GIVE_UP)], [])
+    assert executor.ended == [("", message)]
+
+
+def test_a_submitted_job_has_no_log_of_an_earlier_attempt(watched, tmp_path):
+    executor, _ = watched
+    earlier, kept = tmp_path / "train.log", tmp_path / "other.log"
+    earlier.touch()
+    kept.touch()
+    executor.run_jobs([SimpleNamespace(name="x", log=[str(earlier), str(tmp_path / "none.log")])])
+    assert (earlier.exists(), kept.exists()) == (False, True)
+    assert executor.ended == [("x", "submitted")]
 
 
 def test_jobs_of_an_earlier_call_are_cancelled_and_awaited(tmp_path, squeue):
