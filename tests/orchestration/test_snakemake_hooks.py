@@ -71,8 +71,8 @@ RELIED_ON: list[tuple[Any, str]] = [
     (jobs.Reason, "def get_names(self):"),
     (jobs.Job.prepare, "await self.remove_existing_output()"),
     (jobs.Job.postprocess, "if error and not self.dag.workflow.execution_settings.keep_incomplete"),
-    (Executor, "f\"Job submission failed with exception: {e}\""),  # slurm.INVALID
-    (Executor, "f\"Exception in run_job for rule {job.rule.name}: {e}\""),
+    (Executor, 'f"Job submission failed with exception: {e}"'),  # slurm.INVALID
+    (Executor, 'f"Exception in run_job for rule {job.rule.name}: {e}"'),
     (Executor.run_job, "call += set_gres_string(job)"),
     (Executor.run_array_jobs, "call += set_gres_string(jobs[0])"),
     (Executor, "def run_jobs(self, jobs: List[JobExecutorInterface])"),
