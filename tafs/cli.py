@@ -1,4 +1,4 @@
-"""The command `tafs`: `plan` before a run, `status` and `sync` during and after it.
+"""The command `tafs`: `plan` before a run, `status` and `sync` during it, `claims` after it.
 
 Call it in a checkout. Its options --scale and --results are those of `snakemake --config`.
 """
@@ -6,6 +6,7 @@ Call it in a checkout. Its options --scale and --results are those of `snakemake
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -60,6 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--verbose", action="store_true", help="list every job")
     add = command("status", "show the state of every run; exit code 1 if one has failed")
     add("--every", metavar="SECONDS", type=number, help="repeat until all runs are done")
+    add = command("claims", "show the verdicts on the paper's claims")
+    text = "also what each comparison shows with a power of 80 %%, and how many seeds it needs"
+    add("--power", action="store_true", help=text)
     add = command("sync", "mirror the runs to MLflow")
     add("run_dirs", nargs="*", metavar="RUN_DIR", help="default: all of the scale")
     add("--server", metavar="URL", help="a running MLflow server")
@@ -106,6 +110,29 @@ def _sync(given: argparse.Namespace) -> int:
     return cli.main(["sync", *options, *chosen])
 
 
+def _claims(given: argparse.Namespace) -> int:
+    from tafs import experiment
+
+    file = experiment.load(_overrides(given)).root / "claims.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: not found; the workflow's rule compare writes it")
+    signs = {1: "supports", -1: "contradicts", 0: "open"}
+    try:
+        lines = []
+        for claim in json.loads(file.read_bytes()):
+            lines.append(f"{claim['id']}: {claim['verdict']}")
+            for found in claim["comparisons"] if given.power else ():
+                half = "?" if found["half_width"] is None else f"{found['half_width']:.3g}"
+                said = "; ".join(filter(None, [signs[found["supports"]], found["needed"]]))
+                lines.append(f"  {found['value']:+.3g} +- {half}  {found['what']} ({said})")
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{file}: not the claims of this version; build the report again"
+        ) from None
+    print("\n".join(lines))
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and end the process.
 
@@ -113,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         SystemExit: always; 0, 1 if something failed, 2 for bad input.
     """
     given = _parser().parse_args(arguments)
-    command = {"plan": _plan, "status": _status, "sync": _sync}[given.command]
+    command = {"plan": _plan, "status": _status, "sync": _sync, "claims": _claims}[given.command]
     codes: list[int] = []
     errors.run_cli(f"tafs {given.command}", lambda: codes.append(command(given)))
     sys.exit(codes[0])

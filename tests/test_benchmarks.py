@@ -17,7 +17,14 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {
     file.name for file in (ROOT / "benchmarks").glob("*.py") if "__main__" in file.read_text()
 }
-TESTED = {"cpu_share.py", "rehearse.py", "same_results.py", "tracking.py", "training_loop.py"}
+TESTED = {
+    "cpu_share.py",
+    "interval_coverage.py",
+    "rehearse.py",
+    "same_results.py",
+    "tracking.py",
+    "training_loop.py",
+}
 
 
 def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -74,6 +81,20 @@ def test_cpu_share_adds_journals_and_evaluations(tmp_path):
     ]
     time.write_text("")
     assert "not the output of /usr/bin/time -v" in run("cpu_share.py", tmp_path, time).stderr
+
+
+def test_interval_coverage_takes_the_variation_of_a_report(tmp_path):
+    gains = tmp_path / "gains.json"
+    parts = {"clip": {"seeds": 0.04, "prompts": 1.0, "residual": 0.25}}
+    gains.write_text(json.dumps({"variance": {"A": parts, "B": parts}}))
+    options = ("--gains", gains, "--metric", "clip", "--seeds", 3, "--replicates", 20)
+    _, systems, _, *rows = printed("interval_coverage.py", *options).splitlines()
+    assert systems == "A 0.20/0.50  B 0.20/0.50"
+    names = [re.split(r"\s{2,}", row)[0] for row in rows]
+    assert names == ["A - base", "B - base", "A - B", "B - A"]
+    assert all(float(row.split()[-3]) > 0.7 for row in rows)
+    done = run("interval_coverage.py", "--gains", gains, "--metric", "nothing")
+    assert "gains.json: no variance of nothing between seeds" in done.stderr
 
 
 def test_same_results_names_the_files_that_differ(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,8 @@ def test_help_names_the_commands_and_loads_no_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     *printed, loaded = done.stdout.splitlines()
     assert loaded == "False"
-    assert all(any(line.split()[:1] == [c] for line in printed) for c in ("plan", "status", "sync"))
+    commands = ("plan", "status", "claims", "sync")
+    assert all(any(line.split()[:1] == [c] for line in printed) for c in commands)
 
 
 @pytest.mark.parametrize(
@@ -106,3 +108,26 @@ def test_sync_without_runs_is_one_line(tmp_path):
     done = tafs("sync", "--scale", "smoke", "--results", str(tmp_path))
     refusal = f"{tmp_path}/smoke: contains no runs; start them with snakemake first"
     assert (done.returncode, done.stderr) == (2, f"tafs sync: {refusal}\n")
+
+
+def test_claims_show_what_would_decide_them(capsys, tmp_path):
+    def shown(*options):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["claims", "--results", str(tmp_path), "--scale", "smoke", *options])
+        return ended.value.code, capsys.readouterr()
+
+    file = tmp_path / "smoke" / "claims.json"
+    code, printed = shown()
+    assert (code, printed.err.count("\n")) == (2, 1)
+    assert f"{file}: not found; the workflow's rule compare writes it" in printed.err
+    compared = {"what": "CLIP: a - b", "value": 0.5, "half_width": 1.25, "supports": 0}
+    claim = {"id": "one", "verdict": "undecided", "comparisons": [compared | {"needed": "9 seeds"}]}
+    file.parent.mkdir()
+    file.write_text(json.dumps([claim]))
+    code, printed = shown()
+    assert (code, printed.out) == (0, "one: undecided\n")
+    code, printed = shown("--power")
+    assert printed.out == "one: undecided\n  +0.5 +- 1.25  CLIP: a - b (open; 9 seeds)\n"
+    file.write_text(json.dumps([claim | {"comparisons": [compared]}]))
+    code, printed = shown("--power")
+    assert code == 2 and "claims.json: not the claims of this version" in printed.err

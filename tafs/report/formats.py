@@ -256,12 +256,12 @@ def _notes(table: Table, lines: Sequence[Line]) -> list[str]:
     if "seeds and prompts" in kinds or "prompts" in kinds:
         units = "prompts within their task, not of seeds" if scored else "prompts"
         if "seeds and prompts" in kinds:
-            units = "seeds and of prompts within their task; with one seed, of prompts only"
+            units = "prompts within their task, and a t distribution over seeds where several are"
         notes.append(f"Intervals: {stats.RESAMPLES:,} resamples of {units}.")
     if any(cell.best for cell in cells):
         notes.append(
             "Bold: better than every other row, by paired differences over the same prompts and "
-            "start noise, at 5 % after Holm's correction."
+            "start noise, at 5 % each."
         )
     elif scored and cells:
         single = any(
@@ -325,6 +325,7 @@ def _provenance(table: Table, lines: Sequence[Line]) -> str:
         ],
         "runs": runs,
         "statistics": {"level": stats.LEVEL, "resamples": stats.RESAMPLES},
+        **table.details,
     }
     return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
 

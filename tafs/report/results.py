@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -219,6 +219,14 @@ class System:
         """Scores with the sign for which higher is better; see `values`."""
         found = self.values(sampler, nfe, metric, iteration)
         return found if METRICS[metric].higher_is_better else -found
+
+
+def shown_mean(metric: str, values: Array, tags: Sequence[str]) -> stats.Estimate:
+    """The mean of values on the shown scale, its interval clipped to the metric's limits."""
+    limits, macro = METRICS[metric].limits, METRICS[metric].macro
+    found = stats.mean_interval(values, tags, macro=macro)
+    low, high = (float(np.clip(bound, *limits)) for bound in (found.low, found.high))
+    return found._replace(low=low, high=high)
 
 
 def check_paired(scores: Scores, other: Scores) -> None:

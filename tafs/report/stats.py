@@ -1,15 +1,17 @@
-"""Means, paired differences, gains and winners, with bootstrap intervals.
+"""Means, paired differences, gains and winners, with intervals.
 
 Values are arrays [seeds, prompts, images]. NaN is a missing value: it is left out and counted.
-tafs/report/bootstrap.py describes the resampling.
+tafs/report/bootstrap.py describes the intervals.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.special import ndtri, stdtrit
 from scipy.stats import bootstrap, pearsonr, trim_mean
 
 from tafs.report.bootstrap import (
@@ -28,11 +30,8 @@ from tafs.report.bootstrap import (
     interval_of,
     nanmean,
     prompt_weights,
-    resampled_factors,
     seed_means,
-    seed_weights,
     spread,
-    student,
 )
 
 __all__ = ["LEVEL", "NOTHING", "RESAMPLES", "Array", "Estimate", "Resampling"]
@@ -59,10 +58,11 @@ def mean_interval(
 ) -> Estimate:
     """The mean (see `mean`) and its interval."""
     array, groups = checked(values, strata)
-    draws = draw_means(array, groups, macro, by, stream=0)
-    counts = (len(array), int(np.isfinite(array).sum()), int(np.isnan(np.asarray(values)).sum()))
-    value = mean(array, strata, macro=macro)
-    return interval_of(value, draws, *counts, resampled_factors(len(array), groups))
+    n_images, n_missing = int(np.isfinite(array).sum()), int(np.isnan(np.asarray(values)).sum())
+    if not len(array):
+        return NOTHING._replace(n_missing=n_missing)
+    draws = draw_means(array, groups, macro, by)
+    return interval_of(draws.mean(1), [draws], n_images, n_missing, groups, by)
 
 
 def paired_difference(
@@ -76,9 +76,8 @@ def paired_difference(
 ) -> Estimate:
     """mean(a) - mean(b) over the same prompts and start noise, and its interval.
 
-    Both share one resampling of the prompts; their seeds are resampled independently. An image
-    counts only if every seed of both has a value; otherwise the harder images could count on one
-    side only.
+    Both share one resampling of the prompts; their seeds are independent. An image counts only if
+    every seed of both has a value; otherwise the harder images could count on one side only.
 
     Args:
         a: [seeds of a, prompts, images].
@@ -86,21 +85,23 @@ def paired_difference(
         same_seeds: seed i of both is the same trained model (for example at two numbers of steps).
     """
     (left, groups), (right, _) = checked(a, strata), checked(b, strata)
-    if left.shape[1:] != right.shape[1:]:
-        raise ValueError(f"not paired: {left.shape[1:]} and {right.shape[1:]} prompts and images")
-    seeds = min(len(left), len(right))
+    _check_paired(left, right)
     # Models are matched by position, which shifts if one of them has no value.
     same_seeds = same_seeds and len(left) == len(right) == len(np.asarray(a)) == len(np.asarray(b))
-    common = np.isfinite(left).all(0) & np.isfinite(right).all(0) if seeds else np.zeros(1, bool)
+    both = len(left) and len(right)
+    common = np.isfinite(left).all(0) & np.isfinite(right).all(0) if both else np.zeros(1, bool)
     if not common.any():
         return NOTHING._replace(n_missing=int(common.size))
     left, right = np.where(common, left, np.nan), np.where(common, right, np.nan)
-    draws = draw_means(left, groups, macro, by, stream=0)
-    draws = draws - draw_means(right, groups, macro, by, stream=0 if same_seeds else 1)
-    value = mean(left, strata, macro=macro) - mean(right, strata, macro=macro)
+    one, other = (draw_means(x, groups, macro, by) for x in (left, right))
+    values, parts = one.mean(1) - other.mean(1), [one - other] if same_seeds else [one, other]
     n_images, n_missing = int(common.sum()), int((~common).sum())
-    resampled = resampled_factors(max(len(left), len(right)), groups)
-    return interval_of(value, draws, seeds, n_images, n_missing, resampled)
+    return interval_of(values, parts, n_images, n_missing, groups, by)
+
+
+def _check_paired(a: Array, b: Array) -> None:
+    if a.ndim != 3 or a.shape[1:] != b.shape[1:]:
+        raise ValueError(f"not paired: {a.shape[1:]} and {b.shape[1:]} prompts and images")
 
 
 def interquartile_mean(values: ArrayLike) -> float:
@@ -123,8 +124,7 @@ def effects(values: ArrayLike, reference: ArrayLike) -> Array:
         ValueError: the prompts differ.
     """
     array, base = np.asarray(values, dtype=float), np.asarray(reference, dtype=float)
-    if array.ndim != 3 or array.shape[1:] != base.shape[1:]:
-        raise ValueError(f"not paired: {array.shape[1:]} and {base.shape[1:]} prompts and images")
+    _check_paired(array, base)
     return (nanmean(array, (1, 2)) - np.nanmean(base)) / spread(base)
 
 
@@ -134,9 +134,9 @@ def interquartile_effect(
     """The interquartile mean of the effects over all seeds and metrics, and its interval.
 
     See `effects` and `interquartile_mean`. Prompts are resampled jointly for all metrics, the
-    values and the reference; seeds are resampled jointly for all metrics. The reference's seeds are
-    not resampled, and its spread, the unit, stays fixed. The variation due to seeds is stretched
-    for their small number. A metric whose reference does not vary over its prompts is missing.
+    values and the reference. The variation due to seeds is that of the jackknife's pseudo-values,
+    each without a seed in all metrics. The reference's seeds do not vary, and its spread, the unit,
+    stays fixed. A metric whose reference does not vary over its prompts is missing.
 
     Args:
         values: one [seeds, prompts, images] per metric; seed i is the same model in all of them.
@@ -150,28 +150,31 @@ def interquartile_effect(
     # Counted as missing, like an image without a value.
     values = [np.where(np.isfinite(unit), x, np.nan) for x, unit in zip(values, units, strict=True)]
     arrays, groups = by_metric(values, strata)
-    gains = [effects(x, base) for x, base in zip(arrays, reference, strict=True)]
     n_seeds, n_images = len(arrays[0]), int(sum(np.isfinite(x).sum() for x in arrays))
     n_missing = int(sum(np.isnan(np.asarray(x, dtype=float)).sum() for x in values))
     if not n_seeds:
         return NOTHING._replace(n_missing=n_missing)
     weights = prompt_weights(groups, by)
-    drawn = np.random.default_rng([by.seed, 2]).integers(n_seeds, size=(by.resamples, n_seeds))
     means = []
     for array, given, unit in zip(arrays, reference, units, strict=True):
         base = np.asarray(given, dtype=float)
+        _check_paired(array, base)
         # As one seed, because `effects` averages over all images of the reference.
         pooled = base.transpose(1, 0, 2).reshape(1, base.shape[1], -1)
         gain = seed_means(array, groups, weights, macro=False)
         means.append((gain - seed_means(pooled, groups, weights, macro=False)) / unit)
-    draws = interquartile_means(np.concatenate(means, axis=1))
-    if n_seeds > 1:
-        resampled = [np.take_along_axis(gain, drawn, axis=1) for gain in means]
-        moved = interquartile_means(np.concatenate(resampled, axis=1)) - draws
-        # Drawing n of n seeds has (n - 1) / n of the variance of n - 1 of n (Rao & Wu, 1988).
-        draws = draws + student(n_seeds) * np.sqrt(n_seeds / (n_seeds - 1)) * moved
-    value, factors = interquartile_mean(np.concatenate(gains)), resampled_factors(n_seeds, groups)
-    return interval_of(value, draws, n_seeds, n_images, n_missing, factors)
+    gain = np.stack(means, axis=2)  # [1 + resamples, seeds, metrics]
+
+    def middle(gain: Array) -> Array:
+        return interquartile_means(gain.reshape(len(gain), -1))
+
+    draws = middle(gain)
+    if n_seeds == 1:
+        pseudo = draws[:, None]
+    else:
+        without = np.stack([middle(np.delete(gain, i, axis=1)) for i in range(n_seeds)], axis=1)
+        pseudo = n_seeds * draws[:, None] - (n_seeds - 1) * without
+    return interval_of(draws, [pseudo], n_images, n_missing, groups, by)
 
 
 def probability_of_improvement(
@@ -202,15 +205,9 @@ def probability_of_improvement(
     pairs = wins.reshape(-1, wins.shape[2], 1) - 0.5
     weights = prompt_weights(groups, by)
     means = seed_means(pairs, groups, weights, macro=False).reshape(-1, *wins.shape[:2])
-    n_left, n_right = wins.shape[:2]
-    ours = seed_weights(n_left, by, stream=0) / n_left
-    theirs = seed_weights(n_right, by, stream=1) / n_right
-    draws = np.einsum("rab,ra,rb->r", means, ours, theirs)
-    value = mean(pairs, strata)
     n_missing = int(np.isnan(wins).sum())
-    resampled = resampled_factors(max(n_left, n_right), groups)
-    n_seeds = min(n_left, n_right)
-    half = interval_of(value, draws, n_seeds, wins.size - n_missing, n_missing, resampled)
+    parts = [means.mean(2), means.mean(1)]
+    half = interval_of(means.mean((1, 2)), parts, wins.size - n_missing, n_missing, groups, by)
     low, high = (float(np.clip(bound + 0.5, 0, 1)) for bound in (half.low, half.high))
     return half._replace(value=half.value + 0.5, low=low, high=high)
 
@@ -248,6 +245,96 @@ def correlation(x: ArrayLike, y: ArrayLike, *, by: Resampling = DEFAULT) -> Esti
     return Estimate(r, low, high, 1, len(left), missing, "prompts", float(found.pvalue))
 
 
+def ratio_of_medians(
+    a: Sequence[ArrayLike], b: Sequence[ArrayLike], *, by: Resampling = DEFAULT
+) -> Estimate:
+    """The ratio of the typical values of two systems, and its interval; no p-value.
+
+    A system's value is the geometric mean of its runs' medians. The values within a run are
+    resampled, and runs vary like seeds.
+
+    Args:
+        a, b: one array of positive values per run.
+    """
+    rng = np.random.default_rng(by.seed)
+
+    def medians(runs: Sequence[ArrayLike]) -> Array:
+        arrays = [np.asarray(run, dtype=float) for run in runs]
+        drawn = [x[rng.integers(len(x), size=(by.resamples, len(x)))] for x in arrays]
+        found = [
+            np.r_[np.median(x), np.median(d, axis=1)] for x, d in zip(arrays, drawn, strict=True)
+        ]
+        return np.log(np.stack(found, axis=1))
+
+    one, other = medians(a), medians(b)
+    n = sum(np.size(run) for run in [*a, *b])
+    logs = interval_of(one.mean(1) - other.mean(1), [one, other], n, 0, (0, 0), by)
+    value, low, high = (float(np.exp(x)) for x in logs[:3])
+    return Estimate(value, low, high, logs.n_seeds, n, 0, "iterations", 1.0)
+
+
+class Variance(NamedTuple):
+    """Variance components of a crossed design, in squared units; none is below 0."""
+
+    seeds: float
+    prompts: float
+    residual: float  # of a seed's mean of a prompt's images
+
+
+def variance_components(values: ArrayLike) -> Variance:
+    """Analysis of variance of two or more seeds; prompts with a missing value are left out.
+
+    Args:
+        values: [seeds, prompts, images].
+    """
+    means = nanmean(np.asarray(values, dtype=float), 2)
+    means = means[:, np.isfinite(means).all(0)]
+    seeds, prompts = means.shape
+    if seeds < 2 or prompts < 2:
+        return Variance(np.nan, np.nan, np.nan)
+    of_seeds, of_prompts = means.mean(1, keepdims=True), means.mean(0, keepdims=True)
+    rest = means - of_seeds - of_prompts + means.mean()
+    residual = float((rest**2).sum()) / ((seeds - 1) * (prompts - 1))
+    between = float(of_seeds.var(ddof=1)) - residual / prompts
+    return Variance(
+        max(0.0, between), max(0.0, float(of_prompts.var(ddof=1)) - residual / seeds), residual
+    )
+
+
+POWER = 0.8
+MOST_SEEDS = 100  # beyond these, other seeds do not help
+
+
+def detectable(estimate: Estimate, n_seeds: int | None = None) -> float:
+    """The smallest difference that the test shows with a probability of POWER.
+
+    Args:
+        estimate: of two or more seeds; NaN for others, because one seed tells nothing of another.
+        n_seeds: as if there were so many; None: its own.
+    """
+    own = estimate.n_seeds
+    n = own if n_seeds is None else n_seeds
+    if own < 2 or n < 2 or not np.isfinite(estimate.seeds_error):
+        return np.nan
+    error = estimate.seeds_error * np.sqrt(own / n)
+    freedom = estimate.seeds_freedom * (n - 1) / (own - 1) if error else np.inf
+    return sum(
+        float(np.hypot(stdtrit(freedom, share) * error, ndtri(share) * estimate.prompts_error))
+        for share in ((1 + LEVEL) / 2, POWER)
+    )
+
+
+def seeds_to_show(estimate: Estimate) -> int | None:
+    """How many seeds would show a difference as large as the estimate with a power of POWER.
+
+    None: more than MOST_SEEDS, or it is unknown (one seed).
+    """
+    for n in range(2, MOST_SEEDS + 1):
+        if detectable(estimate, n) <= abs(estimate.value):
+            return n
+    return None
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjusted p-values of a family of tests (Holm, 1979)."""
     p = np.asarray(p_values, dtype=float)
@@ -269,8 +356,9 @@ def supported_winner(
 ) -> int | None:
     """The index of the row that is better than every other one, or None.
 
-    The best row wins if the paired difference to each other row excludes zero, after Holm's
-    correction for the number of these comparisons. Rows without values are ignored.
+    The best row wins if its paired difference to each other row is significant. All of them have
+    to be, so none is corrected for their number (an intersection-union test; Berger, 1982). Rows
+    without values are ignored.
 
     Args:
         rows: each [seeds, prompts, images].
@@ -290,4 +378,4 @@ def supported_winner(
                 rows[best], rows[i], strata, same_seeds=same, macro=macro, by=by
             )
             p_values.append(difference.p_value)
-    return best if max(holm(p_values)) <= 1 - LEVEL else None
+    return best if max(p_values) <= 1 - LEVEL else None

@@ -111,7 +111,15 @@ def _gains_table(loaded: LoadedTable) -> Table:
         "count half.",
     ]
     beside = [row.system for row in bases.values()]
-    return Table(spec.name, spec.caption, trained, columns, spec.header, notes, beside)
+    variance = {
+        row.spec.label: {
+            m: stats.variance_components(METRICS[m].factor * row.values(m))._asdict() for m in known
+        }
+        for row in trained
+        if len(row.system.results) > 1
+    }
+    details = {"variance": variance}
+    return Table(spec.name, spec.caption, trained, columns, spec.header, notes, beside, details)
 
 
 def _correlation_table(loaded: LoadedTable) -> Table:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from tafs.experiment.specs import RowSpec
 from tafs.report import stats
-from tafs.report.results import LoadedTable, System, check_paired
+from tafs.report.results import LoadedTable, System, check_paired, shown_mean
 from tafs.rewards.metrics import METRICS
 
 PUBLISHED = Path(__file__).parent / "paper"  # the paper's tables
@@ -84,6 +85,7 @@ class Table:
     header: str = "Method"  # of the column of labels
     notes: Sequence[str] = ()  # printed before those on the statistics
     beside: Sequence[System] = ()  # not printed, but used to compute what is printed
+    details: Mapping[str, Any] = field(default_factory=dict)  # further entries of the provenance
 
 
 @dataclass(frozen=True)
@@ -199,9 +201,7 @@ def _score_cells(name: str, rows: Sequence[Row]) -> list[Cell]:
             macro=metric.macro,
         )
     return [
-        _estimated(
-            stats.mean_interval(array, first.tags, macro=metric.macro), metric.digits, i == best
-        )
+        _estimated(shown_mean(name, array, first.tags), metric.digits, i == best)
         for i, array in enumerate(arrays)
     ]
 

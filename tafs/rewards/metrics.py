@@ -7,6 +7,7 @@ how to add one. Reading METRICS imports these declarations only, not the models 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,6 +39,7 @@ class Metric:
     digits: int  # after the decimal point in tables
     published: str = ""  # its column in the paper's tables; "" where the paper has none
     factor: float = 1.0  # shown value per unit of the published score
+    limits: tuple[float, float] = (-math.inf, math.inf)  # of the shown value
     macro: bool = False  # averaged over the means of the tasks, not over all images
     higher_is_better: bool = True  # of the published score
     differentiable: bool = False  # the gradient of a score in this process reaches the images

@@ -12,7 +12,7 @@ import pytest
 from support import synthetic
 
 from tafs.experiment.claims import Claim
-from tafs.report import claims
+from tafs.report import claims, stats
 from tafs.report.claims import NOT_REPRODUCED, REPRODUCED, UNDECIDED
 
 SMALL: dict[str, Any] = {"prompts": 36, "images": 2, "iterations": 12, "nfe": (4, 8)}
@@ -69,7 +69,60 @@ def test_verdicts_follow_the_signs_of_the_comparisons(
 def test_p_values_are_adjusted_for_the_claims_own_comparisons(runs: list[Path]) -> None:
     (one,) = assess(runs, better=better(TAFS, FLOW)).comparisons
     two, _ = assess(runs, better=better(TAFS, FLOW, FLOW)).comparisons
-    assert two.p_value == pytest.approx(min(1, 2 * one.p_value))
+    assert two.p_adjusted == pytest.approx(min(1, 2 * one.p_adjusted))
+
+
+@pytest.mark.parametrize(
+    ("p_values", "value", "expected"),
+    [
+        ((0.04, 0.04), 1.0, REPRODUCED),  # each holds, so all of them hold
+        ((0.04, 0.06), 1.0, UNDECIDED),
+        ((0.04, 0.04), -1.0, UNDECIDED),  # one of two is wrong by chance more often than one
+        ((0.02, 0.5), -1.0, NOT_REPRODUCED),
+    ],
+)
+def test_support_needs_every_comparison_and_contradiction_a_corrected_one(
+    runs: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    p_values: tuple[float, ...],
+    value: float,
+    expected: str,
+) -> None:
+    found = iter(p_values)
+
+    def difference(*_: Any, **__: Any) -> stats.Estimate:
+        return stats.NOTHING._replace(value=value, p_value=next(found))
+
+    monkeypatch.setattr(stats, "paired_difference", difference)
+    assert assess(runs, better=better(TAFS, FLOW, FLOW)).verdict == expected
+
+
+def test_times_of_the_embedded_models_are_not_tested(runs: list[Path]) -> None:
+    test = {"faster": {"share": 0.5, **FASTER}}
+    claim = Claim.model_validate(
+        {"id": "one", "claim": "c", "source": "s", "experiment": "table2", **test}
+    )
+    assert not claims.is_testable(claim, synthetic.loaded(runs))
+    hub = synthetic.ASSETS.model_copy(update={"assets": "hub"})
+    loaded = synthetic.loaded(runs)
+    for result in loaded.results:
+        result.spec = result.spec.model_copy(update={"assets": hub})
+    assert claims.is_testable(claim, loaded)
+
+
+def test_an_open_comparison_says_what_would_decide_it(runs: list[Path], tmp_path: Path) -> None:
+    found = assess(runs, better=better(TAFS, TAFS))
+    (comparison,) = found.comparisons
+    assert comparison.power == {"half_width": 0, "detectable": 0, "seeds_to_show": 2}
+    single = [run for run in runs if run.name.endswith("-0")]
+    one = assess(single, better=better(TAFS, FLOW))
+    assert one.comparisons[0].needed == "two seeds are the least"
+    assert one.comparisons[0].power["detectable"] is None
+    claims.write([one], "shapes", tmp_path)
+    assert "| two seeds are the least |" in (tmp_path / "claims.md").read_text(encoding="utf-8")
+    (record,) = json.loads((tmp_path / "claims.json").read_text(encoding="utf-8"))
+    assert record["comparisons"][0]["needed"] == "two seeds are the least"
+    assert record["comparisons"][0]["half_width"] > 0
 
 
 @pytest.mark.parametrize(

@@ -148,10 +148,9 @@ def test_notes_state_the_images_the_resampling_and_what_bold_means(
     change_scores(own_runs[0], lose)
     table2(own_runs, tmp_path)
     for ending, percent in (("md", "%"), ("html", "%"), ("tex", r"\%")):
-        assert "2,000 resamples of seeds and of prompts within their task" in text(tmp_path, ending)
-        assert f"at 5 {percent} after Holm's correction" in text(tmp_path, ending).replace(
-            "&#x27;", "'"
-        )
+        printed = text(tmp_path, ending)
+        assert "2,000 resamples of prompts within their task, and a t distribution" in printed
+        assert f"start noise, at 5 {percent} each" in printed
         assert "Missing and left out: 2 of 216 values of CLIP." in text(tmp_path, ending)
 
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import ttest_ind
 
 from tafs.report import stats
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+from interval_coverage import MEASURED, simulate  # noqa: E402
+
 TASKS = ["colors"] * 2 + ["position"]
 A2, A3, A40, A100 = (["a"] * n for n in (2, 3, 40, 100))
-# The width of Student's interval of two values relative to the normal one.
-STUDENT = 12.7062047 / 1.9599640
+STUDENT = 12.7062047  # the 97.5 % quantile with one degree of freedom
 
 
 def values(*seeds: list[list[float]]) -> np.ndarray:
@@ -47,7 +52,7 @@ def test_missing_values_are_left_out_and_counted(
     assert np.isnan(estimate.low) == (resampled == "")
 
 
-HALF = 0.5 * STUDENT
+HALF = 0.5 * STUDENT  # half the difference of two values is the error of their mean
 
 
 @pytest.mark.parametrize(
@@ -60,7 +65,7 @@ HALF = 0.5 * STUDENT
         # All differences are between the strata, so no resample changes the mean.
         (values([[0], [0], [0], [6], [6]]), [*A3, "b", "b"], False, (2.4, 2.4, 2.4), "prompts"),
         (values([[0], [0], [0], [6], [6]]), [*A3, "b", "b"], True, (3, 3, 3), "prompts"),
-        # One of two seeds is drawn, and the interval is widened by Student's factor.
+        # Student's interval of two seeds.
         (
             values([[0], [0]], [[1], [1]]),
             A2,
@@ -74,7 +79,7 @@ def test_intervals_match_hand_computed_ones(
     x: np.ndarray, tags: list[str], macro: bool, expected: tuple[float, ...], resampled: str
 ) -> None:
     estimate = stats.mean_interval(x, tags, macro=macro)
-    assert estimate[:3] == pytest.approx(expected, rel=1e-4, nan_ok=True)
+    assert estimate[:3] == pytest.approx(expected, rel=0.02, nan_ok=True)
     assert estimate.resampled == resampled
     assert resampled or estimate.p_value == 1
 
@@ -90,22 +95,35 @@ def test_the_interval_of_many_prompts_is_the_normal_one() -> None:
     assert four[:3] == pytest.approx(estimate[:3])
 
 
-@pytest.mark.parametrize("seed_std", [0.02, 0.5])
-def test_the_interval_of_a_difference_covers_the_truth(seed_std: float) -> None:
-    rng = np.random.default_rng(1)
-    prompts, n = 40, 200
-    tags = ["a"] * (prompts // 2) + ["b"] * (prompts // 2)
-    covered = 0
-    for seed in range(n):
-        a, b = (
-            rng.normal(size=(3, 1, 1)) * seed_std + rng.normal(size=(3, prompts, 2))
-            for _ in range(2)
-        )
-        shared = rng.normal(size=(1, prompts, 1))
-        by = stats.Resampling(400, seed % 4)
-        d = stats.paired_difference(a + shared, b + shared, tags, by=by)
-        covered += d.low <= 0 <= d.high
-    assert covered >= 0.95 * n
+@pytest.mark.parametrize("seeds", [3, 5, 8])
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        ("TAFS-GRPO", "base"),
+        ("RG-LCD", "base"),
+        ("TAFS-GRPO", "Flow-GRPO"),
+        ("RG-LCD", "Reward-Instruct"),
+    ],
+)
+def test_the_interval_of_a_difference_has_its_nominal_coverage(
+    left: str, right: str, seeds: int
+) -> None:
+    found = simulate(MEASURED[left], MEASURED.get(right), seeds, replicates=1200, prompts=60)
+    assert 0.93 <= found.covers <= 0.975
+    assert 0.02 <= found.rejects <= 0.07
+
+
+def test_variances_and_their_degrees_of_freedom_add_as_welch_says() -> None:
+    # Welch's two-sample test of scipy, here of seeds' means on one prompt.
+    a, b = [1.0, 4.0, 2.0], [0.0, 0.5, 0.2, 9.0]
+    expected = ttest_ind(a, b, equal_var=False)
+    x, y = (np.array(v).reshape(-1, 1, 1) for v in (a, b))
+    d = stats.paired_difference(x, y, ["a"])
+    assert d.seeds_error == pytest.approx(d.value / expected.statistic)
+    assert d.seeds_freedom == pytest.approx(expected.df)
+    assert d.p_value == pytest.approx(expected.pvalue, abs=2e-3)
+    interval = expected.confidence_interval(stats.LEVEL)
+    assert d[1:3] == pytest.approx((interval.low, interval.high), rel=0.01)
 
 
 def test_a_difference_cancels_the_difficulty_of_the_prompts() -> None:
@@ -167,15 +185,15 @@ def test_the_winner_is_better_than_every_other_row(
     assert stats.supported_winner(x, A100, higher_is_better=higher_is_better) == winner
 
 
-def test_more_rows_need_a_larger_difference() -> None:
+def test_a_winner_needs_every_difference_and_no_correction_for_their_number() -> None:
     rng = np.random.default_rng(3)
     base = rng.normal(size=(1, 40, 1))
     noise = rng.normal(size=(1, 40, 1))
-    # 2.4 standard errors
-    best = base + (noise - noise.mean()) / noise.std() + 2.4 / 40**0.5
+    noise = (noise - noise.mean()) / noise.std()
+    best, closer = base + noise + 2.4 / 40**0.5, base + 1.2 / 40**0.5  # in standard errors
     assert 0.01 < stats.paired_difference(best, base, A40).p_value < 0.05
-    assert stats.supported_winner([best, base], A40) == 0
-    assert stats.supported_winner([best, *[base] * 5], A40) is None
+    assert stats.supported_winner([best, *[base] * 5], A40) == 0
+    assert stats.supported_winner([best, base, closer], A40) is None
 
 
 def test_rows_of_the_same_models_are_compared_seed_by_seed() -> None:
@@ -227,7 +245,7 @@ def test_the_interquartile_effect_agrees_with_effects_where_values_are_missing()
     effects = np.concatenate([stats.effects(v, r) for v, r in zip(x, bases, strict=True)])
     estimate = stats.interquartile_effect(x, bases, tags)
     assert np.isnan(effects).sum() == 1
-    assert estimate.value == stats.interquartile_mean(effects)
+    assert estimate.value == pytest.approx(stats.interquartile_mean(effects))
     assert estimate.low < estimate.value < estimate.high
     assert estimate.n_missing == sum(int(np.isnan(v).sum()) for v in x)
     assert estimate.n_images + estimate.n_missing == 3 * 5 * 12 * 3
@@ -244,14 +262,14 @@ def test_the_interquartile_effect_cancels_the_difficulty_of_the_prompts() -> Non
     assert (empty.n_seeds, empty.n_missing, empty.resampled, empty.p_value) == (0, 160, "", 1)
 
 
-def test_the_metrics_of_a_seed_are_resampled_together() -> None:
+def test_the_metrics_of_a_seed_vary_together() -> None:
     # Only seeds differ: four copies of a metric hold no more information than one.
     base = values([[0], [2]])
     x = values([[0], [2]], [[3], [5]])
     one = stats.interquartile_effect([x], [base], A2)
     four = stats.interquartile_effect([x] * 4, [base] * 4, A2)
-    reach = 1.5 * STUDENT * 2**0.5  # two of two are drawn
-    assert one[:3] == pytest.approx((1.5, 1.5 - reach, 1.5 + reach))
+    reach = 1.5 * STUDENT
+    assert one[:3] == pytest.approx((1.5, 1.5 - reach, 1.5 + reach), rel=0.02)
     assert four[:3] == pytest.approx(one[:3])
 
 
@@ -354,3 +372,48 @@ def test_the_interval_of_a_correlation_covers_the_truth() -> None:
     y = 0.6 * x + 0.8 * rng.normal(size=400)
     estimate = stats.correlation(x, y, by=stats.Resampling(500))
     assert 0.5 < estimate.low < 0.6 < estimate.high < 0.7
+
+
+def test_the_ratio_of_medians_takes_runs_as_seeds() -> None:
+    rng = np.random.default_rng(0)
+    slow = [2 * factor * np.exp(0.02 * rng.normal(size=50)) for factor in (1.0, 1.1, 0.9)]
+    fast = [factor * np.exp(0.02 * rng.normal(size=50)) for factor in (1.0, 1.05, 0.95)]
+    many = stats.ratio_of_medians(slow, fast, by=stats.Resampling(400))
+    one = stats.ratio_of_medians(slow[:1], fast[:1], by=stats.Resampling(400))
+    assert many.value == pytest.approx(2, rel=0.02) and one.value == pytest.approx(2, rel=0.02)
+    # The runs differ by a tenth, the iterations of one by a fiftieth.
+    assert many.high - many.low > 10 * (one.high - one.low)
+    assert (many.n_seeds, one.n_seeds, many.resampled) == (3, 1, "iterations")
+
+
+def test_variance_components_are_those_of_the_design() -> None:
+    rng = np.random.default_rng(0)
+    seeds, prompts = 200, 200
+    x = 0.5 * rng.normal(size=(seeds, 1, 1)) + rng.normal(size=(1, prompts, 1))
+    x = x + 0.2 * rng.normal(size=(seeds, prompts, 1))
+    assert stats.variance_components(x) == pytest.approx((0.25, 1, 0.04), rel=0.15)
+    x[0, 0] = np.nan  # a prompt that one seed lacks
+    assert stats.variance_components(x) == stats.variance_components(x[:, 1:])
+    assert np.isnan(stats.variance_components(x[:1])).all()
+
+
+def test_a_difference_of_the_detectable_size_is_shown_four_times_in_five() -> None:
+    rng = np.random.default_rng(0)
+    n, shown, seeds = 400, 0, 5
+
+    def systems(by: float) -> tuple[np.ndarray, np.ndarray]:
+        a, b = (0.3 * rng.normal(size=(seeds, 1, 1)) + np.zeros((1, 4, 1)) for _ in range(2))
+        return a + by, b
+
+    true = stats.NOTHING._replace(
+        n_seeds=seeds, seeds_error=0.3 * (2 / seeds) ** 0.5, seeds_freedom=8, prompts_error=0.0
+    )
+    size = stats.detectable(true)
+    for _ in range(n):
+        a, b = systems(size)
+        shown += stats.paired_difference(a, b, ["a"] * 4).p_value <= 0.05
+    assert 0.75 * n <= shown <= 0.87 * n
+    assert stats.seeds_to_show(true._replace(value=size)) == seeds
+    assert stats.seeds_to_show(true._replace(value=size / 2)) == pytest.approx(4 * seeds, abs=3)
+    assert stats.seeds_to_show(true._replace(value=0.0)) is None
+    assert np.isnan(stats.detectable(true._replace(n_seeds=1)))

@@ -68,6 +68,27 @@ def test_values_are_those_of_the_files(runs: list[Path]) -> None:
     assert tafs["geneval"].value == pytest.approx(100 * by_task.mean())
 
 
+def test_an_interval_ends_at_the_metrics_limits(own_runs: list[Path]) -> None:
+    def differ(found: pd.DataFrame) -> pd.DataFrame:
+        geneval = found["metric"] == "geneval"
+        return found.assign(value=found["value"].mask(geneval, float(found["seed"].iloc[0])))
+
+    for run in own_runs:
+        change_scores(run, differ)  # all images of seed 0 are wrong, all of seed 1 right
+    cell = filled(own_runs)[-1]["geneval"]
+    assert (cell.value, cell.estimate.low, cell.estimate.high) == (50, 0, 100)
+
+
+def test_the_gains_tables_provenance_has_variance_components(runs: list[Path]) -> None:
+    table = table_kinds.build(synthetic.loaded(runs, kind="gains"))
+    variance = table.details["variance"]
+    assert list(variance) == ["Flow-GRPO", "TAFS-GRPO"]
+    expected = stats.variance_components(values(runs, "tafs_grpo", "clip"))
+    assert variance["TAFS-GRPO"]["clip"] == expected._asdict()
+    single = [run for run in runs if run.name.endswith("-0")]
+    assert table_kinds.build(synthetic.loaded(single, kind="gains")).details == {"variance": {}}
+
+
 def test_training_columns_are_those_of_the_runs(runs: list[Path]) -> None:
     base, *_, tafs = filled(runs)
     columns = ("nfe_old", "nfe_theta", "iteration_time_s")

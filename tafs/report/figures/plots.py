@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from tafs.report import stats
 from tafs.report.bootstrap import nanmean
 from tafs.report.figures.style import Look, legend, line, looks
-from tafs.report.results import LoadedTable, System
+from tafs.report.results import LoadedTable, System, shown_mean
 from tafs.report.stats import Array
 from tafs.rewards.metrics import METRICS
 
@@ -196,7 +196,7 @@ def _estimate(
 ) -> stats.Estimate:
     """A metric's mean with the system's own sampler, on the reported scale."""
     values = METRICS[metric].factor * system.values(system.spec.sampler, nfe, metric, iteration)
-    return stats.mean_interval(values, system.scores.tags, macro=METRICS[metric].macro)
+    return shown_mean(metric, values, system.scores.tags)
 
 
 def _panels(metrics: Sequence[str], xlabel: str) -> tuple[Figure, list[Axes]]:

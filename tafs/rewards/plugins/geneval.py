@@ -16,6 +16,7 @@ METRIC = Metric(
     digits=2,
     published="geneval",
     factor=100,
+    limits=(0, 100),
     macro=True,
     metadata=True,
     version="facebook/mask2former-swin-small-coco-instance, colours by "

@@ -14,6 +14,7 @@ METRIC = Metric(
     unit="score (1 to 5)",
     digits=3,
     published="unifiedreward",
+    limits=(1, 5),
     scale=5.0,
     differentiable=True,
     served=True,
