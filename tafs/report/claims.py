@@ -219,7 +219,7 @@ def write(
         seeds = min((c.estimate.n_seeds for c in comparisons), default="–")
         said, source = markdown(claim.claim), markdown(claim.source)
         still = [c.needed for c in comparisons if c.sign == 0 and verdict == UNDECIDED]
-        needed = "<br>".join(still if any(still) else [])
+        needed = "<br>".join(filter(None, dict.fromkeys(still)))
         lines.append(f"| {said} | {source} | **{verdict}** | {effects} | {seeds} | {needed} |")
     record = [
         {
