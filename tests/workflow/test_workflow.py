@@ -228,7 +228,7 @@ METHOD = FlowGrpo
     kept = before.keys() - own - records
     # The failed run's earlier adapter too.
     assert {file: after.get(file) for file in kept} == {file: before[file] for file in kept}
-    assert f"train: 1 to run again (method source: " in done.stderr
+    assert "train: 1 to run again (method source: " in done.stderr
 
 
 def test_a_failed_copy_to_mlflow_is_reported_and_does_not_fail_the_workflow(project, tmp_path):
