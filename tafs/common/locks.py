@@ -7,13 +7,14 @@ several machines share. The file is kept; it holds the current or last holder as
 
 from __future__ import annotations
 
+import atexit
 import errno
 import json
 import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -22,6 +23,11 @@ from tafs.common.errors import RunFailed
 
 READS = 20  # attempts to read a holder that has just taken the lock
 POLL = 1.0  # s between two attempts to take the lock
+
+# Locks entered here are held until this process ends. They are released while Python's modules
+# still work; later, the release fails.
+until_exit = ExitStack()
+atexit.register(until_exit.close)
 
 
 class Busy(RunFailed):

@@ -6,7 +6,6 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Collection, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -48,7 +47,6 @@ class Session:
         self.workflow = workflow
         known = {(job.rule, job.target) for job in self.graph.jobs()}
         decide_by_content(workflow, known, self.decide, self.root / ".snakemake")
-        self._held = ExitStack()  # until this process ends
         self._started = False
         title = f"scale {self.graph.plan.config.scale}"
         self.table = LiveTable(self.root / "runs", sys.stderr, title)
@@ -77,7 +75,7 @@ class Session:
             )
         # Unlike Snakemake's own lock, this one ends with the process, also after `kill -9`.
         try:
-            self._held.enter_context(locks.held(self.root / ".locks" / "all"))
+            locks.until_exit.enter_context(locks.held(self.root / ".locks" / "all"))
         except errors.RunFailed as error:
             self._exit(f"{self.root}: is in use by {error}; wait for it, or end it")
         except OSError as error:

@@ -25,7 +25,6 @@ from tafs.common.errors import RunFailed, shown
 VARIABLE = "CUDA_VISIBLE_DEVICES"
 NAME = re.compile(r"\d{1,4}|(GPU|MIG)-[\w/.-]+", re.ASCII)  # in VARIABLE
 LISTED = re.compile(r"\s*(GPU|MIG) .*\(UUID: ((?:GPU|MIG)-[^)\s]+)\)")  # by nvidia-smi
-_held = ExitStack()  # this process's locks, until it ends
 
 
 def claim(count: int) -> None:
@@ -76,7 +75,7 @@ def _take(folder: Path, known: list[str], count: int) -> list[str]:
                 continue
             found.append(gpu)
             if len(found) == count:
-                _held.enter_context(stack.pop_all())
+                locks.until_exit.enter_context(stack.pop_all())
                 return found
     return []
 

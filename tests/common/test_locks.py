@@ -119,3 +119,20 @@ def test_a_symbolic_link_in_place_of_the_lock_is_not_followed(file: Path, tmp_pa
     with pytest.raises(OSError, match=str(file)), locks.held(file):
         pass
     assert other.read_text() == "kept"
+
+
+def test_a_lock_until_the_process_ends_is_released_before_pythons_modules_are_gone(
+    file: Path,
+) -> None:
+    """The handler that was registered first runs last."""
+    script = (
+        "import atexit, sys; from pathlib import Path; file = Path(sys.argv[1])\n"
+        "def check():\n    with locks.held(file): print('free')\n"
+        "atexit.register(check)\n"
+        "from tafs.common import locks\n"
+        "locks.until_exit.enter_context(locks.held(file))\n"
+        "try:\n    check()\nexcept locks.Busy: print('held')\n"
+    )
+    command = [sys.executable, "-c", script, str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("held\nfree\n", "")
