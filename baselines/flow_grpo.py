@@ -9,6 +9,7 @@ all trained steps of the clipped objective.
 As published, except:
 - The rollout has ten steps of which the first six are trained, as in Table 2 of TAFS-GRPO.
 - The last step has no noise and is never trained, so that the scored image is clean.
+- The average is updated after every optimiser step; the public code updates it after every eighth.
 - `beta` is 0 by default, as published for FLUX.1-dev; `beta` > 0 adds the KL to the base model.
 
 `sampler: cps` replaces the SDE by coefficient-preserving sampling (Wang and Yu, 2025).
@@ -32,6 +33,7 @@ class FlowGrpo(PolicyGradient):
     sampler: str = "flow_sde"
     updates: int = 2
     ema: float = 0.9
+    ema_warmup: bool = True
     global_std: bool = True
     advantage_limit: float | None = 5.0
 

@@ -50,6 +50,13 @@ class MixGrpo(PolicyGradient):
         if self.flash_steps is not None:
             self._at_least("flash_steps", 1)
 
+    def check_iterations(self, iterations: int) -> None:
+        if 1 < self.interval >= iterations:
+            raise ValueError(
+                f"interval: {self.interval} is not less than the {iterations} iterations, so the "
+                "window would never move"
+            )
+
     @property
     def _positions(self) -> int:
         """The number of positions of the window."""

@@ -43,10 +43,6 @@ class RewardInstruct(Method):
         self._at_least("steps", 1)
 
     @property
-    def evaluation_sampler(self) -> str:
-        return "anneal"
-
-    @property
     def needs_reward_gradients(self) -> bool:
         return True
 

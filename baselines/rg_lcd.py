@@ -51,8 +51,9 @@ class RgLcd(Method):
             )
 
     @property
-    def evaluation_sampler(self) -> str:
-        return "anneal"
+    def saves_average(self) -> bool:
+        """The average is the target of the distillation only, as published."""
+        return False
 
     @property
     def needs_reward_gradients(self) -> bool:

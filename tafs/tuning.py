@@ -58,14 +58,11 @@ def trials(plan: Plan) -> list[RunSpec]:
     return found
 
 
-def score(
-    trial: RunSpec, evaluation: Evaluation, adapter: Path | None = None, sampler: str = ""
-) -> float:
-    """The mean total reward on training prompts.
+def score(trial: RunSpec, evaluation: Evaluation, adapter: Path | None = None) -> float:
+    """The mean total reward on training prompts, with the best of the evaluation's samplers.
 
     Args:
         adapter: of the trained model; None: the untrained model.
-        sampler: by default the method's own.
     """
     source = run_inputs.asset_source(trial)
     backbone = source.model(trial.backbone, trial.resolution)
@@ -73,16 +70,19 @@ def score(
         backbone.load_adapter(adapter)
     rng = np.random.default_rng(trial.seed)
     drawn = prompts.draw(source.prompts(trial.prompts, "train"), VALIDATION_PROMPTS, rng)
-    setting = EvalSetting(
-        sampler=sampler or trial.sampler,
-        nfe=evaluation.few_nfe,
-        images_per_prompt=IMAGES_PER_PROMPT,
-    )
     texts = [prompt.text for prompt in drawn]
-    images = generate.generate(backbone, texts, setting, batch=evaluation.batch, seed=trial.seed)
+    repeated = [p for p in drawn for _ in range(IMAGES_PER_PROMPT)]
     rewards = source.rewards(list(trial.rewards))
-    scores = rewards.score(images, [p for p in drawn for _ in range(IMAGES_PER_PROMPT)])
-    return float(sum(weight * scores[name].mean() for name, weight in trial.rewards.items()))
+
+    def total(sampler: str) -> float:
+        setting = EvalSetting(
+            sampler=sampler, nfe=evaluation.few_nfe, images_per_prompt=IMAGES_PER_PROMPT
+        )
+        drawn = generate.generate(backbone, texts, setting, evaluation.batch, trial.seed)
+        scores = rewards.score(drawn, repeated)
+        return float(sum(weight * scores[name].mean() for name, weight in trial.rewards.items()))
+
+    return max(map(total, evaluation.samplers))
 
 
 def is_trained(run: RunDir, trial: RunSpec) -> bool:
@@ -130,7 +130,7 @@ def search(plan: Plan, only: str | None = None) -> None:
     base_score = 0.0
     for number, trial in enumerate(chosen, start=1):
         if trial.variant not in rows:
-            base_score = score(trial, scale.evaluation, sampler="ode")
+            base_score = score(trial, scale.evaluation)
         found = rows.setdefault(trial.variant, [])
         found.append(run_trial(trial, folder, scale.evaluation, base_score))
         print(f"{number}/{len(chosen)} {found[-1]}", flush=True)

@@ -56,7 +56,8 @@ def test_a_trial_is_scored_at_the_tables_few_steps_and_not_trained_again(tmp_pat
     file = tmp_path / "smoke" / "tuning" / "tafs_grpo.csv"
     first = file.read_text()
     common = (plan.config.active.evaluation.few_nfe, 2, tuning_.seed)
-    assert scored == [(3, sampler, *common) for sampler in ("ode", "anneal", "anneal")]
+    samplers = plan.config.active.evaluation.samplers
+    assert scored == [(3, sampler, *common) for _ in range(3) for sampler in samplers]
     rows = list(csv.DictReader(first.splitlines()))
     assert [json.loads(row["hyperparameters"])["eta"] for row in rows] == [0.7, 0.9]
     assert tuple(rows[0]) == tuning.COLUMNS

@@ -6,6 +6,7 @@ annealed sampler has its own stream. Outputs in RUN_DIR:
 - scores.parquet: a row per (iteration, sampler, nfe, prompt, image, metric);
 - samples.safetensors: the first image of a few prompts of each tag, for every setting of the final
   model, with the prompts' texts;
+- samplers.json: the sampler of every number of steps, and what its choice was based on;
 - images.zip: all images, if a server scores them too (`tafs.evaluation.served`).
 
 Scores are saved to RUN_DIR/.eval_state every few minutes, so that a job that was killed or has
@@ -26,10 +27,10 @@ import torch
 
 from tafs.common import errors
 from tafs.data.prompts import Prompt, first_of_each
-from tafs.evaluation import generate, image_archive, scores
+from tafs.evaluation import choose, generate, image_archive, scores
 from tafs.evaluation.scores import PartialScores
 from tafs.experiment import needs, run_inputs
-from tafs.experiment.specs import EvalSpec
+from tafs.experiment.specs import BEST, EvalSpec
 from tafs.rewards import golden
 from tafs.rewards.registry import RewardSet
 from tafs.runtime import receipts
@@ -61,6 +62,8 @@ def evaluate(run: RunDir, deadline: Deadline | None = None) -> None:
         digests = {name: source.reward_digest(name) for name in metrics}
         golden.verify(rewards.rewards, digests, source.golden_scores, source.device)
     settings = evaluation.settings
+    known = source.prompts(spec.prompts, "train")
+    validation = choose.validation_prompts(known, evaluation.validation_prompts)
     reporter = Reporter(run.folder, "evaluate", sum(s.nfe for s in settings))
     own = needs.evaluation(run, spec, evaluation)
     found: list[PartialScores] = []
@@ -71,6 +74,9 @@ def evaluate(run: RunDir, deadline: Deadline | None = None) -> None:
             model = None
             for setting in group:
                 partial = PartialScores(run, setting, after, own)
+                drawn = [one for one in found if one.has_images_of(setting, after)]
+                if drawn and not evaluation.served:  # a server scores the images of each setting
+                    partial.adopt(drawn[0])
                 if partial.done < len(prompts) * setting.images_per_prompt:
                     # Score at least one batch; otherwise a job with no time left requeues forever.
                     if worked and deadline.expired:
@@ -78,12 +84,18 @@ def evaluate(run: RunDir, deadline: Deadline | None = None) -> None:
                         raise errors.ToBeContinued(f"{line}: {deadline.expired}")
                     worked = True
                     model = model or generate.load_model(run, spec, evaluation, iteration)
+                    if not partial.sampler:
+                        partial.sampler, partial.qualities = setting.sampler, {}
+                        if setting.sampler == BEST:
+                            partial.sampler, partial.qualities = choose.choose(
+                                model, rewards, validation, evaluation, setting.nfe
+                            )
                     score_setting(model, rewards, prompts, evaluation, partial, deadline)
                 found.append(partial)
                 name, parts = next(iter(partial.scores.items()))
                 mean = torch.cat(parts).mean()
                 reporter.advance(f"{setting.name}  {name} {mean:.3g}", setting.nfe)
-    with receipts.replacing(run.folder, "evaluate", own, [run.scores, run.samples]):
+    with receipts.replacing(run.folder, "evaluate", own, [run.scores, run.samples, run.samplers]):
         scores.write(run, spec, prompts, found, metrics)
     totals = {kind: sum(partial.seconds[kind] for partial in found) for kind in found[0].seconds}
     print(json.dumps({"evaluated": run.name, "seconds": totals}))
@@ -108,7 +120,8 @@ def score_setting(
     setting = partial.setting
     shown = set(first_of_each(prompts, SAMPLES_PER_TAG))
     texts = [prompt.text for prompt in prompts]
-    batches = generate.sample(model, texts, setting, evaluation.batch, first=partial.done)
+    sampled_by = setting.model_copy(update={"sampler": partial.sampler})
+    batches = generate.sample(model, texts, sampled_by, evaluation.batch, first=partial.done)
     total = len(prompts) * setting.images_per_prompt
     while partial.done < total:
         file = partial.folder / f"{partial.done}.zip" if evaluation.served else None

@@ -40,7 +40,7 @@ def sample(
     Args:
         model: a Backbone; a ReferencePipeline if the setting's sampler is PIPELINE.
         texts: the prompts.
-        setting: the sampler, its steps, and the number of images per prompt.
+        setting: the sampler (not BEST), its steps, and the number of images per prompt.
         batch: images per batch.
         first: the index of the image to start with, the first one of a batch.
 
@@ -70,9 +70,8 @@ def _of_backbone(
         torch.randn(shape, generator=seeding.generator(seed, "start", image))
         for image in range(setting.images_per_prompt)
     ]
-    # The Euler sampler uses the model's own grid; annealed sampling has a uniform one (Eq. 4).
-    uniform = setting.sampler == "anneal"
-    grid = sampling.uniform_grid(setting.nfe) if uniform else model.time_grid(setting.nfe)
+    sampler = sampling.SAMPLERS[setting.sampler]
+    grid = sampling.uniform_grid(setting.nfe) if sampler.uniform else model.time_grid(setting.nfe)
     model.prepare(texts)
     for first, keys in batches.items():
         cond = model.encode([texts[p] for p, _ in keys])
@@ -80,7 +79,7 @@ def _of_backbone(
             lambda x, t, c=cond: model.velocity(x, t, c),  # type: ignore[misc]
             torch.stack([noise[image][p] for p, image in keys]).to(model.device),
             grid.to(model.device),
-            sampling.SAMPLERS[setting.sampler],
+            sampler.step,
             seeding.generator(seed, "step", setting.nfe, first),
         )
         yield keys, model.decode(x_0)

@@ -15,7 +15,7 @@ from tafs.common import files
 from tafs.common.files import sha256
 from tafs.data.prompts import Prompt, first_of_each
 from tafs.evaluation import image_archive
-from tafs.experiment.specs import EvalSetting, RunSpec
+from tafs.experiment.specs import BEST, EvalSetting, RunSpec
 from tafs.runtime import checkpoint
 from tafs.runtime.receipts import Needs
 from tafs.runtime.run_dir import SAMPLES_PER_TAG, RunDir
@@ -41,6 +41,9 @@ class PartialScores:
         kept = {} if state is None else state.tensors
         self.scores = {n[7:]: [t] for n, t in kept.items() if n.startswith("scores/")}
         self.first = {int(n[6:]): t for n, t in kept.items() if n.startswith("first/")}
+        # The sampler of the images, and what the choice of it was based on.
+        self.sampler: str = "" if state is None else state.values["sampler"]
+        self.qualities: dict[str, float] = {} if state is None else state.values["qualities"]
         self.archives: dict[str, str] = {} if state is None else state.values["archives"]
         self.seconds: dict[str, float] = (
             {"sample": 0.0, "reward": 0.0} if state is None else state.values["seconds"]
@@ -52,6 +55,18 @@ class PartialScores:
             self.scores.setdefault(name, []).append(values.cpu())
         self.done += len(values)
 
+    def has_images_of(self, setting: EvalSetting, after: int) -> bool:
+        """Whether another setting of the model after these iterations draws the same images."""
+        same = ("nfe", "images_per_prompt")
+        return (self.sampler, self.after) == (setting.sampler, after) and all(
+            getattr(self.setting, name) == getattr(setting, name) for name in same
+        )
+
+    def adopt(self, other: PartialScores) -> None:
+        """Take all scores of a setting that draws the same images."""
+        self.sampler, self.done = other.sampler, other.done
+        self.scores, self.first = dict(other.scores), dict(other.first)
+
     def save(self, archive: Path | None) -> None:
         """Write the state, with the archive of the images since the last call if they are kept."""
         if archive is not None:
@@ -59,6 +74,7 @@ class PartialScores:
         tensors = {f"scores/{name}": torch.cat(parts) for name, parts in self.scores.items()}
         tensors |= {f"first/{prompt}": pixels for prompt, pixels in self.first.items()}
         values = {"archives": self.archives, "seconds": self.seconds}
+        values |= {"sampler": self.sampler, "qualities": self.qualities}
         checkpoint.save(self.folder, self._needs, self.done, tensors, values)
 
     def _damaged_archive(self, state: checkpoint.State) -> str:
@@ -77,7 +93,7 @@ def write(
     found: Sequence[PartialScores],
     metrics: Sequence[str],
 ) -> None:
-    """Write scores.parquet, samples.safetensors, and images.zip if images were kept.
+    """Write scores.parquet, samples.safetensors, samplers.json, and images.zip if it is kept.
 
     samples.safetensors holds the first image of SAMPLES_PER_TAG prompts of each tag for every
     setting of the final model, the indices of these prompts, and their texts in its metadata.
@@ -96,6 +112,17 @@ def write(
     write_table(run, spec, run.scores, pd.concat(tables, ignore_index=True))
     metadata = {CAPTIONS: json.dumps([prompts[p].text for p in shown])}
     files.atomic_write(run.samples, lambda path: save_file(samples, path, metadata))
+    chosen = [
+        {
+            "iteration": scored.after,
+            "nfe": scored.setting.nfe,
+            "sampler": scored.sampler,
+            "quality": scored.qualities,
+        }
+        for scored in found
+        if scored.setting.sampler == BEST
+    ]
+    files.atomic_text(run.samplers, json.dumps(chosen, indent=1) + "\n")
 
 
 def write_table(run: RunDir, spec: RunSpec, file: Path, table: pd.DataFrame) -> None:

@@ -11,6 +11,7 @@ from tafs.assets.sources import AssetSettings
 from tafs.data.prompt_sets import prompt_set
 from tafs.experiment.schema import Config, Experiment
 from tafs.experiment.specs import (
+    BEST,
     PIPELINE,
     EvalSetting,
     EvalSpec,
@@ -80,7 +81,7 @@ class Expansion:
             title=entry.title,
             task="",
             seed=0,
-            sampler="ode" if entry.trainable else PIPELINE,
+            sampler=BEST if entry.trainable else PIPELINE,
         )
 
     def _training_run(
@@ -102,7 +103,7 @@ class Expansion:
             # Sorted, so that the order in config.yaml does not change the rounding of sums.
             rewards=dict(sorted(self.config.tasks[task].rewards.items())),
             hyperparameters=hyperparameters,
-            sampler=method.evaluation_sampler,
+            sampler=BEST,
             nfe_old=method.nfe_old,
             nfe_theta=method.nfe_theta,
             forward_equivalents=method.forward_equivalents,
@@ -186,7 +187,7 @@ class Expansion:
                     label=catalog.read()[model].title,
                     role=roles.get(model, ""),
                     nfe=nfe,
-                    sampler=PIPELINE if compared else "ode",
+                    sampler=PIPELINE if compared else self._sampler(experiment),
                 )
 
     def _trained_rows(self, experiment: Experiment, below: bool) -> Iterator[RowSpec]:
@@ -203,7 +204,7 @@ class Expansion:
                         role=role,
                         nfe=nfe,
                         iteration=self.variants.iterations_at(variant, 1.0) if at else None,
-                        sampler=self.variants.method(variant).evaluation_sampler,
+                        sampler=self._sampler(experiment),
                         rule=below and number == 0 and nfe == steps[0],
                     )
                     below = True
@@ -229,6 +230,10 @@ class Expansion:
             label = f"{label} + {entry.short or entry.title}"
         return label
 
+    def _sampler(self, experiment: Experiment) -> str:
+        common = experiment.sampler == "common"
+        return self.scale.evaluation.common_sampler if common else BEST
+
     def _full_steps(self, model: str) -> int:
         """A model's own number of steps, which a scale may set for base models."""
         entry = catalog.read()[model]
@@ -252,6 +257,8 @@ class Expansion:
                 trajectories=TrajectorySpec(
                     nfe=evaluation.few_nfe, prompts=evaluation.correlation_prompts
                 ),
+                samplers=evaluation.samplers,
+                validation_prompts=evaluation.validation_prompts,
                 settings=tuple(
                     EvalSetting(
                         sampler=sampler, nfe=nfe, images_per_prompt=count, iteration=iteration

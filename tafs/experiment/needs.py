@@ -38,7 +38,12 @@ def evaluation(run: RunDir, spec: RunSpec, evaluation: EvalSpec) -> Needs:
         f"settings.{s.name}.{'final' if s.iteration is None else s.iteration}": s.images_per_prompt
         for s in evaluation.settings
     }
-    own = {"prompts_per_tag": evaluation.prompts_per_tag, "batch": evaluation.batch}
+    own: dict[str, JsonValue] = {
+        "prompts_per_tag": evaluation.prompts_per_tag,
+        "batch": evaluation.batch,
+        "samplers": list(evaluation.samplers),
+        "validation_prompts": evaluation.validation_prompts,
+    }
     return {**_judged(run, spec, evaluation), **own, **settings}
 
 

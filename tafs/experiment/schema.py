@@ -19,6 +19,7 @@ from pydantic import (
 
 from tafs.common.yaml_files import NAME
 from tafs.data import prompt_files
+from tafs.models.sampling import SAMPLERS
 
 # What a table prints: every metric at its steps, the same at equal training compute, the gains of
 # all metrics in one number, or the correlation of earlier images' rewards with the final image's.
@@ -116,6 +117,15 @@ class Lora(_Strict):
     alpha: Count
 
 
+def _sampler(name: str) -> str:
+    if name not in SAMPLERS:
+        raise ValueError(f"should be one of {', '.join(SAMPLERS)}")
+    return name
+
+
+Sampler = Annotated[str, AfterValidator(_sampler)]
+
+
 class Evaluation(_Strict):
     """How models are judged. The experiments decide which settings a run needs."""
 
@@ -126,6 +136,10 @@ class Evaluation(_Strict):
     curve_images_per_prompt: Count
     base_nfe: Count | None = None  # full steps of base models; None: those of models.yaml
     correlation_prompts: Count  # training prompts whose trajectories are scored
+    # BEST is chosen from these for every model and number of steps, on training prompts.
+    samplers: Annotated[tuple[Sampler, ...], Field(min_length=1)] = tuple(SAMPLERS)
+    common_sampler: Sampler = "ode_uniform"  # of experiments with `sampler: common`
+    validation_prompts: Count  # training prompts, one image each, that samplers are chosen on
     batch: Count  # images sampled at once
     resolution: Count | None = None  # in pixels; None: as in training
     # The command that serves UnifiedReward, where it is served; {folder} and {port} are filled in.
@@ -183,6 +197,7 @@ class Experiment(_Strict):
     base: bool = False  # adds the base models, at their full and at few steps
     models: bool = False  # adds the scale's `models`, at their own steps
     prompts: Name | None = None  # role; for kind `correlation`, which has no tasks
+    sampler: Literal["best", "common"] = "best"  # of every model; see `Evaluation`
     ablation: bool = False  # trained with the scale's ablation_seeds
     figures: dict[Name, Name] = {}  # kind of FIGURES -> file name
 

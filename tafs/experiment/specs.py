@@ -23,6 +23,7 @@ from tafs.experiment.schema import Kind, Lora
 from tafs.runtime.run_dir import BASE
 
 PIPELINE = "pipeline"  # the sampler of a model that is compared as published
+BEST = "best"  # the best of the evaluation's samplers, chosen for every model and number of steps
 
 
 class Spec(BaseModel):
@@ -102,7 +103,7 @@ class RunSpec(Spec):
     training: TrainingSpec | None = None
     rewards: dict[str, float] = {}  # weights on the training scale
     hyperparameters: dict[str, JsonValue] = {}
-    sampler: str  # that the model is judged with at few steps
+    sampler: str  # that the model is judged with: BEST or PIPELINE
     nfe_old: float | None = None  # network evaluations per image in the rollout
     nfe_theta: int | None = None  # network evaluations per image with gradients
     forward_equivalents: float = 0.0  # per image and iteration; see `Method.forward_equivalents`
@@ -150,6 +151,8 @@ class EvalSpec(Spec):
     resolution: int  # of the images, in pixels
     served: bool  # whether a server scores the images too
     trajectories: TrajectorySpec
+    samplers: tuple[str, ...]  # keys of `sampling.SAMPLERS` that BEST is chosen from
+    validation_prompts: int  # training prompts, one image each, that it is chosen on
     settings: tuple[EvalSetting, ...]
 
 

@@ -153,6 +153,10 @@ def _method_problems(config: Config, key: str, scale: Scale) -> Iterator[str]:
             problem = sharing_problem(scale.prompts_per_iteration, method.updates, scale.processes)
             if problem:
                 yield f"scales.{key}: {variant}: {problem}"
+            try:
+                method.check_iterations(scale.iterations)
+            except ValueError as error:
+                yield f"scales.{key}: {variant}: {error}"
 
 
 def sharing_problem(prompts: int, updates: int, processes: int) -> str | None:

@@ -77,7 +77,8 @@ class Method:
     learning_rate: float = 3e-4
     weight_decay: float = 1e-4
     updates: int = 1  # optimiser steps per iteration; each takes an equal share of the prompts
-    ema: float = 0.0  # decay of the averaged adapter, which is the one saved; 0: no average
+    ema: float = 0.0  # decay of the averaged adapter; 0: no average
+    ema_warmup: bool = False  # whether the decay grows from 0.1, as min((1 + n) / (10 + n), ema)
     max_grad_norm: float = 1.0
 
     TITLE: ClassVar[str] = ""  # the name in tables and figures
@@ -96,6 +97,18 @@ class Method:
     def _between(self, name: str, low: float, high: float) -> None:
         if not low <= getattr(self, name) <= high:
             raise ValueError(f"{name}: {getattr(self, name)} is not between {low} and {high}")
+
+    def decay(self, updates: int) -> float:
+        """The decay of the averaged adapter after this many optimiser steps."""
+        return min((1 + updates) / (10 + updates), self.ema) if self.ema_warmup else self.ema
+
+    @property
+    def saves_average(self) -> bool:
+        """Whether the averaged adapter is saved and judged, and not the trained one."""
+        return self.ema > 0
+
+    def check_iterations(self, iterations: int) -> None:
+        """Raise ValueError, naming a hyperparameter, if it does not suit so many iterations."""
 
     def rollout(
         self,
@@ -140,11 +153,6 @@ class Method:
     ) -> float | None:
         """Estimate the KL divergence to the base model on one group of images, for the journal."""
         return None
-
-    @property
-    def evaluation_sampler(self) -> str:
-        """The sampler for few-step evaluation, a key of `sampling.SAMPLERS`."""
-        return "ode"
 
     @property
     def needs_reward_gradients(self) -> bool:

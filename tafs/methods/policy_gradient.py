@@ -110,10 +110,6 @@ class PolicyGradient(Method):
         """As in `Method`, plus the base model's evaluations if the KL is part of the loss."""
         return super().forward_equivalents + (self.nfe_theta if self.beta > 0 else 0)
 
-    @property
-    def evaluation_sampler(self) -> str:
-        return "anneal" if self.sampler == "anneal" else "ode"
-
     def rollout(
         self,
         backbone: Backbone,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -159,7 +159,21 @@ def shifted(t: Tensor, shift: float) -> Tensor:
 
 
 Step: TypeAlias = "Callable[[Tensor, Tensor, Tensor, Tensor], Transition]"
-SAMPLERS: dict[str, Step] = {"ode": ode, "anneal": anneal}  # for evaluation
+
+
+class Sampler(NamedTuple):
+    """How an evaluation samples a model."""
+
+    step: Step
+    uniform: bool  # whether the grid is uniform (Eq. 4); otherwise it is the model's own
+    title: str
+
+
+SAMPLERS = {
+    "ode": Sampler(ode, uniform=False, title="Euler steps on the model's grid"),
+    "ode_uniform": Sampler(ode, uniform=True, title="Euler steps on the uniform grid"),
+    "anneal": Sampler(anneal, uniform=True, title="annealed sampling"),
+}
 
 # For policies: samplers whose steps have a density. The last argument is the noise level eta.
 TRANSITIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, float], Transition]] = {
@@ -183,7 +197,7 @@ def integrate(
         velocity: (x_t [B, ...], t [B]) -> v [B, ...].
         noise: x_1, [B, ...].
         grid: times from 1 to 0, [N + 1].
-        step: the sampler, a value of SAMPLERS.
+        step: of a value of SAMPLERS.
         generator: the source of the steps' noise; not the generator that drew `noise`.
 
     Returns:

@@ -112,7 +112,7 @@ class Graph:
             "describe": ("run.json",),
             "describe_evaluation": ("evaluation.json",),
             "train": ("adapter.safetensors", "journal.jsonl", "snapshots"),
-            "evaluate": ("scores.parquet", "samples.safetensors"),
+            "evaluate": ("scores.parquet", "samples.safetensors", "samplers.json"),
             "trajectory_rewards": ("trajectory_rewards.parquet",),
             "score_served": ("served_scores.parquet",),
             "fetch": (job.target,),
@@ -143,7 +143,7 @@ class Graph:
             "describe": ("run.json",),
             "describe_evaluation": ("evaluation.json",),
             "train": ("journal.jsonl",),
-            "evaluate": ("scores.parquet", "samples.safetensors"),
+            "evaluate": ("scores.parquet", "samples.safetensors", "samplers.json"),
             "trajectory_rewards": ("trajectory_rewards.parquet",),
             "score_served": ("served_scores.parquet",),
         }

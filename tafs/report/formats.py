@@ -24,7 +24,7 @@ from pandas.io.formats.style_render import CSSDict
 
 from tafs.common.files import sha256
 from tafs.report import latex, stats
-from tafs.report.tables import Cell, Column, Line, Number, Score, Table, fill
+from tafs.report.tables import Cell, Column, Line, Number, Score, Table, fill, samplers_of
 from tafs.rewards.metrics import METRICS
 
 COUNTS = ("n_seeds", "n_images", "n_missing", "resampled")
@@ -306,6 +306,7 @@ def _provenance(table: Table, lines: Sequence[Line]) -> str:
                 "row": row.label,
                 "runs": [result.spec.name for result in line.row.system.results],
                 "sampler": row.sampler,
+                "samplers": samplers_of(line.row),
                 "nfe": row.nfe,
                 "iteration": row.iteration,
                 "cells": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -140,6 +141,14 @@ class Result:
         """The evaluation's scores, and a server's where one scored the images."""
         served = [self.run.served_scores] if self.evaluation.served else []
         return read_scores(self.run.scores, *served)
+
+    @cached_property
+    def samplers(self) -> dict[tuple[int, int], str]:
+        """The samplers that were chosen for the model, by (nfe, iteration)."""
+        if not self.run.samplers.is_file():
+            return {}
+        found = json.loads(self.run.samplers.read_text(encoding="utf-8"))
+        return {(one["nfe"], one["iteration"]): one["sampler"] for one in found}
 
     @property
     def files(self) -> list[Path]:

@@ -19,6 +19,7 @@ from tafs.report.tables import (
     Statistic,
     Table,
     rows_of,
+    samplers_note,
 )
 from tafs.rewards.metrics import METRICS
 
@@ -29,7 +30,11 @@ def build(loaded: LoadedTable) -> Table:
     Raises:
         ValueError: an input is missing or broken; names it.
     """
-    return BUILD[loaded.spec.kind](loaded)
+    table = BUILD[loaded.spec.kind](loaded)
+    if loaded.spec.kind == "correlation":  # of annealed trajectories
+        return table
+    note = samplers_note(table.rows)
+    return replace(table, notes=[*table.notes, *([note] if note else [])])
 
 
 def _scores_table(loaded: LoadedTable) -> Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from tafs.experiment.specs import RowSpec
+from tafs.experiment.specs import BEST, RowSpec
+from tafs.models.sampling import SAMPLERS
 from tafs.report import stats
 from tafs.report.results import LoadedTable, System, check_paired, shown_mean
 from tafs.rewards.metrics import METRICS
@@ -115,6 +117,41 @@ def rows_of(table: LoadedTable) -> list[Row]:
         rows.append(Row(spec, system, first=spec.runs not in seen))
         seen.add(spec.runs)
     return rows
+
+
+def samplers_of(row: Row) -> list[str]:
+    """The sampler of each of a row's runs, a key of `sampling.SAMPLERS` or PIPELINE."""
+    spec = row.spec
+    if spec.sampler != BEST:
+        return [spec.sampler for _ in row.system.results]
+    return [
+        result.samplers[
+            spec.nfe, result.spec.iterations if spec.iteration is None else spec.iteration
+        ]
+        for result in row.system.results
+    ]
+
+
+def samplers_note(rows: Sequence[Row]) -> str:
+    """Which rows were sampled how; "" if none was sampled by a choice or in common."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        counts = Counter(samplers_of(row))
+        for sampler, count in counts.items():
+            if sampler in SAMPLERS:
+                label = f"{row.spec.label} at {row.spec.nfe}"
+                part = "" if len(counts) == 1 else f" ({count} of {counts.total()} runs)"
+                found.setdefault(sampler, []).append(label + part)
+    if not found:
+        return ""
+    if len(found) == 1:
+        return f"All images: {SAMPLERS[next(iter(found))].title}."
+    listed = "; ".join(
+        f"{SAMPLERS[sampler].title}: {', '.join(found[sampler])}"
+        for sampler in SAMPLERS
+        if sampler in found
+    )
+    return f"Sampler and grid, the best of {len(SAMPLERS)} on training prompts. {listed}."
 
 
 def _iteration_time(row: Row) -> float | None:

@@ -33,6 +33,7 @@ class RunDir:
         self.journal = folder / "journal.jsonl"
         self.scores = folder / "scores.parquet"
         self.samples = folder / "samples.safetensors"
+        self.samplers = folder / "samplers.json"
         self.images = folder / "images.zip"
         self.served_scores = folder / "served_scores.parquet"
         self.trajectory_rewards = folder / "trajectory_rewards.parquet"

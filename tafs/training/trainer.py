@@ -82,6 +82,7 @@ class Trainer:
         backbone.add_lora(lora.rank, lora.alpha, seeding.generator(self.seed, "lora"))
         self.parameters = backbone.lora_parameters()
         self.averages = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.averaged_updates = 0
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
             lr=self.method.learning_rate,
@@ -308,8 +309,10 @@ class Trainer:
             raise NonFinite(f"{where}: the gradient's norm is {norm.item()}")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        decay = self.method.decay(self.averaged_updates)
+        self.averaged_updates += 1
         for name, parameter in self.parameters.items():
-            self.averages[name].lerp_(parameter.detach(), 1 - self.method.ema)
+            self.averages[name].lerp_(parameter.detach(), 1 - decay)
         return norm.item()
 
     def _mean(self, values: Tensor) -> float:
@@ -366,7 +369,8 @@ class Trainer:
         tensors, optimizer = checkpoint.pack_optimizer(self.optimizer)
         tensors |= {f"lora/{name}": p.detach() for name, p in self.parameters.items()}
         tensors |= {f"ema/{name}": average for name, average in self.averages.items()}
-        checkpoint.save(folder, needs, iteration, tensors, {**optimizer, **values})
+        own = {**optimizer, "averaged_updates": self.averaged_updates}
+        checkpoint.save(folder, needs, iteration, tensors, {**own, **values})
 
     def restore(self, state: checkpoint.State) -> None:
         """Continue from a state that `save` wrote."""
@@ -374,11 +378,12 @@ class Trainer:
             for name, parameter in self.parameters.items():
                 parameter.copy_(state.tensors[f"lora/{name}"])
                 self.averages[name].copy_(state.tensors[f"ema/{name}"])
+        self.averaged_updates = state.values["averaged_updates"]
         checkpoint.unpack_optimizer(self.optimizer, state.tensors, state.values)
 
     def export(self, path: Path) -> None:
-        """Write the adapter, or its average if the method keeps one."""
-        exported = self.averaged() if self.method.ema > 0 else nullcontext()
+        """Write the adapter, or its average if the method saves that."""
+        exported = self.averaged() if self.method.saves_average else nullcontext()
         with exported:
             files.atomic_write(path, self.backbone.save_adapter)
 

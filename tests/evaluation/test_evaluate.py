@@ -21,7 +21,7 @@ from tafs.assets.sources import ShapesAssets
 from tafs.common import errors
 from tafs.evaluation import check_rewards, evaluate, generate, image_archive, scores
 from tafs.experiment import needs, run_inputs
-from tafs.experiment.specs import PIPELINE, EvalSetting, RunSpec
+from tafs.experiment.specs import BEST, PIPELINE, EvalSetting, RunSpec
 from tafs.rewards import golden
 from tafs.runtime import checkpoint, receipts
 from tafs.runtime.run_dir import RunDir
@@ -76,11 +76,38 @@ def test_every_image_of_every_setting_is_scored_once_by_every_metric(uninterrupt
     assert found.to_dict() == expected
 
 
+def choices(run: RunDir) -> list[dict[str, Any]]:
+    return json.loads(run.samplers.read_text())
+
+
+def test_every_best_setting_has_the_sampler_that_validation_prefers(uninterrupted):
+    spec, evaluation = run_inputs.run_spec(uninterrupted), run_inputs.eval_spec(uninterrupted)
+    found = {(one["iteration"], one["nfe"]): one for one in choices(uninterrupted)}
+    best = [s for s in evaluation.settings if s.sampler == BEST]
+    assert set(found) == {(s.iteration or spec.iterations, s.nfe) for s in best}
+    for one in found.values():
+        assert set(one["quality"]) == set(evaluation.samplers)
+        assert one["quality"][one["sampler"]] == max(one["quality"].values())
+    # One Euler step has the same grid from 1 to 0, and so do all samplers.
+    assert len({*found[spec.iterations, 1]["quality"].values()}) == 1
+
+
 @pytest.mark.parametrize("iteration", [None, 1])
 def test_scores_are_those_of_the_settings_model(uninterrupted, iteration):
     """Of the final adapter, or of the snapshot."""
     spec, evaluation = run_inputs.run_spec(uninterrupted), run_inputs.eval_spec(uninterrupted)
-    [setting] = [s for s in settings(uninterrupted) if (s.iteration, s.nfe) == (iteration, 4)]
+    [setting] = [
+        s
+        for s in settings(uninterrupted)
+        if (s.iteration, s.nfe, s.sampler) == (iteration, 4, BEST)
+    ]
+    after = iteration or spec.iterations
+    [chosen] = [
+        one["sampler"]
+        for one in choices(uninterrupted)
+        if one["iteration"] == after and one["nfe"] == 4
+    ]
+    setting = setting.model_copy(update={"sampler": chosen})
     source, known = run_inputs.asset_source(spec), prompts(uninterrupted)
     model = source.model(spec.backbone, evaluation.resolution)
     file = uninterrupted.adapter if iteration is None else uninterrupted.snapshot(iteration)
@@ -88,10 +115,31 @@ def test_scores_are_those_of_the_settings_model(uninterrupted, iteration):
     images = generate.generate(model, [p.text for p in known], setting, BATCH)
     rewards = source.rewards(["clip", "geneval"], strict_geneval=True)
     table = pd.read_parquet(uninterrupted.scores)
-    rows = table[(table["iteration"] == (iteration or spec.iterations)) & (table["nfe"] == 4)]
+    rows = table.query("iteration == @after and nfe == 4 and sampler == 'best'")
     for metric, values in rewards.report(rewards.score(images, known)).items():
         found = torch.tensor(rows[rows["metric"] == metric]["value"].to_numpy())
         torch.testing.assert_close(found, values.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_images_that_two_settings_share_are_drawn_once(ready, tmp_path, monkeypatch):
+    run = copied(ready, tmp_path)
+    write(run, samplers=("ode_uniform",), served=False)
+    drawn = []
+    original = generate.sample
+
+    def watched(model, texts, setting, batch, **options):
+        drawn.append((setting.sampler, setting.nfe, setting.iteration))
+        return original(model, texts, setting, batch, **options)
+
+    monkeypatch.setattr(generate, "sample", watched)
+    evaluate.evaluate(run)
+    assert len(drawn) == len(set(drawn)) == len(settings(run)) - 1
+    table = pd.read_parquet(run.scores)
+    final = table[(table["nfe"] == 4) & (table["iteration"] == run_inputs.run_spec(run).iterations)]
+    best, common = (
+        final[final["sampler"] == name]["value"].tolist() for name in (BEST, "ode_uniform")
+    )
+    assert best == common
 
 
 def test_samples_hold_the_final_models_images_with_their_captions(uninterrupted):

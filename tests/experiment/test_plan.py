@@ -114,7 +114,7 @@ def test_hyperparameters_come_from_the_variant_the_scale_and_what_it_extends() -
         "first": {"extends": "tafs_grpo", "updates": 4, "n_adv": 2},
         "second": {"extends": "first", "n_adv": 3},
     }
-    raw["scales"]["shapes"]["methods"] = {"tafs_grpo": {"learning_rate": 5e-4}}
+    raw["scales"]["shapes"]["methods"]["tafs_grpo"] = {"learning_rate": 5e-4}
     raw["experiments"]["table2"]["methods"] = ["second"]
     run = experiment.expand(check(raw)).runs["second.preference.shapes-flux.0"]
     assert run.method == "tafs_grpo"
@@ -136,7 +136,7 @@ def test_an_added_method_joins_the_tables_that_have_the_base_models(shapes: Plan
         f"step_distillation.preference.shapes-flux.{seed}" for seed in (0, 1, 2)
     }
     joined = {t.name for t in plan.tables if "step_distillation" in [r.variant for r in t.rows]}
-    assert joined == {"table1", "table2", "equal_compute", "gains"}
+    assert joined == {"table1", "table2", "equal_compute", "gains", "one_sampler"}
 
 
 def test_more_seeds_add_runs_and_change_none(shapes: Plan) -> None:
@@ -185,19 +185,21 @@ def setting(sampler: str, nfe: int, images: int, iteration: int | None = None) -
     return EvalSetting(sampler=sampler, nfe=nfe, images_per_prompt=images, iteration=iteration)
 
 
-CURVE = [setting("ode", n, images=4 if n == 4 else 1) for n in range(1, 9)]
-KEPT = [setting("ode", 4, images=4 if n == 7 else 1, iteration=n) for n in (1, 3, 5, 7)]
+CURVE = [setting("best", n, images=4 if n == 4 else 1) for n in range(1, 9)]
+KEPT = [setting("best", 4, images=4 if n == 7 else 1, iteration=n) for n in (1, 3, 5, 7)]
+
+COMMON = setting("ode_uniform", 4, 4)
+FULL = [setting("best", 28, 4), setting("ode_uniform", 28, 4)]
 
 
 @pytest.mark.parametrize(
     ("run", "expected"),
     [
-        ("tafs_n_adv_2.preference.shapes-flux.0", [setting("anneal", 4, 4)]),
-        ("tafs_grpo.clip_only.shapes-flux.0", [setting("anneal", 4, 4)]),
-        ("tafs_without_annealing.preference.shapes-flux.0", [setting("ode", 4, 4)]),
+        ("tafs_n_adv_2.preference.shapes-flux.0", [setting("best", 4, 4)]),
+        ("tafs_grpo.clip_only.shapes-flux.0", [setting("best", 4, 4)]),
         # The points of curves are evaluated on fewer images, and so are snapshots.
-        ("flow_grpo.preference.shapes-flux.0", [*CURVE, *KEPT]),
-        ("base.shapes.shapes-flux", [*CURVE, setting("ode", 28, 4)]),
+        ("flow_grpo.preference.shapes-flux.0", [*CURVE, COMMON, *KEPT]),
+        ("base.shapes.shapes-flux", [*CURVE, FULL[0], COMMON, FULL[1]]),
     ],
 )
 def test_a_run_is_evaluated_with_what_its_tables_and_figures_show(
@@ -211,8 +213,8 @@ def test_equal_compute_evaluates_snapshots_without_a_figure_too() -> None:
     raw["scales"]["shapes"]["experiments"] = ["equal_compute"]
     raw["experiments"]["equal_compute"]["figures"] = {}
     found = experiment.expand(check(raw)).evaluations
-    assert found["flow_grpo.preference.shapes-flux.0"].settings == (setting("ode", 4, 4, 7),)
-    assert found["tafs_grpo.preference.shapes-flux.0"].settings == (setting("anneal", 4, 4),)
+    assert found["flow_grpo.preference.shapes-flux.0"].settings == (setting("best", 4, 4, 7),)
+    assert found["tafs_grpo.preference.shapes-flux.0"].settings == (setting("best", 4, 4),)
 
 
 def test_a_base_model_of_correlations_only_has_no_images_to_score() -> None:
@@ -234,7 +236,8 @@ def test_the_papers_images_per_prompt_depend_on_the_prompts_and_a_server_scores_
 def test_settings_of_the_evaluation_change_no_training(shapes: Plan, key: str) -> None:
     evaluation = dict(load_yaml(SHIPPED, dict)["scales"]["shapes"]["evaluation"])
     value = evaluation.get(key)
-    evaluation[key] = [1, 2] if isinstance(value, list) else (value or 0) + 1
+    others = {"samplers": ["ode"], "common_sampler": "anneal", "curve_nfe": [1, 2]}
+    evaluation[key] = others[key] if key in others else (value or 0) + 1
     after = plan_with(evaluation=evaluation)
     assert after.runs == shapes.runs
     assert after.evaluations != shapes.evaluations

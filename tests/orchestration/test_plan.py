@@ -57,7 +57,9 @@ def test_an_iteration_costs_its_images_times_the_evaluations_of_the_method(work)
     assert estimate.training_flops(spec, 2e9) == 2 * 4 * spec.forward_equivalents * 2e9
     evaluation = work.evaluations[TAFS]
     calls = sum(s.nfe * s.images_per_prompt for s in evaluation.settings)
-    assert estimate.evaluation_flops(evaluation, 10, 1e9) == 10 * calls * 1e9 > 0
+    best = sum(s.nfe for s in evaluation.settings if s.sampler == "best")
+    validation = 3 * 3 * best  # samplers and prompts
+    assert estimate.evaluation_flops(evaluation, 10, 1e9) == (10 * calls + validation) * 1e9 > 0
 
 
 def job(variant: str = "tafs_grpo", stage: str = "train", **values) -> DeviceJob:

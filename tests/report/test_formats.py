@@ -116,7 +116,8 @@ def test_latex_escapes_special_characters(runs: list[Path], tmp_path: Path) -> N
         r"{[}a] {*}b{*} 100\% \textbackslash{}x \{y\}\_z \& \textasciitilde{}u"
         r"\textasciicircum{} \textbar{}v\textbar{} \textless{}i\textgreater{}"
     )
-    assert latex.count(escaped) == 1 + 1 + 4  # caption, header and labels
+    # The caption, the header, the labels, and the note on their samplers.
+    assert latex.count(escaped) == 1 + 1 + 4 + 4
     bare = re.sub(r"\\[{}]", "", latex)
     assert bare.count("{") == bare.count("}")
     assert len(re.findall(r"(?<!\\)\$", latex)) % 2 == 0

@@ -126,6 +126,8 @@ def write_run(
         resolution=24,
         served=served,
         trajectories=TrajectorySpec(nfe=FEW, prompts=prompts),
+        samplers=("ode",),
+        validation_prompts=1,
         settings=tuple(
             EvalSetting(sampler=run.sampler, nfe=n, images_per_prompt=images, iteration=iteration)
             for n, iteration in points

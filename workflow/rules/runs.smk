@@ -64,6 +64,7 @@ rule evaluate:
         temp(GRAPH.images),
         scores=f"{ROOT}/runs/{{run}}/scores.parquet",
         samples=f"{ROOT}/runs/{{run}}/samples.safetensors",
+        samplers=f"{ROOT}/runs/{{run}}/samplers.json",
     log:
         f"{ROOT}/logs/evaluate/{{run}}.log",
     benchmark:

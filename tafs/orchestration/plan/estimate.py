@@ -16,7 +16,7 @@ from pathlib import Path
 from tafs.assets import lockfile
 from tafs.data import prompts
 from tafs.experiment import needs, run_inputs
-from tafs.experiment.specs import EvalSpec, RunSpec
+from tafs.experiment.specs import BEST, EvalSpec, RunSpec
 from tafs.models import architectures, catalog
 from tafs.orchestration.graph import Graph, Job
 from tafs.runtime import journal, receipts, run_dir
@@ -77,7 +77,11 @@ def training_flops(spec: RunSpec, forward: float) -> float:
 def evaluation_flops(evaluation: EvalSpec, prompt_count: int, forward: float) -> float:
     """FLOPs of generating an evaluation's images, without decoding and rewards."""
     calls = sum(setting.nfe * setting.images_per_prompt for setting in evaluation.settings)
-    return float(calls * prompt_count * forward)
+    total = calls * prompt_count
+    if len(evaluation.samplers) > 1:  # the choice of the sampler
+        chosen = sum(setting.nfe for setting in evaluation.settings if setting.sampler == BEST)
+        total += chosen * len(evaluation.samplers) * evaluation.validation_prompts
+    return float(total * forward)
 
 
 class Workload:
