@@ -224,4 +224,5 @@ def _problems(claim: Claim, config: Config, table: TableSpec | None) -> Iterator
         if (count := len(name.among(table))) != 1:
             yield f"{kind}: {count} rows of {where} have {name}; name one row of it"
     if isinstance(test, Correlated) and test.step > table.few_nfe:
-        yield f"{kind}.step: {test.step} is above the scale's few_nfe ({table.few_nfe}); lower it"
+        steps = f"the trajectories' {table.few_nfe} steps (correlation_nfe)"
+        yield f"{kind}.step: {test.step} is above {steps}; lower it"

@@ -164,7 +164,9 @@ class Expansion:
             excluded_methods=tuple(
                 v for v in experiment.methods if v in self.scale.exclude_methods
             ),
-            few_nfe=evaluation.few_nfe,
+            few_nfe=evaluation.correlation_nfe
+            if experiment.kind == "correlation"
+            else evaluation.few_nfe,
             curve_nfe=evaluation.curve_nfe,
             rows=tuple(_distinct_labels(rows)),
         )
@@ -255,7 +257,7 @@ class Expansion:
                 resolution=evaluation.resolution or self.scale.resolution,
                 served=served,
                 trajectories=TrajectorySpec(
-                    nfe=evaluation.few_nfe, prompts=evaluation.correlation_prompts
+                    nfe=evaluation.correlation_nfe, prompts=evaluation.correlation_prompts
                 ),
                 samplers=evaluation.samplers,
                 validation_prompts=evaluation.validation_prompts,

@@ -135,6 +135,7 @@ class Evaluation(_Strict):
     curve_nfe: tuple[Count, ...]  # inference steps of the curves
     curve_images_per_prompt: Count
     base_nfe: Count | None = None  # full steps of base models; None: those of models.yaml
+    correlation_nfe: Annotated[Count, Field(ge=2)] = 4  # steps of the trajectories of Table 7
     correlation_prompts: Count  # training prompts whose trajectories are scored
     # BEST is chosen from these for every model and number of steps, on training prompts.
     samplers: Annotated[tuple[Sampler, ...], Field(min_length=1)] = tuple(SAMPLERS)

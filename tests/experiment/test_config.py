@@ -131,7 +131,7 @@ def test_prompts_that_the_processes_cannot_share_are_refused_at_that_scale_only(
 ) -> None:
     path = changed("processes: 8", "processes: 5")
     validate.read(path, {"scale": "shapes"})
-    problem = "24 prompts in 1 updates cannot be divided among 5 processes; choose a divisor of 24"
+    problem = "24 prompts in 3 updates cannot be divided among 5 processes; choose a divisor of 8"
     with pytest.raises(ConfigError, match=f"scales.paper: tafs_grpo: .*: {problem}"):
         validate.read(path, {"scale": "paper"})
 

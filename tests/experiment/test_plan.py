@@ -237,6 +237,7 @@ def test_settings_of_the_evaluation_change_no_training(shapes: Plan, key: str) -
     evaluation = dict(load_yaml(SHIPPED, dict)["scales"]["shapes"]["evaluation"])
     value = evaluation.get(key)
     others = {"samplers": ["ode"], "common_sampler": "anneal", "curve_nfe": [1, 2]}
+    others["correlation_nfe"] = 3
     evaluation[key] = others[key] if key in others else (value or 0) + 1
     after = plan_with(evaluation=evaluation)
     assert after.runs == shapes.runs
