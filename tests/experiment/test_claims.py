@@ -82,7 +82,7 @@ GOOD = text(better=f"{{{TWO}, metrics: [clip]}}")
         ),
         (
             text("table7", correlated="{step: 9, above: 0.5, metrics: [clip]}"),
-            "claim x: correlated.step: 9 is above the trajectories' 4 steps (correlation_nfe); lower",
+            "claim x: correlated.step: 9 is above the trajectories' 4 steps (correlation_nfe)",
         ),
         (
             text("table2", correlated="{step: 2, above: 0.5, metrics: [clip]}"),
