@@ -17,8 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from filelock import FileLock
-
 from tafs.tracking import ENVIRONMENT, mlflow_mirror
 from tafs.tracking.mlflow_mirror import ARTIFACTS, DATABASE, DEFAULT_STORE, Seen, Summary
 
@@ -43,7 +41,7 @@ def serve(store: Path, port: int) -> NoReturn:
     """Replace this process by MLflow's server on 127.0.0.1."""
     if not (store / DATABASE).exists():
         raise ValueError(f"{store}: nothing is tracked yet; run `make all` or `tafs sync` first")
-    with FileLock(store / ".lock"):
+    with mlflow_mirror.locked(store):
         mlflow_mirror.open_store(store)
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port)]
     command += ["--backend-store-uri", f"sqlite:///{(store / DATABASE).resolve()}"]

@@ -12,6 +12,7 @@ is damaged is deleted and synced again.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -19,7 +20,7 @@ import shutil
 import sqlite3
 import tempfile
 from collections.abc import Sequence
-from contextlib import closing, suppress
+from contextlib import AbstractContextManager, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,19 @@ DEFAULT_STORE = Path("results/mlflow")
 DATABASE, ARTIFACTS = "mlflow.db", "artifacts"
 ATTEMPTS = 3  # per run: training moves files, and another host may create the same run
 BATCH_SIZES = {"metrics": 1000, "params": 100, "tags": 100}  # MLflow's limits per request
+PATIENCE = 5.0  # s for another process to finish writing
 KEY_TAG, SCORES_TAG, DIGEST_TAG = "tafs.key", "tafs.scores_sha256", "tafs.sha256/"
 REBUILD = "it is only a copy: delete {} and sync again"
+# What SQLite and the operating system say of a store that is sound -> the remedy.
+SOUND = {
+    "database is locked": "end the process that uses it and sync again",
+    "readonly database": "make it and its folder writable for you",
+    "unable to open database file": "make it and its folder writable for you",
+    "Permission denied": "make it and its folder writable for you",
+    "Read-only file system": "set `results` to a folder elsewhere",
+    "disk is full": "free space and sync again",
+    "No space left": "free space and sync again",
+}
 RESTART = (
     "start it with --artifacts-destination, or correct --server or its credentials "
     "(MLFLOW_TRACKING_USERNAME and _PASSWORD, or MLFLOW_TRACKING_TOKEN), and sync again"
@@ -92,8 +104,7 @@ def sync(
     if not changed:
         return Summary(0, 0, 0, 0)
     views, points, failures = [], 0, []
-    store.mkdir(parents=True, exist_ok=True)
-    with FileLock(store / ".lock"):
+    with locked(store):
         mirror = Mirror(store, server)
         for folder in changed:
             try:
@@ -114,6 +125,19 @@ def sync(
     return Summary(len(views), points, skipped, waiting=len(changed) - len(views))
 
 
+def locked(store: Path) -> AbstractContextManager[object]:
+    """Take the lock of a store, whose folder is created.
+
+    Raises:
+        UnavailableError: the folder is not writable.
+    """
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+        return FileLock(store / ".lock").acquire()
+    except OSError as error:
+        raise UnavailableError(f"{store}: {unusable(error, REBUILD.format(store))}") from None
+
+
 def open_store(store: Path) -> MlflowClient:
     """Open a store whose lock is held; create it, or upgrade it to this MLflow's schema."""
     database = (store / DATABASE).resolve()
@@ -121,17 +145,21 @@ def open_store(store: Path) -> MlflowClient:
     made = database if database.exists() else database.with_name(f"incoming-{DATABASE}")
     try:
         if made == database:
+            if not os.access(made, os.W_OK):
+                raise PermissionError(os.strerror(errno.EACCES))
             # MLflow would try to open a damaged file for minutes.
-            with closing(sqlite3.connect(f"{made.as_uri()}?mode=rw", uri=True)) as opened:
+            with closing(sqlite3.connect(f"{made.as_uri()}?mode=rw", PATIENCE, uri=True)) as opened:
                 (verdict,) = opened.execute("PRAGMA quick_check(1)").fetchone()
             if verdict != "ok":
                 raise sqlite3.DatabaseError(verdict)
         else:
             made.unlink(missing_ok=True)
         commands.main(["upgrade", f"sqlite:///{made}"], standalone_mode=False)
-    except (sqlite3.DatabaseError, CommandError) as error:
-        reason = f"damaged, or written by a newer MLflow ({brief(error)})"
+    except CommandError as error:
+        reason = f"written by a newer MLflow, or damaged ({brief(error)})"
         raise UnavailableError(f"{database}: {reason}; {REBUILD.format(store)}") from None
+    except Exception as error:  # of SQLite, SQLAlchemy or the operating system
+        raise UnavailableError(f"{database}: {unusable(error, REBUILD.format(store))}") from None
     os.replace(made, database)
     return MlflowClient(f"sqlite:///{database}")
 
@@ -150,11 +178,7 @@ class Mirror:
         try:
             self._client.search_experiments(max_results=1)
         except Exception as error:
-            cause: BaseException = error  # the first one is the operating system's
-            while inner := cause.__cause__ or cause.__context__:
-                cause = inner
-            reason = f"MLflow cannot use it ({brief(cause, 100)})"
-            raise UnavailableError(f"{self._place}: {reason}; {self._remedy}") from None
+            raise UnavailableError(f"{self._place}: {unusable(error, self._remedy)}") from None
 
     def update(self, folder: Path) -> tuple[RunView | None, int]:
         """Mirror a run; return its view (None if nothing has started) and its new points."""
@@ -269,6 +293,19 @@ def _signature(folder: Path, store: Path, server: str | None) -> Signature:
     files = [folder / "run.json", run.journal, run.state / "journal.jsonl", run.adapter]
     files += [run.scores, run.served_scores, run.samples]
     return server or state(store / DATABASE)[:1], *map(state, files)
+
+
+def unusable(error: BaseException, otherwise: str) -> str:
+    """Why MLflow cannot use its store or server, and the remedy.
+
+    Args:
+        otherwise: the remedy if the store may be damaged.
+    """
+    cause = error  # the first one is the operating system's
+    while inner := cause.__cause__ or cause.__context__:
+        cause = inner
+    remedies = (remedy for sign, remedy in SOUND.items() if sign in str(cause))
+    return f"MLflow cannot use it ({brief(cause, 100)}); {next(remedies, otherwise)}"
 
 
 def brief(error: object, length: int = 600) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -203,10 +204,46 @@ def test_a_store_that_mlflow_cannot_open_is_named_with_the_remedy(
         content = database.read_bytes()
         database.write_bytes(content[:9999] if kind == "truncated" else b"no database" * 100)
     before = database.read_bytes()
-    message = rf"^{database}: damaged, or written by a newer MLflow \(.*delete {tmp_path} and sync"
+    reason = "written by a newer MLflow, or damaged" if kind == "newer" else "MLflow cannot use it"
+    message = rf"^{database}: {reason} \(.*\); it is only a copy: delete {tmp_path} and sync"
     with pytest.raises(UnavailableError, match=message):
         sync([finished], tmp_path)
     assert database.read_bytes() == before
+
+
+def test_a_store_that_another_process_uses_is_named_and_not_called_damaged(
+    tmp_path: Path, store: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = tmp_path / "mlflow.db"
+    shutil.copyfile(store / "mlflow.db", database)
+    with closing(sqlite3.connect(database)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        monkeypatch.setattr(mlflow_mirror, "PATIENCE", 0.1)
+        message = rf"^{database}: .*\(database is locked\); end the process that uses it and sync"
+        with pytest.raises(UnavailableError, match=message):
+            sync([finished], tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mlflow.db", ".lock"])
+def test_a_store_that_is_not_writable_is_named_with_the_remedy(
+    tmp_path: Path, store: Path, finished: Path, name: str
+) -> None:
+    shutil.copyfile(store / "mlflow.db", tmp_path / "mlflow.db")
+    (tmp_path / ".lock").touch()
+    (tmp_path / name).chmod(0o444)
+    script = (
+        "import sys; from pathlib import Path; from tafs.tracking import mlflow_mirror\n"
+        "try: mlflow_mirror.sync([Path(sys.argv[1])], Path(sys.argv[2]))\n"
+        "except mlflow_mirror.UnavailableError as error: print(error)\n"
+    )
+    command = [sys.executable, "-c", script, str(finished), str(tmp_path)]
+    if os.geteuid() == 0:  # without root's right to write everything
+        command = ["setpriv", "--bounding-set=-dac_override", *command]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert re.fullmatch(
+        rf"{tmp_path}\S*: MLflow cannot use it \(.*\); make it and its folder writable for you\n",
+        done.stdout,
+    ), done.stdout
 
 
 def test_any_text_is_kept_literally_and_writes_nothing_outside_the_store(tmp_path: Path) -> None:

@@ -146,4 +146,4 @@ def test_the_browser_needs_a_store_that_mlflow_can_open(
 ) -> None:
     assert "nothing is tracked yet" in line(["ui", "--store", tmp_path], capsys)
     (tmp_path / "mlflow.db").write_bytes(b"no database" * 100)
-    assert "damaged" in line(["ui", "--store", tmp_path], capsys)
+    assert "it is only a copy: delete" in line(["ui", "--store", tmp_path], capsys)
