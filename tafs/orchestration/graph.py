@@ -255,7 +255,7 @@ class Graph:
     def resources(self, stage: str) -> dict[str, Any]:
         """Snakemake's resources of a stage; only training uses several processes.
 
-        Unlike parameters, resources rerun nothing when they change.
+        They decide nothing about what runs again.
         """
         scale = self.scale
         processes, nodes = (scale.processes, scale.nodes) if stage == "train" else (1, 1)

@@ -1,4 +1,4 @@
-"""The resume state of a training run, in its own folder, which Snakemake does not delete.
+"""The resume state of a training or of an evaluation's setting, in a folder of its own.
 
 Layout, where the highest number is the newest generation:
 

@@ -120,7 +120,7 @@ def test_a_killed_process_continues_to_the_same_files(uninterrupted, tmp_path):
 
 
 def test_a_finished_run_has_nothing_left_to_do(uninterrupted, tmp_path):
-    """Snakemake deletes the outputs and repeats a training whose end it did not see."""
+    """A training is repeated where its files are gone before it was evaluated."""
     run = RunDir(shutil.copytree(uninterrupted.folder, tmp_path / "run"))
     run.adapter.unlink()
     run.journal.unlink()

@@ -49,8 +49,7 @@ rule train:
         **GRAPH.resources("train"),
         runtime=0,  # minutes; 0: no limit, unless a profile sets one
     shell:
-        # Near the time limit it saves its state and exits with the code of errors.CONTINUE. The
-        # numbers of processes and nodes are resources, so that changing them retrains no run.
+        # Near the time limit it saves its state and exits with the code of errors.CONTINUE.
         'python -m tafs.runtime.launch "$(dirname {input.run:q})" '
         "--processes={resources.train_processes} --nodes={resources.train_nodes} "
         "--minutes={resources.runtime} --started=$(date +%s) > {log:q} 2>&1"

@@ -20,8 +20,8 @@ from tafs.rewards.metrics import METRICS
 def steps(table: LoadedTable) -> Figure:
     """Figure 4: every metric against the number of inference steps, a line per method.
 
-    Each method is sampled with its own few-step sampler. Lines are means over seeds, bands 95 %
-    intervals; the dotted line is the base model at its full steps.
+    Each model is sampled with the best of the evaluation's samplers at each number of steps. Lines
+    are means over seeds, bands 95 % intervals; the dotted line is the base model at its full steps.
     """
     metrics, nfe = table.metrics, table.spec.curve_nfe
     figure, panels = _panels(metrics, "Inference steps (NFE)")
@@ -194,7 +194,7 @@ def _effects(table: LoadedTable, system: System, metric: str) -> Array:
 def _estimate(
     system: System, nfe: int, metric: str, iteration: int | None = None
 ) -> stats.Estimate:
-    """A metric's mean with the system's own sampler, on the reported scale."""
+    """A metric's mean with the system's chosen samplers, on the reported scale."""
     values = METRICS[metric].factor * system.values(system.spec.sampler, nfe, metric, iteration)
     return shown_mean(metric, values, system.scores.tags)
 
