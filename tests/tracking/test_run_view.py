@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,3 +85,14 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
     (folder / name).write_bytes(b"\0\1\n")
     with pytest.raises(ValueError, match=name):
         run_view.read_run(folder)
+
+
+def test_the_documented_example_reads_the_curves_without_mlflow(tmp_path: Path) -> None:
+    guide = Path(__file__).resolve().parents[2] / "docs" / "clusters.md"
+    [example] = re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL)
+    folder = trained_run(tmp_path / "tafs_grpo.text.3")
+    command = [sys.executable, "-I", "-S", "-c", example, folder]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        f"{i} 2.0 {{'toy': [{i / 10}, {i / 5}]}}" for i in range(ITERATIONS)
+    ]
