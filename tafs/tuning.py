@@ -116,7 +116,7 @@ def run_trial(
 
 
 def search(plan: Plan, only: str | None = None) -> None:
-    """Run the trials of all methods or of one; write the tables after each trial."""
+    """Run the trials of all methods or of one; write their tables."""
     known = trials(plan)
     chosen = [trial for trial in known if only in (None, trial.variant)]
     if not chosen:
@@ -134,8 +134,10 @@ def search(plan: Plan, only: str | None = None) -> None:
         found = rows.setdefault(trial.variant, [])
         found.append(run_trial(trial, folder, scale.evaluation, base_score))
         print(f"{number}/{len(chosen)} {found[-1]}", flush=True)
+    # At the end, because a table counts as a finished search.
+    for variant, found in rows.items():
         table = pd.DataFrame(found, columns=COLUMNS).to_csv(index=False)
-        files.atomic_text(folder / f"{trial.variant}.csv", table)
+        files.atomic_text(folder / f"{variant}.csv", table)
 
 
 def main() -> None:

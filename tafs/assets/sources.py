@@ -290,4 +290,6 @@ def _prompts_digest(name: str) -> str:
         )
 
     chosen = prompt_set(name)
-    return digest([*chosen.prompts("train", folder), *chosen.prompts("test", folder)])
+    parts = [digest(chosen.prompts(split, folder)) for split in ("train", "test")]
+    content = json.dumps([*parts, dict(chosen.shares or {})], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()

@@ -10,12 +10,10 @@ import json
 import sys
 from pathlib import Path
 
-from tafs.assets import sources
 from tafs.common import errors, files
 from tafs.evaluation import served
 from tafs.experiment import needs, run_inputs
 from tafs.rewards import golden
-from tafs.rewards.metrics import METRICS
 from tafs.runtime import gpus, receipts
 from tafs.runtime.main import limit_threads
 from tafs.runtime.run_dir import RunDir
@@ -28,8 +26,8 @@ def check_rewards(run: RunDir, out: Path) -> None:
     file = source.golden_scores
     if file is None:
         raise ValueError(f"{run.folder}: its assets {spec.assets.assets!r} have no golden scores")
-    known = {m for p in sources.prompt_sets_of(spec.assets.assets) for m in source.metrics(p)}
-    names = [name for name in METRICS if name in known]
+    every = needs.checked_metrics(source, evaluation.served)
+    names = needs.checked_metrics(source, served=False)
     rewards = [*source.rewards(names, strict_geneval=True).rewards]
     digests = {name: source.reward_digest(name) for name in names}
     found = golden.record(rewards, digests, file, source.device)
@@ -40,7 +38,7 @@ def check_rewards(run: RunDir, out: Path) -> None:
             digests = {reward.name: source.reward_digest(reward.name)}
             found |= golden.record([reward], digests, file)
     records = {r.name: {**r.record(), "scores": found[r.name]} for r in rewards}
-    own = needs.check_rewards(evaluation)
+    own = needs.check_rewards(source, every)
     with receipts.replacing(out.parent, "check_rewards", own, [out]):
         files.atomic_text(out, json.dumps(records, indent=1) + "\n")
 

@@ -6,6 +6,7 @@ training prompts with noise of its own, so it does not favour the held-out promp
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,11 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tafs.common import errors
 from tafs.data.prompts import Prompt
 from tafs.evaluation import generate
+from tafs.evaluation.scores import PartialScores
 from tafs.experiment.specs import EvalSetting, EvalSpec
 from tafs.rewards.metrics import METRICS
 from tafs.rewards.registry import RewardSet
+from tafs.runtime.deadline import Deadline
 
 # Differs from the seeds of trainings and of the images that models are judged on.
 VALIDATION_SEED = 1_000_007
@@ -32,41 +36,62 @@ def validation_prompts(known: Sequence[Prompt], count: int) -> list[Prompt]:
 
 
 def choose(
-    model: Any, rewards: RewardSet, prompts: Sequence[Prompt], evaluation: EvalSpec, nfe: int
-) -> tuple[str, dict[str, float]]:
-    """The best of the evaluation's samplers at `nfe` steps, and the quality of each.
+    model: Any,
+    rewards: RewardSet,
+    prompts: Sequence[Prompt],
+    evaluation: EvalSpec,
+    partial: PartialScores,
+    deadline: Deadline,
+) -> None:
+    """Choose the sampler of a setting's images, and save the choice.
+
+    The scores of each sampler are saved, so that a later job continues after the last one.
 
     Args:
-        model: a Backbone.
+        model: a Backbone, of the setting's iteration.
         prompts: for validation.
+        partial: its `sampler` and `qualities` are set.
+        deadline: of this job.
 
-    Returns:
-        (sampler, its and the others' `quality`).
+    Raises:
+        ToBeContinued: the job's time is nearly over, or a signal asked it to stop.
     """
     if len(evaluation.samplers) == 1:
-        return evaluation.samplers[0], {}
-    texts = [prompt.text for prompt in prompts]
-    scores = {}
+        partial.sampler = evaluation.samplers[0]
+        return
+    texts, scores = [prompt.text for prompt in prompts], partial.validation
+    worked = False
     for sampler in evaluation.samplers:
-        setting = EvalSetting(sampler=sampler, nfe=nfe, images_per_prompt=1)
-        parts = [
-            rewards.report(rewards.score(images, [prompts[p] for p, _ in keys]))
-            for keys, images in generate.sample(
-                model, texts, setting, evaluation.batch, seed=VALIDATION_SEED
+        if sampler in scores:
+            continue
+        # At least one, as in `evaluate`; otherwise a job with no time left requeues for ever.
+        if worked and deadline.expired:
+            partial.save(None)
+            raise errors.ToBeContinued(
+                f"saved the choice of the sampler of {partial.folder.name}, to be continued: "
+                f"{deadline.expired}"
             )
-        ]
+        worked, begun = True, time.perf_counter()
+        setting = EvalSetting(sampler=sampler, nfe=partial.setting.nfe, images_per_prompt=1)
+        batches = generate.sample(model, texts, setting, evaluation.batch, seed=VALIDATION_SEED)
+        parts = []
+        for keys, images in batches:
+            parts.append(rewards.report(rewards.score(images, [prompts[p] for p, _ in keys])))
+            deadline.tick()
         scores[sampler] = {
             name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]
         }
-    found = quality(scores)
-    return max(found, key=lambda sampler: found[sampler]), found
+        partial.seconds["choose"] += time.perf_counter() - begun
+    partial.qualities = found = quality(scores)
+    partial.sampler = max(found, key=lambda sampler: found[sampler])
+    partial.save(None)
 
 
 def quality(scores: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
     """The mean over metrics of each sampler's mean score, in units of a common scale.
 
-    A metric's scale is its standard deviation over the images of all samplers. Missing scores are
-    left out.
+    A metric's scale is its standard deviation over the images of all samplers. Prompts whose score
+    is missing for a sampler are left out for all.
 
     Args:
         scores: by sampler and metric, [images] each.
@@ -74,10 +99,11 @@ def quality(scores: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
     gains: dict[str, list[float]] = {sampler: [] for sampler in scores}
     for metric in next(iter(scores.values())):
         every = torch.stack([scores[sampler][metric].double() for sampler in scores])
-        spread = every[every.isfinite()].std(correction=0)
-        if not spread > 0:
+        every = every[:, every.isfinite().all(dim=0)]
+        spread = every.std(correction=0)
+        if not spread > 0:  # no image has scores of all samplers, or all are equal
             continue
         sign = 1.0 if METRICS[metric].higher_is_better else -1.0
         for sampler, values in zip(scores, every, strict=True):
-            gains[sampler].append(float(sign * values.nanmean() / spread))
+            gains[sampler].append(float(sign * values.mean() / spread))
     return {sampler: float(np.mean(values)) if values else 0.0 for sampler, values in gains.items()}

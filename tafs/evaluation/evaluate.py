@@ -84,12 +84,10 @@ def evaluate(run: RunDir, deadline: Deadline | None = None) -> None:
                         raise errors.ToBeContinued(f"{line}: {deadline.expired}")
                     worked = True
                     model = model or generate.load_model(run, spec, evaluation, iteration)
-                    if not partial.sampler:
-                        partial.sampler, partial.qualities = setting.sampler, {}
-                        if setting.sampler == BEST:
-                            partial.sampler, partial.qualities = choose.choose(
-                                model, rewards, validation, evaluation, setting.nfe
-                            )
+                    if setting.sampler != BEST:
+                        partial.sampler = setting.sampler
+                    elif not partial.sampler:
+                        choose.choose(model, rewards, validation, evaluation, partial, deadline)
                     score_setting(model, rewards, prompts, evaluation, partial, deadline)
                 found.append(partial)
                 name, parts = next(iter(partial.scores.items()))

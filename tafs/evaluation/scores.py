@@ -44,9 +44,17 @@ class PartialScores:
         # The sampler of the images, and what the choice of it was based on.
         self.sampler: str = "" if state is None else state.values["sampler"]
         self.qualities: dict[str, float] = {} if state is None else state.values["qualities"]
+        self.validation: dict[str, dict[str, Tensor]] = {}  # by sampler and metric, [images]
+        for name, tensor in kept.items():
+            kind, _, place = name.partition("/")
+            if kind == "validation":
+                sampler, metric = place.split("/")
+                self.validation.setdefault(sampler, {})[metric] = tensor
         self.archives: dict[str, str] = {} if state is None else state.values["archives"]
         self.seconds: dict[str, float] = (
-            {"sample": 0.0, "reward": 0.0} if state is None else state.values["seconds"]
+            {"choose": 0.0, "sample": 0.0, "reward": 0.0}
+            if state is None
+            else state.values["seconds"]
         )
 
     def add(self, scores: Mapping[str, Tensor]) -> None:
@@ -73,6 +81,11 @@ class PartialScores:
             self.archives[archive.name] = sha256(archive)
         tensors = {f"scores/{name}": torch.cat(parts) for name, parts in self.scores.items()}
         tensors |= {f"first/{prompt}": pixels for prompt, pixels in self.first.items()}
+        tensors |= {
+            f"validation/{sampler}/{metric}": values
+            for sampler, scores in self.validation.items()
+            for metric, values in scores.items()
+        }
         values = {"archives": self.archives, "seconds": self.seconds}
         values |= {"sampler": self.sampler, "qualities": self.qualities}
         checkpoint.save(self.folder, self._needs, self.done, tensors, values)

@@ -129,7 +129,7 @@ def score_served(run: RunDir) -> None:
             its golden scores.
     """
     spec, evaluation = run_inputs.run_spec(run), run_inputs.eval_spec(run)
-    own = needs.evaluation(run, spec, evaluation)
+    own = needs.served(run, spec, evaluation)
     prompts, source = run_inputs.test_prompts(spec, evaluation), run_inputs.asset_source(spec)
     total = sum(s.images_per_prompt for s in evaluation.settings) * len(prompts)
     reporter = Reporter(run.folder, "score_served", total)

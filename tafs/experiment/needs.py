@@ -13,9 +13,13 @@ from typing import Any
 
 from pydantic import JsonValue
 
+from tafs.assets import sources
+from tafs.assets.sources import AssetSource
 from tafs.common.files import sha256
-from tafs.experiment.specs import EvalSpec, ReportSpec, RunSpec
+from tafs.experiment.specs import BEST, EvalSpec, ReportSpec, RunSpec
 from tafs.methods import registry
+from tafs.rewards import metrics
+from tafs.rewards.metrics import METRICS
 from tafs.runtime import receipts
 from tafs.runtime.receipts import Needs
 from tafs.runtime.run_dir import STAGES, RunDir
@@ -23,13 +27,20 @@ from tafs.runtime.run_dir import STAGES, RunDir
 # Increased by every change of the code that changes adapters or scores.
 NUMERICS = 1
 
-REPORT_CODE = Path(__file__).parents[1] / "report"
+REPORT = Path(__file__).parents[1] / "report"
 
 
 def training(spec: RunSpec) -> Needs:
     """What a training's adapters depend on."""
     source = sha256(registry.source_file(spec.method))
     return {"numerics": NUMERICS, "method source": source, **spec.decisive()}
+
+
+def served(run: RunDir, spec: RunSpec, judged: EvalSpec) -> Needs:
+    """What the scores of a server depend on: the images as well, by their other scores."""
+    receipt = receipts.read(run.folder, "evaluate")
+    written = receipt.files.get(run.scores.name) if receipt else None
+    return {**evaluation(run, spec, judged), "images": written.sha256 if written else None}
 
 
 def evaluation(run: RunDir, spec: RunSpec, evaluation: EvalSpec) -> Needs:
@@ -41,9 +52,10 @@ def evaluation(run: RunDir, spec: RunSpec, evaluation: EvalSpec) -> Needs:
     own: dict[str, JsonValue] = {
         "prompts_per_tag": evaluation.prompts_per_tag,
         "batch": evaluation.batch,
-        "samplers": list(evaluation.samplers),
-        "validation_prompts": evaluation.validation_prompts,
     }
+    if any(s.sampler == BEST for s in evaluation.settings):
+        own["samplers"] = list(evaluation.samplers)
+        own["validation_prompts"] = evaluation.validation_prompts
     return {**_judged(run, spec, evaluation), **own, **settings}
 
 
@@ -57,18 +69,27 @@ def _judged(run: RunDir, spec: RunSpec, evaluation: EvalSpec) -> dict[str, JsonV
     """A run's models, and the metrics that judge them."""
     kept = ("method", "seed", "backbone", "model", "prompts", "weights", "assets")
     decisive = {k: v for k, v in spec.decisive().items() if k.split(".")[0] in kept}
-    metrics = check_rewards(evaluation)
+    judges = {f"metrics.{name}": digest for name, digest in evaluation.weights.items()}
     trained: dict[str, JsonValue] = {}
     if spec.trained and (receipt := receipts.read(run.folder, "train")):
         timed = run.journal.name
         trained = {n: file.sha256 for n, file in receipt.files.items() if n != timed}
     own = {"numerics": NUMERICS, "resolution": evaluation.resolution}
-    return {**own, **decisive, **metrics, **trained}
+    return {**own, **decisive, **judges, **trained}
 
 
-def check_rewards(evaluation: EvalSpec) -> Needs:
-    """What the check of the rewards depends on."""
-    return {f"metrics.{name}": digest for name, digest in evaluation.weights.items()}
+def check_rewards(source: AssetSource, names: Iterable[str]) -> Needs:
+    """What the check of some rewards depends on, the stored golden scores included."""
+    stored = source.golden_scores
+    golden = sha256(stored) if stored is not None and stored.is_file() else None
+    return {"golden scores": golden, **{f"rewards.{m}": source.reward_digest(m) for m in names}}
+
+
+def checked_metrics(source: AssetSource, served: bool) -> list[str]:
+    """The metrics of all prompt sets of an asset source, and those that a server computes."""
+    sets = sources.prompt_sets_of(source.settings.assets)
+    own = {metric for prompts in sets for metric in source.metrics(prompts)}
+    return [m.name for m in METRICS.values() if m.name in own or (served and m.served)]
 
 
 def tracking(root: Path, runs: Iterable[str]) -> Needs:
@@ -92,7 +113,9 @@ def tracking(root: Path, runs: Iterable[str]) -> Needs:
 def report(root: Path, spec: ReportSpec, claims: Path = Path("claims.yaml")) -> Needs:
     """What the tables, figures and claims of a results folder depend on."""
     code = hashlib.sha256()
-    for file in sorted(REPORT_CODE.rglob("*.py")):
+    described = [metrics.PLUGINS.source(name) for name in METRICS]
+    own_files = [file for file in REPORT.rglob("*") if file.suffix in (".py", ".csv")]
+    for file in [*sorted(own_files), *sorted(described), Path(metrics.__file__)]:
         code.update(file.read_bytes())
     own: dict[str, Any] = {
         "code of the report": code.hexdigest(),

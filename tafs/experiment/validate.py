@@ -182,6 +182,8 @@ def _experiment_problems(config: Config, name: str, experiment: Experiment) -> I
     yield from _unknown(f"{where}.labels", "method", experiment.labels, config.methods)
     yield from _unknown(f"{where}.model_roles", "model role", experiment.model_roles, roles)
     yield from _unknown(f"{where}.figures", "figure", experiment.figures, FIGURES)
+    if experiment.sampler == "common" and experiment.figures:
+        yield f"{where}.figures: are drawn with the best samplers; leave them out"
     correlation = experiment.kind == "correlation"
     for key in ("tasks", "methods"):
         if bool(getattr(experiment, key)) == correlation:

@@ -51,10 +51,14 @@ class Session:
         title = f"scale {self.graph.plan.config.scale}"
         self.table = LiveTable(self.root / "runs", sys.stderr, title)
 
-    def decide(self, forced: Collection[Key]) -> dict[Key, str]:
+    def decide(self, forced: Collection[Key], asked: Collection[Key]) -> dict[Key, str]:
         """The jobs that have to run, with reasons; prints why finished ones run again."""
         found = verdicts.pending(self.graph, {Job(*key) for key in forced})
-        again = Counter((p.job.rule, p.reason) for p in found if p.again and p.job.rule in STAGES)
+        again = Counter(
+            (one.job.rule, one.reason)
+            for one in found
+            if one.again and one.job.rule in STAGES and (one.job.rule, one.job.target) in asked
+        )
         for (rule, reason), count in again.items():
             print(f"{rule}: {count} to run again ({reason})", file=sys.stderr)
         return {(one.job.rule, one.job.target): one.reason for one in found}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -94,7 +95,7 @@ class Member:
     rule: str
     wildcards: Mapping[str, str]
     logs: tuple[str, ...]
-    complete: bool  # all its output files exist
+    complete: bool  # all its output files have been written in this call
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class FailedJob:
 def decide_by_content(
     workflow: Any,
     decided: Collection[Key],
-    decide: Callable[[set[Key]], Mapping[Key, str]],
+    decide: Callable[[set[Key], set[Key]], Mapping[Key, str]],
     records: Path,
 ) -> None:
     """Let `decide` determine which jobs run, in place of times and Snakemake's records.
@@ -119,7 +120,8 @@ def decide_by_content(
 
     Args:
         decided: the jobs that `decide` knows; Snakemake decides about all others.
-        decide: takes the jobs that the user runs in any case; returns the jobs to run and why.
+        decide: takes the jobs that the user runs in any case, and all that are asked for directly
+            or indirectly; returns the jobs to run and why.
         records: the folder of Snakemake's own records, which two users cannot share.
     """
     import snakemake.workflow
@@ -154,8 +156,6 @@ def decide_by_content(
         return job.rule.name, next(iter(job.wildcards_dict.values()), "")
 
     def prepared(*arguments: Any, **settings: Any) -> None:
-        if workflow.execution_settings is not None:
-            workflow.execution_settings.keep_incomplete = True
         with mock.patch.object(snakemake.workflow, "FilePersistence", persistence):
             prepare(*arguments, **{**settings, "ignore_incomplete": True})
         dag = workflow._dag
@@ -170,7 +170,8 @@ def decide_by_content(
         async def updated(*arguments: Any, **settings: Any) -> None:
             await update(*arguments, **settings)
             jobs = {job: key(job) for job in dag.jobs if not dag.finished(job)}
-            reasons = decide({one for job, one in jobs.items() if asked_for(job)})
+            asked = {one for job, one in jobs.items() if asked_for(job)}
+            reasons = decide(asked, set(jobs.values()))
             wanted = {
                 job
                 for job, one in jobs.items()
@@ -194,12 +195,22 @@ def decide_by_content(
         for log in job.log:
             await log.remove(remove_non_empty_dir=False)
 
+    async def keep(job: Any, *arguments: Any) -> None:
+        """Keep the outputs of a job that failed: they are whole, and of an earlier outcome."""
+
     Job.remove_existing_output = remove_logs
+    Job.cleanup = keep
+
+
+def _written(file: Path, began: float) -> bool:
+    """Whether a file has been written since a time; earlier outcomes stay until then."""
+    return file.exists() and file.stat().st_mtime >= began
 
 
 def on_failure(workflow: Any, decide: Callable[[FailedJob], Verdict]) -> None:
     """Let `decide` determine what Snakemake's scheduler does with each failed job."""
     scheduler = workflow.scheduler
+    began = time.time()
     handle = scheduler._handle_error
 
     def handle_error(job: Any, *arguments: Any, **keywords: Any) -> None:
@@ -209,7 +220,7 @@ def on_failure(workflow: Any, decide: Callable[[FailedJob], Verdict]) -> None:
                 rule=str(one.rule.name),
                 wildcards=dict(one.wildcards_dict),
                 logs=tuple(map(str, one.log)),
-                complete=all(Path(str(file)).exists() for file in one.output),
+                complete=all(_written(Path(str(file)), began) for file in one.output),
             )
             for one in jobs
         ]

@@ -108,7 +108,9 @@ class _Verdicts:
             if not file.exists():
                 return f"{file.name} is missing"
             if producer.rule == "fetch":
-                if file.read_text(encoding="utf-8").strip() != self.graph.locked(producer.target):
+                if file.read_bytes().strip().decode(errors="replace") != self.graph.locked(
+                    producer.target
+                ):
                     return "pinned to other files"
                 if not cache.Cached(producer.target, Path(self.graph.scale.lock)).noted:
                     return "not on this machine"
@@ -136,12 +138,15 @@ def job_needs(graph: Graph, job: Job) -> Needs:
     match job.rule:
         case "train":
             return needs.training(spec)
-        case "evaluate" | "score_served":
+        case "evaluate":
             return needs.evaluation(run, spec, evaluation)
+        case "score_served":
+            return needs.served(run, spec, evaluation)
         case "trajectory_rewards":
             return needs.trajectories(run, spec, evaluation)
         case "check_rewards":
-            return needs.check_rewards(evaluation)
+            metrics = needs.checked_metrics(graph.source, evaluation.served)
+            return needs.check_rewards(graph.source, metrics)
         case "compare":
             return needs.report(root, plan.report)
         case "track":
@@ -154,8 +159,8 @@ def _changed(file: Path, text: str) -> str:
     """How the spec in a file differs from its new text; "" if it does not."""
     if not file.is_file():
         return f"{file.name} is missing"
-    old = file.read_text(encoding="utf-8")
-    if old == f"{text}\n":
+    old = file.read_bytes()
+    if old == f"{text}\n".encode():
         return ""
     try:
         different = receipts.differences(dict(flat(json.loads(old))), dict(flat(json.loads(text))))

@@ -151,7 +151,8 @@ def samplers_note(rows: Sequence[Row]) -> str:
         for sampler in SAMPLERS
         if sampler in found
     )
-    return f"Sampler and grid, the best of {len(SAMPLERS)} on training prompts. {listed}."
+    count = max(len(row.system.results[0].evaluation.samplers) for row in rows)
+    return f"Sampler and grid, the best of {count} on training prompts. {listed}."
 
 
 def _iteration_time(row: Row) -> float | None:

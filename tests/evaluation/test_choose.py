@@ -39,3 +39,12 @@ def test_validation_prompts_are_the_same_for_every_run_and_in_order():
     assert len(set(places)) == 7
     assert places == sorted(places)
     assert choose.validation_prompts(PROMPTS, 99) == PROMPTS
+
+
+def test_a_sampler_whose_images_have_no_scores_is_not_preferred_for_it():
+    nan = float("nan")
+    scores = {
+        "ode": {"clip": torch.tensor([nan, nan]), "pickscore": torch.tensor([1.0, 1.0])},
+        "anneal": {"clip": torch.tensor([9.0, 9.0]), "pickscore": torch.tensor([3.0, 3.0])},
+    }
+    assert choose.quality(scores) == {"ode": 1.0, "anneal": 3.0}

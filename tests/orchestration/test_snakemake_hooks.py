@@ -70,7 +70,7 @@ RELIED_ON: list[tuple[Any, str]] = [
     (workflow.DAG.reason, "return self._reason[job]"),
     (jobs.Reason, "def get_names(self):"),
     (jobs.Job.prepare, "await self.remove_existing_output()"),
-    (jobs.Job.postprocess, "if error and not self.dag.workflow.execution_settings.keep_incomplete"),
+    (jobs.Job.postprocess, "await self.cleanup(skip_cleanup_outputs)"),
     (Executor, 'f"Job submission failed with exception: {e}"'),  # slurm.INVALID
     (Executor, 'f"Exception in run_job for rule {job.rule.name}: {e}"'),
     (Executor.run_job, "call += set_gres_string(job)"),

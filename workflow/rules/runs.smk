@@ -83,9 +83,7 @@ rule evaluate:
 rule trajectory_rewards:
     input:
         run=f"{ROOT}/runs/{{run}}/run.json",
-        others=ancient(
-            lambda wildcards: GRAPH.input_files("trajectory_rewards", wildcards.run)
-        ),
+        others=lambda wildcards: GRAPH.input_files("trajectory_rewards", wildcards.run),
     output:
         f"{ROOT}/runs/{{run}}/trajectory_rewards.parquet",
     log:
@@ -104,9 +102,7 @@ rule trajectory_rewards:
 rule score_served:
     input:
         run=f"{ROOT}/runs/{{run}}/run.json",
-        others=ancient(
-            lambda wildcards: GRAPH.input_files("score_served", wildcards.run)
-        ),
+        others=lambda wildcards: GRAPH.input_files("score_served", wildcards.run),
     output:
         f"{ROOT}/runs/{{run}}/served_scores.parquet",
     log:
