@@ -64,7 +64,7 @@ def choose(
     for sampler in evaluation.samplers:
         if sampler in scores:
             continue
-        # At least one, as in `evaluate`; otherwise a job with no time left requeues for ever.
+        # At least one, as in `evaluate`; otherwise a job with no time left requeues forever.
         if worked and deadline.expired:
             partial.save(None)
             raise errors.ToBeContinued(
@@ -100,8 +100,10 @@ def quality(scores: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
     for metric in next(iter(scores.values())):
         every = torch.stack([scores[sampler][metric].double() for sampler in scores])
         every = every[:, every.isfinite().all(dim=0)]
+        if not every.numel():  # no image has scores of all samplers
+            continue
         spread = every.std(correction=0)
-        if not spread > 0:  # no image has scores of all samplers, or all are equal
+        if spread == 0:
             continue
         sign = 1.0 if METRICS[metric].higher_is_better else -1.0
         for sampler, values in zip(scores, every, strict=True):
