@@ -16,7 +16,7 @@ from support.killable_training import Process
 
 from tafs.runtime import checkpoint
 
-PRINT = "5f1c"
+NEEDS = {"seed": 1}
 
 
 def content(iteration: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -28,12 +28,12 @@ def content(iteration: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def save(folder: Path, iteration: int) -> None:
-    checkpoint.save(folder, PRINT, iteration, *content(iteration))
+    checkpoint.save(folder, NEEDS, iteration, *content(iteration))
 
 
 def loaded(folder: Path) -> int:
     """Return the iteration of the loaded state, which must be as it was saved."""
-    state = checkpoint.load(folder, PRINT)
+    state = checkpoint.load(folder, NEEDS)
     assert state is not None
     tensors, values = content(state.iteration)
     assert state.values == values

@@ -182,7 +182,7 @@ def test_claims_show_any_text_literally(tmp_path):
         verdict = claims.Verdict(claim, claims.NOT_TESTED, ())
         markdown, record = claims.write([verdict], "smoke", tmp_path / "out")
         row = markdown.read_text(encoding="utf-8").splitlines()[-1]
-        assert len(re.findall(r"(?<!\\)(?:\\\\)*\|", row)) == 6
+        assert len(re.findall(r"(?<!\\)(?:\\\\)*\|", row)) == 7
         assert not re.search(r"(?<!\\)(?:\\\\)*[<`\[\]]", row)
         assert json.loads(record.read_text())[0]["claim"] == text
 
