@@ -16,6 +16,7 @@ from pydantic import JsonValue
 from tafs.assets import sources
 from tafs.assets.sources import AssetSource
 from tafs.common.files import sha256
+from tafs.experiment.claims import CLAIMS
 from tafs.experiment.specs import BEST, EvalSpec, ReportSpec, RunSpec
 from tafs.methods import registry
 from tafs.rewards import metrics
@@ -110,7 +111,7 @@ def tracking(root: Path, runs: Iterable[str]) -> Needs:
     return found
 
 
-def report(root: Path, spec: ReportSpec, claims: Path = Path("claims.yaml")) -> Needs:
+def report(root: Path, spec: ReportSpec, claims: Path = CLAIMS) -> Needs:
     """What the tables, figures and claims of a results folder depend on."""
     code = hashlib.sha256()
     described = [metrics.PLUGINS.source(name) for name in METRICS]

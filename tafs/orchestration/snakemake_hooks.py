@@ -32,7 +32,6 @@ class LoggedJob:
 
     rule: str
     wildcards: Mapping[str, str]
-    reason: str  # why it runs
     since: float  # when it was started, or submitted to a cluster; Unix seconds
 
 
@@ -54,8 +53,7 @@ class JobLog(logging.Handler):
         match fields.get("event"):
             case "job_info":
                 wildcards = dict(fields["wildcards"] or {})
-                reason = str(fields.get("reason") or "")
-                job = LoggedJob(fields["rule_name"], wildcards, reason, record.created)
+                job = LoggedJob(fields["rule_name"], wildcards, record.created)
                 self.running[fields["jobid"]] = job
             case "job_finished":
                 self.running.pop(fields["job_id"], None)

@@ -80,7 +80,6 @@ RELIED_ON: list[tuple[Any, str]] = [
     (jobs.GroupJob.log.fget, "for job in self.jobs for f in job.log"),
     # Snakemake's log.
     (jobs.Job.log_info, "wildcards=self.wildcards_dict"),
-    (jobs.Job.log_info, "reason=str(self.dag.reason(self))"),
     (jobs.Job.log_info, "rule_name=self.rule.name"),
     (JobScheduler, "extra=dict(event=LogEvent.JOB_FINISHED, job_id=j.jobid)"),
 ]
