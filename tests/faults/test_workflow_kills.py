@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
 import random
 import signal
 import subprocess
@@ -12,6 +14,7 @@ import pytest
 from support.project_copy import Project, assert_same, reduced
 
 from tafs.runtime import journal
+from tafs.runtime.run_dir import RunDir
 
 ITERATIONS = 8
 
@@ -81,15 +84,27 @@ def test_a_workflow_waits_for_the_running_job_of_a_killed_one(undisturbed, tmp_p
     """Its work is not done twice."""
     expected, _ = undisturbed
     place = Project(expected.folder, tmp_path / "results")
-    state = place.smoke / "runs" / "tafs_grpo.preference.shapes-flux.0" / ".state"
+    run = RunDir(place.smoke / "runs" / "tafs_grpo.preference.shapes-flux.0")
     workflow = place.start("all", stderr=subprocess.DEVNULL)
-    while not (state / "journal.jsonl").exists():
+    while not (run.state / "journal.jsonl").exists():
         assert workflow.poll() is None
         time.sleep(0.05)
-    workflow.kill()
-    assert workflow.wait() == -signal.SIGKILL
-    finish(place, expected)
-    kinds = [record["kind"] for record in journal.read(state.parent / "journal.jsonl")]
+    job = json.loads((run.folder / ".locks" / "train").read_bytes())["pid"]
+    os.kill(job, signal.SIGSTOP)
+    try:
+        workflow.kill()
+        assert workflow.wait() == -signal.SIGKILL
+        second = place.start("all")
+        log = place.smoke / "logs" / "train" / f"{run.folder.name}.log"
+        while f"process {job} on " not in log.read_text(encoding="utf-8"):
+            assert second.poll() is None
+            time.sleep(0.05)
+    finally:
+        os.kill(job, signal.SIGCONT)
+    said = second.communicate()[1]
+    assert second.returncode == 0, said
+    assert_same(place, expected)
+    kinds = [record["kind"] for record in journal.read(run.journal)]
     assert kinds.count("iteration") == ITERATIONS
     # Training again after the end loads the state and does nothing.
     assert kinds[-2:] == ["resume", "end"]
