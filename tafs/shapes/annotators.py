@@ -87,9 +87,12 @@ def alter(row: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
 
 
 def pictures(
-    captions: Sequence[prompts.Prompt], autoencoder: AutoencoderKL, rng: np.random.Generator
+    captions: Sequence[prompts.Prompt],
+    autoencoder: AutoencoderKL,
+    rng: np.random.Generator,
+    layout: str = "dense",
 ) -> tuple[Tensor, Tensor]:
-    """Draw an image for each caption, with flaws of known size.
+    """Draw an image for each caption, with flaws of known size; `layout` is one of scenes.LAYOUTS.
 
     Returns:
         Images [N, 3, H, W] in [0, 1], and their qualities [N, 5] in [0, 1], where 1 is flawless.
@@ -102,7 +105,7 @@ def pictures(
             row = alter(row, rng)
         elif kind < 0.45:
             row = dict(captions[int(rng.integers(len(captions)))].row)
-        scene = sample_scene(row, rng)
+        scene = sample_scene(row, rng, layout)
         verdict = geneval_verdict(boxes(scene), prompt.row)
         scenes.append(scene)
         alignment.append(0.5 * verdict.graded + 0.5 * verdict.correct)

@@ -66,6 +66,7 @@ class Recipe:
     ema: float = 0.999
     logit_mean: float = 0.2
     prompt_dropout: float = 0.1
+    layout: str = "roomy"  # of the scenes
     seed: int = 0
 
 
@@ -156,12 +157,14 @@ def build_flux(
     return FluxBackbone(pipeline, **SETTINGS)
 
 
-def draw_scenes(count: int, seed: int) -> tuple[list[str], Tensor]:
+def draw_scenes(count: int, seed: int, layout: str) -> tuple[list[str], Tensor]:
     """Captions and images [count, 3, H, W] of random scenes of the training prompts."""
     rng = np.random.default_rng(seed)
     rows = prompts.read(FOLDER / "train.jsonl")
     drawn = prompts.draw(rows, count, rng, TASK_SHARES)
-    return [p.text for p in drawn], render([sample_scene(p.row, rng) for p in drawn])
+    return [p.text for p in drawn], render(
+        [sample_scene(p.row, rng, layout) for p in drawn]
+    )
 
 
 @torch.no_grad()
@@ -179,7 +182,7 @@ def encode_images(autoencoder: AutoencoderKL, images: Tensor, chunk: int = 512) 
 def train(backbone: Backbone, recipe: Recipe, log_every: int = 200) -> dict[str, float]:
     """Train the transformer and the text encoders by flow matching; keep the EMA weights."""
     torch.manual_seed(recipe.seed)
-    captions, images = draw_scenes(recipe.scenes, recipe.seed)
+    captions, images = draw_scenes(recipe.scenes, recipe.seed, recipe.layout)
     latents = encode_images(backbone.pipeline.vae, images)
     del images
     components = backbone.pipeline.components

@@ -3,14 +3,15 @@
 `clip` is trained with a contrastive loss on clean and degraded images. `pickscore` and `hpsv2` are
 fine-tuned from it on pairs judged by one annotator (Bradley-Terry), like the published models from
 CLIP ViT-H. `imagereward` is trained on such pairs and `unifiedreward` on an annotator's grades,
-both starting from the vision tower of `clip`.
+both starting from the vision tower of `clip`. This first cycle is on roomy scenes. In the second
+one, each model goes on from its own weights on dense scenes.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import tafs.common.torchvision_patch  # noqa: F401  # isort: skip
@@ -28,25 +29,33 @@ from tafs.shapes.scenes import sample_scene
 
 NAMES = ("clip", "pickscore", "hpsv2", "imagereward", "unifiedreward")
 SEEDS = {name: 101 + index for index, name in enumerate(NAMES)}
+CYCLE_SEEDS = 10_000  # between the seeds of a model's cycles
 BATCH = 128
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Training length and data of a preference model; `ema` is the decay of its average."""
+    """A cycle of a reward model's training; `ema` is the decay of its averaged weights."""
 
-    pairs: int = 20_000
+    data: int = 20_000  # pairs of images; for `clip`, pairs of scenes
     steps: int = 900
+    lr: float = 7e-4  # a higher rate destroys the contrastive features before the task is learnt
     ema: float = 0.0
+    layout: str = "roomy"  # of the scenes
 
 
+SECOND = Recipe(data=30_000, ema=0.995, layout="dense")
 # hpsv2's preferences are the hardest to learn from `clip`, which ignores flaws: it needs more pairs
 # and averaged weights. Chosen on pairs of training captions.
 RECIPES = {
-    "pickscore": Recipe(),
-    "hpsv2": Recipe(pairs=60_000, steps=2000, ema=0.995),
-    "imagereward": Recipe(steps=1200),
-    "unifiedreward": Recipe(steps=1200),
+    "clip": (
+        Recipe(data=30_000, steps=3000, lr=2e-3),
+        replace(SECOND, lr=1e-3, steps=1500),
+    ),
+    "pickscore": (Recipe(), SECOND),
+    "hpsv2": (Recipe(data=60_000, steps=2000, ema=0.995), replace(SECOND, data=60_000, steps=1200)),
+    "imagereward": (Recipe(steps=1200), replace(SECOND, data=60_000, steps=1500)),
+    "unifiedreward": (Recipe(steps=1200), replace(SECOND, steps=1200)),
 }
 
 
@@ -66,7 +75,12 @@ def draw_prompts(count: int, split: str, rng: np.random.Generator) -> list[promp
 
 
 def draw_pairs(
-    count: int, split: str, taste: annotators.Taste, autoencoder: AutoencoderKL, seed: int
+    count: int,
+    split: str,
+    taste: annotators.Taste,
+    autoencoder: AutoencoderKL,
+    seed: int,
+    layout: str = "dense",
 ) -> Pairs:
     """Draw pairs judged by a noisy annotator, whose verdicts may contradict its utility.
 
@@ -74,7 +88,7 @@ def draw_pairs(
     """
     rng = np.random.default_rng(seed)
     drawn = draw_prompts(2 * count, split, rng)
-    first, second = (annotators.pictures(drawn, autoencoder, rng) for _ in range(2))
+    first, second = (annotators.pictures(drawn, autoencoder, rng, layout) for _ in range(2))
     utility = torch.stack([taste.utility(first[1]), taste.utility(second[1])], dim=1)
     difference = utility[:, 0] - utility[:, 1]
     kept = (difference.abs() > annotators.TIE).nonzero().squeeze(1)[:count]
@@ -92,11 +106,9 @@ def fit(
     model: nn.Module,
     loss_of: Callable[[Tensor], Tensor],
     count: int,
-    steps: int,
+    recipe: Recipe,
     seed: int,
-    lr: float,
-    name: str = "",
-    ema: float = 0.0,
+    name: str,
 ) -> None:
     """Train with AdamW and a one-cycle learning rate; the model keeps the averaged weights.
 
@@ -104,33 +116,31 @@ def fit(
         model: the model.
         loss_of: indices [BATCH] of the data -> loss.
         count: size of the data.
-        steps: number of optimiser steps.
+        recipe: its steps, largest learning rate, and decay of the average (0: the last weights).
         seed: of the batches.
-        lr: largest learning rate.
         name: for the log.
-        ema: decay of the average; 0 keeps the last weights.
     """
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=lr, total_steps=steps, pct_start=0.1
+        optimizer, max_lr=recipe.lr, total_steps=recipe.steps, pct_start=0.1
     )
     parameters = list(model.parameters())
     averages = [p.detach().clone() for p in parameters]
     model.train()
     start = time.monotonic()
-    for step in range(steps):
+    for step in range(recipe.steps):
         loss = loss_of(torch.randint(count, (BATCH,), generator=generator))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        torch._foreach_lerp_(averages, [p.detach() for p in parameters], 1 - ema)
+        torch._foreach_lerp_(averages, [p.detach() for p in parameters], 1 - recipe.ema)
         if (step + 1) % 200 == 0:
             seconds = time.monotonic() - start
             print(
-                f"{name} step {step + 1}/{steps} loss {loss.item():.4f} {seconds:.0f} s", flush=True
+                f"{name} step {step + 1}/{recipe.steps} loss {loss.item():.4f} {seconds:.0f} s", flush=True
             )
     with torch.no_grad():
         for parameter, average in zip(parameters, averages, strict=True):
@@ -139,23 +149,22 @@ def fit(
 
 
 def train_clip(
-    autoencoder: AutoencoderKL, scenes: int, steps: int
+    autoencoder: AutoencoderKL, cycle: int, recipe: Recipe
 ) -> tuple[nn.Module, dict[str, float]]:
     """Train `clip` with a contrastive loss within the batch and against altered copies.
 
     Half of each batch are minimally altered scenes; without them, captions can be distinguished
     without counts, relations and attribute binding.
     """
-    seed = SEEDS["clip"]
+    seed = SEEDS["clip"] + CYCLE_SEEDS * cycle
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
-    tokenizer = text.clip_tokenizer()
-    model = scorers.DualEncoder.build(tokenizer)
-    data = {
-        split: _matched(n, split, autoencoder, rng)
-        for split, n in (("train", scenes), ("test", 2000))
-    }
-    ids, right, wrong = data["train"]
+    if cycle:
+        model = scorers.DualEncoder.load(weights.ROOT / "clip")
+    else:
+        model = scorers.DualEncoder.build(text.clip_tokenizer())
+    ids, right, wrong = _matched(recipe.data, "train", autoencoder, rng, recipe.layout)
+    test_ids, test_right, test_wrong = _matched(2000, "test", autoencoder, rng, recipe.layout)
 
     def loss_of(index: Tensor) -> Tensor:
         both = torch.cat([right[index], wrong[index]])
@@ -171,50 +180,41 @@ def train_clip(
         by_image = (scorers.TEMPERATURE * matched @ caption.T).masked_fill(same, float("-inf"))
         return functional.cross_entropy(logits, target) + functional.cross_entropy(by_image, target)
 
-    fit(model, loss_of, len(ids), steps, seed, lr=2e-3, name="clip")
-    ids, right, wrong = data["test"]
+    fit(model, loss_of, len(ids), recipe, seed, name="clip")
     with torch.no_grad():
-        accuracy = (model(right, ids) > model(wrong, ids)).float().mean().item()
-    facts = {"pair_accuracy": accuracy, "pairs": len(ids), "train_scenes": scenes, "steps": steps}
-    return model, facts
+        better = model(test_right, test_ids) > model(test_wrong, test_ids)
+    return model, {"pair_accuracy": better.float().mean().item(), "pairs": len(test_ids)}
 
 
 def _matched(
-    count: int, split: str, autoencoder: AutoencoderKL, rng: np.random.Generator
+    count: int, split: str, autoencoder: AutoencoderKL, rng: np.random.Generator, layout: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids [N, L], matching images, and images altered in one requirement."""
     drawn = draw_prompts(count, split, rng)
-    right = render([sample_scene(p.row, rng) for p in drawn])
+    right = render([sample_scene(p.row, rng, layout) for p in drawn])
     altered = [annotators.alter(dict(p.row), rng) for p in drawn]
-    wrong = render([sample_scene(row, rng) for row in altered])
+    wrong = render([sample_scene(row, rng, layout) for row in altered])
     ids = scorers.tokens(text.clip_tokenizer(), [p.text for p in drawn])
     spoil = annotators.spoil_and_reconstruct
     return ids, spoil(right, autoencoder, rng), spoil(wrong, autoencoder, rng)
 
 
 def train_preference(
-    name: str, autoencoder: AutoencoderKL, recipe: Recipe
+    name: str, autoencoder: AutoencoderKL, cycle: int, recipe: Recipe
 ) -> tuple[nn.Module, dict[str, float]]:
     """Train on one annotator's verdicts (Bradley-Terry), or on its grades for `unifiedreward`."""
-    seed = SEEDS[name]
+    seed = SEEDS[name] + CYCLE_SEEDS * cycle
     taste = annotators.TASTES[name]
     torch.manual_seed(seed)
-    clip = scorers.DualEncoder.load(weights.ROOT / "clip")
-    train = draw_pairs(recipe.pairs, "train", taste, autoencoder, seed)
-    held_out = draw_pairs(2000, "test", taste, autoencoder, seed + 1000)
+    train = draw_pairs(recipe.data, "train", taste, autoencoder, seed, recipe.layout)
+    held_out = draw_pairs(2000, "test", taste, autoencoder, seed + 1000, recipe.layout)
+    model: Any = _start(name, cycle)
     if name in ("pickscore", "hpsv2"):
-        model: Any = clip
         score = lambda images, ids: scorers.TEMPERATURE * model(images, ids)  # noqa: E731
     elif name == "imagereward":
-        model = scorers.FusionScorer(outputs=1)
         score = lambda images, ids: model(images, ids)[:, 0]  # noqa: E731
     else:
-        model = scorers.FusionScorer(outputs=scorers.GRADES)
         score = lambda images, ids: scorers.grade(model(images, ids))  # noqa: E731
-
-    if isinstance(model, scorers.FusionScorer):
-        model.vision.load_state_dict(clip.model.vision_model.state_dict())
-        model.text.load_state_dict(clip.model.text_model.state_dict())
 
     def loss_of(index: Tensor) -> Tensor:
         images, ids = train.images[index].flatten(0, 1), train.ids[index].repeat_interleave(2, 0)
@@ -225,8 +225,7 @@ def train_preference(
         verdicts = train.prefers_first[index]
         return functional.binary_cross_entropy_with_logits(first - second, verdicts)
 
-    # A higher learning rate destroys the contrastive features before the task is learnt.
-    fit(model, loss_of, recipe.pairs, recipe.steps, seed, lr=7e-4, name=name, ema=recipe.ema)
+    fit(model, loss_of, recipe.data, recipe, seed, name)
     with torch.no_grad():
         parts = zip(held_out.images.split(250), held_out.ids.split(250), strict=True)
         scores = torch.cat(
@@ -245,8 +244,6 @@ def train_preference(
         "pair_accuracy": agreement(scores),
         "annotator_consistency": agreement(held_out.utility),
         "pairs": len(scores),
-        "train_pairs": recipe.pairs,
-        "steps": recipe.steps,
     }
     if name == "imagereward":
         # ImageReward's scores are standardised on a reference set.
@@ -256,24 +253,41 @@ def train_preference(
     return model, facts
 
 
+def _start(name: str, cycle: int) -> nn.Module:
+    """The model that a cycle starts from."""
+    fuses = name in ("imagereward", "unifiedreward")
+    if cycle:
+        return (scorers.FusionScorer if fuses else scorers.DualEncoder).load(weights.ROOT / name)
+    clip = scorers.DualEncoder.load(weights.ROOT / "clip")
+    if not fuses:
+        return clip
+    model = scorers.FusionScorer(outputs=1 if name == "imagereward" else scorers.GRADES)
+    model.vision.load_state_dict(clip.model.vision_model.state_dict())
+    model.text.load_state_dict(clip.model.text_model.state_dict())
+    return model
+
+
 def quantised_grade(utility: Tensor) -> Tensor:
     """Class 0 .. GRADES - 1 of a utility in [0, 1]; the edges are where most images differ."""
     edges = torch.tensor([0.35, 0.55, 0.75, 0.92])
     return torch.bucketize(utility, edges)
 
 
-def pretrain(name: str) -> dict[str, float]:
-    """Train a reward model and write it to the weights folder."""
+def pretrain(name: str, cycle: int) -> dict[str, Any]:
+    """Train one cycle of a reward model and write it to the weights folder."""
     autoencoder = AutoencoderKL.from_pretrained(
         weights.ROOT / weights.VAE, local_files_only=True, dtype=torch.float32
     )
     start = time.monotonic()
+    recipe = RECIPES[name][cycle]
     if name == "clip":
-        model, facts = train_clip(autoencoder, scenes=30_000, steps=3000)
+        model, accuracy = train_clip(autoencoder, cycle, recipe)
     else:
-        model, facts = train_preference(name, autoencoder, RECIPES[name])
-    facts["seconds"] = round(time.monotonic() - start)
+        model, accuracy = train_preference(name, autoencoder, cycle, recipe)
     folder = weights.ROOT / name
+    done = weights.read_facts(folder)["cycles"][:cycle] if cycle else []
+    done.append({"seconds": round(time.monotonic() - start), "recipe": asdict(recipe)})
+    facts = {**accuracy, "cycles": done}
     weights.save_scorer(model, folder)
     text.clip_tokenizer().save_pretrained(folder)
     weights.write_facts(folder, facts)

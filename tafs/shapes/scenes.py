@@ -19,15 +19,29 @@ COLORS: dict[str, tuple[float, float, float]] = {
 }
 BACKGROUND = (1.0, 1.0, 1.0)
 RELATIONS = ("left of", "right of", "above", "below")
-RADIUS = (3.0, 4.0)  # pixels; the half side of a square, the outer radius of a ring
 MARGIN = 0.5  # pixels between a glyph and the border
-GAP = 2.6  # pixels between two glyphs
 MAX_GLYPHS = 4
 
 
 @dataclass(frozen=True)
+class Layout:
+    """How large the glyphs are and how close they may be, in pixels."""
+
+    radius: tuple[float, float]  # smallest and largest
+    gap: float  # between two glyphs
+
+
+# Models learn from roomy scenes first. In dense scenes glyphs have more free places, and a blurred
+# sample joins them, so that few sampling steps are worse than many.
+LAYOUTS = {"roomy": Layout((3.0, 4.0), 2.6), "dense": Layout((2.6, 4.0), 2.0)}
+
+
+@dataclass(frozen=True)
 class Glyph:
-    """One shape; `x`, `y` is its centroid and `r` its radius, in pixels."""
+    """One shape; `x`, `y` is its centroid and `r` its radius, in pixels.
+
+    The radius is half of a square's side, and the outer radius of a ring.
+    """
 
     shape: str
     color: str
@@ -39,8 +53,10 @@ class Glyph:
 Scene = tuple[Glyph, ...]
 
 
-def sample_scene(row: Mapping[str, Any], rng: np.random.Generator) -> Scene:
-    """Draw a random scene that satisfies a GenEval row."""
+def sample_scene(
+    row: Mapping[str, Any], rng: np.random.Generator, layout: str = "dense"
+) -> Scene:
+    """Draw a random scene that satisfies a GenEval row; `layout` is a key of LAYOUTS."""
     named: list[tuple[str, str]] = []
     relation: str | None = None
     for item in row["include"]:
@@ -50,22 +66,25 @@ def sample_scene(row: Mapping[str, Any], rng: np.random.Generator) -> Scene:
         if "position" in item:
             relation = item["position"][0]
     while True:
-        glyphs = _place(named, relation, rng)
+        glyphs = _place(named, relation, rng, LAYOUTS[layout])
         if glyphs is not None:
             return glyphs
 
 
 def _place(
-    named: list[tuple[str, str]], relation: str | None, rng: np.random.Generator
+    named: list[tuple[str, str]],
+    relation: str | None,
+    rng: np.random.Generator,
+    layout: Layout,
 ) -> Scene | None:
     """Place the glyphs at random; None if there is no free place for one of them."""
     glyphs: list[Glyph] = []
     for shape, color in named:
-        r = float(rng.uniform(*RADIUS))
+        r = float(rng.uniform(*layout.radius))
         low, high = r + MARGIN, IMAGE_SIZE - r - MARGIN
         for _ in range(20):
             x, y = (float(v) for v in rng.uniform(low, high, 2))
-            free = all(max(abs(x - g.x), abs(y - g.y)) >= r + g.r + GAP for g in glyphs)
+            free = all(max(abs(x - g.x), abs(y - g.y)) >= r + g.r + layout.gap for g in glyphs)
             if free and (relation is None or not glyphs or _holds(relation, (x, y), glyphs[0])):
                 glyphs.append(Glyph(shape, color, x, y, r))
                 break

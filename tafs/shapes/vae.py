@@ -43,11 +43,14 @@ def build(block_out_channels: tuple[int, ...] = (8, 24, 48)) -> AutoencoderKL:
     )
 
 
-def scene_batches(rows: list[prompts.Prompt], size: int, seed: int) -> Iterator[Tensor]:
+def scene_batches(
+    rows: list[prompts.Prompt], size: int, seed: int, layout: str
+) -> Iterator[Tensor]:
     """Endless batches of scenes [size, 3, H, W] in [0, 1]; all tasks are equally likely."""
     rng = np.random.default_rng(seed)
     while True:
-        yield render([sample_scene(p.row, rng) for p in prompts.draw(rows, size, rng)])
+        drawn = prompts.draw(rows, size, rng)
+        yield render([sample_scene(p.row, rng, layout) for p in drawn])
 
 
 def train(steps: int, seed: int = 0, vae: AutoencoderKL | None = None) -> AutoencoderKL:
@@ -60,7 +63,7 @@ def train(steps: int, seed: int = 0, vae: AutoencoderKL | None = None) -> Autoen
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=2.5e-3, total_steps=steps, pct_start=0.05
     )
-    batches = scene_batches(rows, BATCH, seed)
+    batches = scene_batches(rows, BATCH, seed, "roomy")
     for step in range(steps):
         target = next(batches) * 2 - 1
         posterior = vae.encode(target).latent_dist
@@ -79,7 +82,7 @@ def train(steps: int, seed: int = 0, vae: AutoencoderKL | None = None) -> Autoen
             print(f"vae step {step + 1}/{steps} loss {loss.item():.4f}", flush=True)
     vae.eval()
     with torch.no_grad():
-        images = next(scene_batches(rows, 2048, seed + 1))
+        images = next(scene_batches(rows, 2048, seed + 1, "roomy"))
         latents = vae.encode(images * 2 - 1).latent_dist.sample()
     vae.register_to_config(
         scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item()
@@ -91,7 +94,7 @@ def train(steps: int, seed: int = 0, vae: AutoencoderKL | None = None) -> Autoen
 def reconstruction_accuracy(vae: AutoencoderKL, images: int = 1000, seed: int = 99) -> float:
     """Share of held-out scenes in which the detector finds the same objects and colours."""
     rows = prompts.read(FOLDER / "test.jsonl")
-    originals = next(scene_batches(rows, images, seed))
+    originals = next(scene_batches(rows, images, seed, "dense"))
     latents = vae.encode(originals * 2 - 1).latent_dist.mode()
     decoded = (vae.decode(latents).sample + 1) / 2
     pairs = zip(detect(originals), detect(decoded), strict=True)
