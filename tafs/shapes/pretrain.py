@@ -10,7 +10,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -31,7 +31,7 @@ from tafs.common import seeding
 from tafs.data import prompts
 from tafs.data.geneval_rows import TASKS
 from tafs.data.plugins.shapes import FOLDER
-from tafs.models import loading
+from tafs.models import loading, sampling
 from tafs.models.base import Backbone
 from tafs.models.plugins.flux import FluxBackbone
 from tafs.models.plugins.sd3 import SD3Backbone
@@ -242,28 +242,32 @@ def _cosine(step: int, recipe: Recipe) -> float:
 @torch.no_grad()
 def strict_geneval(
     backbone: Backbone,
+    sampler: str,
     steps: int,
     images_per_prompt: int = 4,
     seed: int = 7,
-    judged: Sequence[prompts.Prompt] | None = None,
 ) -> dict[str, float]:
-    """Strict GenEval accuracy with Euler steps: the mean of each task, and `overall`.
+    """Strict GenEval accuracy on the test split: the mean of each task, and `overall`.
 
     Args:
         backbone: the model.
-        steps: number of Euler steps.
+        sampler: a key of sampling.SAMPLERS.
+        steps: number of its steps.
         images_per_prompt: images per prompt.
         seed: of the noise.
-        judged: the prompts; None: the test split.
     """
-    if judged is None:
-        judged = prompts.read(FOLDER / "test.jsonl")
-    generator = seeding.generator(seed, "evaluate")
+    judged = prompts.read(FOLDER / "test.jsonl")
     cond = backbone.encode([p.text for p in judged]).repeat_interleave(images_per_prompt)
-    x = torch.randn(len(judged) * images_per_prompt, *backbone.latent_shape, generator=generator)
-    grid = backbone.time_grid(steps)
-    for t, s in zip(grid[:-1], grid[1:], strict=True):
-        x = x + (s - t) * backbone.velocity(x, t.expand(len(x)), cond)
+    images = [(image,) for image in range(len(judged) * images_per_prompt)]
+    start, noise = (seeding.generators(seed, name, images=images) for name in ("start", "step"))
+    chosen = sampling.SAMPLERS[sampler]
+    x = sampling.integrate(
+        lambda x, t: backbone.velocity(x, t, cond),
+        start.randn(backbone.latent_shape),
+        sampling.uniform_grid(steps) if chosen.uniform else backbone.time_grid(steps),
+        chosen.step,
+        noise,
+    )
     verdicts: dict[str, list[bool]] = {task: [] for task in TASKS}
     for i, detections in enumerate(detect(backbone.decode(x))):
         prompt = judged[i // images_per_prompt]
@@ -341,9 +345,15 @@ def score_base(name: str) -> None:
     folder = weights.ROOT / name
     scheduler(name).save_pretrained(folder / "scheduler")
     shipped = loading.load(folder, **SETTINGS)
-    scores = {str(steps): strict_geneval(shipped, steps) for steps in (28, 8, 4, 2, 1)}
+    scores = {
+        str(steps): {name: strict_geneval(shipped, name, steps) for name in sampling.SAMPLERS}
+        for steps in (28, 8, 4, 2)
+    }
     more = {
-        str(steps): strict_geneval(shipped, steps, images_per_prompt=10, seed=12345)["overall"]
+        str(steps): {
+            name: strict_geneval(shipped, name, steps, images_per_prompt=10, seed=12345)["overall"]
+            for name in sampling.SAMPLERS
+        }
         for steps in (28, 4)
     }
     found = {"strict_geneval": scores, "strict_geneval_other_noise": more}

@@ -57,6 +57,7 @@ RECIPES = {
         Recipe(data=60_000, steps=2000, ema=0.995),
         replace(LATER, data=60_000, steps=1200),
         replace(LATER, data=40_000, steps=2500),
+        replace(LATER, data=60_000, steps=1500, lr=3e-4),
     ),
     "imagereward": (Recipe(steps=1200), replace(LATER, data=40_000, steps=1500)),
     "unifiedreward": (Recipe(steps=1200), replace(LATER, steps=1200)),

@@ -57,7 +57,7 @@ def test_glyphs_are_inside_the_image_and_do_not_touch(rendered):
         for i, a in enumerate(scene):
             assert a.r <= a.x <= scenes.IMAGE_SIZE - a.r and a.r <= a.y <= scenes.IMAGE_SIZE - a.r
             for b in scene[i + 1 :]:
-                assert max(abs(a.x - b.x), abs(a.y - b.y)) >= a.r + b.r + scenes.GAP
+                assert max(abs(a.x - b.x), abs(a.y - b.y)) >= a.r + b.r + scenes.LAYOUTS["dense"].gap
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.02, 0.04])
