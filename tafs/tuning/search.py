@@ -77,7 +77,6 @@ class Search:
             "space": space,
             "samplers": list(evaluation.samplers),
             "few_nfe": evaluation.few_nfe,
-            "batch": evaluation.batch,
             "validation_prompts": measure.VALIDATION_PROMPTS,
         }
 
