@@ -90,7 +90,7 @@ def changed(tmp_path: Path) -> Callable[..., Path]:
         ("1001, 1002]", "1001, 1001]", "tuning.seeds: should be different seeds"),
         ("warmup: [0,", "warm_up: [0,", "tuning.common: tafs_grpo: unknown hyperparameter 'warm_"),
         ("warmup: [0,", "warmup: [0.5,", "tuning.common: tafs_grpo: warmup: input should be a va"),
-        ("warmup: [0, 10]", "warmup: []", "tuning.common.warmup: tuple should have at least 1"),
+        ("warmup: [0, 4, 12]", "warmup: []", "tuning.common.warmup: tuple should have at least 1"),
         ("{low: 0.3, high: 1.2}", "{low: 2, high: 1}", "flow_grpo.eta: low should be less than"),
         ("{low: 0.3, high: 1.2}", "{low: -1, high: 1}", "tuning.methods.flow_grpo: eta: -1"),
         ("{low: 0.3, high: 1.2}", "{low: 0.3}", "missing key 'tuning.methods.flow_grpo.eta.high'"),

@@ -53,11 +53,12 @@ def test_coverage_sums_to_the_area_of_the_shape(shape):
 
 
 def test_glyphs_are_inside_the_image_and_do_not_touch(rendered):
+    gap = scenes.LAYOUTS["dense"].gap
     for scene in rendered[1]:
         for i, a in enumerate(scene):
             assert a.r <= a.x <= scenes.IMAGE_SIZE - a.r and a.r <= a.y <= scenes.IMAGE_SIZE - a.r
             for b in scene[i + 1 :]:
-                assert max(abs(a.x - b.x), abs(a.y - b.y)) >= a.r + b.r + scenes.LAYOUTS["dense"].gap
+                assert max(abs(a.x - b.x), abs(a.y - b.y)) >= a.r + b.r + gap
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.02, 0.04])
