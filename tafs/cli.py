@@ -162,7 +162,7 @@ def _evaluate(given: argparse.Namespace) -> int:
     if given.scale is not None:
         assets, results = _scale(given)
     chosen = protocol.read(given.protocol, assets)
-    _prepare(chosen.source.settings.device)
+    _prepare()
     found = checkpoint.judge(given.model, chosen, results, given.adapter)
     out = given.out or results / "evaluations" / found.runs[-1].name
     print(judged.write(found, out))
@@ -173,9 +173,12 @@ def _score(given: argparse.Namespace) -> int:
     from tafs.assets import sources
     from tafs.evaluation import image_scores
     from tafs.report import judged
+    from tafs.runtime import gpus
 
     assets, _ = _scale(given)
-    _prepare(assets.device)
+    _prepare()
+    if assets.device == "cuda":
+        gpus.claim(1)
     source = sources.of(assets)
     scores = image_scores.score_images(given.metric, given.images, given.prompts, source)
     out = given.out or Path(f"{given.metric}_scores.csv")
@@ -194,13 +197,12 @@ def _scale(given: argparse.Namespace) -> tuple[AssetSettings, Path]:
     return asset_settings(config), Path(config.results)
 
 
-def _prepare(device: str) -> None:
+def _prepare() -> None:
     """Set up this process as the stages of a run are."""
     import tafs.common.torchvision_patch  # noqa: F401  # isort: skip
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
 
-    from tafs.runtime import gpus
     from tafs.runtime.main import limit_threads
 
     # It reports the parts of a model that an adapter leaves alone.
@@ -208,8 +210,6 @@ def _prepare(device: str) -> None:
     of_diffusers.disable_progress_bar()
     of_transformers.disable_progress_bar()
     limit_threads()
-    if device == "cuda":
-        gpus.claim(1)
 
 
 COMMANDS = {

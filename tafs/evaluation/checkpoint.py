@@ -34,7 +34,8 @@ from tafs.experiment.specs import RunSpec
 from tafs.models import adapters, catalog, loading
 from tafs.models.adapters import Adapter
 from tafs.rewards.metrics import METRICS
-from tafs.runtime import checkpoint, receipts
+from tafs.runtime import checkpoint, gpus, receipts
+from tafs.runtime.main import memory
 from tafs.runtime.receipts import Needs
 from tafs.runtime.run_dir import BASE, RunDir
 
@@ -197,26 +198,32 @@ def judge(given: str, protocol: Protocol, results: Path, adapter: Path | None = 
             f"protocol {protocol.name}: metrics.{protocol.served[0]}: a server computes it; give a "
             "--scale whose evaluation.server starts one"
         )
-    _score(found)
-    for run in found.runs if protocol.served else ():
-        _score_served(run)
-    return found
-
-
-def _score(found: Judged) -> None:
-    """Score what has no scores yet: the base model first, then the adapted one."""
     stale = [
         adapted
         for adapted in (False, True)[: len(found.runs)]
         if not _done(found.run(adapted), "evaluate", found.needs(adapted))
     ]
+    unserved = [run for run in found.runs if protocol.served and not _is_served(run)]
+    if (stale or unserved) and protocol.source.settings.device == "cuda":
+        gpus.claim(1)
     if stale:
-        _score_with_one_model(found, stale)
+        with memory("lower the protocol's batch, which changes its SHA-256, or use a larger GPU"):
+            _score(found, stale)
         gc.collect()
-        torch.cuda.empty_cache()  # a server may need the memory
+        torch.cuda.empty_cache()  # the server may need the memory
+    for run in found.runs if protocol.served else ():
+        if not _is_served(run):
+            served.score_served(run)
+        run.images.unlink(missing_ok=True)
+    return found
 
 
-def _score_with_one_model(found: Judged, stale: Sequence[bool]) -> None:
+def _score(found: Judged, stale: Sequence[bool]) -> None:
+    """Score the base model first, then the adapted one, with one loaded model.
+
+    Args:
+        stale: whether the model is adapted, of the runs that have no scores.
+    """
     protocol = found.protocol
     own = [name for name in protocol.metrics if name not in protocol.served]
     rewards = verified_rewards(protocol.source, own)
@@ -266,11 +273,10 @@ def _describe(found: Judged, run: RunDir, adapted: bool) -> None:
     atomic_text(run.folder / "evaluation.json", evaluation.to_json())
 
 
-def _score_served(run: RunDir) -> None:
-    """Let a server score the run's images, which are deleted afterwards."""
-    if not _done(run, "score_served", served.needs_of(run)):
-        served.score_served(run)
-    run.images.unlink(missing_ok=True)
+def _is_served(run: RunDir) -> bool:
+    """Whether a server has scored the run's present images."""
+    described = (run.folder / "run.json").is_file()
+    return described and _done(run, "score_served", served.needs_of(run))
 
 
 def _done(run: RunDir, stage: str, own: Needs) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,14 @@ from support.checkpoints import EMBEDDED, embedded
 
 from tafs import cli, experiment
 from tafs.assets.sources import AssetSource, ShapesAssets
+from tafs.common import errors
+from tafs.common.yaml_files import ConfigError
 from tafs.evaluation import checkpoint, generate, protocol
 from tafs.evaluation.choose import DEFAULT_SEEDS
 from tafs.experiment.specs import EvalSetting
 from tafs.models import adapters, catalog
 from tafs.report import judged
+from tafs.runtime.deadline import Deadline
 from tafs.shapes import weights
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -330,3 +334,40 @@ def test_a_wrong_protocol_is_one_line(changes, said, tmp_path, capsys):
     code, printed, line = run(capsys, "evaluate", *BASE, small(tmp_path, **changes))
     assert (code, printed) == (2, "")
     assert said in line and "small" in line and line.count("\n") == 1
+
+
+def test_a_served_metric_joins_the_others_and_the_images_are_deleted(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    metrics = SMALL["metrics"] | {"unifiedreward": "UnifiedReward-7b-v1.5"}
+    chosen = protocol.read(small(tmp_path, metrics=metrics))
+    monkeypatch.setattr(protocol.Protocol, "served", ("unifiedreward",))
+    monkeypatch.setattr(ShapesAssets, "folder", lambda self, resource: tmp_path / resource)
+    monkeypatch.delenv("TAFS_SERVER", raising=False)
+    with pytest.raises(ConfigError, match="metrics.unifiedreward: a server computes it"):
+        checkpoint.judge("shapes-flux", chosen, tmp_path)
+    script = ROOT / "tests" / "support" / "chat_server.py"
+    monkeypatch.setenv("TAFS_SERVER", json.dumps([sys.executable, str(script), "{port}"]))
+    file = kohya_file("shapes-flux", tmp_path / "mine")
+    found = checkpoint.judge("shapes-flux", chosen, tmp_path, file)
+    assert "UnifiedReward" in judged.write(found, tmp_path / "out")
+    table = pd.read_parquet(tmp_path / "out" / "scores.parquet")
+    counts = table.groupby(["run", "metric"], observed=True)["value"].count()
+    assert len(counts) == 6 and set(counts) == {len(chosen.prompts)}
+    record = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert record["metrics"]["unifiedreward"]["difference"]["value"] != 0
+    assert not any(run.images.exists() or run.eval_state.exists() for run in found.runs)
+    monkeypatch.setenv("TAFS_SERVER", json.dumps(["not started"]))
+    checkpoint.judge("shapes-flux", chosen, tmp_path, file)
+
+
+def test_an_interrupted_evaluation_continues(tmp_path, monkeypatch):
+    chosen = protocol.read(small(tmp_path, images_per_prompt=2))
+    whole = checkpoint.judge("shapes-flux", chosen, tmp_path / "whole").runs[0]
+    monkeypatch.setattr(Deadline, "expired", "SIGTERM")
+    for _ in range(50):
+        try:
+            [again] = checkpoint.judge("shapes-flux", chosen, tmp_path / "parts").runs
+            break
+        except errors.ToBeContinued:
+            continue
+    assert again.scores.read_bytes() == whole.scores.read_bytes()
