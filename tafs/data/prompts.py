@@ -108,6 +108,32 @@ def draw(
     return [groups[i][rng.integers(len(groups[i]))] for i in chosen]
 
 
+def draw_balanced(
+    prompts: Sequence[Prompt],
+    count: int,
+    rng: np.random.Generator,
+    shares: Mapping[str, float] | None = None,
+) -> list[Prompt]:
+    """Draw prompts so that each tag's number is its expected one, rounded up or down.
+
+    Systematic sampling of the tags, in random order. The prompts of a tag are drawn without
+    replacement while there are enough. `shares` are as in `draw`.
+    """
+    by_tag: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        by_tag.setdefault(prompt.tag, []).append(prompt)
+    tags = [str(tag) for tag in rng.permutation(list(by_tag))]
+    expected = [count * shares[tag] if shares else count / len(tags) for tag in tags]
+    points = rng.random() + np.arange(count)
+    owners = np.searchsorted(np.cumsum(expected), points, side="right").clip(max=len(tags) - 1)
+    drawn = []
+    for index, tag in enumerate(tags):
+        known, number = by_tag[tag], int((owners == index).sum())
+        chosen = rng.choice(len(known), number, replace=number > len(known))
+        drawn += [known[i] for i in chosen]
+    return [drawn[i] for i in rng.permutation(count)]
+
+
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write rows as JSON Lines."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -207,7 +207,7 @@ def judge(given: str, protocol: Protocol, results: Path, adapter: Path | None = 
     if (stale or unserved) and protocol.source.settings.device == "cuda":
         gpus.claim(1)
     if stale:
-        with memory("lower the protocol's batch, which changes its SHA-256, or use a larger GPU"):
+        with memory("lower `batch` in a copy of the protocol's file, which keeps its SHA-256"):
             _score(found, stale)
         gc.collect()
         torch.cuda.empty_cache()  # the server may need the memory

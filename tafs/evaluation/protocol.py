@@ -2,7 +2,7 @@
 
 A protocol is a YAML file of tafs/evaluation/protocols/, or any other. Its SHA-256 is that of its
 values with every default filled in, of the prompts, and of the weights behind the metrics. Neither
-comments, order and `title` nor the file's name and place change it.
+comments, order, `title` and `batch` nor the file's name and place change it.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from tafs.models.catalog import ClassName
 from tafs.rewards.metrics import METRICS
 
 FOLDER = Path(__file__).parent / "protocols"
+UNPINNED = ("title", "batch")  # keys that decide no image
 
 
 class _Strict(BaseModel):
@@ -98,7 +99,7 @@ class Protocol:
     @cached_property
     def pinned(self) -> dict[str, Any]:
         """Everything that the SHA-256 covers."""
-        values = self.content.model_dump(mode="json", exclude={"title", "prompts"})
+        values = self.content.model_dump(mode="json", exclude={*UNPINNED, "prompts"})
         train = self.source.prompts(self.content.prompts, "train")
         validated = choose.validation_prompts(
             train, self.content.validation_prompts, self.content.validation_seed

@@ -26,7 +26,7 @@ from tafs.runtime.receipts import Needs
 from tafs.runtime.run_dir import STAGES, RunDir
 
 # Increased by every change of the code that changes adapters or scores.
-NUMERICS = 1
+NUMERICS = 2
 
 REPORT = Path(__file__).parents[1] / "report"
 
@@ -50,10 +50,7 @@ def evaluation(run: RunDir, spec: RunSpec, evaluation: EvalSpec) -> Needs:
         f"settings.{s.name}.{'final' if s.iteration is None else s.iteration}": s.images_per_prompt
         for s in evaluation.settings
     }
-    own: dict[str, JsonValue] = {
-        "prompts_per_tag": evaluation.prompts_per_tag,
-        "batch": evaluation.batch,
-    }
+    own: dict[str, JsonValue] = {"prompts_per_tag": evaluation.prompts_per_tag}
     if any(s.sampler == BEST for s in evaluation.settings):
         own["samplers"] = list(evaluation.samplers)
         own["validation_prompts"] = evaluation.validation_prompts
@@ -62,8 +59,7 @@ def evaluation(run: RunDir, spec: RunSpec, evaluation: EvalSpec) -> Needs:
 
 def trajectories(run: RunDir, spec: RunSpec, evaluation: EvalSpec) -> Needs:
     """What the rewards of a run's annealed trajectories depend on."""
-    own = {"batch": evaluation.batch, **evaluation.trajectories.decisive()}
-    return {**_judged(run, spec, evaluation), **own}
+    return {**_judged(run, spec, evaluation), **evaluation.trajectories.decisive()}
 
 
 def _judged(run: RunDir, spec: RunSpec, evaluation: EvalSpec) -> dict[str, JsonValue]:

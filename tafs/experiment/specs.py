@@ -82,8 +82,8 @@ class RunSpec(Spec):
         "prompt_files": True,  # `prompts` and `weights` say what is in them
         **dict.fromkeys(("nfe_old", "nfe_theta", "forward_equivalents"), True),
         "sampler": True,  # of the evaluation
-        "training": {"checkpoint_every"},
-        # Where and how the work is done; other hardware changes the rounding alone.
+        # Where and how the work is done; other hardware and batches change the rounding alone.
+        "training": {"checkpoint_every", "micro_batch"},
         "assets": {"lock", "device", "gradient_checkpointing"},
     }
 

@@ -74,7 +74,7 @@ class Graph:
     def searched_methods(self) -> list[str]:
         """The methods of the hyperparameter search."""
         tuning = self.plan.config.tuning
-        return list(tuning.grids) if tuning else []
+        return list(tuning.methods) if tuning else []
 
     @cached_property
     def stages(self) -> dict[str, tuple[str, ...]]:

@@ -222,14 +222,13 @@ CHANGES: dict[str, Any] = {
     "validation_prompts": 3,
     "pipelines": {"FluxPipeline": {"guidance": 2.0, "max_sequence_length": 10}},
     "resolution": 48,
-    "batch": 9,
     "seed": 1,
     "validation_seed": 1,
 }
 
 
-@pytest.mark.parametrize("key", [*CHANGES, "version", "prompts", "assets", "title"])
-def test_every_value_changes_the_sha256_and_a_title_does_not(key, tmp_path):
+@pytest.mark.parametrize("key", [*CHANGES, "version", "prompts", "assets", "title", "batch"])
+def test_every_value_changes_the_sha256_but_title_and_batch(key, tmp_path):
     before = protocol.read(small(tmp_path)).sha256
     (tmp_path / "mine.jsonl").write_text(
         '{"prompt": "a circle", "tag": "a", "include": [{"class": "circle", "count": 1}]}\n'
@@ -242,10 +241,11 @@ def test_every_value_changes_the_sha256_and_a_title_does_not(key, tmp_path):
         }
         return
     others = {"prompts": {"prompts": "mine.jsonl"}, "title": {"title": "Other"}}
+    others["batch"] = {"batch": 9}
     others["version"] = {"metrics": SMALL["metrics"] | {"clip": "other"}}
     changes = others.get(key, {key: CHANGES.get(key)})
     after = protocol.read(small(tmp_path, **changes)).sha256
-    assert (after == before) == (key == "title")
+    assert (after == before) == (key in protocol.UNPINNED)
 
 
 def test_prompts_and_weights_of_metrics_change_the_sha256(tmp_path, monkeypatch):
