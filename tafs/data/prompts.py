@@ -24,11 +24,14 @@ class Prompt:
         return str(self.row.get("tag", ""))
 
 
-def read(path: Path) -> list[Prompt]:
+def read(path: Path, keys: Sequence[str] = ("prompt",)) -> list[Prompt]:
     """Read the prompts of a JSON Lines file, in its order.
 
+    Args:
+        keys: of the prompt in a line; the first that is there counts.
+
     Raises:
-        ValueError: a line is not a JSON object with a string `prompt`; names file and line.
+        ValueError: a line is not a JSON object with such a string; names file and line.
     """
     prompts = []
     # str.splitlines would also split at characters that are valid inside a JSON string.
@@ -37,7 +40,7 @@ def read(path: Path) -> list[Prompt]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            text = row["prompt"]
+            text = row[next((key for key in keys if key in row), keys[0])]
             text.encode()  # a lone surrogate would fail in the tokenizer
             prompts.append(Prompt(text=text, row=row))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
