@@ -16,8 +16,9 @@ from pydantic import JsonValue
 from tafs.assets import sources
 from tafs.assets.sources import AssetSource
 from tafs.common.files import sha256
-from tafs.experiment.claims import CLAIMS
-from tafs.experiment.specs import BEST, EvalSpec, ReportSpec, RunSpec
+from tafs.experiment import looks
+from tafs.experiment.claims import CLAIMS, read
+from tafs.experiment.specs import BEST, DecideSpec, EvalSpec, ReportSpec, RunSpec
 from tafs.methods import registry
 from tafs.rewards import metrics
 from tafs.rewards.metrics import METRICS
@@ -121,3 +122,12 @@ def report(root: Path, spec: ReportSpec, claims: Path = CLAIMS) -> Needs:
     }
     runs = dict.fromkeys(name for table in spec.tables for name in table.runs)
     return {**own, **tracking(root, runs)}
+
+
+def look(root: Path, spec: DecideSpec, number: int, claims: Path = CLAIMS) -> Needs:
+    """What the result of a look depends on: its runs and the look before it."""
+    judged = looks.report_spec(root, spec, number, read(claims))
+    before = looks.result(root, spec, number - 1)
+    earlier = sha256(before) if number > 1 and before.is_file() else None
+    own = {"looks": list(spec.seeds), "earlier": earlier, "open at first": list(spec.claims)}
+    return {**own, **report(root, judged, claims)}

@@ -149,6 +149,13 @@ class Evaluation(_Strict):
     server: tuple[Annotated[Text, AfterValidator(_command)], ...] = ()
 
 
+class Decide(_Strict):
+    """`snakemake decide`: seeds are added where claims are open."""
+
+    # Numbers of seeds at which the claims are looked at; the last one is the budget.
+    seeds: Annotated[tuple[Annotated[Count, Field(ge=2, le=1000)], ...], Field(min_length=1)]
+
+
 class Scale(_Strict):
     """The models and budgets of an experiment; the algorithms never change."""
 
@@ -170,6 +177,7 @@ class Scale(_Strict):
     group_size: Annotated[Count, Field(ge=2)]
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
     ablation_seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
+    decide: Decide | None = None
     experiments: tuple[Name, ...]  # that `snakemake all` builds
     micro_batch: Count
     checkpoint_every: Count

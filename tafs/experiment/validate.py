@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
@@ -239,6 +240,9 @@ def _scale_problems(config: Config, key: str, scale: Scale) -> Iterator[str]:
             f"{where}.nodes: {scale.nodes} nodes cannot share {scale.processes} processes; "
             "choose a divisor"
         )
+    looks = scale.decide.seeds if scale.decide else ()
+    if any(n >= after for n, after in itertools.pairwise(looks)):
+        yield f"{where}.decide.seeds: {list(looks)} should increase"
     if scale.evaluation.server and scale.assets != "hub":
         yield f"{where}.evaluation.server: the assets {scale.assets!r} need no server"
     yield from _prompt_problems(config, scale, f"{where}.prompts")
@@ -293,5 +297,7 @@ def _tuning_problems(config: Config, tuning: Tuning) -> Iterator[str]:
                         yield f"tuning.methods.{variant}: {error}"
                     yield f"tuning.common: {variant}: {error}"
     for seed in tuning.seeds:
-        if any(seed in (*s.seeds, *s.ablation_seeds) for s in config.scales.values()):
-            yield f"tuning.seeds: {seed} is one of the tables' seeds; choose another"
+        for scale in config.scales.values():
+            added = range(scale.decide.seeds[-1] if scale.decide else 0)
+            if seed in (*scale.seeds, *scale.ablation_seeds, *added):
+                yield f"tuning.seeds: {seed} is one of the tables' seeds; choose another"
