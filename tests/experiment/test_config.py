@@ -184,14 +184,14 @@ SEEDS = "give a number from 1 to 1000"
         ("method", "../x", ": '../x' is not a method's name"),
         ("method", "base", "=base: methods.base: the name is reserved for the untrained model"),
         *(("seeds", count, f"={count}: {SEEDS}") for count in (0, 1001, 2.5, "3", True, [1])),
-        ("seeds", 6, "=6: tuning.seeds: 5 is one of the tables' seeds; choose another"),
+        ("seeds", 9, "=9: tuning.seeds: 8 is one of the tables' seeds; choose another"),
     ],
 )
 def test_a_wrong_override_is_refused_in_one_line(
     changed: Callable[..., Path], key: str, value: Any, message: str
 ) -> None:
-    path = changed("seeds: [1000,", "seeds: [5,")
-    assert experiment.load({"seeds": 5}, path).runs
+    path = changed("seeds: [1000,", "seeds: [8,")
+    assert experiment.load({"seeds": 8}, path).runs
     with pytest.raises(ConfigError) as caught:
         experiment.load({key: value}, path)
     assert str(caught.value).startswith(f"--config {key}{message}")
