@@ -89,7 +89,7 @@ def judged(
     seeds: Sequence[int],
     number: int,
 ) -> list[Record]:
-    """Every claim after a look: the decided ones as before, the open ones judged anew.
+    """Every claim after a look: the decided ones as before, the open ones judged again.
 
     Args:
         before: every claim after the look before.
