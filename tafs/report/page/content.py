@@ -160,6 +160,10 @@ def _rows(
         )
         for c in columns
     }
+    several = {
+        kind: len({getattr(line.row.system.spec, kind) for line in lines if _trained(line)}) > 1
+        for kind in ("backbone", "task")
+    }
     rows = []
     for name, line, own, dots in zip(names, lines, cells, seeds, strict=True):
         spec, system = line.row.spec, line.row.system
@@ -171,8 +175,15 @@ def _rows(
                 "task": system.spec.task,
                 "model": spec.backbone,
                 "nfe": spec.nfe,
-                "sampler": ", ".join(dict.fromkeys(samplers_of(line.row))),
-                "iteration": spec.iteration,
+                "detail": " · ".join(
+                    [
+                        *([spec.backbone] if several["backbone"] and _trained(line) else []),
+                        *([system.spec.task] if several["task"] and _trained(line) else []),
+                        *([] if _trained(line) else ["untrained"]),
+                        *([] if spec.iteration is None else [f"{spec.iteration} iterations"]),
+                        ", ".join(dict.fromkeys(samplers_of(line.row))),
+                    ]
+                ).replace("_", " "),
                 "seeds": len(system.results),
                 "rule": spec.rule,
                 "cells": [
@@ -181,6 +192,10 @@ def _rows(
             }
         )
     return rows
+
+
+def _trained(line: Line) -> bool:
+    return line.row.system.spec.trained
 
 
 def _seed_means(line: Line, metric: str) -> list[float]:

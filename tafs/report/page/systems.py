@@ -8,7 +8,6 @@ from typing import Any
 
 from tafs.report.figures import style
 from tafs.report.results import Report, Result, System
-from tafs.runtime.run_dir import BASE
 
 Runs = tuple[str, ...]  # the names of a system's runs, by which it is found
 
@@ -46,16 +45,19 @@ class Systems:
 
     @cached_property
     def names(self) -> Mapping[Runs, str]:
-        """The title of each system, with what tells it from others of the same title."""
+        """The title of each system, with what tells it from the first one of its title."""
+        kinds = ("variant", "task", "backbone", "prompts")
+        first: dict[str, System] = {}
         named = {}
         for runs, system in self.found.items():
             spec = system.spec
-            same = [s.spec for s in self.found.values() if s.spec.title == spec.title]
-            kinds = ("variant", "task", "backbone", "prompts")
-            apart = [kind for kind in kinds if len({getattr(s, kind) for s in same}) > 1]
-            parts = [getattr(spec, kind) for kind in apart]
-            kept = [part for part in parts if part not in (spec.method, BASE, "")]
-            named[runs] = " · ".join([spec.title, *kept])
+            main = first.setdefault(spec.title, system).spec
+            apart = [getattr(spec, k) for k in kinds if getattr(spec, k) != getattr(main, k)]
+            if system is not first[spec.title] and not apart:
+                apart = [f"{len(runs)} seeds"]
+            named[runs] = " · ".join(
+                [spec.title, *(part.replace("_", " ") for part in apart if part)]
+            )
         return named
 
     def name(self, system: System) -> str:

@@ -15,7 +15,8 @@ views.overview = () => {
     plot("", {
       width: Math.min(1100, chart.clientWidth || 1100), height: 340,
       x: { type: "symlog", constant: whole / 4, label: "Training compute (forward passes per image)", ticks: [0, whole / 4, whole, 4 * whole], tickFormat: "d" },
-      y: { label },
+      y: { label, domain: d3.extent(Object.values(points).flatMap((list) => [...list.map((point) => point[1]), ...list.at(-1).slice(2)]).filter((value) => value !== null)), nice: true },
+      clip: true,
       marks: [
         metric === TOGETHER ? Plot.ruleY([0], { stroke: "currentColor", strokeOpacity: 0.4 }) : null,
         Plot.ruleX([whole], { stroke: "currentColor", strokeOpacity: 0.35, strokeDasharray: "3 3" }),
@@ -62,7 +63,7 @@ function gainCharts(gains) {
   })).filter((cell) => cell.value !== null);
   const extent = d3.extent(cells.flatMap((cell) => [cell.low, cell.high, 0]).filter((x) => x !== null));
   const panels = order.map((metric) => plot(`${titleOf(metric)}${gains.trained.includes(metric) ? " (trained)" : " (held out)"}`, {
-    width: 360, height: 30 + 26 * systems.length, marginLeft: 128, marginBottom: 30,
+    width: 360, height: 30 + 26 * systems.length, marginLeft: 8 + 7 * Math.min(24, Math.max(...systems.map((system) => DATA.systems[system].name.length))), marginBottom: 30,
     x: { label: null, domain: extent }, y: { label: null, domain: systems.map((system) => DATA.systems[system].name) },
     marks: [
       Plot.ruleX([0], { strokeOpacity: 0.6 }),
@@ -72,7 +73,7 @@ function gainCharts(gains) {
   }));
   return [
     h("p", { class: "note" }, `Gains on the base model at the same few steps, in standard deviations of its prompts. Trained: ${titles(gains.trained)}. Held out: ${titles(gains.others)}. Small dots are seeds; below the dotted diagonal a method gains more on what it was trained on.`),
-    legend(systems), scatter,
+    h("div", { class: "two" }, scatter, h("div", {}, h("h3", {}, "Systems"), legend(systems))),
     h("h2", {}, "Gain on each metric"), h("p", { class: "note" }, "With 95 % intervals; left of the line, training made the metric worse."),
     h("div", { class: "charts" }, panels),
   ];
@@ -81,13 +82,14 @@ function gainCharts(gains) {
 /** Signs of damage over training, from the journals. */
 function trainingCharts() {
   const shown = { kl: "KL divergence from the base model", reward_std: "Spread of rewards within a group", clip_fraction: "Clipped share of the objective", grad_norm: "Norm of the gradient" };
+  const chosen = mainSystems(Object.keys(DATA.systems).filter((system) => DATA.systems[system].trained));
+  const drawn = DATA.runs.filter((run) => chosen.includes(run.system));
   const figures = Object.entries(shown).flatMap(([key, title]) => {
-    const runs = DATA.runs.filter((run) => run.curves[key]);
+    const runs = drawn.filter((run) => run.curves[key]);
     return runs.length ? [curveChart(title, runs, key)] : [];
   });
   if (!figures.length) return [];
-  const systems = unique(DATA.runs.filter((run) => Object.keys(shown).some((key) => run.curves[key])).map((run) => run.system));
-  return [h("h2", {}, "During training"), h("p", { class: "note" }, "A line per run."), legend(systems), h("div", { class: "charts" }, figures)];
+  return [h("h2", {}, "During training"), h("p", { class: "note" }, "A line per run; the view of runs has the other systems."), legend(chosen), h("div", { class: "charts" }, figures)];
 }
 
 /** A number of the journals against iterations, a line per run. */

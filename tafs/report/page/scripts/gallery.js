@@ -84,7 +84,7 @@ function drawGrid({ controls, body, systems, chosen, set }) {
   const grid = h("div", { class: "grid" });
   const shown = set.captions.map((_, place) => place).filter((place) => !tag || set.tags[place] === tag);
   function redraw(count) {
-    grid.style.gridTemplateColumns = `minmax(110px, 190px) repeat(${chosen.length}, 104px)`;
+    grid.style.gridTemplateColumns = `minmax(96px, 190px) repeat(${chosen.length}, clamp(72px, ${Math.floor(72 / chosen.length)}vw, 132px))`;
     const cells = [h("div", {}), ...chosen.map((system) => h("div", { class: "head key", style: { "--c": DATA.systems[system].colour } }, DATA.systems[system].name))];
     for (const place of shown) {
       cells.push(h("div", { class: "said" }, set.captions[place], h("br"), h("small", {}, words(set.tags[place]))));

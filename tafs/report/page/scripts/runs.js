@@ -9,7 +9,7 @@ views.runs = () => {
   const runs = DATA.runs.filter((run) => (system ? run.system === system : true));
   const drawn = DATA.runs.filter((run) => chosen.includes(run.system) && run.curves.iteration);
   at("runs-controls").replaceChildren(choice("System", "system", [["", "all"], ...systems.map((one) => [one, DATA.systems[one].name])], system));
-  const keys = unique(drawn.flatMap((run) => Object.keys(run.curves))).filter((key) => key !== "iteration");
+  const keys = unique(drawn.flatMap((run) => Object.keys(run.curves))).filter((key) => key !== "iteration" && new Set(drawn.flatMap((run) => run.curves[key] ?? [])).size > 1);
   const rank = (key) => (key.startsWith("reward ") ? 0 : PREFERRED.includes(key) ? 1 + PREFERRED.indexOf(key) : key.startsWith("seconds ") ? 20 : 10);
   const ordered = keys.sort((a, b) => rank(a) - rank(b));
   const titles = (key) => (key.startsWith("reward ") ? `Reward: ${titleOf(key.slice(7))}` : key.startsWith("seconds ") ? `Seconds: ${key.slice(8)}` : key === "kl" ? "KL divergence from the base model" : words(key)[0].toUpperCase() + words(key).slice(1));
@@ -20,7 +20,7 @@ views.runs = () => {
     drawn.length ? legend(unique(drawn.map((run) => run.system))) : null,
     drawn.length ? h("div", { class: "charts" }, ordered.map((key) => curveChart(titles(key), drawn.filter((run) => run.curves[key]), key))) : null,
     h("h2", {}, "All runs"),
-    h("div", { class: "scroll" }, h("table", { class: "plain" },
+    h("div", { class: "scroll" }, h("table", { class: "plain list" },
       h("thead", {}, h("tr", {}, ["Run", "System", "Seed", "Iterations", "Started (UTC)", "Seconds", "Commit"].map((title, i) => h("th", { scope: "col", class: [2, 3, 5].includes(i) ? "n" : null }, title)))),
       h("tbody", {}, runs.map((run) => h("tr", {},
         h("td", {}, h("a", { href: runLink(run) }, run.name)),
