@@ -1,4 +1,4 @@
-"""The command `tafs`: `plan` before a run, `status` and `sync` during it, `claims` after it.
+"""The command `tafs`: `plan` before a run, `status` and `sync` during it, then `claims`, `votes`.
 
 Call it in a checkout. Its options --scale and --results are those of `snakemake --config`.
 """
@@ -64,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     add = command("claims", "show the verdicts on the paper's claims")
     text = "also what each comparison shows with a power of 80 %%, and how many seeds it needs"
     add("--power", action="store_true", help=text)
+    text = "show the win rates of blind votes that the report's gallery saved"
+    votes = commands.add_parser("votes", help=text, description=text, allow_abbrev=False)
+    votes.add_argument("files", nargs="+", metavar="FILE", type=Path)
     add = command("sync", "mirror the runs to MLflow")
     add("run_dirs", nargs="*", metavar="RUN_DIR", help="default: all of the scale")
     add("--server", metavar="URL", help="a running MLflow server")
@@ -133,6 +136,13 @@ def _claims(given: argparse.Namespace) -> int:
     return 0
 
 
+def _votes(given: argparse.Namespace) -> int:
+    from tafs.report import votes
+
+    print(votes.summary(given.files))
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and end the process.
 
@@ -140,7 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         SystemExit: always; 0, 1 if something failed, 2 for bad input.
     """
     given = _parser().parse_args(arguments)
-    command = {"plan": _plan, "status": _status, "sync": _sync, "claims": _claims}[given.command]
+    known = {"plan": _plan, "status": _status, "sync": _sync, "claims": _claims, "votes": _votes}
+    command = known[given.command]
     codes: list[int] = []
     errors.run_cli(f"tafs {given.command}", lambda: codes.append(command(given)))
     sys.exit(codes[0])

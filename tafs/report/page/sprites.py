@@ -23,14 +23,16 @@ from tafs.rewards.metrics import METRICS
 FOLDER = "images"
 BUDGET = 45e6  # bytes of all sheets
 PER_PIXEL = 0.25  # bytes, at QUALITY
+PER_EXACT_PIXEL = 1.5  # without loss
 QUALITY = 80  # of WebP, for images that are not shown pixel by pixel
 LARGEST = 256  # pixels of a cell's side
-EXACT = 64  # smaller images are kept without loss
+EXACT = 64  # images up to this side are kept without loss
 
 
-def kept_prompts(result: Result) -> list[int]:
-    """The prompts whose images a run keeps."""
-    return list(image_grid.captions(result))
+def kept_prompts(result: Result) -> dict[int, str]:
+    """The texts of the scored prompts whose images a run keeps, by the prompt's number."""
+    scored = {*result.scores.prompts}
+    return {p: text for p, text in image_grid.captions(result).items() if p in scored}
 
 
 def write(report: Report, systems: Systems, folder: Path) -> tuple[dict[str, Any], list[Path]]:
@@ -46,9 +48,9 @@ def write(report: Report, systems: Systems, folder: Path) -> tuple[dict[str, Any
     results = [result for result, _ in systems.results if result.evaluation.settings]
     sets: dict[tuple[int, ...], dict[str, Any]] = {}
     runs, files = {}, []
-    side = _side(results)
+    side, exact = _resolution(results)
     for result in results:
-        captions, tags = image_grid.captions(result), _tags(result)
+        captions, tags = kept_prompts(result), _tags(result)
         of = sets.setdefault(
             tuple(captions),
             {"captions": list(captions.values()), "tags": [tags[p] for p in captions]},
@@ -57,14 +59,14 @@ def write(report: Report, systems: Systems, folder: Path) -> tuple[dict[str, Any
         for name in _settings(result):
             images = image_grid.samples(result, name, list(captions))
             file = folder / FOLDER / f"{result.spec.name}.{name}.webp"
-            _save(images, side, file)
+            _save(images, side, exact, file)
             files.append(file)
             sheets[name] = {"scores": _scores(result, name, list(captions))}
         runs[result.spec.name] = {"set": list(sets.values()).index(of), "sheets": sheets}
     record = {
         "sets": [{**of, "columns": _columns(len(of["tags"]))} for of in sets.values()],
         "runs": runs,
-        "exact": side <= EXACT,
+        "exact": exact,
     }
     return record, files
 
@@ -82,15 +84,16 @@ def _columns(prompts: int) -> int:
     return math.ceil(math.sqrt(prompts))
 
 
-def _side(results: Sequence[Result]) -> int:
-    """The side of a cell, with which all sheets stay within the budget."""
+def _resolution(results: Sequence[Result]) -> tuple[int, bool]:
+    """(the side of a cell, whether it is kept without loss), so that all stay within the budget."""
     count = sum(len(kept_prompts(result)) * len(_settings(result)) for result in results)
-    affordable = math.isqrt(int(BUDGET / PER_PIXEL / max(count, 1)))
     native = max((result.evaluation.resolution for result in results), default=LARGEST)
-    return min(native, affordable, LARGEST)
+    if native <= EXACT and count * native**2 * PER_EXACT_PIXEL <= BUDGET:
+        return native, True
+    return min(native, math.isqrt(int(BUDGET / PER_PIXEL / max(count, 1))), LARGEST), False
 
 
-def _save(images: np.ndarray, side: int, file: Path) -> None:
+def _save(images: np.ndarray, side: int, exact: bool, file: Path) -> None:
     """A sheet of images, uint8 [prompts, H, W, 3], each in a square cell."""
     columns = _columns(len(images))
     sheet = Image.new("RGB", (columns * side, -(-len(images) // columns) * side))
@@ -101,7 +104,7 @@ def _save(images: np.ndarray, side: int, file: Path) -> None:
         row, column = divmod(place, columns)
         sheet.paste(cell, (column * side, row * side))
     file.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(file, "WEBP", lossless=side <= EXACT, quality=QUALITY, method=4)
+    sheet.save(file, "WEBP", lossless=exact, quality=QUALITY, method=4)
 
 
 def _scores(result: Result, setting: str, prompts: Sequence[int]) -> dict[str, list[float | None]]:

@@ -35,8 +35,8 @@ class Systems:
         for runs, system in self.found.items():
             spec = system.spec
             key = ".".join(filter(None, (spec.variant, spec.task or spec.prompts, spec.backbone)))
-            # Two systems may be the same method with other numbers of seeds.
-            key = key if key not in taken else f"{key}.{len(runs)}"
+            if key in taken:  # the same method with other seeds
+                key = ".".join([key, *(str(result.spec.seed) for result in system.results)])
             taken[key] = runs
         return {runs: key for key, runs in taken.items()}
 
@@ -54,7 +54,7 @@ class Systems:
             main = first.setdefault(spec.title, system).spec
             apart = [getattr(spec, k) for k in kinds if getattr(spec, k) != getattr(main, k)]
             if system is not first[spec.title] and not apart:
-                apart = [f"{len(runs)} seeds"]
+                apart = [f"seeds {', '.join(str(r.spec.seed) for r in system.results)}"]
             named[runs] = " · ".join(
                 [spec.title, *(part.replace("_", " ") for part in apart if part)]
             )

@@ -55,44 +55,45 @@ views.gallery = () => {
   if (sets.length > 1) controls.push(choice("Prompts", "set", sets.map((one) => [one, `${DATA.images.sets[one].tags.length} prompts: ${DATA.images.sets[one].captions[0]} …`]), chosenSet));
   const chosen = get("systems") ? get("systems").split(" ").filter((one) => systems.includes(one)) : mainSystems(systems);
   const draw = { grid: drawGrid, wins: drawWins, vote: drawVote }[mode] ?? drawGrid;
-  draw({ controls, body, systems, chosen, set: DATA.images.sets[chosenSet] });
+  draw({ controls, body, systems, chosen, kept: DATA.images.sets[chosenSet] });
   at("gallery-controls").replaceChildren(...controls.filter(Boolean));
 };
 
-function drawGrid({ controls, body, systems, chosen, set }) {
+function drawGrid({ controls, body, systems, chosen, kept }) {
   const settings = unique(chosen.flatMap((system) => Object.keys(DATA.images.runs[DATA.systems[system].runs[0]]?.sheets ?? {})));
   const steps = unique(settings.map(nfeOf)).sort((a, b) => a - b);
   const few = DATA.prompts[chosen[0]]?.nfe;
   const nfe = steps.includes(Number(get("nfe"))) ? Number(get("nfe")) : steps.includes(few) ? few : steps.at(-1);
   const seeds = unique(chosen.flatMap((system) => DATA.systems[system].runs.map((run) => runOf(run).seed))).sort((a, b) => a - b);
   const seed = seeds.includes(Number(get("seed", "-1"))) ? Number(get("seed")) : seeds[0];
-  const tags = unique(set.tags);
+  const tags = unique(kept.tags);
   const tag = tags.includes(get("tag")) ? get("tag") : "";
   const metrics = DATA.metrics.map((metric) => metric.name);
   const metric = metrics.includes(get("metric")) ? get("metric") : metrics[0];
+  const shownSteps = h("b", {}, String(nfe));
   const slider = h("input", { type: "range", min: 0, max: steps.length - 1, value: steps.indexOf(nfe), "aria-label": "Inference steps", id: "steps-slider",
-    oninput: (event) => set_(steps[event.target.value]) });
-  function set_(value) { set_.pending = value; const label = at("steps-value"); label.textContent = value; redraw(value); }
+    oninput: (event) => redraw(steps[event.target.value]),
+    onchange: (event) => set({ nfe: String(steps[event.target.value]) }) });
   controls.push(
-    h("label", {}, h("span", {}, "Steps: ", h("b", { id: "steps-value" }, String(nfe))), slider),
+    h("label", {}, h("span", {}, "Steps: ", shownSteps), slider),
     choice("Seed", "seed", seeds, seed),
     choice("Task", "tag", [["", "all"], ...tags.map((one) => [one, words(one)])], tag),
     choice("Score below", "metric", metrics.map((one) => [one, titleOf(one)]), metric),
     chips("Systems", "systems", systems, chosen),
   );
-  slider.addEventListener("change", () => set({ nfe: String(steps[slider.value]) }));
   const grid = h("div", { class: "grid" });
-  const shown = set.captions.map((_, place) => place).filter((place) => !tag || set.tags[place] === tag);
+  const shown = kept.captions.map((_, place) => place).filter((place) => !tag || kept.tags[place] === tag);
   function redraw(count) {
+    shownSteps.textContent = String(count);
     grid.style.gridTemplateColumns = `minmax(96px, 190px) repeat(${chosen.length}, clamp(72px, ${Math.floor(72 / chosen.length)}vw, 132px))`;
     const cells = [h("div", {}), ...chosen.map((system) => h("div", { class: "head key", style: { "--c": DATA.systems[system].colour } }, DATA.systems[system].name))];
     for (const place of shown) {
-      cells.push(h("div", { class: "said" }, set.captions[place], h("br"), h("small", {}, words(set.tags[place]))));
+      cells.push(h("div", { class: "said" }, kept.captions[place], h("br"), h("small", {}, words(kept.tags[place]))));
       for (const system of chosen) {
         const run = runWith(system, seed);
         const setting = `${DATA.systems[system].sampler}-${count}`;
         const score = DATA.images.runs[run]?.sheets[setting]?.scores[metric]?.[place];
-        cells.push(h("div", {}, image(run, setting, place, `${DATA.systems[system].name}, ${count} steps: ${set.captions[place]}`), h("div", { class: "score" }, digits(metric, score))));
+        cells.push(h("div", {}, image(run, setting, place, `${DATA.systems[system].name}, ${count} steps: ${kept.captions[place]}`), h("div", { class: "score" }, digits(metric, score))));
       }
     }
     grid.replaceChildren(...cells);
@@ -104,7 +105,7 @@ function drawGrid({ controls, body, systems, chosen, set }) {
   );
 }
 
-function drawWins({ controls, body, systems, set }) {
+function drawWins({ controls, body, systems, kept }) {
   const able = systems.filter((system) => DATA.prompts[system]?.tasks);
   if (!able.length) return body.replaceChildren(h("p", { class: "note" }, "No trained system has a base model on the same prompts."));
   const system = able.includes(get("system")) ? get("system") : mainSystems(able)[0];
@@ -130,12 +131,12 @@ function drawWins({ controls, body, systems, set }) {
     ],
   });
   const differences = own.means[metric].map((value, place) => ({ place, difference: value === null || base.means[metric][place] === null ? null : value - base.means[metric][place] }))
-    .filter((row) => row.difference !== null && (!tag || set.tags[row.place] === tag))
+    .filter((row) => row.difference !== null && (!tag || kept.tags[row.place] === tag))
     .sort((a, b) => up * (b.difference - a.difference));
   const setting = (one) => `${DATA.systems[one].sampler}-${own.nfe}`;
   const pair = ({ place, difference }) => h("div", { class: "pair" },
     image(DATA.systems[own.base].runs[0], setting(own.base), place), image(DATA.systems[system].runs[0], setting(system), place),
-    h("p", {}, set.captions[place], h("br"), h("small", {}, `${words(set.tags[place])} · ${difference > 0 ? "+" : ""}${digits(metric, difference)}`)));
+    h("p", {}, kept.captions[place], h("br"), h("small", {}, `${words(kept.tags[place])} · ${difference > 0 ? "+" : ""}${digits(metric, difference)}`)));
   const better = differences.filter((row) => up * row.difference > 0).slice(0, 12);
   const worse = differences.filter((row) => up * row.difference < 0).reverse().slice(0, 12);
   const list = (rows_, none) => (rows_.length ? h("div", { class: "pairs" }, rows_.map(pair)) : h("p", { class: "note" }, none));

@@ -15,15 +15,15 @@ function keepVotes() {
 const anyOf = (list) => list[Math.floor(Math.random() * list.length)];
 
 /** Two systems, a prompt and a seed, chosen at random. */
-function nextPair(systems, set) {
+function nextPair(systems, kept) {
   const left = anyOf(systems);
   const right = anyOf(systems.filter((other) => other !== left));
   const seed = anyOf(DATA.systems[left].runs.map((run) => runOf(run).seed));
   const side = (system) => ({ system, run: runWith(system, seed) ?? anyOf(DATA.systems[system].runs) });
-  return { left: side(left), right: side(right), place: Math.floor(Math.random() * set.captions.length) };
+  return { left: side(left), right: side(right), place: Math.floor(Math.random() * kept.captions.length) };
 }
 
-function drawVote({ controls, body, systems, chosen, set }) {
+function drawVote({ controls, body, systems, chosen, kept }) {
   const nfe = DATA.prompts[chosen[0]]?.nfe;
   const able = chosen.filter((system) => DATA.images.runs[DATA.systems[system].runs[0]].sheets[`${DATA.systems[system].sampler}-${nfe}`]);
   controls.push(chips("Systems in the vote", "systems", systems, chosen));
@@ -31,12 +31,12 @@ function drawVote({ controls, body, systems, chosen, set }) {
     ballot.pair = null;
     return body.replaceChildren(h("p", { class: "note" }, "Choose two or more systems."));
   }
-  const valid = ballot.pair && ["left", "right"].every((side) => able.includes(ballot.pair[side].system)) && ballot.pair.place < set.captions.length;
-  if (!valid) ballot.pair = nextPair(able, set);
+  const valid = ballot.pair && ["left", "right"].every((side) => able.includes(ballot.pair[side].system)) && ballot.pair.place < kept.captions.length;
+  if (!valid) ballot.pair = nextPair(able, kept);
   const { pair } = ballot;
   ballot.cast = (winner) => {
     ballot.votes.push({
-      prompt: set.captions[pair.place], task: set.tags[pair.place], nfe, left: pair.left.system, right: pair.right.system,
+      prompt: kept.captions[pair.place], task: kept.tags[pair.place], nfe, left: pair.left.system, right: pair.right.system,
       left_run: pair.left.run, right_run: pair.right.run, winner,
     });
     ballot.pair = null;
@@ -49,10 +49,10 @@ function drawVote({ controls, body, systems, chosen, set }) {
     show();
   };
   const side = (name) => h("button", { type: "button", "aria-label": `The ${name} image is better`, onclick: () => ballot.cast(name) },
-    image(pair[name].run, `${DATA.systems[pair[name].system].sampler}-${nfe}`, pair.place, set.captions[pair.place]));
+    image(pair[name].run, `${DATA.systems[pair[name].system].sampler}-${nfe}`, pair.place, kept.captions[pair.place]));
   const count = ballot.votes.length;
   body.replaceChildren(h("div", { class: "vote" },
-    h("p", { class: "caption" }, `“${set.captions[pair.place]}”`),
+    h("p", { class: "caption" }, `“${kept.captions[pair.place]}”`),
     h("div", { class: "sides" }, side("left"), side("right")),
     h("p", { class: "note", style: { "max-width": "none" } }, h("kbd", {}, "←"), " left is better   ", h("kbd", {}, "→"), " right is better   ", h("kbd", {}, "↓"), " equal   ", h("kbd", {}, "U"), " undo"),
     h("p", { id: "votes-count", style: { "max-width": "none" } }, `${count} vote${count === 1 ? "" : "s"}`),
