@@ -1,4 +1,4 @@
-"""The command `tafs`: `plan` before a run, `status` and `sync` during it, `claims` after it.
+"""The command `tafs`: `plan` before a run, `status` and `sync` during it, then `claims`, `votes`.
 
 `evaluate` judges any checkpoint and `score` any images. Call the others in a checkout. The options
 --scale and --results are those of `snakemake --config`.
@@ -85,6 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     text = ".txt with a prompt per line, or .jsonl with `prompt`, and `file_name` where it is known"
     add("--prompts", metavar="FILE", type=Path, required=True, help=text)
     add("--out", metavar="FILE", type=Path, help="default: METRIC_scores.csv")
+    text = "show the win rates of blind votes that the report's gallery saved"
+    votes = commands.add_parser("votes", help=text, description=text, allow_abbrev=False)
+    votes.add_argument("files", nargs="+", metavar="FILE", type=Path)
     add = command("sync", "mirror the runs to MLflow")
     add("run_dirs", nargs="*", metavar="RUN_DIR", help="default: all of the scale")
     add("--server", metavar="URL", help="a running MLflow server")
@@ -212,6 +215,13 @@ def _prepare() -> None:
     limit_threads()
 
 
+def _votes(given: argparse.Namespace) -> int:
+    from tafs.report import votes
+
+    print(votes.summary(given.files))
+    return 0
+
+
 COMMANDS = {
     "plan": _plan,
     "status": _status,
@@ -219,6 +229,7 @@ COMMANDS = {
     "evaluate": _evaluate,
     "score": _score,
     "sync": _sync,
+    "votes": _votes,
 }
 
 

@@ -112,7 +112,7 @@ def report(root: Path, spec: ReportSpec, claims: Path = CLAIMS) -> Needs:
     """What the tables, figures and claims of a results folder depend on."""
     code = hashlib.sha256()
     described = [metrics.PLUGINS.source(name) for name in METRICS]
-    own_files = [file for file in REPORT.rglob("*") if file.suffix in (".py", ".csv")]
+    own_files = [f for f in REPORT.rglob("*") if f.is_file() and "__pycache__" not in f.parts]
     for file in [*sorted(own_files), *sorted(described), Path(metrics.__file__)]:
         code.update(file.read_bytes())
     own: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Builds every table, figure and claim: `python -m tafs.report.build ROOT`.
+"""Builds every table, figure and claim, and the page: `python -m tafs.report.build ROOT`.
 
 ROOT/report_spec.json says what is built. Every run is read once, and tables, figures and claims
 share the loaded systems.
@@ -14,12 +14,12 @@ from tafs.common import errors, locks
 from tafs.experiment import needs
 from tafs.experiment.claims import CLAIMS, read
 from tafs.experiment.specs import ReportSpec
-from tafs.report import claims, figures, formats, results, table_kinds
+from tafs.report import claims, figures, formats, page, results, table_kinds, tables
 from tafs.runtime import checkpoint, receipts
 
 
 def build(root: Path) -> None:
-    """Write ROOT/tables, ROOT/provenance, ROOT/figures and ROOT/claims.* from ROOT/runs.
+    """Write ROOT/tables, provenance, figures, claims.* and report from ROOT/runs.
 
     Raises:
         ValueError, FileNotFoundError: an input is missing or broken; names it.
@@ -39,9 +39,13 @@ def _write(root: Path) -> list[Path]:
     report = results.load(root)
     verdicts: list[claims.Verdict] = []
     written: list[Path] = []
+    # The paper's values are comparable with the paper's models only.
+    published = report.scale == "paper"
+    filled = []
     for table in report.tables:
-        # The paper's values are comparable with the paper's models only.
-        written += formats.write(table_kinds.build(table), root, published=report.scale == "paper")
+        built = table_kinds.build(table)
+        filled.append((built, tables.fill(built, published)))
+        written += formats.write(*filled[-1], root, published)
         written += figures.draw(table, root / "figures")
         verdicts += [
             claims.assess_claim(claim, table)
@@ -51,7 +55,8 @@ def _write(root: Path) -> list[Path]:
     assessed = {verdict.claim.id for verdict in verdicts}
     untested = [claim for claim in stated if claim.id not in assessed]
     verdicts += [claims.Verdict(claim, claims.NOT_TESTED, ()) for claim in untested]
-    return written + claims.write(verdicts, report.scale, root, report.random_weights)
+    written += claims.write(verdicts, report.scale, root, report.random_weights)
+    return written + page.write(report, filled, verdicts, root)
 
 
 def main() -> None:

@@ -37,6 +37,8 @@ class Comparison(NamedTuple):
     estimate: Estimate
     p_adjusted: float  # for the claim's comparisons
     sign: int
+    metric: str = ""  # comparisons of one metric share a scale
+    supporting: tuple[float, float] = (0, np.inf)  # the effects that support the claim
 
     @property
     def power(self) -> dict[str, float | None]:
@@ -106,10 +108,11 @@ def _differences(test: Differences, rows: _Rows) -> list[Comparison]:
     ]
     adjusted = stats.holm([estimate.p_value for _, estimate in tested])
     comparisons = []
-    for (what, estimate), p_value in zip(tested, adjusted, strict=True):
+    named = [metric for metric in test.metrics for _ in test.pairs]
+    for metric, (what, estimate), p_value in zip(named, tested, adjusted, strict=True):
         sure = (estimate.p_value if estimate.value > 0 else p_value) <= 1 - stats.LEVEL
         sign = int(np.sign(estimate.value)) if sure and estimate.n_seeds > 1 else 0
-        comparisons.append(Comparison(what, estimate, p_value, sign))
+        comparisons.append(Comparison(what, estimate, p_value, sign, metric))
     return comparisons
 
 
@@ -123,7 +126,7 @@ def _faster(test: Faster, rows: _Rows) -> list[Comparison]:
     least, most = test.share * (1 - test.within), test.share * (1 + test.within)
     sign = 1 if least <= low and high <= most else -1 if high < least or low > most else 0
     what = f"iteration time: published share {test.share:g} +- {100 * test.within:g} %"
-    return [Comparison(what, estimate, 1.0, sign)]
+    return [Comparison(what, estimate, 1.0, sign, supporting=(least, most))]
 
 
 @_compare.register(Correlated)
@@ -137,7 +140,8 @@ def _correlated(test: Correlated, rows: _Rows) -> list[Comparison]:
         sign = 1 if r.low > test.above else -1 if r.high < test.above else 0
         title = METRICS[metric].title
         what = f"{title}: r of image {test.step} with the last (above {test.above:g})"
-        comparisons.append(Comparison(what, r, r.p_value, sign))
+        supporting = (test.above, np.inf)
+        comparisons.append(Comparison(what, r, r.p_value, sign, metric, supporting))
     return comparisons
 
 

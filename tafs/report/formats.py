@@ -24,7 +24,7 @@ from pandas.io.formats.style_render import CSSDict
 
 from tafs.common.files import sha256
 from tafs.report import latex, stats
-from tafs.report.tables import Cell, Column, Line, Number, Score, Table, fill, samplers_of
+from tafs.report.tables import Cell, Column, Line, Number, Score, Table, samplers_of
 from tafs.rewards.metrics import METRICS
 
 COUNTS = ("n_seeds", "n_images", "n_missing", "resampled")
@@ -32,13 +32,16 @@ ESTIMATE = ("low", "high", *COUNTS)  # fields of an estimate in the CSV
 BRACKETS = "Brackets hold 95 % intervals."
 
 
-def write(table: Table, out_dir: Path, published: bool = False) -> list[Path]:
-    """Fill a table; write tables/NAME.csv, .md, .tex, .html, .parquet and provenance/NAME.json.
+def write(
+    table: Table, lines: Sequence[Line], out_dir: Path, published: bool = False
+) -> list[Path]:
+    """Write tables/NAME.csv, .md, .tex, .html, .parquet and provenance/NAME.json.
 
-    Raises:
-        ValueError: see `fill`.
+    Args:
+        lines: the table's, of `fill`.
+        published: whether they hold the paper's values.
     """
-    found = texts(table, published)
+    found = texts(table, lines, published)
     files = {
         out_dir / "provenance" / f"{table.name}.json"
         if ending == "json"
@@ -56,13 +59,8 @@ def write(table: Table, out_dir: Path, published: bool = False) -> list[Path]:
     return [*files, parquet]
 
 
-def texts(table: Table, published: bool = False) -> dict[str, str]:
-    """Fill a table; return it as csv, md, tex and html, and its provenance as json.
-
-    Raises:
-        ValueError: see `fill`.
-    """
-    lines = fill(table, published)
+def texts(table: Table, lines: Sequence[Line], published: bool = False) -> dict[str, str]:
+    """Return a filled table as csv, md, tex and html, and its provenance as json."""
     systems = [*table.beside, *(line.row.system for line in lines)]
     results = [result for system in systems for result in system.results]
     random = sorted(set[str]().union(*(result.random_weights for result in results)))
@@ -122,7 +120,7 @@ def _markdown(table: Table, lines: Sequence[Line]) -> str:
         label = markdown(line.row.spec.label)
         rows.append([label, str(line.row.spec.nfe), *cells, _seeds(line)])
     body = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    notes = [f"- {markdown(note)}" for note in [BRACKETS, *_notes(table, lines)]]
+    notes = [f"- {markdown(note)}" for note in [BRACKETS, *notes_of(table, lines)]]
     return "\n\n".join([markdown_line(table.caption), body, "\n".join(notes)]) + "\n"
 
 
@@ -180,7 +178,7 @@ def _html(table: Table, lines: Sequence[Line]) -> str:
         html.escape,
         lambda cell: _cell(cell, "<b>{}</b>", "<small>{}</small>"),
     )
-    notes = [BRACKETS, *_notes(table, lines)]
+    notes = [BRACKETS, *notes_of(table, lines)]
     items = "".join(f"<br>{html.escape(note)}" for note in notes)
     styled.set_caption(f"{html.escape(table.caption)}<small>{items}</small>")
     ruled = [
@@ -200,7 +198,7 @@ def _latex(table: Table, lines: Sequence[Line]) -> str:
     notes = [r"$\pm$: half the width of the 95\,\% interval."]
     if any(cell.published is not None for line in lines for cell in line.cells):
         notes.append("In parentheses: the published value.")
-    notes += map(latex.escape, _notes(table, lines))
+    notes += map(latex.escape, notes_of(table, lines))
     # Styler prints these as commands before the tabular.
     styled.set_table_styles(
         [
@@ -257,7 +255,7 @@ def _latex_title(column: Column) -> str:
     return rf"{title} $\{arrow}arrow$"
 
 
-def _notes(table: Table, lines: Sequence[Line]) -> list[str]:
+def notes_of(table: Table, lines: Sequence[Line]) -> list[str]:
     """How the numbers were computed."""
     notes = list(table.notes)
     scored = any(isinstance(column, Score) for column in table.columns)

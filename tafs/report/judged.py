@@ -20,7 +20,7 @@ from tafs.evaluation.image_scores import ImageScore
 from tafs.experiment.specs import RowSpec
 from tafs.report import formats, stats
 from tafs.report.results import Result, System, check_paired, shown_mean
-from tafs.report.tables import Row, Score, Table, samplers_note, samplers_of
+from tafs.report.tables import Row, Score, Table, fill, samplers_note, samplers_of
 from tafs.rewards.metrics import METRICS
 from tafs.runtime.progress import aligned
 
@@ -58,7 +58,8 @@ def write(judged: Judged, out: Path) -> str:
     notes += [note for note in [samplers_note(rows)] if note]
     columns = [Score(metric) for metric in judged.protocol.metrics]
     caption = f"{judged.label} on {judged.target.title}"
-    texts = formats.texts(Table("row", caption, rows, columns, "Model", notes))
+    table = Table("row", caption, rows, columns, "Model", notes)
+    texts = formats.texts(table, fill(table))
     atomic_text(out / "row.md", texts["md"])
     atomic_text(out / "row.csv", _with_column(texts["csv"], "protocol", judged.protocol.sha256))
     return _printed(judged, record, out)

@@ -229,6 +229,11 @@ class System:
         found = self.values(sampler, nfe, metric, iteration)
         return found if METRICS[metric].higher_is_better else -found
 
+    def estimate(self, nfe: int, metric: str, iteration: int | None = None) -> stats.Estimate:
+        """A metric's mean with the system's own sampler, on the shown scale; see `values`."""
+        values = self.values(self.spec.sampler, nfe, metric, iteration)
+        return shown_mean(metric, METRICS[metric].factor * values, self.scores.tags)
+
 
 def shown_mean(metric: str, values: Array, tags: Sequence[str]) -> stats.Estimate:
     """The mean of values on the shown scale, its interval clipped to the metric's limits."""

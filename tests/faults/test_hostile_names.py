@@ -27,7 +27,7 @@ from tafs.assets import sources
 from tafs.common import yaml_files
 from tafs.data import prompts
 from tafs.experiment.claims import read
-from tafs.report import claims, figures, formats, table_kinds
+from tafs.report import claims, figures, formats, table_kinds, tables
 
 ROOT = Path(__file__).resolve().parents[2]
 LINES = (
@@ -133,7 +133,8 @@ def test_tables_show_any_text_literally(runs, tmp_path, trials):
     for number in trials("names: text in tables", 6, len(LINES)):
         text = LINES[number]
         spec, out = with_text(table, text), tmp_path / str(number)
-        files = formats.write(table_kinds.build(synthetic.load(spec, runs[0].parent)), out)
+        built = table_kinds.build(synthetic.load(spec, runs[0].parent))
+        files = formats.write(built, tables.fill(built), out)
         assert {f for f in out.rglob("*") if f.is_file()} == set(files)
         read = {f.suffix: f.read_text(encoding="utf-8") for f in files if f.suffix != ".parquet"}
 

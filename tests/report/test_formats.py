@@ -16,14 +16,15 @@ from support import synthetic
 from support.synthetic import change_scores
 
 from tafs.experiment.specs import TableSpec
-from tafs.report import formats, table_kinds
+from tafs.report import formats, table_kinds, tables
 from tafs.rewards.metrics import METRICS
 
 SPECIAL = r"""[a] *b* 100% \x {y}_z & ~u^ |v| <i>"w"</i> `c` $d$ #e --"""
 
 
 def write(spec: TableSpec, runs: Path, out: Path, published: bool = False) -> list[Path]:
-    return formats.write(table_kinds.build(synthetic.load(spec, runs)), out, published)
+    table = table_kinds.build(synthetic.load(spec, runs))
+    return formats.write(table, tables.fill(table, published), out, published)
 
 
 def table2(runs: Sequence[Path], out: Path, published: bool = False, **options: Any) -> list[Path]:

@@ -17,6 +17,7 @@ from support import synthetic
 
 from tafs.report import figures, fonts, formats, latex, table_kinds
 from tafs.report.figures import style
+from tafs.report.tables import fill
 
 TEXTS = [
     "[ours] TAFS",
@@ -70,7 +71,8 @@ def tables(text: str, folder: Path) -> dict[str, Path]:
         row.model_copy(update={"label": text, "rule": i == 2}) for i, row in enumerate(spec.rows)
     )
     spec = spec.model_copy(update={"caption": text, "header": text, "rows": rows})
-    written = formats.write(table_kinds.build(synthetic.load(spec, runs)), folder)
+    table = table_kinds.build(synthetic.load(spec, runs))
+    written = formats.write(table, fill(table), folder)
     return {file.suffix: file for file in written}
 
 

@@ -47,6 +47,8 @@ rule compare:
         GRAPH.output("figures", GRAPH.figures, ["pdf"]),
         GRAPH.output("provenance", GRAPH.tables, ["json"]),
         f"{ROOT}/claims.json",
+        f"{ROOT}/report/index.html",
+        directory(f"{ROOT}/report/images"),
     log:
         f"{ROOT}/logs/compare.log",
     benchmark:

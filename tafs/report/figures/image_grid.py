@@ -31,20 +31,20 @@ def draw(table: LoadedTable) -> Figure:
     for prompt, tag in sorted(tags.items()):
         groups.setdefault(tag, []).append(prompt)
     shown = [prompt for group in groups.values() for prompt in group[:per_tag]]
-    captions = _captions(table.results[0])
+    texts = captions(table.results[0])
     for system in table.distinct:
         few = table.spec.few_nfe
         for n in dict.fromkeys([few] if system.spec.trained else [system.full_steps, few]):
             titles.append(f"{style.wrap(system.label, 14)}\n{n} steps")
-            images.append(_samples(system.results[0], f"{system.spec.sampler}-{n}", shown))
-    return _grid(titles, images, shown, captions, tags)
+            images.append(samples(system.results[0], f"{system.spec.sampler}-{n}", shown))
+    return _grid(titles, images, shown, texts, tags)
 
 
 def _grid(
     titles: Sequence[str],
     images: Sequence[np.ndarray],
     shown: Sequence[int],
-    captions: Mapping[int, str],
+    texts: Mapping[int, str],
     tags: Mapping[int, str],
 ) -> Figure:
     """The figure; lengths are in inches. Cells are a whole multiple of 24 pixels wide at DPI."""
@@ -62,7 +62,7 @@ def _grid(
     for row, prompt in enumerate(shown):
         top -= between if breaks[row] else 0
         middle = (top - side / 2) / height
-        caption = style.wrap(captions[prompt], 27, max_lines=3, placeholder=" …")
+        caption = style.wrap(texts[prompt], 27, max_lines=3, placeholder=" …")
         tag = tags.get(prompt, "").replace("_", " ")
         lines = caption.count("\n") + 1
         offset = 0.06 * bool(tag)
@@ -95,7 +95,7 @@ def _opened(file: Path) -> Iterator[Any]:
         raise ValueError(f"{file}: not a safetensors file ({error})") from None
 
 
-def _captions(result: Result) -> dict[int, str]:
+def captions(result: Result) -> dict[int, str]:
     """The texts of the prompts whose images are kept, by the prompt's number."""
     with _opened(result.run.samples) as stored:
         texts = (stored.metadata() or {}).get("captions")
@@ -104,7 +104,7 @@ def _captions(result: Result) -> dict[int, str]:
         return dict(zip(map(int, stored.get_tensor("prompts")), json.loads(texts), strict=True))
 
 
-def _samples(result: Result, key: str, shown: Sequence[int]) -> np.ndarray:
+def samples(result: Result, key: str, shown: Sequence[int]) -> np.ndarray:
     """The images of the prompts `shown`, uint8 [shown, H, W, 3]; no other images are read."""
     file = result.run.samples
     with _opened(file) as stored:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from tafs.report import stats
 from tafs.report.bootstrap import nanmean
 from tafs.report.figures.style import Look, legend, line, looks
-from tafs.report.results import LoadedTable, System, shown_mean
+from tafs.report.results import LoadedTable, System
 from tafs.report.stats import Array
 from tafs.rewards.metrics import METRICS
 
@@ -28,10 +28,10 @@ def steps(table: LoadedTable) -> Figure:
     for axes, metric in zip(panels, metrics, strict=True):
         axes.set_xticks(list(nfe))
         for system, look in looks(table.distinct).items():
-            estimates = [_estimate(system, n, metric) for n in nfe]
+            estimates = [system.estimate(n, metric) for n in nfe]
             _band(axes, nfe, estimates, look, system.label)
             if not system.spec.trained:
-                value = _estimate(system, system.full_steps, metric).value
+                value = system.estimate(system.full_steps, metric).value
                 at_full = f"{system.label}, {system.full_steps} steps"
                 dots = (0, (1, 2)) if look.line == "-" else (0, (1, 5))
                 axes.axhline(value, color=look.colour, linestyle=dots, linewidth=1.2, label=at_full)
@@ -52,9 +52,9 @@ def compute(table: LoadedTable) -> Figure:
     figure, panels = _panels(metrics, "Evaluations per image")
     for axes, metric in zip(panels, metrics, strict=True):
         for system in trained:
-            base = _estimate(table.base_of(system), nfe, metric)
+            base = table.base_of(system).estimate(nfe, metric)
             at = [*system.spec.snapshots, system.spec.iterations]
-            estimates = [base, *(_estimate(system, nfe, metric, i) for i in at)]
+            estimates = [base, *(system.estimate(nfe, metric, i) for i in at)]
             x = [0.0, *(system.spec.forward_equivalents * i for i in at)]
             _band(axes, x, estimates, look_of[system], system.label)
         axes.set_xscale("symlog", linthresh=whole / 4)
@@ -117,19 +117,13 @@ def hacking(table: LoadedTable) -> Figure:
     that rewards of different scales can be averaged. Dots are seeds and large markers their means;
     below the dotted diagonal a method gains more on the rewards it was trained on.
     """
-    (inside, outside), trained = table.domains, table.trained
-    if not outside:
-        raise ValueError(f"{table.spec.name}: every metric is a trained reward; none is held out")
+    inside, outside = table.domains
     figure = Figure(figsize=(3.6, 3.9), layout="constrained")
     axes = figure.subplots()
     look_of = looks(table.distinct)
     drawn: list[Array] = []
-    for system in trained:
+    for system, (x, y) in domain_gains(table).items():
         colour, marker, _ = look_of[system]
-        x, y = (
-            nanmean(np.array([_effects(table, system, metric) for metric in metrics]), 0)
-            for metrics in (inside, outside)
-        )
         drawn.append(x + y)
         if len(x) > 1:
             axes.plot(x, y, ".", color=colour, alpha=0.5, markersize=3)
@@ -143,6 +137,22 @@ def hacking(table: LoadedTable) -> Figure:
         set_label(textwrap.fill(f"Gain on {titles}", 44))
     legend(figure, axes, columns=2)
     return figure
+
+
+def domain_gains(table: LoadedTable) -> dict[System, tuple[Array, Array]]:
+    """Each seed's mean gain on trained rewards and on held-out metrics, by trained system.
+
+    Raises:
+        ValueError: every metric is a trained reward.
+    """
+    inside, outside = table.domains
+    if not outside:
+        raise ValueError(f"{table.spec.name}: every metric is a trained reward; none is held out")
+
+    def gains(system: System, metrics: Sequence[str]) -> Array:
+        return nanmean(np.array([_effects(table, system, metric) for metric in metrics]), 0)
+
+    return {system: (gains(system, inside), gains(system, outside)) for system in table.trained}
 
 
 def profiles(table: LoadedTable) -> Figure:
@@ -189,14 +199,6 @@ def _effects(table: LoadedTable, system: System, metric: str) -> Array:
     base, nfe = table.base_of(system), table.spec.few_nfe
     own = system.quality(system.spec.sampler, nfe, metric)
     return stats.effects(own, base.quality(base.spec.sampler, nfe, metric))
-
-
-def _estimate(
-    system: System, nfe: int, metric: str, iteration: int | None = None
-) -> stats.Estimate:
-    """A metric's mean with the system's chosen samplers, on the reported scale."""
-    values = METRICS[metric].factor * system.values(system.spec.sampler, nfe, metric, iteration)
-    return shown_mean(metric, values, system.scores.tags)
 
 
 def _panels(metrics: Sequence[str], xlabel: str) -> tuple[Figure, list[Axes]]:

@@ -1,0 +1,106 @@
+// Charts of the overview and of the damage that training does.
+views.overview = () => {
+  const tables = Object.entries(DATA.compute);
+  const chart = at("compute-chart");
+  if (!tables.length) return chart.replaceChildren(h("p", { class: "note" }, "No table of this scale compares methods at equal training compute."));
+  const [[, metrics]] = tables;
+  const metric = metrics[get("metric")] ? get("metric") : TOGETHER;
+  const points = metrics[metric];
+  const label = metric === TOGETHER ? "Gain, standard deviations" : METRICS.get(metric).unit;
+  const whole = Math.min(...Object.values(points).map((list) => list.at(-1)[0]).filter((x) => x > 0));
+  chart.replaceChildren(
+    h("p", { class: "note" }, "Compute: forward passes of the network per image of an iteration, times iterations; a pass with gradients counts three. The vertical line is the cheapest whole training. Bands are 95 % intervals."),
+    h("div", { class: "controls" }, choice("Quality", "metric", Object.keys(metrics).map((one) => [one, titleOf(one)]), metric)),
+    legend(Object.keys(points)),
+    plot("", {
+      width: Math.min(1100, chart.clientWidth || 1100), height: 340,
+      x: { type: "symlog", constant: whole / 4, label: "Training compute (forward passes per image)", ticks: [0, whole / 4, whole, 4 * whole], tickFormat: "d" },
+      y: { label, domain: d3.extent(Object.values(points).flatMap((list) => [...list.map((point) => point[1]), ...list.at(-1).slice(2)]).filter((value) => value !== null)), nice: true },
+      clip: true,
+      marks: [
+        metric === TOGETHER ? Plot.ruleY([0], { stroke: "currentColor", strokeOpacity: 0.4 }) : null,
+        Plot.ruleX([whole], { stroke: "currentColor", strokeOpacity: 0.35, strokeDasharray: "3 3" }),
+        ...bands(points, "compute"),
+      ],
+    }),
+  );
+};
+
+views.damage = () => {
+  const names = Object.keys(DATA.gains);
+  const body = at("damage-body");
+  const parts = [];
+  if (names.length) {
+    const name = names.includes(get("table")) ? get("table") : names[0];
+    parts.push(h("div", { class: "controls" }, choice("Table", "table", names.map((one) => [one, DATA.tables[one].title]), name)), ...gainCharts(DATA.gains[name]));
+  } else parts.push(h("p", { class: "note" }, "No table of this scale separates trained rewards from held-out metrics."));
+  parts.push(...trainingCharts());
+  body.replaceChildren(...parts);
+};
+
+function gainCharts(gains) {
+  const systems = Object.keys(gains.systems);
+  const seeds = systems.flatMap((system) => gains.systems[system].seeds.map(([x, y]) => ({ system, x, y })));
+  const means = systems.map((system) => ({ system, x: gains.systems[system].mean[0], y: gains.systems[system].mean[1], name: DATA.systems[system].name }));
+  const known = [...seeds, ...means].filter((row) => row.x !== null && row.y !== null);
+  if (!known.length) return [h("p", { class: "note" }, "No gains: the base model's scores do not vary over the prompts.")];
+  const titles = (metrics) => metrics.map(titleOf).join(", ");
+  const scatter = plot("Trained against held out", {
+    width: 460, height: 380, aspectRatio: undefined,
+    x: { label: "Gain on trained rewards", nice: true }, y: { label: "Gain on held-out metrics", nice: true },
+    marks: [
+      Plot.ruleX([0], { strokeOpacity: 0.35 }), Plot.ruleY([0], { strokeOpacity: 0.35 }),
+      Plot.line(d3.extent(known.flatMap((row) => [row.x, row.y])).map((value) => ({ x: value, y: value })), { x: "x", y: "y", strokeOpacity: 0.5, strokeDasharray: "2 3" }),
+      Plot.dot(seeds.filter((row) => row.x !== null), { x: "x", y: "y", fill: (row) => colourOf(row.system), r: 2.5, fillOpacity: 0.6 }),
+      Plot.dot(means.filter((row) => row.x !== null), { x: "x", y: "y", fill: (row) => colourOf(row.system), r: 6, stroke: "var(--bg)" }),
+      Plot.tip(means.filter((row) => row.x !== null), Plot.pointer({ x: "x", y: "y", title: (row) => `${row.name}\ntrained ${row.x}\nheld out ${row.y}` })),
+    ],
+  });
+  const order = [...gains.trained, ...gains.others];
+  const cells = systems.flatMap((system) => order.map((metric) => {
+    const [value, low, high] = gains.systems[system].metrics[metric];
+    return { name: DATA.systems[system].name, system, metric, value, low, high };
+  })).filter((cell) => cell.value !== null);
+  const extent = d3.extent(cells.flatMap((cell) => [cell.low, cell.high, 0]).filter((x) => x !== null));
+  const panels = order.map((metric) => plot(`${titleOf(metric)}${gains.trained.includes(metric) ? " (trained)" : " (held out)"}`, {
+    width: 360, height: 30 + 26 * systems.length, marginLeft: 8 + 7 * Math.min(24, Math.max(...systems.map((system) => DATA.systems[system].name.length))), marginBottom: 30,
+    x: { label: null, domain: extent }, y: { label: null, domain: systems.map((system) => DATA.systems[system].name) },
+    marks: [
+      Plot.ruleX([0], { strokeOpacity: 0.6 }),
+      Plot.ruleY(cells.filter((cell) => cell.metric === metric && cell.low !== null), { y: "name", x1: "low", x2: "high", stroke: (cell) => colourOf(cell.system), strokeWidth: 2 }),
+      Plot.dot(cells.filter((cell) => cell.metric === metric), { y: "name", x: "value", r: 4, fill: (cell) => colourOf(cell.system), tip: true, title: (cell) => `${cell.name}: ${cell.value}\n95 %: ${cell.low} to ${cell.high}` }),
+    ],
+  }));
+  return [
+    h("p", { class: "note" }, `Gains on the base model at the same few steps, in standard deviations of its prompts. Trained: ${titles(gains.trained)}. Held out: ${titles(gains.others)}. Small dots are seeds; below the dotted diagonal a method gains more on what it was trained on.`),
+    h("div", { class: "two" }, scatter, h("div", {}, h("h3", {}, "Systems"), legend(systems))),
+    h("h2", {}, "Gain on each metric"), h("p", { class: "note" }, "With 95 % intervals; left of the line, training made the metric worse."),
+    h("div", { class: "charts" }, panels),
+  ];
+}
+
+/** Signs of damage over training, from the journals. */
+function trainingCharts() {
+  const shown = { kl: "KL divergence from the base model", reward_std: "Spread of rewards within a group", clip_fraction: "Clipped share of the objective", grad_norm: "Norm of the gradient" };
+  const chosen = mainSystems(Object.keys(DATA.systems).filter((system) => DATA.systems[system].trained));
+  const drawn = DATA.runs.filter((run) => chosen.includes(run.system));
+  const figures = Object.entries(shown).flatMap(([key, title]) => {
+    const runs = drawn.filter((run) => run.curves[key]);
+    return runs.length ? [curveChart(title, runs, key)] : [];
+  });
+  if (!figures.length) return [];
+  return [h("h2", {}, "During training"), h("p", { class: "note" }, "A line per run; the view of runs has the other systems."), legend(chosen), h("div", { class: "charts" }, figures)];
+}
+
+/** A number of the journals against iterations, a line per run. */
+function curveChart(title, runs, key, options = {}) {
+  const rows = runs.flatMap((run) => run.curves[key].map((value, i) => ({ run: run.name, system: run.system, seed: run.seed, x: run.curves.iteration[i], value }))).filter((row) => row.value !== null);
+  return plot(title, {
+    x: { label: "Iteration" }, y: { label: null },
+    marks: [
+      ...runs.map((run) => Plot.lineY(rows.filter((row) => row.run === run.name), { x: "x", y: "value", stroke: colourOf(run.system), strokeWidth: 1.3, strokeOpacity: 0.8 })),
+      Plot.tip(rows, Plot.pointer({ x: "x", y: "value", title: (row) => `${DATA.systems[row.system].name}, seed ${row.seed}\niteration ${row.x}\n${row.value}` })),
+    ],
+    ...options,
+  });
+}

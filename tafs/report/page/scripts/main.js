@@ -1,0 +1,30 @@
+// The theme, the cards' copy button, and the view that the address names.
+const THEMES = ["auto", "light", "dark"];
+const prefersDark = matchMedia("(prefers-color-scheme: dark)");
+let theme = "auto";
+
+try {
+  theme = localStorage.getItem("theme") ?? "auto";
+} catch { /* a browser may refuse to store anything for a file */ }
+
+function applyTheme() {
+  ROOT.dataset.theme = theme === "auto" ? (prefersDark.matches ? "dark" : "light") : theme;
+  at("theme").textContent = { auto: "Auto", light: "Light", dark: "Dark" }[theme];
+}
+
+at("theme").addEventListener("click", () => {
+  theme = THEMES[(THEMES.indexOf(theme) + 1) % THEMES.length];
+  try {
+    localStorage.setItem("theme", theme);
+  } catch { /* as above */ }
+  applyTheme();
+  show();
+});
+prefersDark.addEventListener("change", () => { applyTheme(); show(); });
+addEventListener("hashchange", () => { readAddress(); show(); scrollTo(0, 0); });
+
+const citation = at("citation");
+if (citation) citation.before(copyButton("Copy BibTeX", () => citation.textContent));
+applyTheme();
+readAddress();
+show();
