@@ -22,7 +22,7 @@ from tafs.rewards.metrics import METRICS
 from tafs.runtime import receipts
 from tafs.runtime.run_dir import STAGES
 
-ALL = "all"  # the table of all systems
+ALL = "*"  # the table of all systems; no experiment has this name
 POINTS = 150  # of a learning curve; longer ones are means of neighbouring iterations
 VERDICTS = (REPRODUCED, NOT_REPRODUCED, UNDECIDED, NOT_TESTED)
 
@@ -337,22 +337,34 @@ def facts(report: Report) -> dict[str, Any]:
         "runs": len(results),
         "trained": len(trained),
         "methods": len({result.spec.method for result in trained}),
-        "seeds": max((len(s.results) for t in report.tables for s in t.distinct), default=0),
+        "seeds": sorted({len(s.results) for t in report.tables for s in t.distinct}),
         "models": sorted({result.spec.backbone for result in results.values()}),
-        "hours": sum(sum(result.seconds()) for result in trained) / 3600,
+        "duration": duration(sum(sum(result.seconds()) for result in trained)),
         "device": {"cpu": "CPU", "cuda": "GPU"}[assets.device],
         "assets": assets.assets,
         "machines": list(machines),
         "commits": list(commits),
         "versions": next((o["versions"] for o in origins if "versions" in o), {}),
-        "from": moment(min(times)) if times else "",
-        "to": moment(max(times)) if times else "",
+        "when": period(min(times), max(times)) if times else "",
     }
 
 
 def moment(seconds: float) -> str:
     """A time in UTC, to the minute."""
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M")
+
+
+def period(start: float, end: float) -> str:
+    first, last = moment(start), moment(end)
+    day, _, time = last.partition(" ")
+    return f"{first} to {time if first.startswith(day) else last} UTC"
+
+
+def duration(seconds: float) -> str:
+    """In the largest unit of which there are two or more."""
+    units = (("hours", 3600), ("minutes", 60), ("seconds", 1))
+    name, unit = next((u for u in units if seconds >= 2 * u[1]), units[-1])
+    return f"{seconds / unit:.1f} {name}"
 
 
 def runs(report: Report, systems: Systems) -> list[dict[str, Any]]:
