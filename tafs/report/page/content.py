@@ -103,15 +103,16 @@ def everything(tables: Sequence[tuple[Table, Sequence[Line]]], systems: Systems)
     columns: dict[str, Column] = {}
     found: dict[tuple[Any, ...], tuple[Line, dict[str, Cell]]] = {}
     for built, lines in tables:
-        kept = [c for c in built.columns if isinstance(c, Score | Number)]
-        columns |= {c.name: c for c in kept}
-        for line in lines if any(isinstance(c, Score) for c in kept) else ():
+        scores = {i: c for i, c in enumerate(built.columns) if isinstance(c, Score)}
+        columns |= {column.name: column for column in scores.values()}
+        for line in lines if scores else ():
             spec, of = line.row.spec, line.row.system.spec
             after = of.iterations if spec.iteration is None else spec.iteration
-            place = found.setdefault((spec.runs, spec.sampler, spec.nfe, after), (line, {}))[1]
-            cells = zip(built.columns, line.cells, strict=True)
-            place |= {c.name: cell for c, cell in cells if isinstance(c, Score | Number)}
-    ordered = sorted(columns.values(), key=lambda column: isinstance(column, Score))
+            setting = (spec.runs, *samplers_of(line.row), spec.nfe, after)
+            cells = found.setdefault(setting, (line, {}))[1]
+            cells |= {column.name: line.cells[i] for i, column in scores.items()}
+    # In the order of METRICS, whichever tables have them.
+    ordered = [columns[name] for name in METRICS if name in columns]
     lines = [line for line, _ in found.values()]
     names = [systems.name(line.row.system) for line in lines]
     return ShownTable(
