@@ -19,6 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tafs.common.seeding import Generators
 from tafs.methods import PolicyGradient
 from tafs.models import Backbone, sampling
 
@@ -58,11 +59,9 @@ class DanceGrpo(PolicyGradient):
     def nfe_theta(self) -> int:
         return int(self.fraction * (self.steps - 1))
 
-    def select_steps(
-        self, records: Sequence[Tensor], generator: torch.Generator
-    ) -> Sequence[Tensor]:
+    def select_steps(self, records: Sequence[Tensor], generators: Generators) -> Sequence[Tensor]:
         steps, batch = records[0].shape[:2]
-        order = torch.rand(steps, batch, generator=generator).argsort(0)[: self.nfe_theta]
+        order = generators.rand([steps]).argsort(1)[:, : self.nfe_theta].T
         images = torch.arange(batch)
         return [record[order, images] for record in records]
 

@@ -11,8 +11,8 @@ between steps, so that each step learns from the reward of its own image.
 Choices made here:
 - The gradients are taken at the latents and scaled to length 1 for each image and reward.
 - The regulariser is AdamW's weight decay on the adapter; an adapter of zeros is the base model.
-- The number of steps is drawn from 1 to `steps` for each micro-batch of the rollout, eta from
-  [0, 1] for each image and step.
+- The number of steps is drawn from 1 to `steps` for each optimiser step, eta from [0, 1] for each
+  image and step.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tafs.common.seeding import Generators
 from tafs.methods import LossPart, Method, Trajectory, UpdateInputs, grpo
 from tafs.models import Backbone, Conditioning, sampling
 
@@ -56,20 +57,20 @@ class RewardInstruct(Method):
         backbone: Backbone,
         cond: Conditioning,
         noise: Tensor,
-        generator: torch.Generator,
+        generators: Generators,
         iteration: int,
     ) -> Trajectory:
-        steps = int(torch.randint(1, self.steps + 1, (), generator=generator))
+        steps = int(torch.randint(1, self.steps + 1, (), generator=generators.shared))
         grid = sampling.uniform_grid(steps).to(noise.device)
         x = noise
         states, ends, times, nexts = [], [], [], []
         for n in range(steps):
             t, s = grid[n].expand(len(x)), grid[n + 1].expand(len(x))
             v = backbone.velocity(x, t, cond)
-            eta = torch.rand(len(x), generator=generator).to(x.device)
+            eta = generators.rand().to(x.device)
             transition = sampling.renoise(x, v, t, s, eta)
             states.append(x)
-            x = transition.sample(generator)
+            x = transition.sample(generators)
             ends.append(x)
             times.append(t)
             nexts.append(s)

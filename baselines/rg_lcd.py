@@ -23,6 +23,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tafs.common.seeding import Generators
 from tafs.methods import LossPart, Method, Trajectory, UpdateInputs
 from tafs.models import Backbone, Conditioning, sampling
 
@@ -69,7 +70,7 @@ class RgLcd(Method):
         backbone: Backbone,
         cond: Conditioning,
         noise: Tensor,
-        generator: torch.Generator,
+        generators: Generators,
         iteration: int,
     ) -> Trajectory:
         with backbone.reference():
@@ -78,12 +79,12 @@ class RgLcd(Method):
                 noise,
                 backbone.time_grid(self.teacher_steps).to(noise.device),
                 sampling.ode,
-                generator,
+                generators,
             )
             grid = backbone.time_grid(self.grid_steps)
-            n = torch.randint(self.grid_steps, (len(noise),), generator=generator)
+            n = generators.randint(self.grid_steps)
             t, s = grid[n].to(noise.device), grid[n + 1].to(noise.device)
-            fresh = torch.randn(noise.shape, generator=generator).to(noise.device)
+            fresh = generators.randn(noise.shape[1:]).to(noise.device)
             x_t = sampling.interpolate(samples, fresh, t)
             x_s = sampling.ode(x_t, backbone.velocity(x_t, t, cond), t, s).mean
         return Trajectory(

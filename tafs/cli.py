@@ -1,6 +1,7 @@
 """The command `tafs`: `plan` before a run, `status` and `sync` during it, then `claims`, `votes`.
 
-Call it in a checkout. Its options --scale and --results are those of `snakemake --config`.
+`evaluate` judges any checkpoint and `score` any images. Call the others in a checkout. The options
+--scale and --results are those of `snakemake --config`.
 """
 
 from __future__ import annotations
@@ -8,12 +9,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tafs.common import errors
+
+if TYPE_CHECKING:
+    from tafs.assets.sources import AssetSettings
 
 OVERRIDES = ("scale", "results", "method", "seeds")
 
@@ -64,6 +69,22 @@ def _parser() -> argparse.ArgumentParser:
     add = command("claims", "show the verdicts on the paper's claims")
     text = "also what each comparison shows with a power of 80 %%, and how many seeds it needs"
     add("--power", action="store_true", help=text)
+    add = command("evaluate", "judge a model, or a LoRA adapter on it, under a pinned protocol")
+    judged = commands.choices["evaluate"].add_mutually_exclusive_group(required=True).add_argument
+    judged("--adapter", metavar="PATH", type=Path, help="a .safetensors file or a folder with one")
+    judged("--base", action="store_true", help="judge the model without an adapter")
+    text = "a name of models.yaml or of a plug-in, or a folder with a diffusers pipeline"
+    add("--model", metavar="NAME", required=True, help=text)
+    text = "a name of tafs/evaluation/protocols/, or a .yaml file"
+    add("--protocol", metavar="NAME", required=True, help=text)
+    add("--out", metavar="DIR", type=Path, help="default: a folder in RESULTS/evaluations")
+    add = command("score", "score the images of a folder with one metric")
+    add("--metric", metavar="NAME", required=True, help="pickscore, geneval, ...")
+    text = "a folder of .png, .jpg and .webp files"
+    add("--images", metavar="DIR", type=Path, required=True, help=text)
+    text = ".txt with a prompt per line, or .jsonl with `prompt`, and `file_name` where it is known"
+    add("--prompts", metavar="FILE", type=Path, required=True, help=text)
+    add("--out", metavar="FILE", type=Path, help="default: METRIC_scores.csv")
     text = "show the win rates of blind votes that the report's gallery saved"
     votes = commands.add_parser("votes", help=text, description=text, allow_abbrev=False)
     votes.add_argument("files", nargs="+", metavar="FILE", type=Path)
@@ -136,11 +157,80 @@ def _claims(given: argparse.Namespace) -> int:
     return 0
 
 
+def _evaluate(given: argparse.Namespace) -> int:
+    from tafs.evaluation import checkpoint, protocol
+    from tafs.report import judged
+
+    assets, results = None, Path(given.results or "results")
+    if given.scale is not None:
+        assets, results = _scale(given)
+    chosen = protocol.read(given.protocol, assets)
+    _prepare()
+    found = checkpoint.judge(given.model, chosen, results, given.adapter)
+    out = given.out or results / "evaluations" / found.runs[-1].name
+    print(judged.write(found, out))
+    return 0
+
+
+def _score(given: argparse.Namespace) -> int:
+    from tafs.assets import sources
+    from tafs.evaluation import image_scores
+    from tafs.report import judged
+    from tafs.runtime import gpus
+
+    assets, _ = _scale(given)
+    _prepare()
+    if assets.device == "cuda":
+        gpus.claim(1)
+    source = sources.of(assets)
+    scores = image_scores.score_images(given.metric, given.images, given.prompts, source)
+    out = given.out or Path(f"{given.metric}_scores.csv")
+    print(judged.write_images(given.metric, scores, given.images, out))
+    return 0
+
+
+def _scale(given: argparse.Namespace) -> tuple[AssetSettings, Path]:
+    """(the assets, the results folder) of the scale; its server's command is set for `served`."""
+    from tafs import experiment
+    from tafs.experiment.expansion import asset_settings
+
+    config = experiment.load(_overrides(given)).config
+    if server := config.active.evaluation.server:
+        os.environ.setdefault("TAFS_SERVER", json.dumps(server))
+    return asset_settings(config), Path(config.results)
+
+
+def _prepare() -> None:
+    """Set up this process as the stages of a run are."""
+    import tafs.common.torchvision_patch  # noqa: F401  # isort: skip
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    from tafs.runtime.main import limit_threads
+
+    # It reports the parts of a model that an adapter leaves alone.
+    of_diffusers.set_verbosity_error()
+    of_diffusers.disable_progress_bar()
+    of_transformers.disable_progress_bar()
+    limit_threads()
+
+
 def _votes(given: argparse.Namespace) -> int:
     from tafs.report import votes
 
     print(votes.summary(given.files))
     return 0
+
+
+COMMANDS = {
+    "plan": _plan,
+    "status": _status,
+    "claims": _claims,
+    "evaluate": _evaluate,
+    "score": _score,
+    "sync": _sync,
+    "votes": _votes,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -150,8 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         SystemExit: always; 0, 1 if something failed, 2 for bad input.
     """
     given = _parser().parse_args(arguments)
-    known = {"plan": _plan, "status": _status, "sync": _sync, "claims": _claims, "votes": _votes}
-    command = known[given.command]
+    command = COMMANDS[given.command]
     codes: list[int] = []
     errors.run_cli(f"tafs {given.command}", lambda: codes.append(command(given)))
     sys.exit(codes[0])

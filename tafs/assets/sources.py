@@ -24,7 +24,7 @@ from tafs.common.yaml_files import suggestion
 from tafs.data import geneval_rows
 from tafs.data.prompt_sets import prompt_set, prompt_sets
 from tafs.data.prompts import Prompt, digest
-from tafs.models import catalog, loading
+from tafs.models import Backbone, catalog, loading
 from tafs.models.catalog import Model
 from tafs.rewards import metrics
 from tafs.rewards.metrics import METRICS, Metric, Reward
@@ -128,6 +128,10 @@ class AssetSource(ABC):
         """The folder of a resource's verified files; a ValueError names what is wrong."""
 
     @abstractmethod
+    def pipeline_folder(self, model: Model) -> Path:
+        """The folder of a model's pipeline, verified."""
+
+    @abstractmethod
     def model(self, name: str, resolution: int) -> Any:
         """Load a model: a `Backbone`, or a `ReferencePipeline` if it cannot be trained."""
 
@@ -148,12 +152,21 @@ class AssetSource(ABC):
         build = (plugin.build_strict if strict else None) or plugin.build
         return build(self.device, self.folder)
 
-    def _loading(self, model: Model, resolution: int) -> dict[str, Any]:
+    def backbone(
+        self, folder: Path, resolution: int, guidance: float, max_sequence_length: int
+    ) -> Backbone:
+        """Load a pipeline folder with the backbone of its class; see `loading.load`."""
+        settings = self._loading(resolution, guidance, max_sequence_length)
+        return loading.load(folder, **settings)
+
+    def _loading(
+        self, resolution: int, guidance: float, max_sequence_length: int
+    ) -> dict[str, Any]:
         """The arguments with which a backbone is loaded."""
         return {
             "resolution": resolution,
-            "guidance": model.guidance,
-            "max_sequence_length": model.max_sequence_length,
+            "guidance": guidance,
+            "max_sequence_length": max_sequence_length,
             "device": self.device,
             "dtype": getattr(torch, self.settings.dtype),
             "gradient_checkpointing": self.settings.gradient_checkpointing,
@@ -168,9 +181,13 @@ class ShapesAssets(AssetSource):
             f"{resource}: the assets 'shapes' have no downloads; use a scale with assets: hub"
         )
 
+    def pipeline_folder(self, model: Model) -> Path:
+        return weights.verify(model.resource)
+
     def model(self, name: str, resolution: int) -> Any:
         model = catalog.read()[name]
-        return loading.load(weights.verify(model.resource), **self._loading(model, resolution))
+        folder = self.pipeline_folder(model)
+        return self.backbone(folder, resolution, model.guidance, model.max_sequence_length)
 
     def _scores(self, metric: Metric) -> bool:
         return metric.name in metrics.ORDER or not (metric.resources or metric.served)
@@ -205,14 +222,19 @@ class HubAssets(AssetSource):
     def folder(self, resource: str) -> Path:
         return cache.path(resource, self.lock)
 
+    def pipeline_folder(self, model: Model) -> Path:
+        return self.folder(model.resource)
+
     def model(self, name: str, resolution: int) -> Any:
         model = catalog.read()[name]
-        settings = self._loading(model, model.resolution or resolution)
-        folders = {resource: self.folder(resource) for resource in model.resources}
+        guided = (model.guidance, model.max_sequence_length)
+        resolution = model.resolution or resolution
         if model.trainable:
-            return loading.load(folders[model.resource], **settings)
+            return self.backbone(self.pipeline_folder(model), resolution, *guided)
         from tafs.models.pipelines import ReferencePipeline
 
+        folders = {resource: self.folder(resource) for resource in model.resources}
+        settings = self._loading(resolution, *guided)
         chosen = {key: settings[key] for key in ("resolution", "device", "dtype")}
         return ReferencePipeline.load(model, folders, **chosen)
 

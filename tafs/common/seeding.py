@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Sequence
 
 import torch
+from torch import Tensor
 
 
 def generator(
@@ -18,3 +20,45 @@ def generator(
     key = ":".join([str(seed), stream, *(str(i) for i in indices)])
     digest = hashlib.sha256(key.encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+class Generators:
+    """The random numbers of a batch: each image has its own generator.
+
+    An image draws the same numbers in every batch, whatever the batch's size.
+
+    Args:
+        images: a generator per image.
+        shared: the source of choices that the whole batch has in common.
+    """
+
+    def __init__(self, images: Sequence[torch.Generator], shared: torch.Generator) -> None:
+        self.images = images
+        self.shared = shared
+
+    def randn(self, shape: Sequence[int]) -> Tensor:
+        """Standard normal numbers, [B, *shape], float32 on the CPU."""
+        return torch.stack([torch.randn(tuple(shape), generator=g) for g in self.images])
+
+    def rand(self, shape: Sequence[int] = ()) -> Tensor:
+        """Numbers uniform on [0, 1), [B, *shape]."""
+        return torch.stack([torch.rand(tuple(shape), generator=g) for g in self.images])
+
+    def randint(self, high: int) -> Tensor:
+        """Whole numbers uniform on 0 .. high - 1, [B]."""
+        return torch.stack([torch.randint(high, (), generator=g) for g in self.images])
+
+
+def generators(
+    seed: int, stream: str, *indices: int, images: Iterable[Sequence[int]], shared: int = 0
+) -> Generators:
+    """Return the generators of a batch.
+
+    Args:
+        images: the indices of each image, for example its prompt and its number.
+        shared: the position of the generator that batches with the same value have in common.
+    """
+    return Generators(
+        [generator(seed, stream, *indices, *image) for image in images],
+        generator(seed, f"{stream}/shared", *indices, shared),
+    )

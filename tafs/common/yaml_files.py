@@ -65,8 +65,8 @@ def first_problem(error: ValidationError, model: type[BaseModel]) -> str:
     problems = error.errors()
     # A misspelt key is both unknown and missing: what was written says more.
     first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    # "[key]" marks a wrong key of a mapping.
-    parts = [str(part) for part in first["loc"] if part != "[key]"]
+    # "[key]" marks a wrong key of a mapping, other names in brackets the kind of a value.
+    parts = [str(part) for part in first["loc"] if not str(part).startswith("[")]
     path = ".".join(one_line(part, 80) for part in parts)
     if first["type"] == "extra_forbidden":
         return f"unknown key {path!r}{suggestion(parts[-1], _known_keys(model, first['loc']))}"

@@ -24,11 +24,14 @@ class Prompt:
         return str(self.row.get("tag", ""))
 
 
-def read(path: Path) -> list[Prompt]:
+def read(path: Path, keys: Sequence[str] = ("prompt",)) -> list[Prompt]:
     """Read the prompts of a JSON Lines file, in its order.
 
+    Args:
+        keys: of the prompt in a line; the first that is there counts.
+
     Raises:
-        ValueError: a line is not a JSON object with a string `prompt`; names file and line.
+        ValueError: a line is not a JSON object with such a string; names file and line.
     """
     prompts = []
     # str.splitlines would also split at characters that are valid inside a JSON string.
@@ -37,7 +40,7 @@ def read(path: Path) -> list[Prompt]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            text = row["prompt"]
+            text = row[next((key for key in keys if key in row), keys[0])]
             text.encode()  # a lone surrogate would fail in the tokenizer
             prompts.append(Prompt(text=text, row=row))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -103,6 +106,32 @@ def draw(
     else:
         chosen = rng.choice(len(groups), size=count, p=[shares[tag] for tag in by_tag])
     return [groups[i][rng.integers(len(groups[i]))] for i in chosen]
+
+
+def draw_balanced(
+    prompts: Sequence[Prompt],
+    count: int,
+    rng: np.random.Generator,
+    shares: Mapping[str, float] | None = None,
+) -> list[Prompt]:
+    """Draw prompts so that each tag's number is its expected one, rounded up or down.
+
+    Systematic sampling of the tags, in random order. The prompts of a tag are drawn without
+    replacement while there are enough. `shares` are as in `draw`.
+    """
+    by_tag: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        by_tag.setdefault(prompt.tag, []).append(prompt)
+    tags = [str(tag) for tag in rng.permutation(list(by_tag))]
+    expected = [count * shares[tag] if shares else count / len(tags) for tag in tags]
+    points = rng.random() + np.arange(count)
+    owners = np.searchsorted(np.cumsum(expected), points, side="right").clip(max=len(tags) - 1)
+    drawn = []
+    for index, tag in enumerate(tags):
+        known, number = by_tag[tag], int((owners == index).sum())
+        chosen = rng.choice(len(known), number, replace=number > len(known))
+        drawn += [known[i] for i in chosen]
+    return [drawn[i] for i in rng.permutation(count)]
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:

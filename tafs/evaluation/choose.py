@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,11 +27,23 @@ from tafs.runtime.deadline import Deadline
 VALIDATION_SEED = 1_000_007
 
 
-def validation_prompts(known: Sequence[Prompt], count: int) -> list[Prompt]:
+class Seeds(NamedTuple):
+    """The seeds of an evaluation's noise."""
+
+    images: int = generate.EVALUATION_SEED  # that models are judged on
+    validation: int = VALIDATION_SEED  # of the prompts and noise that samplers are chosen on
+
+
+DEFAULT_SEEDS = Seeds()
+
+
+def validation_prompts(
+    known: Sequence[Prompt], count: int, seed: int = VALIDATION_SEED
+) -> list[Prompt]:
     """`count` training prompts, the same for every run; all if there are fewer."""
     if count >= len(known):
         return list(known)
-    drawn = np.random.default_rng(VALIDATION_SEED).choice(len(known), count, replace=False)
+    drawn = np.random.default_rng(seed).choice(len(known), count, replace=False)
     return [known[i] for i in sorted(drawn)]
 
 
@@ -42,6 +54,7 @@ def choose(
     evaluation: EvalSpec,
     partial: PartialScores,
     deadline: Deadline,
+    seed: int = VALIDATION_SEED,
 ) -> None:
     """Choose the sampler of a setting's images, and save the choice.
 
@@ -52,6 +65,7 @@ def choose(
         prompts: for validation.
         partial: its `sampler` and `qualities` are set.
         deadline: of this job.
+        seed: of the images' noise.
 
     Raises:
         ToBeContinued: the job's time is nearly over, or a signal asked it to stop.
@@ -73,7 +87,7 @@ def choose(
             )
         worked, begun = True, time.perf_counter()
         setting = EvalSetting(sampler=sampler, nfe=partial.setting.nfe, images_per_prompt=1)
-        batches = generate.sample(model, texts, setting, evaluation.batch, seed=VALIDATION_SEED)
+        batches = generate.sample(model, texts, setting, evaluation.batch, seed=seed)
         parts = []
         for keys, images in batches:
             parts.append(rewards.report(rewards.score(images, [prompts[p] for p, _ in keys])))

@@ -19,15 +19,17 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 
+from tafs.assets.sources import AssetSource
 from tafs.common import errors
 from tafs.data.prompts import Prompt, first_of_each
 from tafs.evaluation import choose, generate, image_archive, scores
+from tafs.evaluation.choose import DEFAULT_SEEDS, Seeds
 from tafs.evaluation.scores import PartialScores
 from tafs.experiment import needs, run_inputs
 from tafs.experiment.specs import BEST, EvalSpec
@@ -37,6 +39,7 @@ from tafs.runtime import receipts
 from tafs.runtime.deadline import Deadline
 from tafs.runtime.main import run_stage
 from tafs.runtime.progress import Reporter
+from tafs.runtime.receipts import Needs
 from tafs.runtime.run_dir import SAMPLES_PER_TAG, RunDir
 
 SAVE_EVERY_S = 300.0  # the work that a kill may cost
@@ -56,16 +59,56 @@ def evaluate(run: RunDir, deadline: Deadline | None = None) -> None:
     if spec.trained:
         run.forget_training()
     source = run_inputs.asset_source(spec)
-    prompts, metrics = run_inputs.test_prompts(spec, evaluation), source.metrics(spec.prompts)
+    rewards = verified_rewards(source, source.metrics(spec.prompts))
+    own = needs.evaluation(run, spec, evaluation)
+
+    def load(iteration: int | None) -> Any:
+        return generate.load_model(run, spec, evaluation, iteration)
+
+    seconds = judge(run, own, rewards, load, deadline=deadline)
+    print(json.dumps({"evaluated": run.name, "seconds": seconds}))
+
+
+def verified_rewards(source: AssetSource, metrics: Sequence[str]) -> RewardSet:
+    """Load the metrics' models as evaluations use them, and check their golden scores.
+
+    Raises:
+        RunFailed: a reward does not reproduce its golden scores.
+    """
     rewards = source.rewards(metrics, strict_geneval=True)
     if source.golden_scores is not None:
         digests = {name: source.reward_digest(name) for name in metrics}
         golden.verify(rewards.rewards, digests, source.golden_scores, source.device)
-    settings = evaluation.settings
-    known = source.prompts(spec.prompts, "train")
-    validation = choose.validation_prompts(known, evaluation.validation_prompts)
+    return rewards
+
+
+def judge(
+    run: RunDir,
+    own: Needs,
+    rewards: RewardSet,
+    load: Callable[[int | None], Any],
+    *,
+    seeds: Seeds = DEFAULT_SEEDS,
+    deadline: Deadline | None = None,
+) -> dict[str, float]:
+    """Write the scores and samples of the run that run.json and evaluation.json describe.
+
+    Args:
+        own: what the scores depend on.
+        load: iteration -> the model after it (None: the final one), when its images are needed.
+        seeds: of the noise, and of the choice of the sampler.
+
+    Returns:
+        The seconds that choosing samplers, sampling and scoring took.
+
+    Raises:
+        ToBeContinued: as for `evaluate`.
+    """
+    spec, evaluation = run_inputs.run_spec(run), run_inputs.eval_spec(run)
+    prompts, settings = run_inputs.test_prompts(spec, evaluation), evaluation.settings
+    known = run_inputs.asset_source(spec).prompts(spec.prompts, "train")
+    validation = choose.validation_prompts(known, evaluation.validation_prompts, seeds.validation)
     reporter = Reporter(run.folder, "evaluate", sum(s.nfe for s in settings))
-    own = needs.evaluation(run, spec, evaluation)
     found: list[PartialScores] = []
     worked = False
     with deadline or Deadline() as deadline:
@@ -83,21 +126,30 @@ def evaluate(run: RunDir, deadline: Deadline | None = None) -> None:
                         line = f"saved before {partial.folder.name}, to be continued"
                         raise errors.ToBeContinued(f"{line}: {deadline.expired}")
                     worked = True
-                    model = model or generate.load_model(run, spec, evaluation, iteration)
+                    model = model or load(iteration)
                     if setting.sampler != BEST:
                         partial.sampler = setting.sampler
                     elif not partial.sampler:
-                        choose.choose(model, rewards, validation, evaluation, partial, deadline)
-                    score_setting(model, rewards, prompts, evaluation, partial, deadline)
+                        choose.choose(
+                            model,
+                            rewards,
+                            validation,
+                            evaluation,
+                            partial,
+                            deadline,
+                            seeds.validation,
+                        )
+                    score_setting(
+                        model, rewards, prompts, evaluation, partial, deadline, seeds.images
+                    )
                 found.append(partial)
                 name, parts = next(iter(partial.scores.items()))
                 mean = torch.cat(parts).mean()
                 reporter.advance(f"{setting.name}  {name} {mean:.3g}", setting.nfe)
     with receipts.replacing(run.folder, "evaluate", own, [run.scores, run.samples, run.samplers]):
-        scores.write(run, spec, prompts, found, metrics)
-    totals = {kind: sum(partial.seconds[kind] for partial in found) for kind in found[0].seconds}
-    print(json.dumps({"evaluated": run.name, "seconds": totals}))
+        scores.write(run, spec, prompts, found, rewards.names)
     reporter.finish()
+    return {kind: sum(partial.seconds[kind] for partial in found) for kind in found[0].seconds}
 
 
 def score_setting(
@@ -107,6 +159,7 @@ def score_setting(
     evaluation: EvalSpec,
     partial: PartialScores,
     deadline: Deadline,
+    seed: int = generate.EVALUATION_SEED,
 ) -> None:
     """Generate and score the images of a setting that have no scores yet.
 
@@ -114,12 +167,15 @@ def score_setting(
         model: the model of the setting's iteration.
         partial: the scores so far, to which the others are added.
         deadline: of this job; near it, the scores are saved and ToBeContinued is raised.
+        seed: of the images' noise.
     """
     setting = partial.setting
     shown = set(first_of_each(prompts, SAMPLES_PER_TAG))
     texts = [prompt.text for prompt in prompts]
     sampled_by = setting.model_copy(update={"sampler": partial.sampler})
-    batches = generate.sample(model, texts, sampled_by, evaluation.batch, first=partial.done)
+    batches = generate.sample(
+        model, texts, sampled_by, evaluation.batch, seed=seed, first=partial.done
+    )
     total = len(prompts) * setting.images_per_prompt
     while partial.done < total:
         file = partial.folder / f"{partial.done}.zip" if evaluation.served else None

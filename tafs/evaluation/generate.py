@@ -73,14 +73,14 @@ def _of_backbone(
     sampler = sampling.SAMPLERS[setting.sampler]
     grid = sampling.uniform_grid(setting.nfe) if sampler.uniform else model.time_grid(setting.nfe)
     model.prepare(texts)
-    for first, keys in batches.items():
+    for keys in batches.values():
         cond = model.encode([texts[p] for p, _ in keys])
         x_0 = sampling.integrate(
             lambda x, t, c=cond: model.velocity(x, t, c),  # type: ignore[misc]
             torch.stack([noise[image][p] for p, image in keys]).to(model.device),
             grid.to(model.device),
             sampler.step,
-            seeding.generator(seed, "step", setting.nfe, first),
+            seeding.generators(seed, "step", setting.nfe, images=keys),
         )
         yield keys, model.decode(x_0)
 

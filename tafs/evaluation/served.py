@@ -14,12 +14,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from socket import socket
 
 import pandas as pd
 
+from tafs.assets.sources import AssetSource
 from tafs.common import errors
 from tafs.evaluation import image_archive, scores
 from tafs.experiment import needs, run_inputs
@@ -29,6 +30,7 @@ from tafs.rewards.unifiedreward import UnifiedReward, wait_ready
 from tafs.runtime import checkpoint, receipts
 from tafs.runtime.main import run_stage
 from tafs.runtime.progress import Reporter
+from tafs.runtime.receipts import Needs
 from tafs.runtime.run_dir import RunDir
 
 START_TIMEOUT_S = 1800  # reading and compiling a 7B model
@@ -99,12 +101,16 @@ def _signal_group(server: subprocess.Popen[bytes], number: signal.Signals) -> No
 
 
 @contextmanager
-def served_reward(run: RunDir, spec: RunSpec, images: int) -> Iterator[UnifiedReward]:
+def client(source: AssetSource, images: int, log: Path) -> Iterator[UnifiedReward]:
     """The client of the server, which runs inside the block and scores `images` images."""
-    source = run_inputs.asset_source(spec)
     folders = [source.folder(resource) for resource in UnifiedReward.metric.resources]
-    with serving(_command(), folders[0], run.folder / "server.log") as url:
+    with serving(_command(), folders[0], log) as url:
         yield UnifiedReward(url, images=images)
+
+
+def served_reward(run: RunDir, spec: RunSpec, images: int) -> AbstractContextManager[UnifiedReward]:
+    """The client of a run's server; see `client`."""
+    return client(run_inputs.asset_source(spec), images, run.folder / "server.log")
 
 
 def _command() -> list[str]:
@@ -121,6 +127,11 @@ def _command() -> list[str]:
     return command
 
 
+def needs_of(run: RunDir) -> Needs:
+    """What the run's served scores depend on."""
+    return needs.served(run, run_inputs.run_spec(run), run_inputs.eval_spec(run))
+
+
 def score_served(run: RunDir) -> None:
     """Write the run's served_scores.parquet.
 
@@ -129,7 +140,7 @@ def score_served(run: RunDir) -> None:
             its golden scores.
     """
     spec, evaluation = run_inputs.run_spec(run), run_inputs.eval_spec(run)
-    own = needs.served(run, spec, evaluation)
+    own = needs_of(run)
     prompts, source = run_inputs.test_prompts(spec, evaluation), run_inputs.asset_source(spec)
     total = sum(s.images_per_prompt for s in evaluation.settings) * len(prompts)
     reporter = Reporter(run.folder, "score_served", total)

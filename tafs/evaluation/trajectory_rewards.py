@@ -25,7 +25,7 @@ from tafs.runtime.run_dir import RunDir
 
 @torch.no_grad()
 def trajectory_images(
-    backbone: Backbone, texts: list[str], steps: int, generator: torch.Generator
+    backbone: Backbone, texts: list[str], steps: int, generators: seeding.Generators
 ) -> Tensor:
     """Decode the estimates x0_hat^1..x0_hat^N of one annealed trajectory per prompt (Eqs. 4-7).
 
@@ -34,13 +34,13 @@ def trajectory_images(
     """
     cond = backbone.encode(texts)
     grid = sampling.uniform_grid(steps).to(backbone.device)
-    x = torch.randn(len(texts), *backbone.latent_shape, generator=generator).to(backbone.device)
+    x = generators.randn(backbone.latent_shape).to(backbone.device)
     images = []
     for n in range(steps):
         t, s = grid[n].expand(len(x)), grid[n + 1].expand(len(x))
         v = backbone.velocity(x, t, cond)
         images.append(backbone.decode(sampling.x0_estimate(x, v, t)))
-        x = sampling.anneal(x, v, t, s).sample(generator)
+        x = sampling.anneal(x, v, t, s).sample(generators)
     return torch.stack(images)
 
 
@@ -66,8 +66,9 @@ def write(run: RunDir) -> None:
     backbone.prepare([prompt.text for prompt in drawn])
     for low in range(0, len(drawn), batch):
         part = drawn[low : low + batch]
-        generator = seeding.generator(seed, "correlate", low)
-        images = trajectory_images(backbone, [prompt.text for prompt in part], steps, generator)
+        places = [(index,) for index in range(low, low + len(part))]
+        generators = seeding.generators(seed, "correlate", images=places)
+        images = trajectory_images(backbone, [prompt.text for prompt in part], steps, generators)
         scores = rewards.report(rewards.score(images.flatten(0, 1), part * steps))
         index = {
             "prompt": np.tile(np.arange(low, low + len(part)), steps),

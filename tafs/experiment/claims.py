@@ -146,8 +146,22 @@ class Claim(_Strict):
         return {name.method for test in self.tests.values() for pair in test.pairs for name in pair}
 
     @property
+    def trained(self) -> bool:
+        """Whether more training seeds tell more about it."""
+        return bool(self.methods - {BASE})
+
+    @property
     def metrics(self) -> set[str]:
         return {m for test in self.tests.values() for m in getattr(test, "metrics", ())}
+
+    def fits(self, table: TableSpec, assets: str) -> bool:
+        """Whether a table has the claim's rows.
+
+        Published times are of the paper's models; the embedded ones have other shares of the work.
+        """
+        excluded = self.methods & set(table.excluded_methods)
+        timed_elsewhere = self.faster is not None and assets == "shapes"
+        return self.experiment == table.name and not excluded and not timed_elsewhere
 
 
 KINDS = ("better", "rising", "holds", "faster", "correlated")

@@ -16,8 +16,9 @@ from pydantic import JsonValue
 from tafs.assets import sources
 from tafs.assets.sources import AssetSource
 from tafs.common.files import sha256
-from tafs.experiment.claims import CLAIMS
-from tafs.experiment.specs import BEST, EvalSpec, ReportSpec, RunSpec
+from tafs.experiment import looks
+from tafs.experiment.claims import CLAIMS, read
+from tafs.experiment.specs import BEST, DecideSpec, EvalSpec, ReportSpec, RunSpec
 from tafs.methods import registry
 from tafs.rewards import metrics
 from tafs.rewards.metrics import METRICS
@@ -26,7 +27,7 @@ from tafs.runtime.receipts import Needs
 from tafs.runtime.run_dir import STAGES, RunDir
 
 # Increased by every change of the code that changes adapters or scores.
-NUMERICS = 1
+NUMERICS = 2
 
 REPORT = Path(__file__).parents[1] / "report"
 
@@ -50,10 +51,7 @@ def evaluation(run: RunDir, spec: RunSpec, evaluation: EvalSpec) -> Needs:
         f"settings.{s.name}.{'final' if s.iteration is None else s.iteration}": s.images_per_prompt
         for s in evaluation.settings
     }
-    own: dict[str, JsonValue] = {
-        "prompts_per_tag": evaluation.prompts_per_tag,
-        "batch": evaluation.batch,
-    }
+    own: dict[str, JsonValue] = {"prompts_per_tag": evaluation.prompts_per_tag}
     if any(s.sampler == BEST for s in evaluation.settings):
         own["samplers"] = list(evaluation.samplers)
         own["validation_prompts"] = evaluation.validation_prompts
@@ -62,8 +60,7 @@ def evaluation(run: RunDir, spec: RunSpec, evaluation: EvalSpec) -> Needs:
 
 def trajectories(run: RunDir, spec: RunSpec, evaluation: EvalSpec) -> Needs:
     """What the rewards of a run's annealed trajectories depend on."""
-    own = {"batch": evaluation.batch, **evaluation.trajectories.decisive()}
-    return {**_judged(run, spec, evaluation), **own}
+    return {**_judged(run, spec, evaluation), **evaluation.trajectories.decisive()}
 
 
 def _judged(run: RunDir, spec: RunSpec, evaluation: EvalSpec) -> dict[str, JsonValue]:
@@ -125,3 +122,12 @@ def report(root: Path, spec: ReportSpec, claims: Path = CLAIMS) -> Needs:
     }
     runs = dict.fromkeys(name for table in spec.tables for name in table.runs)
     return {**own, **tracking(root, runs)}
+
+
+def look(root: Path, spec: DecideSpec, number: int, claims: Path = CLAIMS) -> Needs:
+    """What the result of a look depends on: its runs and the look before it."""
+    judged = looks.report_spec(root, spec, number, read(claims))
+    before = looks.result(root, spec, number - 1)
+    earlier = sha256(before) if number > 1 and before.is_file() else None
+    own: Needs = {"looks": list(spec.seeds), "earlier": earlier, "open at first": list(spec.claims)}
+    return {**own, **report(root, judged, claims)}

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tafs.common.yaml_files import ConfigError
-from tafs.experiment import claims, validate
+from tafs.experiment import claims, looks, validate
+from tafs.experiment.claims import Claim
 from tafs.experiment.expansion import Expansion
 from tafs.experiment.schema import Config
-from tafs.experiment.specs import EvalSpec, ReportSpec, RunSpec, TableSpec
+from tafs.experiment.specs import DecideSpec, EvalSpec, ReportSpec, RunSpec, TableSpec
 
 TEXTS = ("scale", "results", "method")
 OVERRIDES = (*TEXTS, "seeds")
@@ -27,6 +29,7 @@ class Plan:
     evaluations: Mapping[str, EvalSpec]  # by the run's name
     tables: tuple[TableSpec, ...]
     added_method: str | None = None  # by `--config method=NAME`
+    claims: tuple[Claim, ...] = ()  # of claims.yaml
 
     @property
     def root(self) -> Path:
@@ -36,6 +39,29 @@ class Plan:
     @property
     def report(self) -> ReportSpec:
         return ReportSpec(scale=self.config.scale, tables=self.tables)
+
+    @cached_property
+    def budget(self) -> Plan | None:
+        """The plan with the seeds of the last look of `snakemake decide`; None without looks."""
+        decide = self.config.active.decide
+        if decide is None:
+            return None
+        return expand(validate.with_seeds(self.config, decide.seeds[-1]), self.added_method)
+
+    @cached_property
+    def decide(self) -> DecideSpec | None:
+        """The looks of `snakemake decide`; None without any."""
+        decide = self.config.active.decide
+        if decide is None or self.budget is None:
+            return None
+        tables, assets = self.budget.tables, self.config.active.assets
+        fitting = [c for c in self.claims if any(c.fits(table, assets) for table in tables)]
+        return DecideSpec(
+            scale=self.config.scale,
+            seeds=decide.seeds,
+            claims=tuple(claim.id for claim in fitting),
+            tables=looks.narrowed(tables, fitting, decide.seeds[-1]),
+        )
 
 
 def expand(config: Config, added_method: str | None = None) -> Plan:
@@ -71,9 +97,9 @@ def load(overrides: Mapping[str, Any] | None = None, path: Path = Path("config.y
         config = validate.with_seeds(config, seeds)
     if method is not None:
         config = validate.with_method(config, method)
-    plan = expand(config, method)
     stated = path.with_name(claims.CLAIMS.name)
-    claims.check(claims.read(stated), plan.config, plan.tables, stated)
+    plan = replace(expand(config, method), claims=tuple(claims.read(stated)))
+    claims.check(plan.claims, plan.config, plan.tables, stated)
     return plan
 
 

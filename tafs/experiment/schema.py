@@ -12,7 +12,9 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationInfo,
     model_validator,
 )
@@ -147,6 +149,13 @@ class Evaluation(_Strict):
     server: tuple[Annotated[Text, AfterValidator(_command)], ...] = ()
 
 
+class Decide(_Strict):
+    """`snakemake decide`: seeds are added where claims are open."""
+
+    # Numbers of seeds at which the claims are looked at; the last one is the budget.
+    seeds: Annotated[tuple[Annotated[Count, Field(ge=2, le=1000)], ...], Field(min_length=1)]
+
+
 class Scale(_Strict):
     """The models and budgets of an experiment; the algorithms never change."""
 
@@ -168,6 +177,7 @@ class Scale(_Strict):
     group_size: Annotated[Count, Field(ge=2)]
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
     ablation_seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
+    decide: Decide | None = None
     experiments: tuple[Name, ...]  # that `snakemake all` builds
     micro_batch: Count
     checkpoint_every: Count
@@ -203,12 +213,49 @@ class Experiment(_Strict):
     figures: dict[Name, Name] = {}  # kind of FIGURES -> file name
 
 
+class Range(_Strict):
+    """The bounds of a searched hyperparameter, both included."""
+
+    low: int | Finite
+    high: int | Finite
+    log: bool = False  # whether its logarithm is searched
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Range:
+        if not self.low < self.high:
+            raise ValueError(f"low should be less than high, {self.high}")
+        if self.log and not self.low > 0:
+            raise ValueError("low should be above 0 for a logarithmic search")
+        return self
+
+
+Choices = Annotated[tuple[bool | int | Finite | str, ...], Field(min_length=1)]
+# What a hyperparameter is searched in. Error messages leave out the names in brackets.
+Searched = Annotated[
+    Annotated[Range, Tag("[range]")] | Annotated[Choices, Tag("[choices]")],
+    Discriminator(lambda value: "[range]" if isinstance(value, dict | Range) else "[choices]"),
+]
+
+
+def _distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(seeds)) < len(seeds):
+        raise ValueError("should be different seeds")
+    return seeds
+
+
 class Tuning(_Strict):
-    """The hyperparameter search: grids of equal size, on a seed that no table uses."""
+    """The hyperparameter search: as many trials for every method, on seeds that no table uses."""
 
     task: Name
-    seed: Seed
-    grids: dict[Name, dict[Name, tuple[int | Finite, ...]]]
+    trials: Count  # of each method; the first has the method's present values
+    # Of each trial. Three at least, since the score of a trial includes their spread.
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=3), AfterValidator(_distinct)]
+    common: dict[Name, Searched] = {}  # hyperparameters that are searched for every method
+    methods: dict[Name, dict[Name, Searched]]  # a method's own, which override `common`
+
+    def space(self, variant: str) -> dict[str, Range | tuple[bool | int | float | str, ...]]:
+        """What is searched for a method: every hyperparameter with its range or choices."""
+        return {**self.common, **self.methods[variant]}
 
 
 class Variant(BaseModel):

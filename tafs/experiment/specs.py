@@ -7,6 +7,7 @@ The workflow writes all of them from config.yaml:
 | `runs/NAME/run.json` | `RunSpec` | training, evaluation, report, tracking |
 | `runs/NAME/evaluation.json` | `EvalSpec` | evaluation, report |
 | `report_spec.json` | `ReportSpec` with its `TableSpec`s and `RowSpec`s | report |
+| `decide_spec.json` | `DecideSpec` | `snakemake decide` |
 """
 
 from __future__ import annotations
@@ -82,8 +83,8 @@ class RunSpec(Spec):
         "prompt_files": True,  # `prompts` and `weights` say what is in them
         **dict.fromkeys(("nfe_old", "nfe_theta", "forward_equivalents"), True),
         "sampler": True,  # of the evaluation
-        "training": {"checkpoint_every"},
-        # Where and how the work is done; other hardware changes the rounding alone.
+        # Where and how the work is done; other hardware and batches change the rounding alone.
+        "training": {"checkpoint_every", "micro_batch"},
         "assets": {"lock", "device", "gradient_checkpointing"},
     }
 
@@ -197,6 +198,15 @@ class ReportSpec(Spec):
 
     scale: str
     tables: tuple[TableSpec, ...]
+
+
+class DecideSpec(Spec):
+    """The looks of `snakemake decide`."""
+
+    scale: str
+    seeds: tuple[int, ...]  # at each look
+    claims: tuple[str, ...]  # that the scale can test
+    tables: tuple[TableSpec, ...]  # the rows that they name, with the seeds of the last look
 
 
 def flat(values: Mapping[str, JsonValue], prefix: str = "") -> Iterator[tuple[str, JsonValue]]:

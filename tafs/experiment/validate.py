@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from tafs.assets import sources
 from tafs.common.yaml_files import NAME, ConfigError, first_problem, load_yaml, suggestion
 from tafs.data.prompt_sets import FROM_FILES, prompt_set
-from tafs.experiment.schema import FIGURES, RENAMED_KEYS, Config, Experiment, Scale, Tuning
+from tafs.experiment.schema import FIGURES, RENAMED_KEYS, Config, Experiment, Range, Scale, Tuning
 from tafs.experiment.variants import Variants
 from tafs.methods import registry
 from tafs.models import catalog
@@ -240,6 +240,9 @@ def _scale_problems(config: Config, key: str, scale: Scale) -> Iterator[str]:
             f"{where}.nodes: {scale.nodes} nodes cannot share {scale.processes} processes; "
             "choose a divisor"
         )
+    looks = scale.decide.seeds if scale.decide else ()
+    if any(n >= after for n, after in itertools.pairwise(looks)):
+        yield f"{where}.decide.seeds: {list(looks)} should increase"
     if scale.evaluation.server and scale.assets != "hub":
         yield f"{where}.evaluation.server: the assets {scale.assets!r} need no server"
     yield from _prompt_problems(config, scale, f"{where}.prompts")
@@ -278,19 +281,23 @@ def _prompt_problems(config: Config, scale: Scale, where: str) -> Iterator[str]:
 def _tuning_problems(config: Config, tuning: Tuning) -> Iterator[str]:
     trained = {v for e in config.experiments.values() if tuning.task in e.tasks for v in e.methods}
     variants = Variants(config)
-    for variant, grid in tuning.grids.items():
+    for variant in tuning.methods:
         if variant not in trained:
             hint = suggestion(variant, sorted(trained))
-            yield f"tuning.grids: no experiment trains {variant!r} on {tuning.task!r}{hint}"
+            yield f"tuning.methods: no experiment trains {variant!r} on {tuning.task!r}{hint}"
             continue
         name, own = variants.resolve(variant)
-        for key, value in ((k, v) for k, values in grid.items() for v in values):
-            try:
-                registry.create(name, {**own, key: value})
-            except ValueError as error:
-                yield f"tuning.grids.{variant}: {error}"
-    sizes = {v: math.prod(len(values) for values in g.values()) for v, g in tuning.grids.items()}
-    if len(set(sizes.values())) > 1:
-        yield f"tuning.grids: should give every method the same number of trials ({sizes})"
-    if any(tuning.seed in (*s.seeds, *s.ablation_seeds) for s in config.scales.values()):
-        yield f"tuning.seed: {tuning.seed} is one of the tables' seeds; choose another"
+        for key, searched in tuning.space(variant).items():
+            values = (searched.low, searched.high) if isinstance(searched, Range) else searched
+            for value in values:
+                try:
+                    registry.create(name, {**own, key: value})
+                except ValueError as error:
+                    if key in tuning.methods[variant]:
+                        yield f"tuning.methods.{variant}: {error}"
+                    yield f"tuning.common: {variant}: {error}"
+    for seed in tuning.seeds:
+        for scale in config.scales.values():
+            added = range(scale.decide.seeds[-1] if scale.decide else 0)
+            if seed in (*scale.seeds, *scale.ablation_seeds, *added):
+                yield f"tuning.seeds: {seed} is one of the tables' seeds; choose another"

@@ -19,9 +19,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
+from tafs.common.seeding import Generators
 from tafs.models import Backbone, Conditioning
 
 
@@ -79,6 +79,7 @@ class Method:
     updates: int = 1  # optimiser steps per iteration; each takes an equal share of the prompts
     ema: float = 0.0  # decay of the averaged adapter; 0: no average
     ema_warmup: bool = False  # whether the decay grows from 0.1, as min((1 + n) / (10 + n), ema)
+    warmup: int = 0  # optimiser steps in which the learning rate rises linearly to its value
     max_grad_norm: float = 1.0
 
     TITLE: ClassVar[str] = ""  # the name in tables and figures
@@ -88,6 +89,7 @@ class Method:
         self._at_least("learning_rate", 0)
         self._at_least("weight_decay", 0)
         self._between("ema", 0, 1)
+        self._at_least("warmup", 0)
         self._at_least("max_grad_norm", 0)
 
     def _at_least(self, name: str, low: float) -> None:
@@ -97,6 +99,10 @@ class Method:
     def _between(self, name: str, low: float, high: float) -> None:
         if not low <= getattr(self, name) <= high:
             raise ValueError(f"{name}: {getattr(self, name)} is not between {low} and {high}")
+
+    def rate(self, updates: int) -> float:
+        """The learning rate of the next optimiser step after this many."""
+        return self.learning_rate * min(1.0, (updates + 1) / (self.warmup + 1))
 
     def decay(self, updates: int) -> float:
         """The decay of the averaged adapter after this many optimiser steps."""
@@ -115,7 +121,7 @@ class Method:
         backbone: Backbone,
         cond: Conditioning,
         noise: Tensor,
-        generator: torch.Generator,
+        generators: Generators,
         iteration: int,
     ) -> Trajectory:
         """Sample images and record the steps to learn from. Called without gradients.
@@ -124,7 +130,7 @@ class Method:
             backbone: the model with its current adapter.
             cond: conditioning of the B images.
             noise: x_1, [B, ...].
-            generator: the source of all random choices.
+            generators: the source of all random choices, one per image.
             iteration: from 0.
         """
         raise NotImplementedError

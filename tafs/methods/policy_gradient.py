@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tafs.common.seeding import Generators
 from tafs.methods import grpo
 from tafs.methods.base import LossPart, Method, Trajectory, UpdateInputs
 from tafs.models import Backbone, Conditioning, sampling
@@ -80,9 +81,7 @@ class PolicyGradient(Method):
         """Return the indices of the steps whose x0_hat is scored; -1 is the final image."""
         return (-1,)
 
-    def select_steps(
-        self, records: Sequence[Tensor], generator: torch.Generator
-    ) -> Sequence[Tensor]:
+    def select_steps(self, records: Sequence[Tensor], generators: Generators) -> Sequence[Tensor]:
         """Select the trained steps of each image from the recorded ones; by default all.
 
         Records are x_t, x_s, t, s and log_prob of `trained_steps`, [T, B, ...] each.
@@ -115,7 +114,7 @@ class PolicyGradient(Method):
         backbone: Backbone,
         cond: Conditioning,
         noise: Tensor,
-        generator: torch.Generator,
+        generators: Generators,
         iteration: int,
     ) -> Trajectory:
         grid = self.grid(backbone, iteration).to(noise.device)
@@ -139,12 +138,12 @@ class PolicyGradient(Method):
                 x = self.deterministic_step(past, x, s)
                 continue
             transition = self.transition(x, v, t, s)
-            x_s = transition.sample(generator)
+            x_s = transition.sample(generators)
             if n in trained:
                 records.append((x, x_s, t, s, transition.log_prob(x_s)))
             x = x_s
         columns = [torch.stack(column) for column in zip(*records, strict=True)]
-        x_t, x_s, t, s, log_prob = self.select_steps(columns, generator)
+        x_t, x_s, t, s, log_prob = self.select_steps(columns, generators)
         return Trajectory(x_t, x_s, t, s, log_prob, torch.stack(images), cond)
 
     def compute_advantages(

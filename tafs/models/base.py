@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,11 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import tafs.common.torchvision_patch  # noqa: F401  # isort: skip
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tafs.common.files import check_readable
+from tafs.models import adapters
 from tafs.models.conditioning import Conditioning
 from tafs.models.sampling import shifted
 
@@ -26,7 +23,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 KEPT_BYTES = 4 << 30  # memory for prompt embeddings on the host, per process
-ADAPTER_NAME = re.compile(r"\.[^.]+\.weight$")  # peft's name of an adapter, which files lack
 TIMESTEPS = 1000  # many networks take t in [0, 1] as a timestep in [0, 1000]
 
 # cuDNN's attention, PyTorch's default on H100 and H200 since 2.11, can return NaN gradients
@@ -358,7 +354,7 @@ class Backbone:
         _sort_header(file)
 
     def load_adapter(self, file: Path) -> None:
-        """Load an adapter that `save_adapter` or diffusers wrote, for sampling only.
+        """Load an adapter that `save_adapter`, `adapters.write` or diffusers wrote, for sampling.
 
         It is merged into float32 weights, which makes sampling faster; bfloat16 weights would round
         it, so there it stays separate.
@@ -368,29 +364,14 @@ class Backbone:
             OSError: the file cannot be read.
             ValueError: the file is not a safetensors file.
         """
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: adapter not found; train the run first")
-        check_readable(file)
-        try:
-            with safe_open(file, framework="numpy"):
-                pass
-        except SafetensorError as error:
-            raise ValueError(
-                f"{file}: is not a safetensors file ({error}); train the run again"
-            ) from None
-        # Without `use_safetensors`, diffusers could read the file as a pickle.
-        self.pipeline.load_lora_weights(
-            file.parent, weight_name=file.name, local_files_only=True, use_safetensors=True
-        )
+        components = adapters.attach(self.pipeline, file)
+        if components != [adapters.TRANSFORMER]:
+            self._kept.clear()  # the text encoders have changed
         if self.transformer.dtype == torch.float32:
-            self.pipeline.fuse_lora(components=["transformer"])
+            self.pipeline.fuse_lora(components=components)
             self.pipeline.unload_lora_weights()
-            return
-        # diffusers loads it in the network's precision.
-        saved = load_file(file)
-        for name, parameter in self.lora_parameters().items():
-            values = saved["transformer." + ADAPTER_NAME.sub(".weight", name)]
-            parameter.data = values.float().to(parameter.device)
+        else:
+            adapters.restore_precision(self.pipeline, file, components)
 
 
 def _host(tensor: Tensor) -> Tensor:

@@ -15,13 +15,17 @@ def pipeline_class(folder: Path) -> str:
 
     Raises:
         FileNotFoundError: the folder has no such file.
+        ValueError: the file does not name a class.
     """
     index = folder / "model_index.json"
     if not index.is_file():
         raise FileNotFoundError(
             f"{index}: not found; {folder} is not a diffusers pipeline folder, download it again"
         )
-    return str(json.loads(index.read_text(encoding="utf-8")).get("_class_name"))
+    try:
+        return str(json.loads(index.read_bytes())["_class_name"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{index}: names no pipeline class; download the folder again") from None
 
 
 def load(path: Path, **settings: Any) -> Backbone:

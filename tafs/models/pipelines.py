@@ -14,6 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from tafs.models import adapters
 from tafs.models.catalog import Model
 from tafs.models.loading import pipeline_class
 
@@ -84,6 +85,10 @@ class ReferencePipeline:
         pipeline.set_progress_bar_config(disable=True)
         pipeline.vae.enable_slicing()
         return cls(model, pipeline.to(device), resolution)
+
+    def load_adapter(self, file: Path) -> None:
+        """Load an adapter that `adapters.write` wrote; it stays separate. See `adapters.attach`."""
+        adapters.restore_precision(self.pipeline, file, adapters.attach(self.pipeline, file))
 
     @torch.no_grad()
     def generate(

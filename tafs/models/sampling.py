@@ -14,6 +14,8 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from tafs.common.seeding import Generators
+
 Time: TypeAlias = "float | Tensor"  # one time for the whole batch, or [B]
 
 
@@ -24,13 +26,11 @@ class Transition:
     mean: Tensor
     std: Tensor
 
-    def sample(self, generator: torch.Generator) -> Tensor:
+    def sample(self, generators: Generators) -> Tensor:
         """Draw x_s, [B, ...]; if std is 0 everywhere, return the mean and draw nothing."""
         if not self.std.any():
             return self.mean
-        noise = torch.randn(
-            self.mean.shape, generator=generator, device=generator.device, dtype=self.mean.dtype
-        )
+        noise = generators.randn(self.mean.shape[1:])
         return self.mean + self.std * noise.to(self.mean.device)
 
     def log_prob(self, x_s: Tensor) -> Tensor:
@@ -189,7 +189,7 @@ def integrate(
     noise: Tensor,
     grid: Tensor,
     step: Step,
-    generator: torch.Generator,
+    generators: Generators,
 ) -> Tensor:
     """Sample from noise to data with one sampler, with N network evaluations.
 
@@ -198,12 +198,12 @@ def integrate(
         noise: x_1, [B, ...].
         grid: times from 1 to 0, [N + 1].
         step: of a value of SAMPLERS.
-        generator: the source of the steps' noise; not the generator that drew `noise`.
+        generators: the source of the steps' noise; not the one that drew `noise`.
 
     Returns:
         x_0, [B, ...].
     """
     x = noise
     for t, s in zip(grid[:-1], grid[1:], strict=True):
-        x = step(x, velocity(x, t.expand(len(x))), t, s).sample(generator)
+        x = step(x, velocity(x, t.expand(len(x))), t, s).sample(generators)
     return x

@@ -14,8 +14,9 @@ from typing import Any
 from tafs import experiment
 from tafs.assets import cache, sources
 from tafs.assets.sources import AssetSource
-from tafs.experiment import Plan
+from tafs.experiment import Plan, looks
 from tafs.experiment.schema import Scale
+from tafs.experiment.specs import EvalSpec, RunSpec
 from tafs.rewards.metrics import METRICS
 from tafs.runtime.run_dir import STAGES
 
@@ -37,6 +38,14 @@ class Graph:
         self.plan = plan
         self.root = str(plan.root)
         self.results = plan.config.results
+        budget = plan.budget
+        # With the runs that only `snakemake decide` adds.
+        self.runs: dict[str, RunSpec] = {**(budget.runs if budget else {}), **plan.runs}
+        self.evaluations: dict[str, EvalSpec] = {
+            **(budget.evaluations if budget else {}),
+            **plan.evaluations,
+        }
+        self.looks = [f"look_{n + 1}" for n in range(len(plan.decide.seeds if plan.decide else ()))]
 
     @property
     def scale(self) -> Scale:
@@ -74,7 +83,7 @@ class Graph:
     def searched_methods(self) -> list[str]:
         """The methods of the hyperparameter search."""
         tuning = self.plan.config.tuning
-        return list(tuning.grids) if tuning else []
+        return list(tuning.methods) if tuning else []
 
     @cached_property
     def stages(self) -> dict[str, tuple[str, ...]]:
@@ -83,8 +92,8 @@ class Graph:
             run for table in self.plan.tables if table.kind == "correlation" for run in table.runs
         }
         found = {}
-        for name, run in self.plan.runs.items():
-            evaluation = self.plan.evaluations[name]
+        for name, run in self.runs.items():
+            evaluation = self.evaluations[name]
             evaluated = bool(evaluation.settings)
             has = (run.trained, evaluated, name in correlated, evaluated and evaluation.served)
             found[name] = tuple(compress(STAGES, has))
@@ -92,19 +101,34 @@ class Graph:
 
     def jobs(self) -> Iterator[Job]:
         """All jobs of `snakemake all`, finished or not."""
+        yield from self._jobs_of(self.plan.runs)
+        yield from map(Job, ("report_spec", "compare", "track", "all"))
+
+    def decide_jobs(self) -> Iterator[Job]:
+        """All jobs of `snakemake decide` if every claim stays open to the last look."""
+        if self.plan.decide:
+            tables = self.plan.decide.tables
+            yield from self._jobs_of(dict.fromkeys(n for table in tables for n in table.runs))
+            yield from map(Job, ("decide_spec", *self.looks, "decide"))
+
+    def _jobs_of(self, runs: Iterable[str]) -> Iterator[Job]:
+        """The jobs of runs, and what these wait for."""
         fetched = set(self.check_inputs) if self.reward_check else set()
-        for name, stages in self.stages.items():
-            yield Job("describe", name)
-            judged = set(stages) - {"train"}
-            if judged or (self.reward_check and name == self.check_run):
-                yield Job("describe_evaluation", name)
-            for stage in stages:
-                yield Job(stage, name)
+        for name in runs:
+            yield from self._run_jobs(name)
+            for stage in self.stages[name]:
                 fetched |= {*self.fetched(name, judging=stage != "train")}
         yield from (Job("fetch", Path(mark).name) for mark in sorted(fetched))
         if self.reward_check:
             yield Job("check_rewards")
-        yield from map(Job, ("report_spec", "compare", "track", "all"))
+
+    def _run_jobs(self, run: str) -> Iterator[Job]:
+        stages = self.stages[run]
+        yield Job("describe", run)
+        judged = set(stages) - {"train"}
+        if judged or (self.reward_check and run == self.check_run):
+            yield Job("describe_evaluation", run)
+        yield from (Job(stage, run) for stage in stages)
 
     def outputs(self, job: Job) -> list[str]:
         """The files that a job writes, without those that are deleted later."""
@@ -118,11 +142,17 @@ class Graph:
             "fetch": (job.target,),
             "check_rewards": ("reward_check.json",),
             "report_spec": ("report_spec.json",),
+            "decide_spec": ("decide_spec.json",),
             "track": ("tracked",),
         }
         match job.rule:
-            case "all":
+            case "all" | "decide":
                 return []
+            case look if look in self.looks and self.plan.decide:
+                number = 1 + self.looks.index(look)
+                file = looks.result(self.plan.root, self.plan.decide, number)
+                last = [file.with_suffix(".md")] if look == self.looks[-1] else []
+                return list(map(str, [file, *last]))
             case "compare":
                 return [
                     *self.output("tables", self.tables, ["html", "csv", "md", "parquet", "tex"]),
@@ -137,9 +167,17 @@ class Graph:
                 folder = self.folder(job.target) if job.target else self.root
         return [f"{folder}/{name}" for name in names[job.rule]]
 
+    def output_files(self, rule: str) -> list[str]:
+        """The files of `outputs` of a job over all runs."""
+        return self.outputs(Job(rule))
+
     @cached_property
     def finished(self) -> dict[Job, list[str]]:
         """The files of all runs that report and tracking read, by the job that writes them."""
+        return self.finished_of(self.plan.runs)
+
+    def finished_of(self, runs: Iterable[str]) -> dict[Job, list[str]]:
+        """The files of runs that are read when all of their stages are done."""
         names = {
             "describe": ("run.json",),
             "describe_evaluation": ("evaluation.json",),
@@ -150,8 +188,7 @@ class Graph:
         }
         return {
             job: [f"{self.folder(job.target)}/{name}" for name in names[job.rule]]
-            for job in self.jobs()
-            if job.rule in names
+            for job in chain.from_iterable(map(self._run_jobs, runs))
         }
 
     def inputs(self, job: Job) -> dict[Job, list[str]]:
@@ -174,7 +211,7 @@ class Graph:
                 return of(run, "describe", "run.json") | marks(self.fetched(run))
             case "evaluate" | "trajectory_rewards":
                 names = ("adapter.safetensors", "snapshots")
-                trained = of(run, "train", *names) if self.plan.runs[run].trained else {}
+                trained = of(run, "train", *names) if self.runs[run].trained else {}
                 return described(run) | trained | marks(self.fetched(run, judging=True)) | check
             case "score_served":
                 images = of(run, "evaluate", "images.zip")
@@ -185,10 +222,24 @@ class Graph:
                 return {(spec := Job("report_spec")): self.outputs(spec), **self.finished}
             case "track":
                 return self.finished
+            case look if look in self.looks:
+                return self._look_inputs(look)
+            case "decide" if self.looks:
+                return {(last := Job(self.looks[-1])): self.outputs(last)}
             case "all":
                 return {other: self.outputs(other) for other in (Job("compare"), Job("track"))}
             case _:
                 return {}
+
+    def _look_inputs(self, look: str) -> dict[Job, list[str]]:
+        """What a look reads; which runs it needs is in the result of the look before."""
+        spec, number = self.plan.decide, 1 + self.looks.index(look)
+        if spec is None:
+            return {}
+        before = [Job("decide_spec"), *map(Job, self.looks[number - 2 : number - 1])]
+        tables = looks.report_spec(self.plan.root, spec, number, self.plan.claims).tables
+        runs = dict.fromkeys(name for table in tables for name in table.runs)
+        return {**{job: self.outputs(job) for job in before}, **self.finished_of(runs)}
 
     def input_files(self, rule: str, run: str = "") -> list[str]:
         """All files of `inputs`."""
@@ -198,7 +249,7 @@ class Graph:
         """The marks of the resources that a run's training, or its evaluation, reads."""
         if self.scale.assets != "hub":
             return []
-        spec = self.plan.runs[run]
+        spec = self.runs[run]
         others = self.source.metrics(spec.prompts) if judging else spec.rewards
         return self._marks(sources.resources_of([spec.backbone, *others], [spec.prompts]))
 
@@ -231,9 +282,11 @@ class Graph:
         """The spec that a job writes to its file."""
         match job.rule:
             case "describe":
-                return self.plan.runs[job.target].to_json()
+                return self.runs[job.target].to_json()
             case "describe_evaluation":
-                return self.plan.evaluations[job.target].to_json()
+                return self.evaluations[job.target].to_json()
+            case "decide_spec":
+                return self.plan.decide.to_json() if self.plan.decide else ""
             case _:
                 return self.plan.report.to_json()
 

@@ -45,15 +45,21 @@ class Session:
         self.root = Path(self.graph.root)
         self.submitted = self.root / ".locks" / "slurm.json"  # the last call's jobs in Slurm
         self.workflow = workflow
-        known = {(job.rule, job.target) for job in self.graph.jobs()}
+        self.jobs = [*self.graph.jobs(), *self.graph.decide_jobs()]
+        known = {(job.rule, job.target) for job in self.jobs}
         decide_by_content(workflow, known, self.decide, self.root / ".snakemake")
-        self._started = False
+        self._started = self._deciding = False
         title = f"scale {self.graph.plan.config.scale}"
         self.table = LiveTable(self.root / "runs", sys.stderr, title)
 
     def decide(self, forced: Collection[Key], asked: Collection[Key]) -> dict[Key, str]:
         """The jobs that have to run, with reasons; prints why finished ones run again."""
-        found = verdicts.pending(self.graph, {Job(*key) for key in forced})
+        scale = self.graph.plan.config.scale
+        if ("decide", "") in asked and not self.graph.looks:
+            line = f"config.yaml: scales.{scale}.decide: is not set; give {{seeds: [3, 5, 8]}}"
+            self._exit(line, errors.BAD_INPUT)
+        self._deciding = ("decide", "") in asked
+        found = verdicts.pending(self.graph, {Job(*key) for key in forced}, self.jobs)
         again = Counter(
             (one.job.rule, one.reason)
             for one in found
@@ -62,6 +68,17 @@ class Session:
         for (rule, reason), count in again.items():
             print(f"{rule}: {count} to run again ({reason})", file=sys.stderr)
         return {(one.job.rule, one.job.target): one.reason for one in found}
+
+    def look_inputs(self, look: str, checkpoints: Any) -> list[str]:
+        """The files that a look reads.
+
+        Args:
+            checkpoints: Snakemake's, whose `get` makes it wait for the result of the look before.
+        """
+        number = self.graph.looks.index(look)
+        for before in self.graph.looks[:number]:
+            getattr(checkpoints, before).get()
+        return self.graph.input_files(look)
 
     def start(self) -> None:
         """Refuse what cannot run; then show progress and watch for failures.
@@ -119,6 +136,9 @@ class Session:
                 f"stopped after {table.elapsed()}{failed}; other results are kept, and the same "
                 "command continues from them"
             )
+            return
+        if self._deciding:
+            table.say(f"done in {table.elapsed()}: {self.root}/decisions.md")
             return
         folders = [f for f in (self.root / "tables", self.root / "figures") if f.is_dir()]
         made = " and ".join(f"{folder}/" for folder in folders or [self.root])

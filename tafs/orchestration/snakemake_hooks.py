@@ -139,6 +139,7 @@ def decide_by_content(
         def get_names(self) -> Iterator[str]:
             yield self.text
 
+    told: dict[Key, str] = {}  # jobs that run in this call, and why
     prepare = workflow._prepare_dag
     own_persistence = snakemake.workflow.FilePersistence
 
@@ -169,7 +170,8 @@ def decide_by_content(
             await update(*arguments, **settings)
             jobs = {job: key(job) for job in dag.jobs if not dag.finished(job)}
             asked = {one for job, one in jobs.items() if asked_for(job)}
-            reasons = decide(asked, set(jobs.values()))
+            # After a checkpoint this is called again; jobs that are running then have to stay.
+            reasons = {**decide(asked, set(jobs.values())), **told}
             wanted = {
                 job
                 for job, one in jobs.items()
@@ -181,7 +183,10 @@ def decide_by_content(
             for job in wanted:
                 dag._n_until_ready[job] = sum(one in wanted for one in dag._dependencies[job])
                 if jobs[job] in reasons:
-                    dag._reason[job] = Told(reasons[jobs[job]])
+                    told[jobs[job]] = reasons[jobs[job]]
+                    dag._reason[job] = Told(told[jobs[job]])
+            dag._checkpoint_jobs.clear()
+            dag._checkpoint_jobs.update(job for job in wanted if job.is_checkpoint)
             dag._len = len(dag._finished | dag._needrun)
 
         if workflow.is_main_process:

@@ -7,7 +7,7 @@ computed elsewhere. `snakemake`, `tafs plan` and `tafs status` use the same verd
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,20 +31,24 @@ class Pending:
     again: bool  # it has run before
 
 
-def pending(graph: Graph, forced: Collection[Job] = ()) -> list[Pending]:
-    """The jobs of `snakemake all` that have to run, in the order of `Graph.jobs`.
+def pending(
+    graph: Graph, forced: Collection[Job] = (), jobs: Iterable[Job] | None = None
+) -> list[Pending]:
+    """The jobs that have to run, in their order.
 
     Args:
+        jobs: that may have to; None: those of `snakemake all`.
         forced: jobs that the user runs in any case.
     """
-    return _Verdicts(graph, set(forced)).decide()
+    every = graph.jobs() if jobs is None else jobs
+    return _Verdicts(graph, set(forced), list(dict.fromkeys(every))).decide()
 
 
 class _Verdicts:
-    def __init__(self, graph: Graph, forced: set[Job]) -> None:
+    def __init__(self, graph: Graph, forced: set[Job], jobs: list[Job]) -> None:
         self.graph = graph
         self.forced = forced
-        self.jobs = list(graph.jobs())
+        self.jobs = jobs
         self.reasons: dict[Job, str] = {}
 
     def decide(self) -> list[Pending]:
@@ -76,9 +80,9 @@ class _Verdicts:
         match job.rule:
             case "fetch":
                 return ""
-            case "describe" | "describe_evaluation" | "report_spec":
+            case "describe" | "describe_evaluation" | "report_spec" | "decide_spec":
                 return _changed(Path(outputs[0]), self.graph.text(job))
-            case "all":
+            case "all" | "decide":
                 return self._follows(job)
         folder = job_folder(self.graph, job)
         receipt = receipts.read(folder, job.rule)
@@ -133,7 +137,7 @@ def job_needs(graph: Graph, job: Job) -> Needs:
     """
     plan, root = graph.plan, Path(graph.root)
     name = job.target or graph.check_run
-    spec, evaluation = plan.runs[name], plan.evaluations[name]
+    spec, evaluation = graph.runs[name], graph.evaluations[name]
     run = RunDir(Path(graph.folder(name)))
     match job.rule:
         case "train":
@@ -151,6 +155,8 @@ def job_needs(graph: Graph, job: Job) -> Needs:
             return needs.report(root, plan.report)
         case "track":
             return needs.tracking(root, graph.trained)
+        case look if look in graph.looks and plan.decide:
+            return needs.look(root, plan.decide, 1 + graph.looks.index(look))
         case _:
             raise ValueError(f"{job.rule}: leaves no receipt")
 

@@ -175,6 +175,7 @@ def interval_of(
     n_missing: int,
     groups: tuple[int, ...],
     by: Resampling,
+    level: float = LEVEL,
 ) -> Estimate:
     """The estimate of a statistic.
 
@@ -182,6 +183,7 @@ def interval_of(
         values: [1 + resamples], the statistic, and the same of resampled prompts.
         parts: one [1 + resamples, seeds] per group of independently trained seeds. The statistic
             changes with its seeds like the sum of the means of its parts.
+        level: of the interval.
     """
     resampled = resampled_factors(max(part.shape[1] for part in parts), groups)
     counts = (min(part.shape[1] for part in parts), n_images, n_missing)
@@ -204,7 +206,7 @@ def interval_of(
         order = np.random.default_rng([by.seed, 1]).permutation(len(draws))
         quantiles = stdtrit(degrees, (order + 0.5) / len(draws))
         draws = draws + np.sqrt(seeds_variance) * quantiles
-    low, high = value + np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = value + np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     below, above = int((draws <= -value).sum()), int((draws >= -value).sum())
     p_value = min(1.0, 2 * (1 + min(below, above)) / (1 + len(draws)))
     errors = (float(np.sqrt(seeds_variance)), degrees, prompts_error)

@@ -10,10 +10,10 @@ trained with one seed decide nothing, because the effect of another seed is unkn
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import singledispatch
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from tafs.experiment.claims import Claim, Correlated, Differences, Faster, Holds
 from tafs.report import stats
 from tafs.report.formats import markdown
 from tafs.report.results import LoadedTable, check_paired, step_correlation
+from tafs.report.sequential import ONCE, Judge
 from tafs.report.stats import Estimate
 from tafs.report.tables import Row
 from tafs.rewards.metrics import METRICS
@@ -71,13 +72,8 @@ class Verdict(NamedTuple):
 
 
 def is_testable(claim: Claim, loaded: LoadedTable) -> bool:
-    """Whether the scale has the table, the methods and the metrics of a claim.
-
-    Published times are of the paper's models; the embedded ones have other shares of the work.
-    """
-    if claim.experiment != loaded.spec.name or claim.methods & set(loaded.spec.excluded_methods):
-        return False
-    if claim.faster and loaded.results[0].spec.assets.assets == "shapes":
+    """Whether the scale has the table, the methods and the metrics of a claim."""
+    if not claim.fits(loaded.spec, loaded.results[0].spec.assets.assets):
         return False
     correlation = loaded.spec.kind == "correlation"
     rewards = loaded.results[0].trajectory_rewards if correlation else None
@@ -85,14 +81,14 @@ def is_testable(claim: Claim, loaded: LoadedTable) -> bool:
     return claim.metrics <= set(measured)
 
 
-def assess_claim(claim: Claim, loaded: LoadedTable) -> Verdict:
+def assess_claim(claim: Claim, loaded: LoadedTable, judge: Judge = ONCE) -> Verdict:
     """The verdict on a claim from the runs of its experiment.
 
     Raises:
         ValueError: a row or a metric is missing; names it.
     """
     (test,) = claim.tests.values()
-    comparisons = tuple(_compare(test, _Rows(claim, loaded)))
+    comparisons = tuple(_compare(test, _Rows(claim, loaded, judge)))
     signs = {comparison.sign for comparison in comparisons}
     if -1 in signs:
         return Verdict(claim, NOT_REPRODUCED, comparisons)
@@ -125,7 +121,7 @@ def _faster(test: Faster, rows: _Rows) -> list[Comparison]:
     """The ratio of median iteration times."""
     systems = [rows.row(name).system for name in (test.row, test.than)]
     times = [[result.seconds() for result in system.results] for system in systems]
-    estimate = stats.ratio_of_medians(*times)
+    estimate = stats.ratio_of_medians(*times, level=rows.judge.level)
     low, high = estimate.low, estimate.high
     least, most = test.share * (1 - test.within), test.share * (1 + test.within)
     sign = 1 if least <= low and high <= most else -1 if high < least or low > most else 0
@@ -152,8 +148,8 @@ def _correlated(test: Correlated, rows: _Rows) -> list[Comparison]:
 class _Rows:
     """The rows of the claim's experiment, by the names that a claim uses."""
 
-    def __init__(self, claim: Claim, loaded: LoadedTable) -> None:
-        self.claim, self.loaded = claim, loaded
+    def __init__(self, claim: Claim, loaded: LoadedTable, judge: Judge) -> None:
+        self.claim, self.loaded, self.judge = claim, loaded, judge
 
     def row(self, name: RowName) -> Row:
         """The one row of this name.
@@ -186,13 +182,15 @@ class _Rows:
             a.scores.tags,
             same_seeds=[r.run.folder for r in a.results] == [r.run.folder for r in b.results],
             macro=METRICS[metric].macro,
+            level=self.judge.level,
         )
         # A base model is not trained, so it has no seeds to vary.
         trained = [system for system in (a, b) if system.spec.trained] or [a, b]
         seeds = min(len(system.results) for system in trained)
         allowed = f" + {margin:g} sd" if margin else ""
         what = f"{METRICS[metric].title}: {_in_words(left)}{allowed} - {_in_words(right)}"
-        return what, difference._replace(n_seeds=seeds)
+        overall = self.judge.overall(difference.p_value)
+        return what, difference._replace(n_seeds=seeds, p_value=overall)
 
 
 def _in_words(row: Row) -> str:
@@ -200,11 +198,55 @@ def _in_words(row: Row) -> str:
     return f"{row.spec.label} at {row.spec.nfe} steps{after}"
 
 
+def recorded(comparison: Comparison) -> dict[str, Any]:
+    """A comparison as in claims.json."""
+    estimate = comparison.estimate
+    return {
+        "what": comparison.what,
+        **{key: getattr(estimate, key) for key in ("value", "low", "high", "n_seeds", "p_value")},
+        "p_adjusted": comparison.p_adjusted,
+        "supports": comparison.sign,
+        **comparison.power,
+        "needed": comparison.needed,
+    }
+
+
+def head(record: Mapping[str, Any]) -> str:
+    """The first cells of a claim's row: what it says, its source and the verdict."""
+    said, source = markdown(record["claim"]), markdown(record["source"])
+    return f"| {said} | {source} | **{record['verdict']}**"
+
+
+def effects(record: Mapping[str, Any]) -> str:
+    """The cell of a claim's effects with their intervals."""
+    return "<br>".join(
+        f"{markdown(c['what'])}: {c['value']:+.3g} [{c['low']:+.3g}, {c['high']:+.3g}]"
+        for c in record["comparisons"]
+    )
+
+
+def needed(record: Mapping[str, Any]) -> str:
+    """The cell that says what would decide an undecided claim."""
+    open_ones = record["comparisons"] if record["verdict"] == UNDECIDED else ()
+    still = [c["needed"] for c in open_ones if c["supports"] == 0]
+    return "<br>".join(filter(None, dict.fromkeys(still)))
+
+
 def write(
     verdicts: Sequence[Verdict], scale: str, out_dir: Path, random: Sequence[str] = ()
 ) -> list[Path]:
     """Write claims.md and claims.json; `random` names what is randomly initialised."""
     out_dir.mkdir(parents=True, exist_ok=True)
+    record = [
+        {
+            **claim.model_dump(include={"id", "claim", "source"}),
+            "scale": scale,
+            **({"random_weights": list(random)} if random else {}),
+            "verdict": verdict,
+            "comparisons": [recorded(c) for c in comparisons],
+        }
+        for claim, verdict, comparisons in verdicts
+    ]
     lines = [
         f"The paper's claims, tested at the scale `{scale}`. A comparison of trained models with "
         "one seed is shown and decides nothing. An open comparison says which differences a run of "
@@ -214,38 +256,9 @@ def write(
         "| Claim | Source | Verdict | Effects with 95 % intervals | Seeds | What would decide it |",
         "| --- | --- | --- | --- | ---: | --- |",
     ]
-    for claim, verdict, comparisons in verdicts:
-        effects = "<br>".join(
-            f"{markdown(c.what)}: {c.estimate.value:+.3g} "
-            f"[{c.estimate.low:+.3g}, {c.estimate.high:+.3g}]"
-            for c in comparisons
-        )
-        seeds = min((c.estimate.n_seeds for c in comparisons), default="–")
-        said, source = markdown(claim.claim), markdown(claim.source)
-        still = [c.needed for c in comparisons if c.sign == 0 and verdict == UNDECIDED]
-        needed = "<br>".join(filter(None, dict.fromkeys(still)))
-        lines.append(f"| {said} | {source} | **{verdict}** | {effects} | {seeds} | {needed} |")
-    record = [
-        {
-            **claim.model_dump(include={"id", "claim", "source"}),
-            "scale": scale,
-            **({"random_weights": list(random)} if random else {}),
-            "verdict": verdict,
-            "comparisons": [
-                {
-                    "what": c.what,
-                    **{k: getattr(c.estimate, k) for k in ("value", "low", "high", "n_seeds")},
-                    "p_value": c.estimate.p_value,
-                    "p_adjusted": c.p_adjusted,
-                    "supports": c.sign,
-                    **c.power,
-                    "needed": c.needed,
-                }
-                for c in comparisons
-            ],
-        }
-        for claim, verdict, comparisons in verdicts
-    ]
+    for one in record:
+        seeds = min((c["n_seeds"] for c in one["comparisons"]), default="–")
+        lines.append(f"{head(one)} | {effects(one)} | {seeds} | {needed(one)} |")
     files = [out_dir / "claims.md", out_dir / "claims.json"]
     files[0].write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
     files[1].write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8", newline="\n")

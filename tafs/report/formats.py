@@ -41,6 +41,26 @@ def write(
         lines: the table's, of `fill`.
         published: whether they hold the paper's values.
     """
+    found = texts(table, lines, published)
+    files = {
+        out_dir / "provenance" / f"{table.name}.json"
+        if ending == "json"
+        else out_dir / "tables" / f"{table.name}.{ending}": text
+        for ending, text in found.items()
+    }
+    for file, text in files.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8", newline="\n")
+    csv_text = found["csv"]
+    parquet = out_dir / "tables" / f"{table.name}.parquet"
+    labels = [row["row"] for row in csv.DictReader(io.StringIO(csv_text))]  # one may be "NaN" or 5
+    frame = pd.read_csv(io.StringIO(csv_text)).assign(row=labels)
+    frame.to_parquet(parquet, index=False)
+    return [*files, parquet]
+
+
+def texts(table: Table, lines: Sequence[Line], published: bool = False) -> dict[str, str]:
+    """Return a filled table as csv, md, tex and html, and its provenance as json."""
     systems = [*table.beside, *(line.row.system for line in lines)]
     results = [result for system in systems for result in system.results]
     random = sorted(set[str]().union(*(result.random_weights for result in results)))
@@ -48,22 +68,13 @@ def write(
         note = f"Randomly initialised: {', '.join(random)}. These numbers are not results."
         caption = f"RANDOM WEIGHTS: {table.caption}"
         table = replace(table, caption=caption, notes=[note, *table.notes])
-    csv_text = _csv(table, lines, published, random)
-    texts = {
-        f"tables/{table.name}.csv": csv_text,
-        f"tables/{table.name}.md": _markdown(table, lines),
-        f"tables/{table.name}.tex": _latex(table, lines),
-        f"tables/{table.name}.html": _html(table, lines),
-        f"provenance/{table.name}.json": _provenance(table, lines),
+    return {
+        "csv": _csv(table, lines, published, random),
+        "md": _markdown(table, lines),
+        "tex": _latex(table, lines),
+        "html": _html(table, lines),
+        "json": _provenance(table, lines),
     }
-    for name, text in texts.items():
-        (out_dir / name).parent.mkdir(parents=True, exist_ok=True)
-        (out_dir / name).write_text(text, encoding="utf-8", newline="\n")
-    parquet = out_dir / "tables" / f"{table.name}.parquet"
-    labels = [row["row"] for row in csv.DictReader(io.StringIO(csv_text))]  # one may be "NaN" or 5
-    frame = pd.read_csv(io.StringIO(csv_text)).assign(row=labels)
-    frame.to_parquet(parquet, index=False)
-    return [*(out_dir / name for name in texts), parquet]
 
 
 def _csv(table: Table, lines: Sequence[Line], published: bool, random: Sequence[str]) -> str:
@@ -265,7 +276,7 @@ def notes_of(table: Table, lines: Sequence[Line]) -> list[str]:
             "Bold: better than every other row, by paired differences over the same prompts and "
             "start noise, at 5 % each."
         )
-    elif scored and cells:
+    elif scored and cells and len(lines) > 1:
         single = any(
             line.row.system.spec.trained and len(line.row.system.results) < 2 for line in lines
         )

@@ -72,6 +72,7 @@ def paired_difference(
     *,
     same_seeds: bool = False,
     macro: bool = False,
+    level: float = LEVEL,
     by: Resampling = DEFAULT,
 ) -> Estimate:
     """mean(a) - mean(b) over the same prompts and start noise, and its interval.
@@ -83,6 +84,7 @@ def paired_difference(
         a: [seeds of a, prompts, images].
         b: [seeds of b, prompts, images].
         same_seeds: seed i of both is the same trained model (for example at two numbers of steps).
+        level: of the interval.
     """
     (left, groups), (right, _) = checked(a, strata), checked(b, strata)
     _check_paired(left, right)
@@ -96,7 +98,7 @@ def paired_difference(
     one, other = (draw_means(x, groups, macro, by) for x in (left, right))
     values, parts = one.mean(1) - other.mean(1), [one - other] if same_seeds else [one, other]
     n_images, n_missing = int(common.sum()), int((~common).sum())
-    return interval_of(values, parts, n_images, n_missing, groups, by)
+    return interval_of(values, parts, n_images, n_missing, groups, by, level)
 
 
 def _check_paired(a: Array, b: Array) -> None:
@@ -246,7 +248,11 @@ def correlation(x: ArrayLike, y: ArrayLike, *, by: Resampling = DEFAULT) -> Esti
 
 
 def ratio_of_medians(
-    a: Sequence[ArrayLike], b: Sequence[ArrayLike], *, by: Resampling = DEFAULT
+    a: Sequence[ArrayLike],
+    b: Sequence[ArrayLike],
+    *,
+    level: float = LEVEL,
+    by: Resampling = DEFAULT,
 ) -> Estimate:
     """The ratio of the typical values of two systems, and its interval; no p-value.
 
@@ -255,6 +261,7 @@ def ratio_of_medians(
 
     Args:
         a, b: one array of positive values per run.
+        level: of the interval.
     """
     rng = np.random.default_rng(by.seed)
 
@@ -268,7 +275,7 @@ def ratio_of_medians(
 
     one, other = medians(a), medians(b)
     n = sum(np.size(run) for run in [*a, *b])
-    logs = interval_of(one.mean(1) - other.mean(1), [one, other], n, 0, (0, 0), by)
+    logs = interval_of(one.mean(1) - other.mean(1), [one, other], n, 0, (0, 0), by, level)
     value, low, high = (float(np.exp(x)) for x in logs[:3])
     return Estimate(value, low, high, logs.n_seeds, n, 0, "iterations", 1.0)
 

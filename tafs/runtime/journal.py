@@ -36,7 +36,7 @@ class Journal:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         try:
-            end = _cut_unfinished_line(fd)
+            end = _cut(fd)
             try:
                 while line:
                     line = line[os.write(fd, line) :]
@@ -86,7 +86,14 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _cut_unfinished_line(fd: int) -> int:
+def cut_unfinished_line(path: Path) -> None:
+    """Truncate a last line without a newline, if the file exists."""
+    if path.exists():
+        with path.open("rb+") as file:
+            _cut(file.fileno())
+
+
+def _cut(fd: int) -> int:
     """Truncate an unfinished last line and return the new size."""
     size = end = os.fstat(fd).st_size
     while end and os.pread(fd, 1, end - 1) != b"\n":

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -24,6 +25,17 @@ def limit_threads() -> None:
     torch.set_num_threads(1)
 
 
+@contextmanager
+def memory(remedy: str) -> Iterator[None]:
+    """Report a GPU without free memory in one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise errors.RunFailed(
+            f"out of GPU memory; {remedy} ({str(error).splitlines()[0]})"
+        ) from None
+
+
 def run_stage(stage: str, work: Work) -> None:
     """Run one stage of the run that the command line names, as the only process in that stage.
 
@@ -39,13 +51,8 @@ def run_stage(stage: str, work: Work) -> None:
         # The launcher has claimed the GPUs of a training.
         if stage != "train" and run.device == "cuda":
             gpus.claim(1)
-        try:
+        with memory("lower micro_batch (training) or evaluation.batch in config.yaml"):
             work(run, deadline)
-        except torch.OutOfMemoryError as error:
-            raise errors.RunFailed(
-                "out of GPU memory; lower micro_batch (training) or evaluation.batch in "
-                f"config.yaml ({str(error).splitlines()[0]})"
-            ) from None
 
     def alone() -> None:
         limit_threads()

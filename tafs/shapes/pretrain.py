@@ -1,8 +1,7 @@
 """Pretraining of the embedded models: `python -m tafs.shapes.pretrain TARGET`.
 
 TARGET is "vae", the name of a base model or reward model, or "all". "score" evaluates the base
-models, "shift" compares time shifts, and "cards" writes the model cards. Everything is written to
-tafs/shapes/weights/.
+models, and "cards" writes the model cards. Everything is written to tafs/shapes/weights/.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -32,7 +31,7 @@ from tafs.common import seeding
 from tafs.data import prompts
 from tafs.data.geneval_rows import TASKS
 from tafs.data.plugins.shapes import FOLDER
-from tafs.models import loading
+from tafs.models import loading, sampling
 from tafs.models.base import Backbone
 from tafs.models.plugins.flux import FluxBackbone
 from tafs.models.plugins.sd3 import SD3Backbone
@@ -67,6 +66,7 @@ class Recipe:
     logit_mean: float = 0.2
     prompt_dropout: float = 0.1
     layout: str = "roomy"  # of the scenes
+    text_encoders: bool = True  # whether they are trained too
     seed: int = 0
 
 
@@ -76,24 +76,20 @@ SETTINGS: Any = {
     "guidance": 1.0,
     "max_sequence_length": text.MAX_TOKENS,
 }
-# Time shift of the sampling grid towards noise: the smallest integer with which four Euler steps
-# score below 0.40 on training captions (`python -m tafs.shapes.pretrain shift`), so that few-step
-# training can improve them. The base models' few-step scores are therefore a choice, not a result.
-SHIFTS = {"shapes-sd3": 7.0, "shapes-flux": 7.0}
+SHIFT = 3.0  # time shift of the sampling grid towards noise; Stable Diffusion 3's
 
 
 def scheduler(name: str) -> FlowMatchEulerDiscreteScheduler:
     """The scheduler of a base model."""
-    shift = SHIFTS[name]
     if name == "shapes-sd3":
-        return FlowMatchEulerDiscreteScheduler(shift=shift)
+        return FlowMatchEulerDiscreteScheduler(shift=SHIFT)
     # Like FLUX.1-dev: the shift depends on the number of image tokens.
     return FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True,
         base_image_seq_len=9,
         max_image_seq_len=4096,
-        base_shift=math.log(shift),
-        max_shift=math.log(shift) + 1,
+        base_shift=math.log(SHIFT),
+        max_shift=math.log(SHIFT) + 1,
     )
 
 
@@ -162,9 +158,7 @@ def draw_scenes(count: int, seed: int, layout: str) -> tuple[list[str], Tensor]:
     rng = np.random.default_rng(seed)
     rows = prompts.read(FOLDER / "train.jsonl")
     drawn = prompts.draw(rows, count, rng, TASK_SHARES)
-    return [p.text for p in drawn], render(
-        [sample_scene(p.row, rng, layout) for p in drawn]
-    )
+    return [p.text for p in drawn], render([sample_scene(p.row, rng, layout) for p in drawn])
 
 
 @torch.no_grad()
@@ -180,17 +174,16 @@ def encode_images(autoencoder: AutoencoderKL, images: Tensor, chunk: int = 512) 
 
 
 def train(backbone: Backbone, recipe: Recipe, log_every: int = 200) -> dict[str, float]:
-    """Train the transformer and the text encoders by flow matching; keep the EMA weights."""
+    """Train the transformer, and the text encoders if the recipe says so; keep the EMA weights."""
     torch.manual_seed(recipe.seed)
     captions, images = draw_scenes(recipe.scenes, recipe.seed, recipe.layout)
     latents = encode_images(backbone.pipeline.vae, images)
     del images
     components = backbone.pipeline.components
-    names = [
-        n
-        for n in ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
-        if components.get(n)
-    ]
+    encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    names = ["transformer", *(encoders if recipe.text_encoders else ())]
+    names = [name for name in names if components.get(name)]
+    embed = backbone.embed if recipe.text_encoders else backbone.encode
     trained = nn.ModuleDict({name: components[name] for name in names})
     trained.train().requires_grad_(True)
     parameters = list(trained.parameters())
@@ -213,7 +206,7 @@ def train(backbone: Backbone, recipe: Recipe, log_every: int = 200) -> dict[str,
         t = torch.sigmoid(normal + recipe.logit_mean)
         noise = torch.randn(x_0.shape, generator=generator)
         t_ = t.view(-1, 1, 1, 1)
-        prediction = backbone.velocity((1 - t_) * x_0 + t_ * noise, t, backbone.encode(texts))
+        prediction = backbone.velocity((1 - t_) * x_0 + t_ * noise, t, embed(texts))
         loss = (prediction - (noise - x_0)).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -249,28 +242,32 @@ def _cosine(step: int, recipe: Recipe) -> float:
 @torch.no_grad()
 def strict_geneval(
     backbone: Backbone,
+    sampler: str,
     steps: int,
     images_per_prompt: int = 4,
     seed: int = 7,
-    judged: Sequence[prompts.Prompt] | None = None,
 ) -> dict[str, float]:
-    """Strict GenEval accuracy with Euler steps: the mean of each task, and `overall`.
+    """Strict GenEval accuracy on the test split: the mean of each task, and `overall`.
 
     Args:
         backbone: the model.
-        steps: number of Euler steps.
+        sampler: a key of sampling.SAMPLERS.
+        steps: number of its steps.
         images_per_prompt: images per prompt.
         seed: of the noise.
-        judged: the prompts; None: the test split.
     """
-    if judged is None:
-        judged = prompts.read(FOLDER / "test.jsonl")
-    generator = seeding.generator(seed, "evaluate")
+    judged = prompts.read(FOLDER / "test.jsonl")
     cond = backbone.encode([p.text for p in judged]).repeat_interleave(images_per_prompt)
-    x = torch.randn(len(judged) * images_per_prompt, *backbone.latent_shape, generator=generator)
-    grid = backbone.time_grid(steps)
-    for t, s in zip(grid[:-1], grid[1:], strict=True):
-        x = x + (s - t) * backbone.velocity(x, t.expand(len(x)), cond)
+    images = [(image,) for image in range(len(judged) * images_per_prompt)]
+    start, noise = (seeding.generators(seed, name, images=images) for name in ("start", "step"))
+    chosen = sampling.SAMPLERS[sampler]
+    x = sampling.integrate(
+        lambda x, t: backbone.velocity(x, t, cond),
+        start.randn(backbone.latent_shape),
+        sampling.uniform_grid(steps) if chosen.uniform else backbone.time_grid(steps),
+        chosen.step,
+        noise,
+    )
     verdicts: dict[str, list[bool]] = {task: [] for task in TASKS}
     for i, detections in enumerate(detect(backbone.decode(x))):
         prompt = judged[i // images_per_prompt]
@@ -297,16 +294,22 @@ class Base:
     """A base model.
 
     Each recipe is one cosine cycle (warm restarts, Loshchilov & Hutter, 2017) on scenes of its own
-    seed. It starts from the saved weights of the previous cycle.
+    seed. It starts from the saved weights of the previous cycle. The last cycle is on dense scenes.
     """
 
     build: Callable[[AutoencoderKL], Backbone]
     recipes: tuple[Recipe, ...]
 
 
+DENSE = Recipe(steps=600, scenes=30_000, lr=1e-3, warmup=50, layout="dense", text_encoders=False)
 BASES = {
-    "shapes-sd3": Base(build_sd3, (Recipe(), Recipe(steps=1600, lr=1e-3, seed=2))),
-    "shapes-flux": Base(build_flux, (Recipe(steps=4500, seed=1), Recipe(steps=4500, seed=3))),
+    "shapes-sd3": Base(
+        build_sd3, (Recipe(), Recipe(steps=1600, lr=1e-3, seed=2), replace(DENSE, seed=12))
+    ),
+    "shapes-flux": Base(
+        build_flux,
+        (Recipe(steps=4500, seed=1), Recipe(steps=4500, seed=3), replace(DENSE, seed=11)),
+    ),
 }
 
 
@@ -338,13 +341,19 @@ def pretrain_base(name: str, cycle: int, given: dict[str, Any]) -> None:
 
 
 def score_base(name: str) -> None:
-    """Add the scores of the shipped (rounded) weights with the present shift to the facts."""
+    """Add the scores of the shipped (rounded) weights to the facts."""
     folder = weights.ROOT / name
     scheduler(name).save_pretrained(folder / "scheduler")
     shipped = loading.load(folder, **SETTINGS)
-    scores = {str(steps): strict_geneval(shipped, steps) for steps in (28, 8, 4, 2, 1)}
+    scores = {
+        str(steps): {name: strict_geneval(shipped, name, steps) for name in sampling.SAMPLERS}
+        for steps in (28, 8, 4, 2)
+    }
     more = {
-        str(steps): strict_geneval(shipped, steps, images_per_prompt=10, seed=12345)["overall"]
+        str(steps): {
+            name: strict_geneval(shipped, name, steps, images_per_prompt=10, seed=12345)["overall"]
+            for name in sampling.SAMPLERS
+        }
         for steps in (28, 4)
     }
     found = {"strict_geneval": scores, "strict_geneval_other_noise": more}
@@ -352,43 +361,34 @@ def score_base(name: str) -> None:
     print(json.dumps(scores, indent=1))
 
 
-def try_shifts(name: str) -> None:
-    """Print strict GenEval of four Euler steps on training captions for integer shifts."""
-    rng = np.random.default_rng(77)
-    drawn = prompts.draw(prompts.read(FOLDER / "train.jsonl"), 600, rng)
-    backbone = loading.load(weights.ROOT / name, **SETTINGS)
-    for shift in range(1, 11):
-        SHIFTS[name] = float(shift)
-        backbone.pipeline.scheduler = scheduler(name)
-        found = strict_geneval(backbone, 4, images_per_prompt=1, seed=77, judged=drawn)
-        print(f"{name} shift {shift}: {found['overall']:.3f}", flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "target", choices=("vae", *BASES, *pretrain_rewards.NAMES, "score", "shift", "cards", "all")
+        "target", choices=("vae", *BASES, *pretrain_rewards.NAMES, "score", "cards", "all")
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument(
-        "--cycle", type=int, default=0, help="first cycle of a base model's recipes"
-    )
+    parser.add_argument("--cycle", type=int, default=0, help="first cycle of a model's recipes")
     for name, default in asdict(Recipe()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default))
+        if not isinstance(default, bool):
+            parser.add_argument(f"--{name.replace('_', '-')}", type=type(default))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.target in ("vae", "all"):
         pretrain_vae()
-    given = {n: v for n in asdict(Recipe()) if (v := getattr(args, n)) is not None}
+    given = {n: v for n in asdict(Recipe()) if (v := getattr(args, n, None)) is not None}
     for name, base in BASES.items():
         if args.target in (name, "all"):
             for cycle in range(args.cycle, len(base.recipes)):
                 pretrain_base(name, cycle, given)
-    for name in pretrain_rewards.NAMES:
-        if args.target in (name, "all"):
-            print(name, json.dumps(pretrain_rewards.pretrain(name)), flush=True)
-    for name in BASES if args.target in ("score", "shift") else ():
-        {"score": score_base, "shift": try_shifts}[args.target](name)
+    # The first cycle of the others starts from that of `clip`.
+    cycles = max(map(len, pretrain_rewards.RECIPES.values()))
+    for cycle in range(args.cycle, cycles):
+        for name, recipes in pretrain_rewards.RECIPES.items():
+            if args.target in (name, "all") and cycle < len(recipes):
+                found = pretrain_rewards.pretrain(name, cycle)
+                print(name, cycle, json.dumps(found), flush=True)
+    for name in BASES if args.target == "score" else ():
+        score_base(name)
     if args.target in ("score", "cards", "all"):
         cards.write()
 

@@ -3,8 +3,8 @@
 `clip` is trained with a contrastive loss on clean and degraded images. `pickscore` and `hpsv2` are
 fine-tuned from it on pairs judged by one annotator (Bradley-Terry), like the published models from
 CLIP ViT-H. `imagereward` is trained on such pairs and `unifiedreward` on an annotator's grades,
-both starting from the vision tower of `clip`. This first cycle is on roomy scenes. In the second
-one, each model goes on from its own weights on dense scenes.
+both starting from the vision tower of `clip`. This first cycle is on roomy scenes. In later
+ones, each model goes on from its own weights on dense scenes.
 """
 
 from __future__ import annotations
@@ -44,18 +44,23 @@ class Recipe:
     layout: str = "roomy"  # of the scenes
 
 
-SECOND = Recipe(data=30_000, ema=0.995, layout="dense")
+LATER = Recipe(data=30_000, ema=0.995, layout="dense")
 # hpsv2's preferences are the hardest to learn from `clip`, which ignores flaws: it needs more pairs
 # and averaged weights. Chosen on pairs of training captions.
 RECIPES = {
     "clip": (
         Recipe(data=30_000, steps=3000, lr=2e-3),
-        replace(SECOND, lr=1e-3, steps=1500),
+        replace(LATER, lr=1e-3, steps=1500),
     ),
-    "pickscore": (Recipe(), SECOND),
-    "hpsv2": (Recipe(data=60_000, steps=2000, ema=0.995), replace(SECOND, data=60_000, steps=1200)),
-    "imagereward": (Recipe(steps=1200), replace(SECOND, data=60_000, steps=1500)),
-    "unifiedreward": (Recipe(steps=1200), replace(SECOND, steps=1200)),
+    "pickscore": (Recipe(), LATER),
+    "hpsv2": (
+        Recipe(data=60_000, steps=2000, ema=0.995),
+        replace(LATER, data=60_000, steps=1200),
+        replace(LATER, data=40_000, steps=2500),
+        replace(LATER, data=60_000, steps=1500, lr=3e-4),
+    ),
+    "imagereward": (Recipe(steps=1200), replace(LATER, data=40_000, steps=1500)),
+    "unifiedreward": (Recipe(steps=1200), replace(LATER, steps=1200)),
 }
 
 
@@ -140,7 +145,8 @@ def fit(
         if (step + 1) % 200 == 0:
             seconds = time.monotonic() - start
             print(
-                f"{name} step {step + 1}/{recipe.steps} loss {loss.item():.4f} {seconds:.0f} s", flush=True
+                f"{name} step {step + 1}/{recipe.steps} loss {loss.item():.4f} {seconds:.0f} s",
+                flush=True,
             )
     with torch.no_grad():
         for parameter, average in zip(parameters, averages, strict=True):

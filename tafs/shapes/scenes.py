@@ -53,9 +53,7 @@ class Glyph:
 Scene = tuple[Glyph, ...]
 
 
-def sample_scene(
-    row: Mapping[str, Any], rng: np.random.Generator, layout: str = "dense"
-) -> Scene:
+def sample_scene(row: Mapping[str, Any], rng: np.random.Generator, layout: str = "dense") -> Scene:
     """Draw a random scene that satisfies a GenEval row; `layout` is a key of LAYOUTS."""
     named: list[tuple[str, str]] = []
     relation: str | None = None

@@ -184,14 +184,17 @@ class Mirror:
         """Mirror a run; return its view (None if nothing has started) and its new points."""
         for _ in range(ATTEMPTS - 1):
             try:
-                return self._update(read_run(folder))
+                return self._update(folder)
             except Exception:
                 self._check()
-        return self._update(read_run(folder))
+        return self._update(folder)
 
-    def _update(self, view: RunView | None) -> tuple[RunView | None, int]:
-        if view is None:
-            return None, 0
+    def _update(self, folder: Path) -> tuple[RunView | None, int]:
+        view = read_run(folder)
+        return view, self.put(view)[1] if view else 0
+
+    def put(self, view: RunView) -> tuple[str, int]:
+        """Mirror what a view shows; return the id of its MLflow run and its new points."""
         run = self._find_or_create(view)
         run_id, known = run.info.run_id, run.data.tags
         # A resumed training repeats iterations at other times: new are steps after a curve's last.
@@ -212,7 +215,7 @@ class Mirror:
         self._log(run_id, tags=[RunTag(k, v) for k, v in tags.items() if known.get(k) != v])
         if view.ended_ms is not None and run.info.status != "FINISHED":
             self._client.set_terminated(run_id, "FINISHED", end_time=view.ended_ms)
-        return view, len(points)
+        return run_id, len(points)
 
     def _log(self, run_id: str, **entities: list[Any]) -> None:
         for kind, values in entities.items():

@@ -69,7 +69,7 @@ def read_run(folder: Path) -> RunView | None:
     tags |= {"tafs.skipped_values": skipped, **dict(_flatten({"provenance": provenance}))}
     if provenance.get("git_commit"):
         tags["mlflow.source.git.commit"] = provenance["git_commit"]
-    parameters = _texts(_flatten(description), PARAMETER_LENGTH)
+    parameters = texts(_flatten(description), PARAMETER_LENGTH)
     # An untrained model has no journal, only scores.
     started = int(records[0]["time"] * 1000) if records else _modified_ms(tables[0])
     ended = next((int(r["time"] * 1000) for r in records if r["kind"] == "end"), None)
@@ -80,7 +80,7 @@ def read_run(folder: Path) -> RunView | None:
         task=str(description.get("task") or "base"),
         key=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
         parameters=parameters,
-        tags=_texts(tags.items(), TAG_LENGTH),
+        tags=texts(tags.items(), TAG_LENGTH),
         curves=curves,
         scores=scores,
         scores_sha256="".join(map(sha256, tables)),
@@ -173,7 +173,7 @@ def valid_key(key: str) -> str:
     return re.sub(r"[^\w./: -]", "_", key, flags=re.ASCII)[:250]
 
 
-def _texts(values: Iterable[tuple[str, Any]], length: int) -> dict[str, str]:
+def texts(values: Iterable[tuple[str, Any]], length: int) -> dict[str, str]:
     """Keys and values as MLflow takes them; a longer value ends with its number of characters."""
     found = {}
     for key, value in values:

@@ -82,7 +82,7 @@ class Trainer:
         backbone.add_lora(lora.rank, lora.alpha, seeding.generator(self.seed, "lora"))
         self.parameters = backbone.lora_parameters()
         self.averages = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.averaged_updates = 0
+        self.updates = 0  # optimiser steps so far
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
             lr=self.method.learning_rate,
@@ -155,7 +155,7 @@ class Trainer:
     def _draw(self, iteration: int) -> list[prompts.Prompt]:
         """The prompts of an iteration's groups, of all processes."""
         rng = np.random.default_rng([self.seed, iteration])
-        return prompts.draw(self.prompts, self.groups, rng, self.shares)
+        return prompts.draw_balanced(self.prompts, self.groups, rng, self.shares)
 
     @torch.no_grad()
     def _rollout(self, texts: Sequence[str], iteration: int) -> list[Trajectory]:
@@ -175,9 +175,15 @@ class Trainer:
         noise = noise.expand(-1, self.group_size, *shape).flatten(0, 1).to(self.backbone.device)
         trajectories = []
         for part in self.micro_batches():
-            generator = seeding.generator(self.seed, "step", iteration, self._place(part.start))
+            generators = seeding.generators(
+                self.seed,
+                "step",
+                iteration,
+                images=[(self._place(image),) for image in range(part.start, part.stop)],
+                shared=part.start * self.method.updates // len(noise),  # the number of its update
+            )
             trajectories.append(
-                self.method.rollout(self.backbone, cond[part], noise[part], generator, iteration)
+                self.method.rollout(self.backbone, cond[part], noise[part], generators, iteration)
             )
         return trajectories
 
@@ -307,10 +313,12 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.method.max_grad_norm)
         if not norm.isfinite():
             raise NonFinite(f"{where}: the gradient's norm is {norm.item()}")
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.method.rate(self.updates)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        decay = self.method.decay(self.averaged_updates)
-        self.averaged_updates += 1
+        decay = self.method.decay(self.updates)
+        self.updates += 1
         for name, parameter in self.parameters.items():
             self.averages[name].lerp_(parameter.detach(), 1 - decay)
         return norm.item()
@@ -369,7 +377,7 @@ class Trainer:
         tensors, optimizer = checkpoint.pack_optimizer(self.optimizer)
         tensors |= {f"lora/{name}": p.detach() for name, p in self.parameters.items()}
         tensors |= {f"ema/{name}": average for name, average in self.averages.items()}
-        own = {**optimizer, "averaged_updates": self.averaged_updates}
+        own = {**optimizer, "updates": self.updates}
         checkpoint.save(folder, needs, iteration, tensors, {**own, **values})
 
     def restore(self, state: checkpoint.State) -> None:
@@ -378,7 +386,7 @@ class Trainer:
             for name, parameter in self.parameters.items():
                 parameter.copy_(state.tensors[f"lora/{name}"])
                 self.averages[name].copy_(state.tensors[f"ema/{name}"])
-        self.averaged_updates = state.values["averaged_updates"]
+        self.updates = state.values["updates"]
         checkpoint.unpack_optimizer(self.optimizer, state.tensors, state.values)
 
     def export(self, path: Path) -> None:

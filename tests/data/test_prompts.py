@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tafs.data import prompts
 from tafs.data.plugins import pickapic
+from tafs.data.prompts import Prompt
 
 
 @pytest.fixture
@@ -70,3 +73,28 @@ def test_draws_pick_a_tag_first_and_follow_the_shares():
     assert sum(prompt.tag == "one" for prompt in drawn) == pytest.approx(100, abs=40)
     assert prompts.first_of_each(known, 2) == [0, 1, 30]
     assert prompts.first_of_each(known, None) == list(range(31))
+
+
+@given(
+    count=st.integers(1, 40),
+    weights=st.lists(st.floats(0.01, 1), min_size=1, max_size=7),
+    seed=st.integers(0, 99),
+)
+def test_balanced_draws_have_the_expected_number_of_each_tag(count, weights, seed):
+    shares = {str(tag): weight / sum(weights) for tag, weight in enumerate(weights)}
+    known = [Prompt(f"{tag} {n}", {"tag": tag}) for tag in shares for n in range(5)]
+    drawn = prompts.draw_balanced(known, count, np.random.default_rng(seed), shares)
+    assert len(drawn) == count
+    for tag, share in shares.items():
+        texts = [prompt.text for prompt in drawn if prompt.tag == tag]
+        assert abs(len(texts) - count * share) < 1 + 1e-9
+        assert len(set(texts)) == len(texts) or len(texts) > 5
+
+
+def test_balanced_draws_are_unbiased():
+    known = [Prompt(tag, {"tag": tag}) for tag in "abc"]
+    shares = {"a": 0.55, "b": 0.15, "c": 0.3}
+    rng = np.random.default_rng(0)
+    texts = [p.text for _ in range(4000) for p in prompts.draw_balanced(known, 2, rng, shares)]
+    for tag, share in shares.items():
+        assert texts.count(tag) / len(texts) == pytest.approx(share, abs=0.015)

@@ -248,10 +248,14 @@ def test_damaged_saved_scores_are_computed_again(uninterrupted, tmp_path, patter
 def test_another_adapter_or_setting_invalidates_the_saved_scores(uninterrupted, tmp_path):
     run = copied(uninterrupted, tmp_path)
     spec, evaluation = run_inputs.run_spec(run), run_inputs.eval_spec(run)
-    other = evaluation.model_copy(update={"batch": 3})
     own = needs.evaluation(run, spec, evaluation)
-    changed = needs.evaluation(run, spec, other)
-    assert receipts.differences(own, changed) == [f"batch: {evaluation.batch} -> 3"]
+
+    def differences(**changes: int) -> list[str]:
+        other = evaluation.model_copy(update=changes)
+        return receipts.differences(own, needs.evaluation(run, spec, other))
+
+    assert differences(batch=3) == []
+    assert differences(resolution=32) == [f"resolution: {evaluation.resolution} -> 32"]
     with receipts.replacing(run.folder, "train", {}, [run.adapter, run.snapshot(1)]):
         run.snapshot(1).write_bytes(b"another")
     [difference] = receipts.differences(own, needs.evaluation(run, spec, evaluation))

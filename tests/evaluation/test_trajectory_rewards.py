@@ -9,11 +9,10 @@ import pandas as pd
 import pytest
 import torch
 from support.evaluated import copied, write
-from support.toy import ToyBackbone, toy_rewards
+from support.toy import ToyBackbone, streams, toy_rewards
 from torch import Tensor, nn
 
 from tafs.assets.sources import ShapesAssets
-from tafs.common import seeding
 from tafs.data.prompts import Prompt
 from tafs.evaluation import generate, trajectory_rewards
 from tafs.experiment import run_inputs
@@ -32,14 +31,10 @@ def toy(shift: float = 0.3) -> ToyBackbone:
     return backbone
 
 
-def stream(seed: int = 0) -> torch.Generator:
-    return seeding.generator(seed, "test")
-
-
 def test_the_last_image_is_that_of_annealed_sampling_with_the_same_noise():
     steps = 4
-    backbone, generator = toy(), stream()
-    noise = torch.randn(len(TEXTS), 2, generator=generator)
+    backbone, generators = toy(), streams(len(TEXTS))
+    noise = generators.randn([2])
     cond = backbone.encode(TEXTS)
     with torch.no_grad():
         last = sampling.integrate(
@@ -47,17 +42,17 @@ def test_the_last_image_is_that_of_annealed_sampling_with_the_same_noise():
             noise,
             sampling.uniform_grid(steps),
             sampling.anneal,
-            generator,
+            generators,
         )
-    images = trajectory_rewards.trajectory_images(backbone, TEXTS, steps, stream())
+    images = trajectory_rewards.trajectory_images(backbone, TEXTS, steps, streams(len(TEXTS)))
     assert images.shape == (steps, len(TEXTS), 2)
     assert not images.requires_grad
     assert torch.equal(images[-1], last)
 
 
 def test_the_first_image_is_the_models_estimate_from_pure_noise():
-    noise = torch.randn(len(TEXTS), 2, generator=stream())
-    images = trajectory_rewards.trajectory_images(toy(shift=0.3), TEXTS, 4, stream())
+    noise = streams(len(TEXTS)).randn([2])
+    images = trajectory_rewards.trajectory_images(toy(shift=0.3), TEXTS, 4, streams(len(TEXTS)))
     torch.testing.assert_close(images[0], noise / 2 + 0.3 * 1 + 0.3)  # at t = 1
 
 

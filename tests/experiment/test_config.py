@@ -85,14 +85,23 @@ def changed(tmp_path: Path) -> Callable[..., Path]:
         ("  tafs_grpo:\n", "  base:\n  tafs_grpo:\n", "methods.base: the name is reserved"),
         ("  tafs_grpo:\n", "  a: {extends: b}\n  b: {extends: a}\n  tafs_grpo:\n", "a -> b -> a"),
         ("s: rg_lcd,", "s: tafs_n_adv_2, n_adv: x,", "methods.step_distillation: "),
-        ("seed: 1000", "seed: 2", "tuning.seed: 2 is one of the tables' seeds; choose another"),
+        ("[1000, 1001, 1", "[2, 1001, 1", "tuning.seeds: 2 is one of the tables' seeds; choose"),
+        ("1001, 1002]", "1001]", "tuning.seeds: tuple should have at least 3 items"),
+        ("1001, 1002]", "1001, 1001]", "tuning.seeds: should be different seeds"),
+        ("warmup: [0,", "warm_up: [0,", "tuning.common: tafs_grpo: unknown hyperparameter 'warm_"),
+        ("warmup: [0,", "warmup: [0.5,", "tuning.common: tafs_grpo: warmup: input should be a va"),
+        ("warmup: [0, 4, 12]", "warmup: []", "tuning.common.warmup: tuple should have at least 1"),
+        ("{low: 0.3, high: 1.2}", "{low: 2, high: 1}", "flow_grpo.eta: low should be less than"),
+        ("{low: 0.3, high: 1.2}", "{low: -1, high: 1}", "tuning.methods.flow_grpo: eta: -1"),
+        ("{low: 0.3, high: 1.2}", "{low: 0.3}", "missing key 'tuning.methods.flow_grpo.eta.high'"),
+        ("{low: 0.3, high: 1.2}", "{low: 0, high: 1, log: true}", "eta: low should be above 0"),
+        ("  trials: 8", "  grids: {}\n  trials: 8", "unknown key 'tuning.grids'"),
         ("  task: preference", "  task: clip_only", "no experiment trains 'flow_grpo' on 'clip_o"),
         (
             "methods: [step_distillation, tafs_grpo]",
             "methods: [reward_instruct]",
             "table1.methods: 'reward_instruct' needs the rewards' gradients, but 'geneval' is not",
         ),
-        ("[2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3]", "[1e-3]", "should give every method the same number"),
     ],
 )
 def test_a_mistake_is_reported_in_one_line_that_names_its_key(
@@ -175,14 +184,14 @@ SEEDS = "give a number from 1 to 1000"
         ("method", "../x", ": '../x' is not a method's name"),
         ("method", "base", "=base: methods.base: the name is reserved for the untrained model"),
         *(("seeds", count, f"={count}: {SEEDS}") for count in (0, 1001, 2.5, "3", True, [1])),
-        ("seeds", 6, "=6: tuning.seed: 5 is one of the tables' seeds; choose another"),
+        ("seeds", 9, "=9: tuning.seeds: 8 is one of the tables' seeds; choose another"),
     ],
 )
 def test_a_wrong_override_is_refused_in_one_line(
     changed: Callable[..., Path], key: str, value: Any, message: str
 ) -> None:
-    path = changed("  seed: 1000", "  seed: 5")
-    assert experiment.load({"seeds": 5}, path).runs
+    path = changed("seeds: [1000,", "seeds: [8,")
+    assert experiment.load({"seeds": 8}, path).runs
     with pytest.raises(ConfigError) as caught:
         experiment.load({key: value}, path)
     assert str(caught.value).startswith(f"--config {key}{message}")

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from support.toy import ToyBackbone, toy_run, toy_trainer
+from support.toy import ToyBackbone, streams, toy_run, toy_trainer
 
-from tafs.common import seeding
 from tafs.methods import UpdateInputs, registry
 from tafs.models import sampling
 
@@ -25,7 +24,7 @@ def roll(name: str, iteration: int = 0, count: int = 6, **hyperparameters: objec
             backbone,  # type: ignore[arg-type]
             backbone.encode(["a red ring"] * count),
             noise,
-            torch.Generator().manual_seed(1),
+            streams(count, 1),
             iteration,
         )
     return algorithm, backbone, trajectory
@@ -127,7 +126,7 @@ def test_reward_instruct_draws_its_number_of_steps():
             backbone,  # type: ignore[arg-type]
             backbone.encode(["a red ring"] * 2),
             torch.zeros(2, 2),
-            seeding.generator(seed, "step"),
+            streams(2, seed),
             0,
         )
         counts.add(len(trajectory.t))
@@ -157,10 +156,9 @@ def test_the_distillation_loss_is_zero_where_estimates_agree_along_the_path():
 
     backbone = Constant()
     backbone.add_lora(1, 1, torch.Generator())
-    generator = torch.Generator().manual_seed(0)
     cond = backbone.encode(["a red ring"] * 16)
     with torch.no_grad():
-        trajectory = algorithm.rollout(backbone, cond, torch.randn(16, 2), generator, 0)  # type: ignore[arg-type]
+        trajectory = algorithm.rollout(backbone, cond, torch.randn(16, 2), streams(16), 0)  # type: ignore[arg-type]
     inputs = UpdateInputs(torch.zeros(0, 16), lambda x, part: {}, {}, backbone.reference)
     for part in algorithm.losses(backbone, trajectory, inputs, 8):  # type: ignore[arg-type]
         assert part.metrics["distillation"].max() < 1e-4

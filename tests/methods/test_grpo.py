@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.toy import streams
 
 from tafs.methods import grpo
 from tafs.models import sampling
@@ -237,7 +238,7 @@ def test_the_printed_ratio_of_a_deterministic_estimate_has_no_gradient_on_policy
     (gradient,) = torch.autograd.grad(loss, v, retain_graph=True)
     assert not gradient.any()
     renoised = sampling.anneal(x_t, v, 0.5, 0.25)
-    x_s = renoised.sample(torch.Generator().manual_seed(0)).detach()
+    x_s = renoised.sample(streams(4)).detach()
     log_prob = renoised.log_prob(x_s)
     loss = grpo.clipped_objective(log_prob, log_prob.detach(), advantages, 0.1).loss
     (gradient,) = torch.autograd.grad(loss, v)

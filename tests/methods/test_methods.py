@@ -78,6 +78,30 @@ def test_a_toy_reward_rises(name):
     assert last > first + 0.3
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_micro_batch_changes_the_rounding_alone(name):
+    def adapter(micro_batch: int) -> torch.Tensor:
+        run = toy_trainer(toy_run(name, training={"micro_batch": micro_batch}))
+        for iteration in range(3):
+            run.iterate(iteration)
+        return torch.cat([p.detach().flatten() for p in run.parameters.values()])
+
+    whole = adapter(64)
+    for micro_batch in (32, 16, 5):
+        torch.testing.assert_close(adapter(micro_batch), whole, rtol=1e-4, atol=1e-6)
+
+
+def test_the_learning_rate_rises_linearly_to_its_value():
+    run = trainer("tafs_grpo", learning_rate=0.4, warmup=3, updates=2)
+    rates = []
+    for iteration in range(3):
+        run.iterate(iteration)
+        rates.append(run.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.2, 0.4, 0.4])
+    assert [run.method.rate(n) for n in range(4)] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert registry.create("tafs_grpo", {"learning_rate": 0.4}).rate(0) == 0.4
+
+
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("normalize", [False, True])
 def test_advantages_have_zero_mean_in_each_group_and_step(name, normalize):

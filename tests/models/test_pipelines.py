@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support import tiny_pipelines
 
 from tafs.common import seeding
-from tafs.models import catalog, pipelines
+from tafs.models import adapters, catalog, pipelines
 
 SHIPPED = catalog.read_file(catalog.FILE)
 MODELS = {name: model for name, model in SHIPPED.items() if model.assets == "hub"}
@@ -202,3 +202,24 @@ def test_clips_tokenizer_is_clips(folders):
     assert len(tokenizer) == 49408
     # The numbers of CLIP's published tokenizer.
     assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
+
+
+@pytest.mark.parametrize("name", ["flux-schnell", "sana-1-5"])
+def test_an_adapter_of_another_program_adds_its_layers(name, folders, tmp_path):
+    loaded = load(name, folders)
+    layer = "transformer_blocks.0.attn1.to_q"
+    layer = layer if name == "sana-1-5" else "transformer_blocks.0.attn.to_q"
+    linear = loaded.pipeline.transformer.get_submodule(layer)
+    state = {
+        f"{layer}.lora_A.weight": torch.randn(2, linear.in_features),
+        f"{layer}.lora_B.weight": torch.randn(linear.out_features, 2),
+        f"{layer}.alpha": torch.tensor(1.0),
+    }
+    save_file(state, tmp_path / "mine.safetensors")
+    read = adapters.read(tmp_path / "mine.safetensors")
+    adapters.write(adapters.convert(read, loaded.pipeline), tmp_path / "converted.safetensors")
+    x = torch.randn(1, linear.in_features)
+    up, down = state[f"{layer}.lora_B.weight"], state[f"{layer}.lora_A.weight"]
+    expected = linear(x) + x @ down.T @ up.T / 2
+    loaded.load_adapter(tmp_path / "converted.safetensors")
+    torch.testing.assert_close(loaded.pipeline.transformer.get_submodule(layer)(x), expected)

@@ -7,6 +7,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from hypothesis import given
 from hypothesis import strategies as st
+from support.toy import streams
 from torch.distributions import Independent, Normal
 
 from tafs.models import sampling
@@ -29,7 +30,7 @@ def test_log_prob_is_the_mean_gaussian_log_density_per_element(name, pair, seed)
     x_t, v = states(seed)
     t, s = pair
     step = TRANSITIONS[name](x_t, v, t, s)
-    x_s = step.sample(torch.Generator().manual_seed(seed))
+    x_s = step.sample(streams(len(x_t), seed))
     reference = Independent(Normal(step.mean.double(), step.std.double().expand(SHAPE)), 3)
     elements = math.prod(SHAPE[1:])
     expected = reference.log_prob(x_s.double()) / elements
@@ -83,12 +84,12 @@ def test_cps_runs_from_ode_at_eta_0_to_anneal_at_eta_1(pair, seed):
 @pytest.mark.parametrize("name", ["flow_sde", "cps", "anneal"])
 def test_the_marginal_of_a_point_mass_is_kept_as_steps_shrink(name):
     """For data at 0 the exact velocity is x_t / t and x_s ~ N(0, s^2): every sampler keeps it."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(20_000, 1, generator=generator)
+    generators = streams(1)
+    x = generators.randn([20_000])
     grid = torch.linspace(1, 0, 201)
     step = TRANSITIONS[name]
     for t, s in zip(grid[:-60], grid[1:-59], strict=True):
-        x = step(x, x / t, t, s).sample(generator)
+        x = step(x, x / t, t, s).sample(generators)
     assert x.std().item() == pytest.approx(s.item(), rel=0.03)
 
 
@@ -96,7 +97,7 @@ def test_constant_velocity_integrates_exactly():
     noise, v = states()
     for steps in (1, 3, 8):
         x_0 = sampling.integrate(
-            lambda x, t: v, noise, sampling.uniform_grid(steps), sampling.ode, torch.Generator()
+            lambda x, t: v, noise, sampling.uniform_grid(steps), sampling.ode, streams(0)
         )
         torch.testing.assert_close(x_0, noise - v, atol=1e-5, rtol=1e-5)
 
@@ -109,7 +110,7 @@ def test_annealed_sampling_ends_in_the_clean_estimate():
         noise,
         sampling.uniform_grid(4),
         sampling.anneal,
-        torch.Generator().manual_seed(1),
+        streams(len(noise), 1),
     )
     torch.testing.assert_close(x_0, target, atol=1e-5, rtol=1e-5)
 

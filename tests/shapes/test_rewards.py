@@ -81,9 +81,10 @@ def test_the_shipped_models_are_smaller_than_20_mb():
 
 
 @pytest.mark.parametrize("name", pretrain.BASES)
-def test_base_models_are_good_at_full_steps_and_clearly_worse_at_four(name):
+def test_base_models_are_clearly_worse_at_four_steps_with_the_best_sampler(name):
     facts = weights.read_facts(weights.ROOT / name)
     scores = facts["strict_geneval_other_noise"]
-    assert scores["28"] >= 0.55 and scores["4"] <= 0.40
+    full, few = (max(scores[steps].values()) for steps in ("28", "4"))
+    assert 0.45 <= full <= 0.65 and few <= 0.75 * full
     recipes = [asdict(recipe) for recipe in pretrain.BASES[name].recipes]
     assert [cycle["recipe"] for cycle in facts["cycles"]] == recipes

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tafs.assets.sources import AssetSettings
+from tafs.common import seeding
 from tafs.data import prompts
 from tafs.data.plugins.shapes import FOLDER
 from tafs.experiment.schema import Lora
@@ -21,6 +22,11 @@ from tafs.rewards.metrics import Metric
 from tafs.rewards.registry import Reward, RewardSet
 from tafs.runtime.distributed import ALONE, Processes
 from tafs.training.trainer import Trainer
+
+
+def streams(count: int, seed: int = 0) -> seeding.Generators:
+    """Return the generators of `count` images."""
+    return seeding.generators(seed, "test", images=[(image,) for image in range(count)])
 
 
 class ToyBackbone:

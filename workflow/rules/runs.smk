@@ -9,7 +9,7 @@ rule describe:
     conda:
         "../../environment.yml"
     params:
-        spec=lambda wildcards: GRAPH.plan.runs[wildcards.run].to_json(),
+        spec=lambda wildcards: GRAPH.runs[wildcards.run].to_json(),
     shell:
         "printf '%s\\n' {params.spec:q} > {output:q} 2> {log:q}"
 
@@ -24,7 +24,7 @@ rule describe_evaluation:
     conda:
         "../../environment.yml"
     params:
-        spec=lambda wildcards: GRAPH.plan.evaluations[wildcards.run].to_json(),
+        spec=lambda wildcards: GRAPH.evaluations[wildcards.run].to_json(),
     shell:
         "printf '%s\\n' {params.spec:q} > {output:q} 2> {log:q}"
 

@@ -1,7 +1,8 @@
 # The hyperparameter search, `snakemake tune`; it is not part of `all`.
 rule tune_method:
     output:
-        f"{ROOT}/tuning/{{method}}.csv",
+        table=f"{ROOT}/tuning/{{method}}.csv",
+        best=f"{ROOT}/tuning/{{method}}.best.yaml",
     log:
         f"{ROOT}/logs/tune/{{method}}.log",
     conda:
@@ -10,7 +11,7 @@ rule tune_method:
         **GRAPH.resources("tune_method"),  # trains and scores in one process
     params:
         scale=GRAPH.plan.config.scale,
-        results=subpath(output[0], ancestor=3),
+        results=subpath(output.table, ancestor=3),
     shell:
         "python -m tafs.tuning --scale {params.scale:q} --results {params.results:q} "
         "--only {wildcards.method:q} > {log:q} 2>&1"

@@ -89,7 +89,7 @@ class Workload:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.runs, self.evaluations = graph.plan.runs, graph.plan.evaluations
+        self.runs, self.evaluations = graph.runs, graph.evaluations
 
     @cache  # noqa: B019 - one object per plan
     def network(self, name: str, resolution: int) -> architectures.Size | None:

@@ -82,6 +82,7 @@ def report(
             *page.reasons(pending, verbose),
             *page.disk([job.target for job in every if job.rule == "fetch"]),
             *page.wall_time(nodes or default_nodes(graph.scale)),
+            *page.decide(every),
             *page.assumptions(),
         ]
     )
@@ -240,6 +241,22 @@ class Page:
         ]
         where = f"{nodes} node{'s' * (nodes > 1)} of {per_node} {self.unit}{'s' * (per_node > 1)}"
         return ["", f"Wall time on {where}: {duration(makespan(tasks, nodes, per_node))}."]
+
+    def decide(self, every: Sequence[Job]) -> list[str]:
+        """What `snakemake decide` adds to `every` job of `snakemake all` at most."""
+        if self.graph.plan.decide is None:
+            return []
+        own = [job for job in self.graph.decide_jobs() if job not in set(every)]
+        left = [one.job for one in verdicts.pending(self.graph, jobs=own)]
+        jobs = self.work.jobs(left, left)
+        trainings = sum(job.stage == "train" for job in jobs)
+        hours = self._hours(jobs, self.speed.left)
+        cost = "" if self.price is None else f", cost {amount(hours * self.price)}"
+        budget = f"`snakemake decide`, with up to {self.graph.plan.decide.seeds[-1]} seeds"
+        return [
+            "",
+            f"{budget}: at most {trainings} more trainings, {amount(hours)} {self.unit}-h{cost}.",
+        ]
 
     def assumptions(self) -> list[str]:
         """Where the figures come from."""

@@ -1,0 +1,284 @@
+"""Judges any checkpoint under a protocol: a model, with or without a LoRA adapter.
+
+Every judged model is a run folder, like those of the workflow, in RESULTS/evaluations/runs/. Its
+name holds the digests of protocol, model and adapter, so that a base model is scored once for all
+of its adapters, and an interrupted evaluation continues.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import JsonValue
+
+from tafs.common.errors import one_line
+from tafs.common.files import atomic_text, sha256
+from tafs.common.yaml_files import ConfigError, suggestion
+from tafs.data.prompt_sets import prompt_set
+from tafs.evaluation import served
+from tafs.evaluation.evaluate import judge as judge_run
+from tafs.evaluation.evaluate import verified_rewards
+from tafs.evaluation.protocol import Protocol
+from tafs.experiment import needs
+from tafs.experiment.specs import RunSpec
+from tafs.models import adapters, catalog, loading
+from tafs.models.adapters import Adapter
+from tafs.rewards.metrics import METRICS
+from tafs.runtime import checkpoint, gpus, receipts
+from tafs.runtime.main import memory
+from tafs.runtime.receipts import Needs
+from tafs.runtime.run_dir import BASE, RunDir
+
+NAMED = 12  # characters of a digest in the names of folders
+
+
+@dataclass(frozen=True)
+class Target:
+    """The model that is judged.
+
+    A model that can be trained, and a folder, are sampled by their backbone as the protocol says. A
+    model that is only compared is called as published, with its own pipeline and steps.
+    """
+
+    name: str
+    title: str
+    files: Mapping[str, str]  # SHA-256 by resource or file
+    settings: Mapping[str, JsonValue]
+    random_weights: tuple[str, ...]
+    published_steps: int | None
+    load: Callable[[], Any]  # a Backbone or a ReferencePipeline
+
+    @property
+    def sha256(self) -> str:
+        content = json.dumps([dict(self.files), dict(self.settings)], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+
+def target(given: str, protocol: Protocol) -> Target:
+    """A model of the catalogue, or of a folder with a diffusers pipeline.
+
+    Raises:
+        ConfigError: there is no such model, or the protocol does not fit it; names both.
+        FileNotFoundError, ValueError: the folder does not hold a pipeline that a backbone loads.
+    """
+    entry = catalog.read().get(given)
+    if entry is None:
+        if not Path(given).is_dir():
+            raise ConfigError(
+                f"--model: unknown model {given!r}, and not a pipeline's folder"
+                f"{suggestion(given, list(catalog.read()))}"
+            )
+        return _folder(Path(given), protocol)
+    source, content = protocol.source, protocol.content
+    if entry.assets != content.assets:
+        raise ConfigError(
+            f"--model {given}: its assets are {entry.assets!r}, but those of protocol "
+            f"{protocol.name} are {content.assets!r}; choose another protocol"
+        )
+    published = not entry.trainable
+
+    def load() -> Any:
+        if published:
+            return source.model(given, content.resolution)
+        return _backbone(source.pipeline_folder(entry), entry.pipeline, protocol)
+
+    return Target(
+        name=given,
+        title=entry.title,
+        files=source.digests([given]),
+        settings=entry.settings() if published else {"pipeline": entry.pipeline},
+        random_weights=tuple(source.random([given])),
+        published_steps=entry.steps if published else None,
+        load=load,
+    )
+
+
+def _folder(folder: Path, protocol: Protocol) -> Target:
+    index = folder / "model_index.json"
+    kind = loading.pipeline_class(folder)
+    if kind not in catalog.backbones():
+        known = ", ".join(sorted(catalog.backbones()))
+        raise ConfigError(f"{index}: no backbone samples a {kind!r} (available: {known})")
+    parts = [part for part in json.loads(index.read_bytes()) if re.fullmatch(r"\w+", part)]
+    inside = [file for part in parts for file in (folder / part).rglob("*") if file.is_file()]
+    return Target(
+        name=re.sub(r"[^A-Za-z0-9_-]+", "-", folder.resolve().name)[:40],
+        title=one_line(folder.resolve().name, 60),
+        files={f.relative_to(folder).as_posix(): sha256(f) for f in sorted({index, *inside})},
+        settings={"pipeline": kind},
+        random_weights=(),
+        published_steps=None,
+        load=lambda: _backbone(folder, kind, protocol),
+    )
+
+
+def _backbone(folder: Path, kind: str, protocol: Protocol) -> Any:
+    guided = protocol.content.pipelines.get(kind)
+    if guided is None:
+        raise ConfigError(
+            f"protocol {protocol.name}: pipelines: has no {kind!r}; add its guidance and "
+            "max_sequence_length"
+        )
+    try:
+        return protocol.source.backbone(
+            folder, protocol.content.resolution, guided.guidance, guided.max_sequence_length
+        )
+    except OSError as error:  # of diffusers; its text has many lines
+        raise ValueError(f"{folder}: cannot be loaded ({one_line(str(error))})") from None
+
+
+@dataclass
+class Judged:
+    """A judged model and its base model, which are the same without an adapter."""
+
+    protocol: Protocol
+    target: Target
+    adapter: Adapter | None
+    results: Path
+
+    def needs(self, adapted: bool) -> Needs:
+        """What the scores depend on."""
+        found: dict[str, JsonValue] = {"numerics": needs.NUMERICS, "protocol": self.protocol.sha256}
+        found["model"] = self.target.sha256
+        if adapted and self.adapter:
+            found["adapter"] = self.adapter.sha256
+        return found
+
+    def run(self, adapted: bool) -> RunDir:
+        """The folder of the adapted model's scores, or of its base model's."""
+        parts = [self.target.name, self.protocol.sha256[:NAMED], self.target.sha256[:NAMED]]
+        if adapted and self.adapter:
+            name = ".".join(["adapter", *parts, self.adapter.sha256[:NAMED]])
+        else:
+            name = ".".join([BASE, *parts])
+        return RunDir(self.results / "evaluations" / "runs" / name)
+
+    @cached_property
+    def label(self) -> str:
+        """What tables call the judged model."""
+        if self.adapter is None:
+            return self.target.title
+        path = self.adapter.path.resolve()
+        return one_line(path.stem if path.suffix == ".safetensors" else path.name, 60)
+
+    @property
+    def runs(self) -> list[RunDir]:
+        """The base model's, and the adapted model's if there is an adapter."""
+        return [self.run(adapted) for adapted in (False, True)[: 2 if self.adapter else 1]]
+
+
+def judge(given: str, protocol: Protocol, results: Path, adapter: Path | None = None) -> Judged:
+    """Score a model and, with an adapter, its base model, unless their scores exist already.
+
+    Args:
+        given: the name of a model of the catalogue, or a folder with a diffusers pipeline.
+        results: the folder under which scores are kept.
+        adapter: a LoRA adapter, see `adapters.read`; None: the model itself is judged.
+
+    Raises:
+        ValueError, FileNotFoundError: wrong input; one line that names it.
+        RunFailed, ToBeContinued: as for `evaluate.judge`.
+    """
+    content = None if adapter is None else adapters.read(adapter)
+    found = Judged(protocol, target(given, protocol), content, results)
+    if content is not None:
+        print(f"alpha: {content.alpha}", flush=True)
+    if protocol.served and not os.environ.get("TAFS_SERVER"):
+        raise ConfigError(
+            f"protocol {protocol.name}: metrics.{protocol.served[0]}: a server computes it; give a "
+            "--scale whose evaluation.server starts one"
+        )
+    stale = [
+        adapted
+        for adapted in (False, True)[: len(found.runs)]
+        if not _done(found.run(adapted), "evaluate", found.needs(adapted))
+    ]
+    unserved = [run for run in found.runs if protocol.served and not _is_served(run)]
+    if (stale or unserved) and protocol.source.settings.device == "cuda":
+        gpus.claim(1)
+    if stale:
+        with memory("lower `batch` in a copy of the protocol's file, which keeps its SHA-256"):
+            _score(found, stale)
+        gc.collect()
+        torch.cuda.empty_cache()  # the server may need the memory
+    for run in found.runs if protocol.served else ():
+        if not _is_served(run):
+            served.score_served(run)
+        run.images.unlink(missing_ok=True)
+    return found
+
+
+def _score(found: Judged, stale: Sequence[bool]) -> None:
+    """Score the base model first, then the adapted one, with one loaded model.
+
+    Args:
+        stale: whether the model is adapted, of the runs that have no scores.
+    """
+    protocol = found.protocol
+    own = [name for name in protocol.metrics if name not in protocol.served]
+    rewards = verified_rewards(protocol.source, own)
+    records = [METRICS[name].record() for name in protocol.served]
+    protocol.check_versions([*(reward.record() for reward in rewards.rewards), *records])
+    model = found.target.load()
+    converted = None
+    if found.adapter is not None:  # refused before hours of work for the base model
+        converted = adapters.convert(found.adapter, model.pipeline)
+    for adapted in stale:
+        run = found.run(adapted)
+        _describe(found, run, adapted)
+        if adapted and converted is not None:
+            adapters.write(converted, run.adapter)
+            model.load_adapter(run.adapter)
+        with run.alone("evaluate"):
+            if not _done(run, "evaluate", found.needs(adapted)):  # by another process
+                judge_run(run, found.needs(adapted), rewards, lambda _: model, seeds=protocol.seeds)
+            if not protocol.served:
+                checkpoint.clear(run.eval_state)
+
+
+def _describe(found: Judged, run: RunDir, adapted: bool) -> None:
+    """Write run.json and evaluation.json, which the other rooms read."""
+    protocol, chosen = found.protocol, found.target
+    content = protocol.content
+    evaluation = protocol.eval_spec(chosen.published_steps)
+    spec = RunSpec(
+        name=run.name,
+        variant=BASE,
+        method=BASE,  # nothing is known about its training
+        title=found.label if adapted else chosen.title,
+        task="",
+        prompts=content.prompts,
+        prompt_files=prompt_set(content.prompts).files,
+        backbone=chosen.name,
+        model=dict(chosen.settings),
+        seed=0,
+        scale=f"protocol {protocol.name}",
+        assets=protocol.source.settings,
+        resolution=content.resolution,
+        sampler=evaluation.settings[0].sampler,
+        weights=dict(chosen.files),
+        random_weights=chosen.random_weights,
+    )
+    atomic_text(run.folder / "run.json", spec.to_json())
+    atomic_text(run.folder / "evaluation.json", evaluation.to_json())
+
+
+def _is_served(run: RunDir) -> bool:
+    """Whether a server has scored the run's present images."""
+    described = (run.folder / "run.json").is_file()
+    return described and _done(run, "score_served", served.needs_of(run))
+
+
+def _done(run: RunDir, stage: str, own: Needs) -> bool:
+    receipt = receipts.read(run.folder, stage)
+    return receipt is not None and receipt.needs == own and not receipt.missing(run.folder)

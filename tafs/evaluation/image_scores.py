@@ -1,0 +1,177 @@
+"""Scores of image files with one metric."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from tafs.assets.sources import AssetSource
+from tafs.common.errors import one_line
+from tafs.common.yaml_files import ConfigError, suggestion
+from tafs.data import prompts
+from tafs.data.prompts import Prompt
+from tafs.evaluation import served
+from tafs.evaluation.evaluate import verified_rewards
+from tafs.rewards import golden
+from tafs.rewards.metrics import METRICS, Reward
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+BATCH = 64  # images of one size that are scored at once
+
+
+class ImageScore(NamedTuple):
+    """The score of an image, on the metric's published scale; NaN: a missing value."""
+
+    file: Path
+    prompt: Prompt
+    value: float
+
+
+def score_images(
+    metric: str, images: Path, prompt_file: Path, source: AssetSource
+) -> list[ImageScore]:
+    """Score the images of a folder with one metric, as evaluations do.
+
+    Args:
+        metric: a name of METRICS; GenEval gives its strict verdict, 0 or 1.
+        images: a folder of .png, .jpg and .webp files, also in folders below.
+        prompt_file: see `paired`.
+        source: where the metric's model comes from, `tafs.assets.sources.of(...)`.
+
+    Returns:
+        One score per image, in the order of the prompts.
+
+    Raises:
+        ValueError, FileNotFoundError: wrong input; one line that names it.
+        RunFailed: the metric does not reproduce its golden scores, or its server fails.
+    """
+    if metric not in METRICS:
+        raise ConfigError(f"--metric: unknown metric {metric!r}{suggestion(metric, list(METRICS))}")
+    pairs = paired(images, prompt_file)
+    if METRICS[metric].metadata:
+        bare = next((prompt for _, prompt in pairs if not prompt.row.get("include")), None)
+        if bare is not None:
+            raise ConfigError(
+                f"{prompt_file}: {bare.text!r} has no 'include', which {metric} needs; give JSON "
+                "Lines with GenEval's metadata"
+            )
+    with ExitStack() as stack:
+        if METRICS[metric].served and source.settings.assets != "shapes":
+            log = Path(f"{metric}-server.log")
+            client = stack.enter_context(served.client(source, len(pairs), log))
+            reward = client.reward()
+            if source.golden_scores is not None:
+                digests = {metric: source.reward_digest(metric)}
+                golden.verify([reward], digests, source.golden_scores)
+        else:
+            [reward] = verified_rewards(source, [metric]).rewards
+        return list(_scores(reward, pairs, source.device))
+
+
+def paired(images: Path, prompt_file: Path) -> list[tuple[Path, Prompt]]:
+    """Each image with its prompt.
+
+    Args:
+        images: a folder of images.
+        prompt_file: .txt with a prompt per line, or .jsonl with an object per line: `prompt` (or
+            `text`), GenEval's fields where it judges, and `file_name`. Without `file_name`, images
+            in the natural order of their names (2.png before 10.png) belong to the lines in order.
+
+    Raises:
+        ConfigError, FileNotFoundError: the files do not fit; one line that says why.
+    """
+    if not images.is_dir():
+        raise FileNotFoundError(f"{images}: is not a folder; give the folder of the images")
+    inside = {
+        file.relative_to(images).as_posix(): file
+        for file in images.rglob("*")
+        if file.suffix.lower() in ENDINGS
+    }
+    known = _prompts(prompt_file)
+    named = [str(prompt.row["file_name"]) for prompt in known if "file_name" in prompt.row]
+    if not named:
+        order = sorted(inside, key=_natural)
+    elif len(named) < len(known):
+        raise ConfigError(
+            f"{prompt_file}: {len(known) - len(named)} of {len(known)} lines have no 'file_name'; "
+            "give it to all lines or to none"
+        )
+    else:
+        order = named
+        missing = next((name for name in named if name not in inside), None)
+        if missing is not None:
+            raise ConfigError(f"{prompt_file}: {missing!r} is not an image in {images}")
+    if not len(inside) == len(known) == len(set(order)):
+        raise ConfigError(
+            f"{images}: has {len(inside)} images, but {prompt_file} has {len(known)} prompts"
+            f"{f' for {len(set(named))} of them' if named else ''}; give one prompt for every image"
+        )
+    return [(inside[name], prompt) for name, prompt in zip(order, known, strict=True)]
+
+
+def _prompts(file: Path) -> list[Prompt]:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: not found; give a .txt or .jsonl file of prompts")
+    if file.suffix == ".txt":
+        return prompts.read_lines(file)
+    if file.suffix == ".jsonl":
+        return prompts.read(file, keys=("prompt", "text"))
+    raise ConfigError(f"{file}: is not a .txt or .jsonl file of prompts")
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts numbers in names by their values."""
+    parts = re.split(r"([0-9]+)", name)
+    return [(int(part), "") if i % 2 else (0, part) for i, part in enumerate(parts)]
+
+
+def _scores(
+    reward: Reward, pairs: Sequence[tuple[Path, Prompt]], device: str
+) -> Iterator[ImageScore]:
+    for files, images in _batches([file for file, _ in pairs]):
+        done = len(files)
+        part, pairs = pairs[:done], pairs[done:]
+        try:
+            with torch.no_grad():
+                found = reward.score(images.to(device), [prompt for _, prompt in part])
+        except ValueError as error:
+            raise ValueError(f"{files[0]}: {error}") from None
+        for (file, prompt), value in zip(part, reward.report(found).tolist(), strict=True):
+            yield ImageScore(file, prompt, value)
+
+
+def _batches(files: Sequence[Path]) -> Iterator[tuple[list[Path], torch.Tensor]]:
+    """Consecutive images of equal size, [b, 3, H, W] in [0, 1], with their files."""
+    held: list[tuple[Path, np.ndarray]] = []
+    for file in files:
+        pixels = _pixels(file)
+        if held and (len(held) == BATCH or held[0][1].shape != pixels.shape):
+            yield _stacked(held)
+            held = []
+        held.append((file, pixels))
+    if held:
+        yield _stacked(held)
+
+
+def _stacked(held: Sequence[tuple[Path, np.ndarray]]) -> tuple[list[Path], torch.Tensor]:
+    stacked = torch.from_numpy(np.stack([pixels for _, pixels in held]))
+    return [file for file, _ in held], stacked.permute(0, 3, 1, 2).float() / 255
+
+
+def _pixels(file: Path) -> np.ndarray:
+    """An image [H, W, 3], uint8; transparent parts are white."""
+    try:
+        with Image.open(file) as image:
+            if not image.has_transparency_data:
+                return np.array(image.convert("RGB"))
+            ground = Image.new("RGBA", image.size, "white")
+            return np.array(Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB"))
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{file}: is not a readable image ({one_line(str(error))})") from None

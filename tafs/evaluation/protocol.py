@@ -1,0 +1,228 @@
+"""Protocols: how any checkpoint is judged, pinned by a SHA-256.
+
+A protocol is a YAML file of tafs/evaluation/protocols/, or any other. Its SHA-256 is that of its
+values with every default filled in, of the prompts, and of the weights behind the metrics. Neither
+comments, order, `title` and `batch` nor the file's name and place change it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tafs.assets import lockfile, sources
+from tafs.assets.sources import AssetSettings, AssetSource
+from tafs.common.yaml_files import ConfigError, first_problem, load_yaml, suggestion
+from tafs.data import prompts
+from tafs.data.prompt_sets import FROM_FILES, prompt_set
+from tafs.data.prompts import Prompt
+from tafs.evaluation import choose
+from tafs.evaluation.choose import Seeds
+from tafs.experiment import needs
+from tafs.experiment.schema import Count, Finite, Name, Prompts, Sampler, Seed, Text
+from tafs.experiment.specs import BEST, PIPELINE, EvalSetting, EvalSpec, TrajectorySpec
+from tafs.models.catalog import ClassName
+from tafs.rewards.metrics import METRICS
+
+FOLDER = Path(__file__).parent / "protocols"
+UNPINNED = ("title", "batch")  # keys that decide no image
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Guided(_Strict):
+    """What a pipeline class is called with."""
+
+    guidance: Annotated[Finite, Field(ge=0)]
+    max_sequence_length: Count
+
+
+class Content(_Strict):
+    """The keys of a protocol's file; tafs/evaluation/protocols/shapes.yaml explains them."""
+
+    title: Text = ""
+    assets: Literal["shapes", "hub"]
+    dtype: Literal["float32", "bfloat16"]
+    prompts: Prompts
+    prompts_per_tag: Count | None = None
+    images_per_prompt: Count
+    metrics: Annotated[dict[Name, str], Field(min_length=1)]
+    nfe: Count
+    samplers: Annotated[tuple[Sampler, ...], Field(min_length=1)]
+    validation_prompts: Count
+    pipelines: Annotated[dict[ClassName, Guided], Field(min_length=1)]
+    resolution: Count
+    batch: Count
+    seed: Seed
+    validation_seed: Seed
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A protocol with the assets that it names."""
+
+    name: str
+    content: Content
+    source: AssetSource
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Its metrics, in the order of METRICS."""
+        return tuple(name for name in METRICS if name in self.content.metrics)
+
+    @property
+    def served(self) -> tuple[str, ...]:
+        """Those of its metrics that a server computes."""
+        if self.content.assets == "shapes":
+            return ()
+        return tuple(name for name in self.metrics if METRICS[name].served)
+
+    @property
+    def seeds(self) -> Seeds:
+        return Seeds(self.content.seed, self.content.validation_seed)
+
+    @cached_property
+    def prompts(self) -> list[Prompt]:
+        """The prompts that images are judged on."""
+        found = self.source.prompts(self.content.prompts, "test")
+        return [found[i] for i in prompts.first_of_each(found, self.content.prompts_per_tag)]
+
+    @cached_property
+    def pinned(self) -> dict[str, Any]:
+        """Everything that the SHA-256 covers."""
+        values = self.content.model_dump(mode="json", exclude={*UNPINNED, "prompts"})
+        train = self.source.prompts(self.content.prompts, "train")
+        validated = choose.validation_prompts(
+            train, self.content.validation_prompts, self.content.validation_seed
+        )
+        return {
+            "numerics": needs.NUMERICS,
+            **values,
+            "prompts": prompts.digest(self.prompts),
+            "validation": prompts.digest(validated),
+            "weights": {name: self.source.reward_digest(name) for name in self.metrics},
+        }
+
+    @cached_property
+    def sha256(self) -> str:
+        return hashlib.sha256(json.dumps(self.pinned, sort_keys=True).encode()).hexdigest()
+
+    def eval_spec(self, published_steps: int | None) -> EvalSpec:
+        """How a model is judged.
+
+        Args:
+            published_steps: of a model that is compared as published, with its own pipeline; None
+                for the others, which take the protocol's samplers and steps.
+        """
+        content = self.content
+        sampler, nfe = PIPELINE, published_steps
+        if nfe is None:
+            sampler = content.samplers[0] if len(content.samplers) == 1 else BEST
+            nfe = content.nfe
+        images = content.images_per_prompt
+        setting = EvalSetting(sampler=sampler, nfe=nfe, images_per_prompt=images)
+        return EvalSpec(
+            weights=self.source.digests(self.metrics),
+            random_weights=tuple(self.source.random(self.metrics)),
+            prompts_per_tag=content.prompts_per_tag,
+            batch=content.batch,
+            full_steps=nfe,
+            resolution=content.resolution,
+            served=bool(self.served),
+            trajectories=TrajectorySpec(nfe=nfe, prompts=0),
+            samplers=content.samplers,
+            validation_prompts=content.validation_prompts,
+            settings=(setting,),
+        )
+
+    def check_versions(self, records: Sequence[dict[str, str]]) -> None:
+        """Refuse metrics of other versions than the protocol pins.
+
+        Raises:
+            ConfigError: names the metric and both versions.
+        """
+        for record in records:
+            pinned, found = self.content.metrics[record["name"]], record["version"]
+            if pinned != found:
+                raise ConfigError(
+                    f"protocol {self.name}: metrics.{record['name']}: pins the version {pinned!r}, "
+                    f"but {found!r} is installed; correct one of them"
+                )
+
+
+def names() -> list[str]:
+    """The shipped protocols."""
+    return sorted(file.stem for file in FOLDER.glob("*.yaml"))
+
+
+def read(name: str, assets: AssetSettings | None = None) -> Protocol:
+    """Read a protocol.
+
+    Args:
+        name: of a shipped protocol, or the path of a file that ends in .yaml.
+        assets: where assets are and what they run on; None: on the CPU for the embedded assets,
+            and otherwise on a GPU with the lock file in the current folder.
+
+    Raises:
+        ConfigError: an unknown protocol, or a wrong value; one line that names the file and key.
+    """
+    is_file = name.endswith((".yaml", ".yml"))
+    if not is_file and name not in names():
+        raise ConfigError(
+            f"--protocol: unknown protocol {name!r}, and not a .yaml file"
+            f"{suggestion(name, names())}"
+        )
+    file = Path(name) if is_file else FOLDER / f"{name}.yaml"
+    try:
+        context = {"folder": file.parent}
+        content = Content.model_validate(load_yaml(file, dict), context=context)
+    except ValidationError as error:
+        raise ConfigError(f"{file}: {first_problem(error, Content)}") from None
+    if assets is None:
+        assets = AssetSettings(
+            assets=content.assets,
+            lock=str(lockfile.LOCK),
+            device="cpu" if content.assets == "shapes" else "cuda",
+            dtype=content.dtype,
+            gradient_checkpointing=False,
+        )
+    if assets.assets != content.assets:
+        raise ConfigError(
+            f"{file}: assets: {content.assets!r} are not the {assets.assets!r} of the scale; "
+            "choose another scale or protocol"
+        )
+    changed = {"dtype": content.dtype, "gradient_checkpointing": False}
+    found = Protocol(file.stem, content, sources.of(assets.model_copy(update=changed)))
+    if problem := _problem(found):
+        raise ConfigError(f"{file}: {problem}")
+    return found
+
+
+def _problem(protocol: Protocol) -> str | None:
+    """What the schema cannot see."""
+    content = protocol.content
+    available = sources.prompt_sets_of(content.assets)
+    if content.prompts not in FROM_FILES and content.prompts not in available:
+        hint = suggestion(content.prompts, available)
+        return f"prompts: unknown prompt set {content.prompts!r}{hint}"
+    if problem := sources.prompt_problem(content.prompts, content.assets):
+        return f"prompts: {problem}"
+    chosen = prompt_set(content.prompts)
+    own = {*protocol.source.metrics(content.prompts), *protocol.served}
+    for name in content.metrics:
+        if name not in METRICS:
+            return f"metrics: unknown metric {name!r}{suggestion(name, list(METRICS))}"
+        if METRICS[name].metadata and not chosen.metadata:
+            return f"metrics.{name}: needs prompts with GenEval's metadata; choose other prompts"
+        if name not in own:
+            return f"metrics.{name}: is not available with the assets {content.assets!r}"
+    return None
