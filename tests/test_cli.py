@@ -39,7 +39,7 @@ def test_help_names_the_commands_and_loads_no_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     *printed, loaded = done.stdout.splitlines()
     assert loaded == "False"
-    commands = ("plan", "status", "claims", "evaluate", "score", "sync")
+    commands = ("plan", "status", "claims", "votes", "evaluate", "score", "sync")
     assert all(any(line.split()[:1] == [c] for line in printed) for c in commands)
 
 

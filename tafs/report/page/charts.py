@@ -17,7 +17,7 @@ from tafs.report.results import LoadedTable, Report, System
 from tafs.report.tables import Line, Row, Score, Table
 from tafs.rewards.metrics import METRICS
 
-TOGETHER = "all"  # all metrics in one number
+TOGETHER = "*"  # all metrics in one number; no metric has this name
 
 
 def interval(estimate: stats.Estimate) -> list[float | None]:

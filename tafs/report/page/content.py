@@ -22,7 +22,7 @@ from tafs.rewards.metrics import METRICS
 from tafs.runtime import receipts
 from tafs.runtime.run_dir import STAGES
 
-ALL = "all"  # the table of all systems
+ALL = "*"  # the table of all systems; no experiment has this name
 POINTS = 150  # of a learning curve; longer ones are means of neighbouring iterations
 VERDICTS = (REPRODUCED, NOT_REPRODUCED, UNDECIDED, NOT_TESTED)
 
@@ -103,15 +103,16 @@ def everything(tables: Sequence[tuple[Table, Sequence[Line]]], systems: Systems)
     columns: dict[str, Column] = {}
     found: dict[tuple[Any, ...], tuple[Line, dict[str, Cell]]] = {}
     for built, lines in tables:
-        kept = [c for c in built.columns if isinstance(c, Score | Number)]
-        columns |= {c.name: c for c in kept}
-        for line in lines if any(isinstance(c, Score) for c in kept) else ():
+        scores = {i: c for i, c in enumerate(built.columns) if isinstance(c, Score)}
+        columns |= {column.name: column for column in scores.values()}
+        for line in lines if scores else ():
             spec, of = line.row.spec, line.row.system.spec
             after = of.iterations if spec.iteration is None else spec.iteration
-            place = found.setdefault((spec.runs, spec.sampler, spec.nfe, after), (line, {}))[1]
-            cells = zip(built.columns, line.cells, strict=True)
-            place |= {c.name: cell for c, cell in cells if isinstance(c, Score | Number)}
-    ordered = sorted(columns.values(), key=lambda column: isinstance(column, Score))
+            setting = (spec.runs, *samplers_of(line.row), spec.nfe, after)
+            cells = found.setdefault(setting, (line, {}))[1]
+            cells |= {column.name: line.cells[i] for i, column in scores.items()}
+    # In the order of METRICS, whichever tables have them.
+    ordered = [columns[name] for name in METRICS if name in columns]
     lines = [line for line, _ in found.values()]
     names = [systems.name(line.row.system) for line in lines]
     return ShownTable(
@@ -337,22 +338,34 @@ def facts(report: Report) -> dict[str, Any]:
         "runs": len(results),
         "trained": len(trained),
         "methods": len({result.spec.method for result in trained}),
-        "seeds": max((len(s.results) for t in report.tables for s in t.distinct), default=0),
+        "seeds": sorted({len(s.results) for t in report.tables for s in t.distinct}),
         "models": sorted({result.spec.backbone for result in results.values()}),
-        "hours": sum(sum(result.seconds()) for result in trained) / 3600,
+        "duration": duration(sum(sum(result.seconds()) for result in trained)),
         "device": {"cpu": "CPU", "cuda": "GPU"}[assets.device],
         "assets": assets.assets,
         "machines": list(machines),
         "commits": list(commits),
         "versions": next((o["versions"] for o in origins if "versions" in o), {}),
-        "from": moment(min(times)) if times else "",
-        "to": moment(max(times)) if times else "",
+        "when": period(min(times), max(times)) if times else "",
     }
 
 
 def moment(seconds: float) -> str:
     """A time in UTC, to the minute."""
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M")
+
+
+def period(start: float, end: float) -> str:
+    first, last = moment(start), moment(end)
+    day, _, time = last.partition(" ")
+    return f"{first} to {time if first.startswith(day) else last} UTC"
+
+
+def duration(seconds: float) -> str:
+    """In the largest unit of which there are two or more."""
+    units = (("hours", 3600), ("minutes", 60), ("seconds", 1))
+    name, unit = next((u for u in units if seconds >= 2 * u[1]), units[-1])
+    return f"{seconds / unit:.1f} {name}"
 
 
 def runs(report: Report, systems: Systems) -> list[dict[str, Any]]:

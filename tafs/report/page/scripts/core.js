@@ -1,7 +1,7 @@
 // What all views share: the data, elements, the state in the address, colours and charts.
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const METRICS = new Map(DATA.metrics.map((metric) => [metric.name, metric]));
-const TOGETHER = "all";
+const TOGETHER = "*";
 const ROOT = document.documentElement;
 
 /** An element; texts are never read as markup. */

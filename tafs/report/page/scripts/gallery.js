@@ -123,7 +123,7 @@ function drawWins({ controls, body, systems, kept }) {
   const up = METRICS.get(metric).up ? 1 : -1;
   const rows = ["", ...tags].map((task) => ({ task: task ? words(task) : "all prompts", values: own.tasks[metric][task] })).filter((row) => row.values[0] !== null);
   const chart = plot("", {
-    width: 640, height: 44 + 26 * rows.length, marginLeft: 110, x: { label: `${titleOf(metric)}: difference from ${DATA.systems[own.base].name}` }, y: { label: null, domain: rows.map((row) => row.task) },
+    width: Math.min(640, body.clientWidth || 640), height: 44 + 26 * rows.length, marginLeft: 110, x: { label: `${titleOf(metric)}: difference from ${DATA.systems[own.base].name}` }, y: { label: null, domain: rows.map((row) => row.task) },
     marks: [
       Plot.ruleX([0], { strokeOpacity: 0.6 }),
       Plot.ruleY(rows.filter((row) => row.values[1] !== null), { y: "task", x1: (row) => row.values[1], x2: (row) => row.values[2], stroke: colourOf(system), strokeWidth: 2 }),

@@ -6,6 +6,7 @@ function sortTable(table, key, descending) {
   const heads = [...table.tHead.rows[0].cells];
   const place = heads.findIndex((head) => head.dataset.sort === key);
   if (place < 0) return;
+  table.classList.add("sorted"); // rules between groups of rows mean nothing in another order
   for (const head of heads) head.removeAttribute("aria-sort");
   heads[place].setAttribute("aria-sort", descending ? "descending" : "ascending");
   const value = (row) => {
