@@ -86,6 +86,13 @@ def changed(tmp_path: Path) -> Callable[..., Path]:
         ("  tafs_grpo:\n", "  a: {extends: b}\n  b: {extends: a}\n  tafs_grpo:\n", "a -> b -> a"),
         ("s: rg_lcd,", "s: tafs_n_adv_2, n_adv: x,", "methods.step_distillation: "),
         ("seed: 1000", "seed: 2", "tuning.seed: 2 is one of the tables' seeds; choose another"),
+        ("seed: 1000", "seed: 7", "tuning.seed: 7 is one of the tables' seeds; choose another"),
+        (
+            "decide: {seeds: [3, 5, 8]",
+            "decide: {seeds: [3, 3]",
+            "shapes.decide.seeds: [3, 3] should",
+        ),
+        ("decide: {seeds: [3, 5, 8]", "decide: {seeds: [1, 5]", "scales.shapes.decide.seeds.0: "),
         ("  task: preference", "  task: clip_only", "no experiment trains 'flow_grpo' on 'clip_o"),
         (
             "methods: [step_distillation, tafs_grpo]",
@@ -175,14 +182,14 @@ SEEDS = "give a number from 1 to 1000"
         ("method", "../x", ": '../x' is not a method's name"),
         ("method", "base", "=base: methods.base: the name is reserved for the untrained model"),
         *(("seeds", count, f"={count}: {SEEDS}") for count in (0, 1001, 2.5, "3", True, [1])),
-        ("seeds", 6, "=6: tuning.seed: 5 is one of the tables' seeds; choose another"),
+        ("seeds", 9, "=9: tuning.seed: 8 is one of the tables' seeds; choose another"),
     ],
 )
 def test_a_wrong_override_is_refused_in_one_line(
     changed: Callable[..., Path], key: str, value: Any, message: str
 ) -> None:
-    path = changed("  seed: 1000", "  seed: 5")
-    assert experiment.load({"seeds": 5}, path).runs
+    path = changed("  seed: 1000", "  seed: 8")
+    assert experiment.load({"seeds": 8}, path).runs
     with pytest.raises(ConfigError) as caught:
         experiment.load({key: value}, path)
     assert str(caught.value).startswith(f"--config {key}{message}")
