@@ -129,5 +129,6 @@ def look(root: Path, spec: DecideSpec, number: int, claims: Path = CLAIMS) -> Ne
     judged = looks.report_spec(root, spec, number, read(claims))
     before = looks.result(root, spec, number - 1)
     earlier = sha256(before) if number > 1 and before.is_file() else None
-    own: Needs = {"looks": list(spec.seeds), "earlier": earlier, "open at first": list(spec.claims)}
+    at_first: list[JsonValue] = list(spec.claims)
+    own: dict[str, JsonValue] = {"looks": list(spec.seeds), "earlier": earlier, "open": at_first}
     return {**own, **report(root, judged, claims)}

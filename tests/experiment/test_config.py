@@ -96,6 +96,13 @@ def changed(tmp_path: Path) -> Callable[..., Path]:
         ("{low: 0.3, high: 1.2}", "{low: 0.3}", "missing key 'tuning.methods.flow_grpo.eta.high'"),
         ("{low: 0.3, high: 1.2}", "{low: 0, high: 1, log: true}", "eta: low should be above 0"),
         ("  trials: 8", "  grids: {}\n  trials: 8", "unknown key 'tuning.grids'"),
+        ("[1000, 1001, 1", "[7, 1001, 1", "tuning.seeds: 7 is one of the tables' seeds; choose"),
+        (
+            "decide: {seeds: [3, 5, 8]",
+            "decide: {seeds: [3, 3]",
+            "shapes.decide.seeds: [3, 3] should",
+        ),
+        ("decide: {seeds: [3, 5, 8]", "decide: {seeds: [1, 5]", "scales.shapes.decide.seeds.0: "),
         ("  task: preference", "  task: clip_only", "no experiment trains 'flow_grpo' on 'clip_o"),
         (
             "methods: [step_distillation, tafs_grpo]",

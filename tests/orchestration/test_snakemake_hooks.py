@@ -10,7 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 import pytest
-from snakemake import cli, jobs, logging, workflow
+from snakemake import checkpoints, cli, jobs, logging, workflow
 from snakemake.scheduling.job_scheduler import JobScheduler
 from snakemake_executor_plugin_slurm import Executor
 from snakemake_interface_executor_plugins.executors.base import AbstractExecutor
@@ -67,6 +67,13 @@ RELIED_ON: list[tuple[Any, str]] = [
     (workflow.DAG.update_needrun, "if not self.workflow.persistence.has_metadata(job):"),
     (workflow.DAG.update_needrun, "sum(1 for dep in dependencies[job] if dep in _needrun)"),
     (workflow.DAG.update_needrun, "self._len = len(self._finished | self._needrun)"),
+    (workflow.DAG.update_needrun, "if job.is_checkpoint:"),
+    (workflow.DAG.update_needrun, "self._checkpoint_jobs.add(job)"),
+    (workflow.DAG.update_checkpoint_dependencies, "if not self.needrun(checkpoint)"),
+    (workflow.DAG.finish, "await self.update_checkpoint_dependencies(jobs)"),
+    (workflow.Workflow._build_dag, "self.dag.update_checkpoint_dependencies()"),
+    (workflow.Workflow, "rule.is_checkpoint for rule in self.rules"),
+    (checkpoints.CheckpointsProxy, "setattr(self, rule.name, checkpoint)"),
     (workflow.DAG.reason, "return self._reason[job]"),
     (jobs.Reason, "def get_names(self):"),
     (jobs.Job.prepare, "await self.remove_existing_output()"),

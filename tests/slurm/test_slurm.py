@@ -18,7 +18,15 @@ import pandas as pd
 import pytest
 from support import slurm_cluster
 from support.killable_training import iterations as recorded
-from support.project_copy import RUN, Project, assert_same, copied, outcome, reduced
+from support.project_copy import (
+    RUN,
+    Project,
+    assert_same,
+    copied,
+    half_decided,
+    outcome,
+    reduced,
+)
 from support.slurm_cluster import Cluster, wait
 
 from tafs.runtime import journal
@@ -252,3 +260,14 @@ def test_the_whole_workflow_gives_the_same_tables_as_without_slurm(
         found, expected = map(untimed, places)
         assert found.keys() == expected.keys()
         assert [name for name in found if found[name] != expected[name]] == []
+
+
+def test_open_claims_get_more_seeds_in_jobs_of_the_same_call(slurm, tmp_path):
+    place = half_decided(tmp_path)
+    done = place.snakemake("decide", *PROFILE)
+    assert done.returncode == 0, done.stderr
+    seeds = [run.rpartition(".")[2] for run in sorted(place.runs("tafs_grpo"))]
+    assert seeds == ["0", "1", "2"]
+    outcome = json.loads((place.smoke / "decisions.json").read_bytes())
+    assert [one["verdict"] for one in outcome["claims"]] == ["undecided", "reproduced"]
+    assert "Nothing to be done" in place.snakemake("decide", *PROFILE).stderr

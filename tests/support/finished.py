@@ -16,7 +16,7 @@ def finish(graph: Graph, job: Job) -> None:
     for file in outputs:
         file.parent.mkdir(parents=True, exist_ok=True)
     match job.rule:
-        case "describe" | "describe_evaluation" | "report_spec":
+        case "describe" | "describe_evaluation" | "report_spec" | "decide_spec":
             outputs[0].write_text(f"{graph.text(job)}\n", encoding="utf-8")
         case "fetch":
             outputs[0].write_text(f"{graph.locked(job.target)}\n", encoding="utf-8")

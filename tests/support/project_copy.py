@@ -125,6 +125,26 @@ def reduced(folder: Path, iterations: int) -> Project:
     return place
 
 
+# No number of seeds decides the first; two decide the second.
+CLAIMS = """
+- {id: same, claim: c, source: s, experiment: gains,
+   better: {row: {method: tafs_grpo}, than: [{method: tafs_grpo}], metrics: [clip]}}
+- {id: sure, claim: c, source: s, experiment: gains,
+   holds: {row: {method: tafs_grpo}, than: {method: base}, metrics: [clip], margin: 1.0e6}}
+"""
+
+
+def half_decided(folder: Path) -> Project:
+    """Copy the project, reduced, with CLAIMS."""
+    place = reduced(folder, iterations=1)
+    file = folder / "config.yaml"
+    config = yaml_files.load_yaml(file, dict)
+    config["scales"]["smoke"]["evaluation"] |= {"samplers": ["ode"], "prompts": 2}
+    file.write_text(json.dumps(config), encoding="utf-8")
+    (folder / "claims.yaml").write_text(CLAIMS, encoding="utf-8")
+    return place
+
+
 def outcome(place: Project) -> dict[str, bytes]:
     """Return the tables and their inputs, without files that contain times."""
     files = [*place.smoke.glob("tables/*"), place.smoke / "claims.md"]

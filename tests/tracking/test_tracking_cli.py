@@ -110,6 +110,8 @@ def test_a_server_that_cannot_be_used_costs_seconds_and_is_one_line_without_cred
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
 def test_repeated_syncs_find_new_runs_and_end_cleanly(tmp_path: Path, end: signal.Signals) -> None:
+    # Tests that a script started in the background ignore SIGINT, and so would the command.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     folder, store = tmp_path / "later", tmp_path / "store"
     first, second = (trained_run(tmp_path / "made" / name) for name in ("first", "second"))
     command = [sys.executable, "-m", "tafs.tracking.cli", "sync", "--every", "0.1"]
