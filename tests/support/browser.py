@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,9 +115,21 @@ class Page:
 
     def wait(self, condition: str) -> None:
         """Wait until an expression is true."""
+        self._until(lambda: bool(self.run(condition)), f"never true: {condition}")
+
+    def wait_for_request(self, ending: str) -> None:
+        """Wait until the page has requested an address with this ending."""
+
+        def requested() -> bool:
+            self.run("0")  # reads the events before its answer
+            return any(url.endswith(ending) for url in self.requests)
+
+        self._until(requested, f"never requested: {ending}")
+
+    def _until(self, reached: Callable[[], bool], otherwise: str) -> None:
         deadline = time.monotonic() + SECONDS
-        while not self.run(condition):
-            assert time.monotonic() < deadline, f"never true: {condition}"
+        while not reached():
+            assert time.monotonic() < deadline, otherwise
             time.sleep(0.02)
 
     def wait_for_request(self, ending: str) -> None:

@@ -6,7 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,8 @@ def everything(tables: Sequence[tuple[Table, Sequence[Line]]], systems: Systems)
             after = of.iterations if spec.iteration is None else spec.iteration
             setting = (spec.runs, *samplers_of(line.row), spec.nfe, after)
             cells = found.setdefault(setting, (line, {}))[1]
-            cells |= {column.name: line.cells[i] for i, column in scores.items()}
+            # Bold says what is best in one table.
+            cells |= {c.name: replace(line.cells[i], best=False) for i, c in scores.items()}
     # In the order of METRICS, whichever tables have them.
     ordered = [columns[name] for name in METRICS if name in columns]
     lines = [line for line, _ in found.values()]
