@@ -132,13 +132,6 @@ class Page:
             assert time.monotonic() < deadline, otherwise
             time.sleep(0.02)
 
-    def wait_for_request(self, ending: str) -> None:
-        """Wait until the page has asked for a file; the browser reports it a little later."""
-        deadline = time.monotonic() + SECONDS
-        while not any(url.endswith(ending) for url in self.requests):
-            assert time.monotonic() < deadline, f"never requested: {ending}"
-            self.run("0")
-
     def press(self, key: str) -> None:
         code = {"windowsVirtualKeyCode": KEY_CODES[key]}
         for kind in ("keyDown", "keyUp"):
