@@ -262,12 +262,13 @@ def test_the_whole_workflow_gives_the_same_tables_as_without_slurm(
         assert [name for name in found if found[name] != expected[name]] == []
 
 
-def test_open_claims_get_more_seeds_in_jobs_of_the_same_call(slurm, tmp_path):
-    place = half_decided(tmp_path)
-    done = place.snakemake("decide", *PROFILE)
-    assert done.returncode == 0, done.stderr
-    seeds = [run.rpartition(".")[2] for run in sorted(place.runs("tafs_grpo"))]
-    assert seeds == ["0", "1", "2"]
-    outcome = json.loads((place.smoke / "decisions.json").read_bytes())
-    assert [one["verdict"] for one in outcome["claims"]] == ["undecided", "reproduced"]
-    assert "Nothing to be done" in place.snakemake("decide", *PROFILE).stderr
+def test_open_claims_get_more_seeds_in_jobs_of_the_same_call(slurm, tmp_path, trials):
+    for number in trials("Slurm: claims stay open after a look", 0, 1):
+        place = half_decided(tmp_path / str(number))
+        done = place.snakemake("decide", *PROFILE)
+        assert done.returncode == 0, done.stderr
+        seeds = [run.rpartition(".")[2] for run in sorted(place.runs("tafs_grpo"))]
+        assert seeds == ["0", "1", "2"]
+        outcome = json.loads((place.smoke / "decisions.json").read_bytes())
+        assert [one["verdict"] for one in outcome["claims"]] == ["undecided", "reproduced"]
+        assert "Nothing to be done" in place.snakemake("decide", *PROFILE).stderr
