@@ -62,8 +62,8 @@ def test_glyphs_are_inside_the_image_and_do_not_touch(rendered):
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.02, 0.04])
-def test_the_detector_is_right_on_5000_clean_scenes_and_nearly_all_noisy_ones(rendered, noise):
-    """Noise may bring the smallest glyphs' misfit over the limit."""
+def test_the_detector_is_right_on_clean_scenes_and_on_999_of_1000_noisy_ones(rendered, noise):
+    """Noise may join two glyphs of a dense scene to one component, which fits no template."""
     drawn, drawn_scenes, images = rendered
     grain = torch.randn(images.shape, generator=torch.Generator().manual_seed(3))
     wrong = [
@@ -74,7 +74,7 @@ def test_the_detector_is_right_on_5000_clean_scenes_and_nearly_all_noisy_ones(re
         if not geneval_verdict(found, prompt.row).correct
         or sorted((d.label, d.color) for d in found) != sorted((g.shape, g.color) for g in scene)
     ]
-    assert len(wrong) <= (5 if noise else 0), wrong
+    assert len(wrong) <= (len(drawn) // 1000 if noise else 0), wrong
 
 
 def test_detection_does_not_depend_on_the_batch(rendered):
