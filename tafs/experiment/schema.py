@@ -180,6 +180,7 @@ class Scale(_Strict):
     decide: Decide | None = None
     experiments: tuple[Name, ...]  # that `snakemake all` builds
     micro_batch: Count
+    keep_graphs: bool = False  # until the first update, which then evaluates nothing again
     checkpoint_every: Count
     lora: Lora
     resolution: Count  # of training images, in pixels

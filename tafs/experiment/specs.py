@@ -70,6 +70,7 @@ class TrainingSpec(Spec):
     prompts_per_iteration: int
     group_size: int
     micro_batch: int
+    keep_graphs: bool = False
     checkpoint_every: int
     lora: Lora
 
@@ -84,7 +85,7 @@ class RunSpec(Spec):
         **dict.fromkeys(("nfe_old", "nfe_theta", "forward_equivalents"), True),
         "sampler": True,  # of the evaluation
         # Where and how the work is done; other hardware and batches change the rounding alone.
-        "training": {"checkpoint_every", "micro_batch"},
+        "training": {"checkpoint_every", "keep_graphs", "micro_batch"},
         "assets": {"lock", "device", "gradient_checkpointing"},
     }
 

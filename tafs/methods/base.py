@@ -23,6 +23,7 @@ from torch import Tensor
 
 from tafs.common.seeding import Generators
 from tafs.models import Backbone, Conditioning
+from tafs.models.sampling import Transition
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,15 @@ class Trajectory:
     log_prob: Tensor  # [T, B] under the sampling policy; 0 for methods without densities
     scored: Tensor  # [K, B, ...] latents whose decoded images are scored
     cond: Conditioning  # of the B images
+    # The T steps with the graphs of their evaluations, for one backward pass; () if not kept.
+    kept: tuple[Transition, ...] = ()
 
     def images(self, index: slice) -> Trajectory:
-        """Return the trajectory of the images that `index` selects."""
+        """Return the trajectory of the images that `index` selects, without kept graphs."""
         tensors = {
             f.name: getattr(self, f.name)[:, index]
             for f in dataclasses.fields(self)
-            if f.name != "cond"
+            if f.name not in ("cond", "kept")
         }
         return Trajectory(**tensors, cond=self.cond[index])
 
@@ -124,7 +127,10 @@ class Method:
         generators: Generators,
         iteration: int,
     ) -> Trajectory:
-        """Sample images and record the steps to learn from. Called without gradients.
+        """Sample images and record the steps to learn from.
+
+        Called without gradients, except for the first update's images if `keeps_graphs` and the
+        scale's `keep_graphs` allow it: the steps may then be returned with their graphs (`kept`).
 
         Args:
             backbone: the model with its current adapter.
@@ -163,6 +169,14 @@ class Method:
     @property
     def needs_reward_gradients(self) -> bool:
         """Whether all rewards have to be differentiable."""
+        return False
+
+    @property
+    def keeps_graphs(self) -> bool:
+        """Whether `losses` can use the rollout's own graphs in the first update.
+
+        The adapter has not changed by then, so that another evaluation would only repeat them.
+        """
         return False
 
     @property

@@ -93,6 +93,11 @@ class PolicyGradient(Method):
         return advantages[-1:].expand(steps, -1, -1)
 
     @property
+    def keeps_graphs(self) -> bool:
+        """Not if each image trains other steps: most evaluations would be kept for few images."""
+        return type(self).select_steps is PolicyGradient.select_steps
+
+    @property
     def shares_start_noise(self) -> bool:
         return self.shared_noise
 
@@ -126,9 +131,14 @@ class PolicyGradient(Method):
         records: list[tuple[Tensor, ...]] = []
         past: list[tuple[Tensor, Tensor]] = []
         images: list[Tensor] = []
+        keeps, kept = torch.is_grad_enabled(), []
         for n in range(last + 1):
             t, s = grid[n].expand(len(x)), grid[n + 1].expand(len(x))
-            v = backbone.velocity(x, t, cond)
+            with torch.set_grad_enabled(keeps and n in trained):
+                v = backbone.velocity(x, t, cond)
+                if keeps and n in trained:
+                    kept.append(self.transition(x, v, t, s))
+            v = v.detach()
             past.append((sampling.x0_estimate(x, v, t), t))
             if n in scored:
                 images.append(past[-1][0])
@@ -144,7 +154,7 @@ class PolicyGradient(Method):
             x = x_s
         columns = [torch.stack(column) for column in zip(*records, strict=True)]
         x_t, x_s, t, s, log_prob = self.select_steps(columns, generators)
-        return Trajectory(x_t, x_s, t, s, log_prob, torch.stack(images), cond)
+        return Trajectory(x_t, x_s, t, s, log_prob, torch.stack(images), cond, tuple(kept))
 
     def compute_advantages(
         self, rewards: Mapping[str, Tensor], weights: Mapping[str, float]
@@ -177,7 +187,10 @@ class PolicyGradient(Method):
                 part = slice(low, low + micro_batch)
                 x_t, t, s = trajectory.x_t[n, part], trajectory.t[n, part], trajectory.s[n, part]
                 cond = trajectory.cond[part]
-                transition = self.transition(x_t, backbone.velocity(x_t, t, cond), t, s)
+                if trajectory.kept:
+                    transition = trajectory.kept[n]
+                else:
+                    transition = self.transition(x_t, backbone.velocity(x_t, t, cond), t, s)
                 objective = grpo.clipped_objective(
                     transition.log_prob(trajectory.x_s[n, part]),
                     trajectory.log_prob[n, part],

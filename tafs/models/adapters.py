@@ -387,9 +387,12 @@ def attach(pipeline: Any, file: Path) -> list[str]:
 
 @torch.no_grad()
 def restore_precision(pipeline: Any, file: Path, components: list[str]) -> None:
-    """Give attached adapters the file's own precision: diffusers loads them in the network's."""
+    """Compute attached adapters as in training; diffusers loads them in the network's precision."""
+    from tafs.models import lora
+
     saved = load_file(file)
     for component in components:
+        lora.install(getattr(pipeline, component))
         for name, parameter in getattr(pipeline, component).named_parameters():
             if "lora_" in name:
                 # peft puts the adapter's name, which files lack, before `weight`.

@@ -300,8 +300,11 @@ class Backbone:
         """
         from peft import LoraConfig
 
+        from tafs.models import lora
+
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(self.lora_targets))
         self.transformer.add_adapter(config)
+        lora.install(self.transformer)
         for name, parameter in self.lora_parameters().items():
             values = torch.zeros(parameter.shape)
             if "lora_A" in name:

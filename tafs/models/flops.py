@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tafs.common import seeding
-from tafs.models import catalog
+from tafs.models import catalog, lora
 from tafs.models.architectures import Architecture
 from tafs.models.base import Backbone
 from tafs.models.conditioning import Conditioning
@@ -138,7 +138,8 @@ def forward(backbone: Textless, *, backward: bool = False) -> float:
     cond: Conditioning = one if backbone.negative_prompt is None else replace(one, negative=one)
     x: Tensor = torch.empty(1, *backbone.latent_shape, device=META)
     t = torch.empty(1, device=META)
-    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
+    counting = FlopCounterMode(display=False, custom_mapping=lora.FLOPS)
+    with counting as counter, torch.set_grad_enabled(backward):
         velocity = backbone.velocity(x, t, cond)
         if backward:
             velocity.sum().backward()

@@ -69,6 +69,7 @@ class Trainer:
         self.groups = settings.prompts_per_iteration
         self.group_size = settings.group_size
         self.micro_batch = settings.micro_batch
+        self.keep_graphs = settings.keep_graphs and self.method.keeps_graphs
         self.prompts = known
         self.shares = shares
         self.encoded = range(0)  # the iterations whose prompts the backbone has prepared
@@ -157,13 +158,13 @@ class Trainer:
         rng = np.random.default_rng([self.seed, iteration])
         return prompts.draw_balanced(self.prompts, self.groups, rng, self.shares)
 
-    @torch.no_grad()
     def _rollout(self, texts: Sequence[str], iteration: int) -> list[Trajectory]:
         """Sample this process's images, whose groups have the prompts `texts`.
 
         The ratio before the first update is 1 only if both use the same micro-batches.
         """
-        cond = self.backbone.encode(texts).repeat_interleave(self.group_size)
+        with torch.no_grad():
+            cond = self.backbone.encode(texts).repeat_interleave(self.group_size)
         shape = self.backbone.latent_shape
         per_group = 1 if self.method.shares_start_noise else self.group_size
         noise = torch.randn(
@@ -182,9 +183,13 @@ class Trainer:
                 images=[(self._place(image),) for image in range(part.start, part.stop)],
                 shared=part.start * self.method.updates // len(noise),  # the number of its update
             )
-            trajectories.append(
-                self.method.rollout(self.backbone, cond[part], noise[part], generators, iteration)
-            )
+            first = part.stop <= self._updates()[0].stop
+            with torch.set_grad_enabled(first and self.keep_graphs):
+                trajectories.append(
+                    self.method.rollout(
+                        self.backbone, cond[part], noise[part], generators, iteration
+                    )
+                )
         return trajectories
 
     def micro_batches(self) -> list[slice]:
