@@ -149,7 +149,9 @@ class Rehearsal(Trainer):
         return super()._clock()
 
 
-def one_iteration(run: RunSpec, micro_batch: int, images: int) -> RunSpec:
+def one_iteration(
+    run: RunSpec, micro_batch: int, images: int, *, keep_graphs: bool = False
+) -> RunSpec:
     """The run with one iteration of `images`, whose groups are micro-batches."""
     assert run.training is not None
     training = {
@@ -157,6 +159,7 @@ def one_iteration(run: RunSpec, micro_batch: int, images: int) -> RunSpec:
         "prompts_per_iteration": images // micro_batch,
         "group_size": micro_batch,
         "micro_batch": micro_batch,
+        "keep_graphs": keep_graphs,
     }
     # The iteration is too small to be divided among several optimiser steps.
     changed = {"hyperparameters": {**run.hyperparameters, "updates": 1}}
@@ -184,14 +187,17 @@ def rehearse(
         {grad: (after[grad] - before[grad]) / images for grad in (False, True)}
         for before, after in ((start, sampled), (scored, end))
     )
-    cost = sampling[False] + updating[False] + 3 * updating[True]
+    # Evaluations whose graphs are kept are not repeated in the update.
+    sampled_once = sampling[False] + sampling[True]
+    trained = sampling[True] + updating[True]
+    cost = sampled_once + updating[False] + 3 * trained
     mean = trainer.method.forward_equivalents / cost  # 1 unless the number of steps is drawn
     return Row(
         variant=run.variant,
         title=run.title,
         images=images,
-        nfe_old=mean * sampling[False],
-        nfe_theta=mean * updating[True],
+        nfe_old=mean * sampled_once,
+        nfe_theta=mean * trained,
         others=mean * updating[False],
         sample=mean * seconds["sample"] / images,
         reward=seconds["reward"] / images,
@@ -210,6 +216,8 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     add("--micro-batch", type=int, help="default: the paper scale's")
     add("--images", type=int, help="maximum per method; default: one GPU's share")
     add("--no-checkpointing", action="store_true", help="no gradient checkpointing")
+    add("--keep-graphs", action="store_true", help="of the rollout, until the update")
+    add("--tf32", action="store_true", help="reward models compute their products in TF32")
     add("--compile", action="store_true", help="compile the network's blocks")
     backends = [backend.value for backend in AttentionBackendName]
     add("--attention", choices=backends, metavar="BACKEND", help="one of diffusers' backends")
@@ -268,7 +276,8 @@ def setting_of(
             f"{name}{speed}; torch {torch.__version__}, diffusers {diffusers.__version__}",
             f"{size.resolution} x {size.resolution} pixels, {architecture.tokens} tokens per "
             f"prompt, guidance {model.guidance:g}, micro-batches of {options.micro_batch}",
-            f"gradient checkpointing: {checkpointing}; compiled blocks: {options.compile}; "
+            f"gradient checkpointing: {checkpointing}; compiled blocks: {options.compile}; graphs "
+            f"kept: {options.keep_graphs}; rewards in TF32: {options.tf32}; "
             f"attention backend: {options.attention or 'default'}",
             "one iteration of each method, with as many images as were predicted to fit in "
             f"{options.time_limit:g} s for all",
@@ -291,6 +300,7 @@ def models_of(
     size, scale = SIZES[options.size], plan.config.active
     checkpointing = scale.gradient_checkpointing and not options.no_checkpointing
     backbone = build(options.backbone, size, plan, device, checkpointing=checkpointing)
+    torch.backends.cuda.matmul.allow_tf32 = options.tf32  # the network computes in bfloat16
     if options.attention:
         backbone.transformer.set_attention_backend(options.attention)
     if options.compile:
@@ -341,7 +351,7 @@ def work(options: argparse.Namespace, command: str) -> None:
     report = ""
     for place, run in enumerate(runs, start=1):
         try:
-            spec = one_iteration(run, batch, images)
+            spec = one_iteration(run, batch, images, keep_graphs=options.keep_graphs)
             rows.append(rehearse(spec, backbone, rewards, prompts))
         except torch.OutOfMemoryError:
             failed[run.variant] = OUT_OF_MEMORY

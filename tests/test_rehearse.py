@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tafs import experiment
 from tafs.common import errors
 from tafs.methods import registry
+from tafs.models import lora
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -62,7 +63,8 @@ def test_a_network_with_weights_computes_the_counted_flops(name):
     backbone = models.build(name, TINY, PLAN, CPU)
     cond = backbone.encode(["a", "b"])
     x, t = torch.randn(2, *backbone.latent_shape), torch.full((2,), 0.5)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    counting = FlopCounterMode(display=False, custom_mapping=lora.FLOPS)
+    with sdpa_kernel(SDPBackend.MATH), counting as counter:
         velocity = backbone.velocity(x, t, cond)
         assert counter.get_total_flops() == 2 * counted.forward
         velocity.sum().backward()
@@ -93,7 +95,8 @@ def test_seconds_follow_from_single_calls():
 def test_the_reference_runs_first_on_groups_of_one_micro_batch():
     runs = rehearse.runs_of(PLAN, ["flow_grpo", "tafs_grpo"])
     assert [run.variant for run in runs] == ["tafs_grpo", "flow_grpo"]
-    found = rehearse.one_iteration(runs[1], micro_batch=12, images=36)
+    found = rehearse.one_iteration(runs[1], micro_batch=12, images=36, keep_graphs=True)
+    assert found.training.keep_graphs
     assert found.training.prompts_per_iteration * found.training.group_size == 36
     assert found.training.micro_batch == found.training.group_size == 12
     assert found.hyperparameters["updates"] == 1

@@ -5,6 +5,7 @@ import itertools
 import math
 import re
 import statistics
+from collections import Counter
 
 import pytest
 import torch
@@ -89,6 +90,32 @@ def test_the_micro_batch_changes_the_rounding_alone(name):
     whole = adapter(64)
     for micro_batch in (32, 16, 5):
         torch.testing.assert_close(adapter(micro_batch), whole, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+@pytest.mark.parametrize("updates", [1, 2])
+@pytest.mark.parametrize("name", POLICIES)
+def test_kept_graphs_give_the_same_adapter_with_fewer_evaluations(name, updates, beta):
+    def trained(keep_graphs: bool) -> tuple[list[torch.Tensor], int]:
+        settings = {"keep_graphs": keep_graphs}
+        run = toy_trainer(toy_run(name, training=settings, updates=updates, beta=beta))
+        evaluate, calls = run.backbone.velocity, Counter()
+        run.backbone.velocity = lambda *args: calls.update(["evaluations"]) or evaluate(*args)
+        for iteration in range(3):
+            run.iterate(iteration)
+        return [p.detach() for p in run.parameters.values()], calls["evaluations"]
+
+    (repeated, more), (kept, fewer) = trained(False), trained(True)
+    assert all(torch.equal(a, b) for a, b in zip(repeated, kept, strict=True))
+    method = registry.create(name, {})
+    first_updates = 3 * 2 / updates  # micro-batches of three iterations
+    saved = first_updates * len(method.trained_steps(0)) if method.keeps_graphs else 0
+    assert more - fewer == saved
+
+
+def test_graphs_are_not_kept_where_each_image_trains_other_steps():
+    assert registry.create("tafs_grpo", {}).keeps_graphs
+    assert not registry.create("dance_grpo", {}).keeps_graphs
 
 
 def test_the_learning_rate_rises_linearly_to_its_value():
