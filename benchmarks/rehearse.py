@@ -304,10 +304,7 @@ def models_of(
     if options.attention:
         backbone.transformer.set_attention_backend(options.attention)
     if options.compile:
-        # Each block is compiled with and without adapter and gradients, for every input shape.
-        torch._dynamo.config.recompile_limit = 64
-        for block in backbone.blocks:
-            block.compile()
+        backbone.compile()
     return backbone, reward_models(list(plan.config.tasks[TASK].rewards), size, device)
 
 

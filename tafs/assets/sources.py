@@ -196,7 +196,7 @@ class ShapesAssets(AssetSource):
         if name in metrics.ORDER:
             from tafs.shapes import rewards
 
-            return rewards.build(name, strict_geneval=strict)
+            return rewards.build(name, self.device, strict_geneval=strict)
         return self._plugin(name, strict)
 
     def _file_digests(self, names: Sequence[str], prompts: Sequence[str]) -> dict[str, str]:

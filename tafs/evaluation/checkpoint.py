@@ -36,6 +36,7 @@ from tafs.models.adapters import Adapter
 from tafs.rewards.metrics import METRICS
 from tafs.runtime import checkpoint, gpus, receipts
 from tafs.runtime.main import memory
+from tafs.runtime.memory import Reduced
 from tafs.runtime.receipts import Needs
 from tafs.runtime.run_dir import BASE, RunDir
 
@@ -207,7 +208,7 @@ def judge(given: str, protocol: Protocol, results: Path, adapter: Path | None = 
     if (stale or unserved) and protocol.source.settings.device == "cuda":
         gpus.claim(1)
     if stale:
-        with memory("lower `batch` in a copy of the protocol's file, which keeps its SHA-256"):
+        with memory("use a larger GPU"):
             _score(found, stale)
         gc.collect()
         torch.cuda.empty_cache()  # the server may need the memory
@@ -240,8 +241,13 @@ def _score(found: Judged, stale: Sequence[bool]) -> None:
             adapters.write(converted, run.adapter)
             model.load_adapter(run.adapter)
         with run.alone("evaluate"):
-            if not _done(run, "evaluate", found.needs(adapted)):  # by another process
-                judge_run(run, found.needs(adapted), rewards, lambda _: model, seeds=protocol.seeds)
+            while not _done(run, "evaluate", found.needs(adapted)):  # by another process
+                try:
+                    needed = found.needs(adapted)
+                    judge_run(run, needed, rewards, lambda _: model, seeds=protocol.seeds)
+                except Reduced as reduced:
+                    print(reduced, flush=True)
+                    torch.cuda.empty_cache()
             if not protocol.served:
                 checkpoint.clear(run.eval_state)
 

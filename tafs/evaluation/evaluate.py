@@ -35,7 +35,7 @@ from tafs.experiment import needs, run_inputs
 from tafs.experiment.specs import BEST, EvalSpec
 from tafs.rewards import golden
 from tafs.rewards.registry import RewardSet
-from tafs.runtime import receipts
+from tafs.runtime import memory, receipts
 from tafs.runtime.deadline import Deadline
 from tafs.runtime.main import run_stage
 from tafs.runtime.progress import Reporter
@@ -53,7 +53,7 @@ def evaluate(run: RunDir, deadline: Deadline | None = None) -> None:
         ValueError: the adapter or a snapshot is not the one that training wrote; names it.
         RunFailed: a reward does not reproduce its golden scores.
         ToBeContinued: the job's time is nearly over, or a signal asked it to stop; the scores so
-            far are saved.
+            far are saved. Or the GPU's memory did not suffice; smaller batches continue them.
     """
     spec, evaluation = run_inputs.run_spec(run), run_inputs.eval_spec(run)
     if spec.trained:
@@ -104,14 +104,28 @@ def judge(
     Raises:
         ToBeContinued: as for `evaluate`.
     """
-    spec, evaluation = run_inputs.run_spec(run), run_inputs.eval_spec(run)
+    with memory.fitting(run, "evaluate", run_inputs.eval_spec(run).batch) as batch:
+        return _judge(run, own, rewards, load, batch, seeds, deadline or Deadline())
+
+
+def _judge(
+    run: RunDir,
+    own: Needs,
+    rewards: RewardSet,
+    load: Callable[[int | None], Any],
+    batch: int,
+    seeds: Seeds,
+    deadline: Deadline,
+) -> dict[str, float]:
+    spec = run_inputs.run_spec(run)
+    evaluation = run_inputs.eval_spec(run).model_copy(update={"batch": batch})
     prompts, settings = run_inputs.test_prompts(spec, evaluation), evaluation.settings
     known = run_inputs.asset_source(spec).prompts(spec.prompts, "train")
     validation = choose.validation_prompts(known, evaluation.validation_prompts, seeds.validation)
     reporter = Reporter(run.folder, "evaluate", sum(s.nfe for s in settings))
     found: list[PartialScores] = []
     worked = False
-    with deadline or Deadline() as deadline:
+    with deadline:
         for iteration, group in itertools.groupby(settings, lambda setting: setting.iteration):
             after = spec.iterations if iteration is None else iteration
             model = None

@@ -17,7 +17,7 @@ from tafs.evaluation import generate
 from tafs.experiment import needs, run_inputs
 from tafs.models import sampling
 from tafs.models.base import Backbone
-from tafs.runtime import receipts
+from tafs.runtime import memory, receipts
 from tafs.runtime.main import run_stage
 from tafs.runtime.progress import Reporter
 from tafs.runtime.run_dir import RunDir
@@ -46,6 +46,12 @@ def trajectory_images(
 
 def write(run: RunDir) -> None:
     """Write the run's trajectory_rewards.parquet."""
+    batch = run_inputs.eval_spec(run).batch
+    with memory.fitting(run, "trajectory_rewards", batch) as fitting:
+        _write(run, fitting)
+
+
+def _write(run: RunDir, batch: int) -> None:
     spec, evaluation = run_inputs.run_spec(run), run_inputs.eval_spec(run)
     own = needs.trajectories(run, spec, evaluation)
     source, seed = run_inputs.asset_source(spec), generate.EVALUATION_SEED
@@ -60,7 +66,6 @@ def write(run: RunDir) -> None:
         )
     chosen = np.random.default_rng(seed).choice(len(known), count, replace=False)
     drawn = [known[i] for i in sorted(chosen)]
-    batch = evaluation.batch
     reporter = Reporter(run.folder, "trajectory_rewards", -(-len(drawn) // batch))
     tables = []
     backbone.prepare([prompt.text for prompt in drawn])

@@ -71,6 +71,8 @@ class TrainingSpec(Spec):
     group_size: int
     micro_batch: int
     keep_graphs: bool = False
+    compile: bool = False
+    tf32: bool = False
     checkpoint_every: int
     lora: Lora
 
@@ -85,7 +87,7 @@ class RunSpec(Spec):
         **dict.fromkeys(("nfe_old", "nfe_theta", "forward_equivalents"), True),
         "sampler": True,  # of the evaluation
         # Where and how the work is done; other hardware and batches change the rounding alone.
-        "training": {"checkpoint_every", "keep_graphs", "micro_batch"},
+        "training": {"checkpoint_every", "compile", "keep_graphs", "micro_batch", "tf32"},
         "assets": {"lock", "device", "gradient_checkpointing"},
     }
 
@@ -116,6 +118,18 @@ class RunSpec(Spec):
     @property
     def trained(self) -> bool:
         return self.method != BASE
+
+    @property
+    def batch(self) -> int:
+        """The images per micro-batch of the training."""
+        return self.training.micro_batch if self.training else 1
+
+    def with_batch(self, batch: int) -> RunSpec:
+        """The run with micro-batches of `batch` images; with fewer, graphs are not kept."""
+        if self.training is None or batch == self.training.micro_batch:
+            return self
+        changes = {"micro_batch": batch, "keep_graphs": False}
+        return self.model_copy(update={"training": self.training.model_copy(update=changes)})
 
     @property
     def iterations(self) -> int:

@@ -132,9 +132,11 @@ class PolicyGradient(Method):
         past: list[tuple[Tensor, Tensor]] = []
         images: list[Tensor] = []
         keeps, kept = torch.is_grad_enabled(), []
+        # A compiled network rounds as in the update only if it is evaluated as in the update.
+        with_graph = trained if keeps or backbone.compiled else set()
         for n in range(last + 1):
             t, s = grid[n].expand(len(x)), grid[n + 1].expand(len(x))
-            with torch.set_grad_enabled(keeps and n in trained):
+            with torch.set_grad_enabled(n in with_graph):
                 v = backbone.velocity(x, t, cond)
                 if keeps and n in trained:
                     kept.append(self.transition(x, v, t, s))

@@ -66,6 +66,7 @@ class Backbone:
 
     lora_targets: ClassVar[Sequence[str]]  # names, or their last parts, of the adapted layers
     base_model: str | None = None  # the name that adapters' files state
+    compiled: bool = False
 
     def __init__(
         self,
@@ -102,7 +103,6 @@ class Backbone:
         dtype: torch.dtype = torch.float32,
         vae_dtype: torch.dtype = torch.float32,
         gradient_checkpointing: bool = False,
-        compile: bool = False,
     ) -> Self:
         """Load a diffusers pipeline folder; `tafs.models.loading.load` selects the subclass.
 
@@ -115,9 +115,6 @@ class Backbone:
             gradient_checkpointing: recompute the blocks of the network, and of the autoencoder if
                 it supports that, in the backward pass. This uses the weights of that moment, so
                 evaluations with gradients are not allowed inside `reference()`.
-            compile: compile the network's blocks at their first use. Evaluations with and without
-                gradients are compiled separately and may round differently, so that the first
-                ratios of a policy are no longer exactly 1.
         """
         from diffusers import DiffusionPipeline
 
@@ -143,10 +140,18 @@ class Backbone:
             pipeline.transformer.enable_gradient_checkpointing()
             if pipeline.vae._supports_gradient_checkpointing:  # AutoencoderDC does not
                 pipeline.vae.enable_gradient_checkpointing()
-        if compile:
-            for block in backbone.blocks:
-                block.compile()
         return backbone
+
+    def compile(self) -> None:
+        """Compile the network's blocks at their first use with each shape of their input.
+
+        Evaluations with and without gradients are compiled separately and round differently.
+        """
+        # Besides shapes, the adapter's state and gradient checkpointing count as variants.
+        torch._dynamo.config.recompile_limit = 64
+        for block in self.blocks:
+            block.compile()
+        self.compiled = True
 
     @property
     def negative_prompt(self) -> str | None:

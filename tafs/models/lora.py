@@ -30,7 +30,8 @@ class LoraLinear(Linear):
         y: Tensor = self.base_layer(rows)
         if not self.disable_adapters and not self.merged:
             (name,) = self.active_adapters
-            a, b = (layer[name].weight.to(x.dtype) for layer in (self.lora_A, self.lora_B))
+            weights: Any = (self.lora_A[name].weight, self.lora_B[name].weight)
+            a, b = (weight.to(x.dtype) for weight in weights)
             y.addmm_(rows @ a.T, b.T, alpha=self.scaling[name])
         return y.unflatten(0, x.shape[:-1])
 

@@ -51,7 +51,7 @@ def run_stage(stage: str, work: Work) -> None:
         # The launcher has claimed the GPUs of a training.
         if stage != "train" and run.device == "cuda":
             gpus.claim(1)
-        with memory("lower micro_batch (training) or evaluation.batch in config.yaml"):
+        with memory("use gradient_checkpointing, a lower resolution or a larger GPU"):
             work(run, deadline)
 
     def alone() -> None:
@@ -66,7 +66,8 @@ def run_stage(stage: str, work: Work) -> None:
     def recorded() -> None:
         try:
             record(alone)()
-        except errors.ToBeContinued:
+        except errors.ToBeContinued as error:
+            run.note_failure(stage, errors.CONTINUE, str(error))
             raise
         except Exception as error:
             code = errors.exit_code(error)

@@ -33,11 +33,12 @@ LEARNED: dict[str, tuple[type[Model], Callable[[Tensor], Tensor]]] = {
 }
 
 
-def build(name: str, *, strict_geneval: bool = False) -> Reward:
+def build(name: str, device: str = "cpu", *, strict_geneval: bool = False) -> Reward:
     """Load an embedded reward.
 
     Args:
         name: "geneval" or a key of LEARNED.
+        device: of the learned rewards' models.
         strict_geneval: GenEval's 0/1 verdict instead of the graded credit.
 
     Raises:
@@ -48,7 +49,7 @@ def build(name: str, *, strict_geneval: bool = False) -> Reward:
         return Reward(metric, GenEval(strict=strict_geneval))
     kind, head = LEARNED[name]
     folder = weights.verify(name)
-    return Reward(metric, Learned(name, kind.load(folder), folder, head))
+    return Reward(metric, Learned(name, kind.load(folder).to(device), folder, head))
 
 
 class GenEval:
@@ -59,7 +60,8 @@ class GenEval:
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         verdicts = [geneval_verdict(d, p.row) for d, p in zip(detect(images), prompts, strict=True)]
-        return torch.tensor([float(v.correct) if self.strict else v.graded for v in verdicts])
+        scores = [float(v.correct) if self.strict else v.graded for v in verdicts]
+        return torch.tensor(scores, device=images.device)
 
 
 class Learned:

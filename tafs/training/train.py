@@ -9,12 +9,11 @@ numbers as an uninterrupted one.
 
 `torchrun --standalone --nproc-per-node=8 -m tafs.training.train RUN_DIR` trains the same run on
 eight GPUs, and either command continues what the other started. Each process has an equal share of
-the groups of every optimiser step. Prompts and start noise are drawn for the whole iteration, and
-the noise of the sampling steps for each micro-batch, from a stream named after the index of its
-first image in the iteration. If `micro_batch` divides a process's images of an update, the draws do
-not depend on the number of processes, and the adapter depends on it only through the rounding of
-sums. The first process writes all files, and all processes read the resume state, so RUN_DIR must
-be on a file system that they share.
+the groups of every optimiser step. Prompts are drawn for the whole iteration, and the noise of each
+image from streams named after its index in the iteration, so that neither the number of processes
+nor the micro-batch changes a draw: the adapter depends on them only through rounding. The first
+process writes all files, and all processes read the resume state, so RUN_DIR must be on a file
+system that they share.
 """
 
 from __future__ import annotations
@@ -27,7 +26,8 @@ import torch
 from tafs.common import errors
 from tafs.common.files import sha256
 from tafs.experiment import needs, run_inputs
-from tafs.runtime import checkpoint, distributed
+from tafs.experiment.specs import RunSpec
+from tafs.runtime import checkpoint, distributed, memory
 from tafs.runtime.deadline import Deadline
 from tafs.runtime.distributed import Processes
 from tafs.runtime.main import run_stage
@@ -45,10 +45,16 @@ def train(
         NonFinite: too many rewards are missing, or another number is not finite.
         RunFailed: the processes do not see the same resume state.
         ToBeContinued: the job's time is nearly over, or a signal asked it to stop; the state is
-            saved. The other processes exit with the same code instead.
+            saved. The other processes exit with the same code instead. Or the GPU's memory did not
+            suffice; training continues from the last saved state with smaller micro-batches.
         FileNotFoundError, ValueError: run.json or what it names is missing or wrong.
     """
     spec = run_inputs.run_spec(run)
+    with memory.fitting(run, "train", spec.batch) as batch:
+        _train(run, spec.with_batch(batch), processes, deadline or Deadline())
+
+
+def _train(run: RunDir, spec: RunSpec, processes: Processes, deadline: Deadline) -> None:
     trainer = trainer_of(spec, processes)
     own = needs.training(spec)
     state = checkpoint.load(run.checkpoints, own, partial(_missing_snapshot, run))
@@ -62,7 +68,7 @@ def train(
     if state is not None:
         trainer.restore(state)
     recorder = RunRecorder(run, trainer, own, state) if processes.leads else None
-    with deadline or Deadline() as deadline:
+    with deadline:
         for iteration in range(done, trainer.iterations):
             record = trainer.iterate(iteration)
             if recorder is not None:

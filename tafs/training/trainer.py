@@ -404,9 +404,14 @@ class Trainer:
 def trainer_of(spec: RunSpec, processes: Processes = distributed.ALONE) -> Trainer:
     """The trainer of a run, with the models, rewards and training prompts of its asset source."""
     source = run_inputs.asset_source(spec, processes.local_rank)
+    model = source.model(spec.backbone, spec.resolution)
+    if spec.training is not None:
+        torch.backends.cuda.matmul.allow_tf32 = spec.training.tf32
+        if spec.training.compile and model.device.type == "cuda":
+            model.compile()
     return Trainer(
         spec,
-        source.model(spec.backbone, spec.resolution),
+        model,
         source.rewards(list(spec.rewards)),
         source.prompts(spec.prompts, "train"),
         processes,

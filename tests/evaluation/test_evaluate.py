@@ -292,3 +292,22 @@ def test_rewards_must_reproduce_their_golden_scores(ready, tmp_path, monkeypatch
     for work in (lambda: evaluate.evaluate(run), lambda: check_rewards.check_rewards(run, out)):
         with pytest.raises(errors.RunFailed, match="reward clip: the golden image 'disc' scores"):
             work()
+
+
+def test_an_evaluation_out_of_memory_continues_with_smaller_batches(
+    ready, uninterrupted, tmp_path, monkeypatch
+):
+    run = copied(ready, tmp_path)
+    sample = generate.sample
+
+    def exhausted(model: Any, texts: Any, setting: Any, batch: int, **options: Any) -> Any:
+        if batch > BATCH // 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return sample(model, texts, setting, batch, **options)
+
+    monkeypatch.setattr(generate, "sample", exhausted)
+    with pytest.raises(errors.ToBeContinued, match=f"to be continued with {BATCH // 2}"):
+        evaluate.evaluate(run)
+    evaluate.evaluate(run)
+    found, expected = (pd.read_parquet(of.scores) for of in (run, uninterrupted))
+    pd.testing.assert_frame_equal(found, expected, rtol=1e-3)

@@ -113,6 +113,24 @@ def test_kept_graphs_give_the_same_adapter_with_fewer_evaluations(name, updates,
     assert more - fewer == saved
 
 
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_compiled_network_samples_trained_steps_as_it_is_trained(name):
+    run = trainer(name)
+    run.backbone.compiled = True
+    evaluate, with_gradients = run.backbone.velocity, []
+
+    def velocity(*args: torch.Tensor) -> torch.Tensor:
+        with_gradients.append(torch.is_grad_enabled())
+        return evaluate(*args)
+
+    run.backbone.velocity = velocity
+    [first, *_] = run._rollout(["a", "b", "c", "d"], 0)
+    steps = len(with_gradients) // len(run.micro_batches())
+    trained = run.method.trained_steps(0)
+    assert with_gradients[:steps] == [n in trained for n in range(steps)]
+    assert not (first.log_prob.requires_grad or first.x_s.requires_grad or first.kept)
+
+
 def test_graphs_are_not_kept_where_each_image_trains_other_steps():
     assert registry.create("tafs_grpo", {}).keeps_graphs
     assert not registry.create("dance_grpo", {}).keeps_graphs

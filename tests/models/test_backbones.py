@@ -239,15 +239,20 @@ def test_checkpointing_recomputes_blocks_and_changes_neither_outputs_nor_gradien
 
 def test_blocks_are_compiled_on_request(checkpoint):
     for choice in (False, True):
-        blocks = checkpoint.load(compile=choice).blocks
-        assert {block._compiled_call_impl is not None for block in blocks} == {choice}
+        backbone = checkpoint.load()
+        if choice:
+            backbone.compile()
+        assert {block._compiled_call_impl is not None for block in backbone.blocks} == {choice}
+        assert backbone.compiled == choice
 
 
 @on_a_gpu
 def test_compiled_blocks_compute_the_same(checkpoint):
     velocities = []
     for choice in (False, True):
-        backbone = checkpoint.load(device="cuda", compile=choice)
+        backbone = checkpoint.load(device="cuda")
+        if choice:
+            backbone.compile()
         x_t, t = noise_for(backbone).cuda(), torch.tensor([0.9, 0.4]).cuda()
         with torch.no_grad():
             velocities.append(backbone.velocity(x_t, t, backbone.encode(PROMPTS)))

@@ -48,7 +48,7 @@ def test_the_options_give_the_time_limit(run, monkeypatch):
         (
             torch.OutOfMemoryError("CUDA out of memory.\nmore"),
             1,
-            "out of GPU memory; lower micro_batch (training) or evaluation.batch in config.yaml "
+            "out of GPU memory; use gradient_checkpointing, a lower resolution or a larger GPU "
             "(CUDA out of memory.)",
         ),
     ],

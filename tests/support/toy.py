@@ -34,6 +34,7 @@ class ToyBackbone:
 
     latent_shape = (2,)
     device = torch.device("cpu")
+    compiled = False
 
     def __init__(self) -> None:
         self.active = True

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from support import killable_training as killable
 from support.killable_training import before, flip_bit, interrupt
@@ -23,7 +24,7 @@ from tafs.runtime import journal, receipts
 from tafs.runtime.run_dir import RunDir
 from tafs.training import train
 from tafs.training.rewards import NonFinite
-from tafs.training.trainer import trainer_of
+from tafs.training.trainer import Trainer, trainer_of
 
 ITERATIONS = 4
 SNAPSHOTS = (1, 3, ITERATIONS)
@@ -289,3 +290,36 @@ def test_a_base_model_is_not_trained(tmp_path):
     base = RunSpec(**{**spec.model_dump(), "method": "base", "training": None, "rewards": {}})
     with pytest.raises(ValueError, match="run.json has no training settings; evaluate it instead"):
         trainer_of(base)
+
+
+def test_a_run_out_of_memory_continues_with_smaller_micro_batches(
+    uninterrupted, tmp_path, monkeypatch
+):
+    """The adapter is the same up to rounding, and what was saved is not repeated."""
+    run = prepare(tmp_path)
+    iterate, asked = Trainer.iterate, run_inputs.run_spec(run).training.micro_batch
+
+    def exhausted(trainer: Trainer, iteration: int) -> dict[str, Any]:
+        if iteration >= 2 and trainer.micro_batch > asked // 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return iterate(trainer, iteration)
+
+    monkeypatch.setattr(Trainer, "iterate", exhausted)
+    for left in (asked // 2, asked // 4):
+        with pytest.raises(errors.ToBeContinued, match=rf"to be continued with {left} \("):
+            train.train(run)
+    train.train(run)
+    assert kinds(run) == [
+        "start",
+        *["iteration"] * 2,
+        "resume",
+        "resume",
+        "iteration",
+        "iteration",
+        "end",
+    ]
+    found, expected = (load_file(of.adapter) for of in (run, uninterrupted))
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-5)
+    assert run_inputs.run_spec(run).training.micro_batch == asked
