@@ -88,3 +88,9 @@ def test_base_models_are_clearly_worse_at_four_steps_with_the_best_sampler(name)
     assert 0.45 <= full <= 0.65 and few <= 0.75 * full
     recipes = [asdict(recipe) for recipe in pretrain.BASES[name].recipes]
     assert [cycle["recipe"] for cycle in facts["cycles"]] == recipes
+
+
+def test_the_models_of_learned_rewards_are_on_the_given_device():
+    for name in shapes.LEARNED:
+        scorer = shapes.build(name, "meta").scorer
+        assert {p.device.type for p in scorer.model.parameters()} == {"meta"}
