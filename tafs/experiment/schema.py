@@ -195,6 +195,8 @@ class Task(_Strict):
     title: Text = ""  # label of its row in tables that compare tasks
     prompts: Name  # role that a scale fills with a prompt set
     rewards: Annotated[dict[Name, Annotated[Finite, Field(gt=0)]], Field(min_length=1)]
+    # Policy-gradient methods then sum each reward's own advantages, whatever its spread is.
+    normalize: bool = False
 
 
 class Experiment(_Strict):

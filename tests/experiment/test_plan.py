@@ -122,6 +122,17 @@ def test_hyperparameters_come_from_the_variant_the_scale_and_what_it_extends() -
     assert run.hyperparameters == expected
 
 
+def test_a_normalised_task_normalises_the_rewards_of_policy_gradient_methods(shapes: Plan) -> None:
+    found = {
+        (run.method, run.task): run.hyperparameters.get("normalize_rewards")
+        for run in shapes.runs.values()
+        if run.trained and run.task in ("composition", "preference")
+    }
+    assert found["tafs_grpo", "composition"] is True
+    assert found["tafs_grpo", "preference"] is None
+    assert found["rg_lcd", "composition"] is None  # it differentiates the plain sum
+
+
 def test_a_hyperparameter_changes_only_the_runs_that_use_it(shapes: Plan) -> None:
     methods = {**load_yaml(SHIPPED, dict)["scales"]["shapes"]["methods"]}
     after = plan_with(methods=methods | {"tafs_grpo": {"clip_range": 0.5}}).runs
