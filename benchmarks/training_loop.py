@@ -1,9 +1,10 @@
 """Compare iteration times with their network calls: `python benchmarks/training_loop.py`.
 
-In every round, each method runs one real iteration, and then the bare network calls that it needs:
-sampling without gradients, forward and backward passes, decoding and reward models, in the same
-micro-batches. The table shows medians over the rounds: seconds, the iteration's time relative to
-its bare calls, and its ratio to TAFS-GRPO's iteration beside the ratio of network evaluations
+In every round, each method runs one real iteration; the same iteration without kept graphs and
+with peft's own adapter layers; and the bare network calls that it needs, in the same micro-batches:
+sampling without gradients, forward and backward passes, decoding and reward models. The table shows
+medians over the rounds: seconds, the iteration's time relative to the plain one and to its bare
+calls, and its ratio to TAFS-GRPO's iteration beside the ratio of network evaluations
 (`Method.forward_equivalents`) and the ratio of the times in the paper's Tables 2 and 4.
 """
 
@@ -17,7 +18,9 @@ from pathlib import Path
 import torch
 
 from tafs import experiment
+from tafs.experiment import RunSpec
 from tafs.methods.policy_gradient import PolicyGradient
+from tafs.models import lora
 from tafs.runtime.main import limit_threads
 from tafs.training.trainer import Trainer, trainer_of
 
@@ -62,6 +65,17 @@ def bare(trainer: Trainer) -> float:
     return seconds
 
 
+def plain_trainer(run: RunSpec) -> Trainer:
+    """A trainer of the run without kept graphs and with peft's own adapter layers."""
+    assert run.training is not None
+    training = run.training.model_copy(update={"keep_graphs": False})
+    trainer = trainer_of(run.model_copy(update={"training": training}))
+    for module in trainer.backbone.transformer.modules():
+        if isinstance(module, lora.LoraLinear):
+            module.__class__ = lora.Linear
+    return trainer
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare iteration times with network calls.")
     parser.add_argument("--repeats", type=int, default=7, help="rounds that are measured")
@@ -80,20 +94,24 @@ def main() -> None:
         parser.error(f"no run of {REFERENCE} on {options.backbone} at scale {options.scale}")
     wanted = {REFERENCE, *options.methods} & runs.keys()
     trainers = {name: trainer_of(runs[name]) for name in PAPER if name in wanted}
-    iteration, overhead = ({name: [] for name in trainers} for _ in range(2))
+    plain = {name: plain_trainer(runs[name]) for name in trainers}
+    iteration, faster, overhead = ({name: [] for name in trainers} for _ in range(3))
     for repeat in range(options.repeats + 1):
         for name, trainer in trainers.items():
             seconds = trainer.iterate(repeat)["seconds"]["total"]
+            slower = plain[name].iterate(repeat)["seconds"]["total"]
             calls = bare(trainer)
             if repeat:  # the first round is a warm-up
                 iteration[name].append(seconds)
+                faster[name].append(seconds / slower)
                 overhead[name].append(seconds / calls)
     reference = trainers[REFERENCE].method.forward_equivalents
-    print(f"{'':18} seconds  over bare calls  ratio to TAFS-GRPO  of evaluations  paper")
+    print(f"{'':18} seconds  of plain  over bare calls  ratio to TAFS-GRPO  of evaluations  paper")
     for name, trainer in trainers.items():
         pairs = zip(iteration[name], iteration[REFERENCE], strict=True)
         print(
             f"{name:18} {statistics.median(iteration[name]):7.2f} "
+            f"{statistics.median(faster[name]):9.3f} "
             f"{statistics.median(overhead[name]):16.3f} "
             f"{statistics.median(a / b for a, b in pairs):19.3f} "
             f"{trainer.method.forward_equivalents / reference:15.3f} "

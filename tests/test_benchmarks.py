@@ -53,8 +53,8 @@ def test_training_loop_compares_the_methods_of_a_scale():
     assert "over bare calls" in head
     found = {row.split()[0]: [float(cell) for cell in row.split()[1:]] for row in rows}
     assert set(found) == {"tafs_grpo", "flow_grpo"}
-    assert found["tafs_grpo"][2:] == [1.0, 1.0, 1.0]
-    assert found["flow_grpo"][3:] == [pytest.approx(28 / 13, abs=1e-3), 2.14]
+    assert found["tafs_grpo"][3:] == [1.0, 1.0, 1.0]
+    assert found["flow_grpo"][4:] == [pytest.approx(28 / 13, abs=1e-3), 2.14]
 
 
 def test_training_loop_names_a_backbone_without_runs():

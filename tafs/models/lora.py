@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import tafs.common.torchvision_patch  # noqa: F401  # isort: skip
 import torch
 from peft.tuners.lora.layer import Linear
 from torch import Size, Tensor, nn
