@@ -55,7 +55,8 @@ def of_run(work: Workload, spec: RunSpec) -> TrainingMemory | None:
     training, architecture = spec.training, work.architecture(spec.backbone)
     model = catalog.read()[spec.backbone]
     network = work.network(spec.backbone, spec.resolution)
-    if training is None or architecture is None or network is None or model.assets != "hub":
+    known_model = model.assets == "hub" and model.pipeline in memory.BLOCKS
+    if training is None or architecture is None or network is None or not known_model:
         return None
     method = registry.create(spec.method, spec.hyperparameters)
     images = training.prompts_per_iteration * training.group_size // work.graph.scale.processes
