@@ -63,6 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--gpu-hour-price", metavar="X", type=number, help=price)
     rate = "sustained TFLOP/s of a GPU or core; default: an assumption, which is printed"
     add("--tflops", metavar="X", type=number, help=rate)
+    text = "GB of a GPU: show the largest micro-batch that fits, with and without checkpointing"
+    add("--gpu-memory", metavar="GB", type=number, help=text)
     add("--verbose", action="store_true", help="list every job")
     add = command("status", "show the state of every run; exit code 1 if one has failed")
     add("--every", metavar="SECONDS", type=number, help="repeat until all runs are done")
@@ -108,7 +110,7 @@ def _overrides(given: argparse.Namespace) -> dict[str, Any]:
 def _plan(given: argparse.Namespace) -> int:
     from tafs.orchestration.plan import report as plan_report
 
-    options = {key: getattr(given, key) for key in ("nodes", "tflops", "verbose")}
+    options = {key: getattr(given, key) for key in ("nodes", "tflops", "gpu_memory", "verbose")}
     print(plan_report.report(_overrides(given), price=given.gpu_hour_price, **options))
     return 0
 

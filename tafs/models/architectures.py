@@ -147,6 +147,7 @@ class Size:
 
     forward: float  # FLOPs of one evaluation of one image, guidance included
     adapter: int  # parameters of its LoRA adapter
+    weights: int  # its own parameters, and the table of positions of Stable Diffusion 3
 
 
 def size(
@@ -163,8 +164,12 @@ def size(
     config = architecture.transformer
     latent = resolution // 2 ** (len(architecture.vae["block_out_channels"]) - 1)
     found = SIZES[model.pipeline](config, latent, architecture.tokens, lora_rank or 0)
-    guided = model.pipeline == "StableDiffusion3Pipeline" and model.guidance > 1
-    return replace(found, forward=found.forward * (2 if guided else 1))
+    return replace(found, forward=found.forward * evaluations(model))
+
+
+def evaluations(model: catalog.Model) -> int:
+    """Evaluations of the network per velocity: two with classifier-free guidance."""
+    return 2 if model.pipeline == "StableDiffusion3Pipeline" and model.guidance > 1 else 1
 
 
 def _attention(tokens: int, width: int) -> int:
@@ -186,7 +191,12 @@ def _flux(config: Mapping[str, Any], latent: int, text: int, rank: int) -> Size:
     embeddings += config["pooled_projection_dim"] + d + 2 * d
     adapter = 2 * d * rank * (double * 8 + single * 3)
     adapted = 2 * tokens * 2 * d * rank * (double * 4 + single * 3)
-    return Size(float(blocks + ends + 2 * embeddings * d + adapted), adapter)
+    # The same matrices with their biases, and the norms of queries and keys.
+    weights = double * 2 * (18 * d**2 + 15 * d) + single * (15 * d**2 + 11 * d)
+    weights += (double * 4 + single * 2) * config["attention_head_dim"]
+    weights += (channels + 1 + context + 1) * d + channels * (d + 1)
+    weights += embeddings * d + (3 if config["guidance_embeds"] else 2) * 2 * d + 2 * d
+    return Size(float(blocks + ends + 2 * embeddings * d + adapted), adapter, weights)
 
 
 def _sd3(config: Mapping[str, Any], latent: int, text: int, rank: int) -> Size:
@@ -206,7 +216,12 @@ def _sd3(config: Mapping[str, Any], latent: int, text: int, rank: int) -> Size:
     embeddings = TIME_CHANNELS + d + config["pooled_projection_dim"] + d + 2 * d
     adapter = 2 * d * rank * (layers * 8 - 1)
     adapted = 2 * 2 * d * rank * (layers * 4 * tokens - text)
-    return Size(float(blocks + ends + 2 * embeddings * d + adapted), adapter)
+    weights = layers * 2 * (18 * d**2 + 15 * d) - (13 * d**2 + 10 * d) + dual * 7 * (d**2 + d)
+    weights += (layers * 4 + dual * 2) * (config["attention_head_dim"] if config["qk_norm"] else 0)
+    weights += (config["in_channels"] * patch + 1 + config["joint_attention_dim"] + 1) * d
+    weights += config["out_channels"] * patch * (d + 1) + embeddings * d + 2 * 2 * d + 2 * d
+    weights += config["pos_embed_max_size"] ** 2 * d
+    return Size(float(blocks + ends + 2 * embeddings * d + adapted), adapter, weights)
 
 
 SIZES: Mapping[str, Callable[[Mapping[str, Any], int, int, int], Size]] = {

@@ -28,6 +28,8 @@ def test_a_size_is_that_of_the_network(name):
     found = architectures.size(known, model, resolution, rank)
     assert found.forward == flops.forward(backbone)
     assert found.adapter == sum(p.numel() for p in backbone.lora_parameters().values())
+    stored = [*backbone.transformer.parameters(), *backbone.transformer.buffers()]
+    assert found.weights == sum(tensor.numel() for tensor in stored) - found.adapter
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from tafs.experiment import needs
 from tafs.orchestration import graph as graphs
 from tafs.orchestration.graph import Graph, Job
-from tafs.orchestration.plan import estimate
+from tafs.orchestration.plan import estimate, memory
 from tafs.orchestration.plan.estimate import DeviceJob, Speed, Workload
 from tafs.orchestration.plan.report import amount, report, size
 from tafs.orchestration.plan.schedule import Task, makespan
@@ -197,7 +197,7 @@ def test_the_paper_scale_is_planned_without_a_lock_file_and_without_diffusers():
     code = (
         "import sys\n"
         "from tafs.orchestration.plan.report import report\n"
-        "print(report({'scale': 'paper'}, nodes=4))\n"
+        "print(report({'scale': 'paper'}, nodes=4, gpu_memory=80))\n"
         "print('diffusers' in sys.modules)\n"
     )
     command = [sys.executable, "-c", code]
@@ -213,6 +213,45 @@ def test_the_paper_scale_is_planned_without_a_lock_file_and_without_diffusers():
     forward = 21_617_356_308_480  # computed by hand in tests/test_rehearse.py
     pace = 24 * 48 * 13 * forward / (8 * 0.4 * 989e12)
     assert row[3:6] == [amount(pace), "modelled", amount((1500 * pace + 120) * 8 / 3600)]
+    [row] = [line.split() for line in lines if line.startswith("tafs_grpo  ") and "clip_" in line]
+    assert row[3:] == ["12", "38.8", "scoring", "48", "6"]
+
+
+@pytest.fixture(scope="module")
+def paper() -> Workload:
+    return Workload(graphs.read({"scale": "paper"}, ROOT / "config.yaml"))
+
+
+def test_the_memory_of_a_training_follows_its_run_and_the_sizes_of_its_downloads(paper):
+    """PickScore 3.9, its tokenizer 0.01 and CLIP 1.7 GB; 33.7 GB are FLUX.1-dev with encoders."""
+    spec = paper.runs["tafs_grpo.preference.flux-dev.0"]
+    found = memory.of_run(paper, spec)
+    setting = found.setting
+    assert (setting.micro_batch, setting.images, setting.trained_steps) == (12, 144, 3)
+    assert (found.most, setting.kept_images, setting.reward_activations) == (48, 0, None)
+    assert setting.rewards == pytest.approx(5.61e9)
+    parameters = 11_901_408_320 + 83_819_683
+    assert setting.text_encoders == pytest.approx(33.7e9 - 2 * parameters)
+    training = spec.training.model_copy(update={"keep_graphs": True})
+    kept = memory.of_run(paper, spec.model_copy(update={"training": training}))
+    assert kept.setting.kept_images == 48
+    rewarded = memory.of_run(paper, paper.runs["reward_instruct.preference.flux-dev.0"])
+    assert rewarded.largest()[0] == "reward gradients"
+    assert memory.of_run(paper, paper.runs["base.pickapic.flux-dev"]) is None
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_the_largest_micro_batch_fits_and_the_next_one_does_not(paper, checkpointing):
+    found = memory.of_run(paper, paper.runs["tafs_grpo.preference.flux-dev.0"])
+    batch = found.fitting(76e9, checkpointing=checkpointing)
+    peaks = []
+    for number in (batch, batch + 1):
+        changes = {"micro_batch": number, "gradient_checkpointing": checkpointing}
+        setting = dataclasses.replace(found.setting, **changes)
+        peaks.append(dataclasses.replace(found, setting=setting).largest()[1])
+    assert 0 < peaks[0] <= 76e9 < peaks[1]
+    assert found.fitting(1e9, checkpointing=checkpointing) == 0
+    assert found.fitting(1e15, checkpointing=checkpointing) == found.most
 
 
 def test_numbers_have_three_significant_digits():

@@ -92,17 +92,20 @@ class Workload:
         self.runs, self.evaluations = graph.runs, graph.evaluations
 
     @cache  # noqa: B019 - one object per plan
-    def network(self, name: str, resolution: int) -> architectures.Size | None:
-        """The size of a model's network; None if its architecture is not known."""
+    def architecture(self, name: str) -> architectures.Architecture | None:
+        """The architecture of a model; None if it is not known."""
         model = catalog.read()[name]
         if model.pipeline not in architectures.SIZES:
             return None
         if model.assets == "shapes":
-            folder = weights.verify(model.resource)
-            architecture = architectures.of_folder(folder, model)
-        elif model.resource in architectures.PUBLISHED:
-            architecture = architectures.PUBLISHED[model.resource]
-        else:
+            return architectures.of_folder(weights.verify(model.resource), model)
+        return architectures.PUBLISHED.get(model.resource)
+
+    @cache  # noqa: B019 - one object per plan
+    def network(self, name: str, resolution: int) -> architectures.Size | None:
+        """The size of a model's network; None if its architecture is not known."""
+        model, architecture = catalog.read()[name], self.architecture(name)
+        if architecture is None:
             return None
         rank = self.graph.scale.lora.rank if model.trainable else None
         return architectures.size(architecture, model, model.resolution or resolution, rank)

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from tafs.experiment.schema import Scale
+from tafs.models.memory import RESERVED
 from tafs.orchestration import graph as graphs
 from tafs.orchestration import verdicts
 from tafs.orchestration.graph import Graph, Job
+from tafs.orchestration.plan import memory
 from tafs.orchestration.plan.estimate import (
     ASSUMED_RATE,
+    GB,
     HOUR,
     MODELLED,
     PNG_RATIO,
@@ -46,6 +49,7 @@ def report(
     nodes: int | None = None,
     price: float | None = None,
     tflops: float | None = None,
+    gpu_memory: float | None = None,
     verbose: bool = False,
 ) -> str:
     """The whole text.
@@ -56,6 +60,7 @@ def report(
             number that one training takes; at scales without GPUs, all cores of this machine.
         price: of a device for an hour.
         tflops: sustained rate of a device. None: `ASSUMED_RATE`.
+        gpu_memory: GB of a GPU, for the largest micro-batches that fit.
         verbose: list every job with its reason.
 
     Raises:
@@ -78,6 +83,7 @@ def report(
         [
             *page.head(),
             *page.methods(),
+            *page.memory(gpu_memory),
             *page.stages(every, pending),
             *page.reasons(pending, verbose),
             *page.disk([job.target for job in every if job.rule == "fetch"]),
@@ -107,8 +113,12 @@ class Page:
     assumed: bool  # the rate is not given by the user
 
     @property
+    def _on_gpus(self) -> bool:
+        return self.graph.scale.device == "cuda"
+
+    @property
     def unit(self) -> str:
-        return "GPU" if self.graph.scale.device == "cuda" else "core"
+        return "GPU" if self._on_gpus else "core"
 
     @property
     def _cost_head(self) -> list[str]:
@@ -164,6 +174,35 @@ class Page:
             *(amount(self._hours(part, whole)) if part else "" for part in (trainings, others)),
             *self._costs(self._hours(jobs, whole)),
             size(sum(self.disks[run].kept for run in runs)),
+        ]
+
+    def memory(self, given: float | None) -> list[str]:
+        """The memory that each training takes on a GPU, and what fits in `given` GB."""
+        found: dict[tuple[str, str, str], memory.TrainingMemory] = {}
+        for spec in self.graph.plan.runs.values() if self._on_gpus else ():
+            one = memory.of_run(self.work, spec)
+            if one is not None:
+                found.setdefault((spec.variant, spec.task, spec.backbone), one)
+        if not found:
+            return []
+        head = ["memory", "task", "model", "batch", "GB", "when"]
+        head += [] if given is None else ["with", "without"]
+        rows = []
+        for key, one in sorted(found.items()):
+            phase, most = one.largest()
+            rows.append([*key, str(one.setting.micro_batch), amount(most / GB), phase])
+            if given is not None:
+                available = (1 - RESERVED) * given * GB
+                fits = [one.fitting(available, checkpointing=on) for on in (True, False)]
+                rows[-1] += [str(count) if count else "none" for count in fits]
+        lines = ["", *table([head, *rows], left=(0, 1, 2, 5))]
+        if given is None:
+            return lines
+        return [
+            *lines,
+            "  with, without: the largest micro-batch with and without gradient checkpointing in "
+            f"{given:g} GB,",
+            f"  {100 * RESERVED:.0f} % of which stay free.",
         ]
 
     def stages(self, every: Sequence[Job], pending: Sequence[Pending]) -> list[str]:
@@ -278,6 +317,8 @@ class Page:
             "tables,",
             "  queues.",
         ]
+        if self._on_gpus:
+            lines.append("  Memory: weights, optimiser and activations, see docs/paper-scale.md.")
         unknown = sorted({j.backbone for j in self.jobs if j.flops is None and j.stage in MODELLED})
         if unknown:
             lines.append(f"  Unknown architecture, not modelled: {', '.join(unknown)}.")
