@@ -61,6 +61,10 @@ class RgLcd(Method):
         return self.reward_weight > 0
 
     @property
+    def retains_reward_graphs(self) -> bool:
+        return False  # their sum is differentiated once
+
+    @property
     def forward_equivalents(self) -> float:
         """Teacher sample, teacher step, scored estimate, target estimate, and trained estimate."""
         return self.teacher_steps + 1 + 1 + 1 + 3

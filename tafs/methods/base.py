@@ -172,6 +172,11 @@ class Method:
         return False
 
     @property
+    def retains_reward_graphs(self) -> bool:
+        """Whether each reward's gradient is taken alone, so that their graphs are all kept."""
+        return self.needs_reward_gradients
+
+    @property
     def keeps_graphs(self) -> bool:
         """Whether `losses` can use the rollout's own graphs in the first update.
 

@@ -16,15 +16,19 @@ from pathlib import Path
 from tafs.assets import lockfile
 from tafs.data import prompts
 from tafs.experiment import needs, run_inputs
+from tafs.experiment.schema import Scale
 from tafs.experiment.specs import BEST, EvalSpec, RunSpec
 from tafs.models import architectures, catalog
 from tafs.orchestration.graph import Graph, Job
 from tafs.runtime import journal, receipts, run_dir
 from tafs.shapes import weights
 
-# Sustained FLOP/s without measurements: 40 % of an H100's 989e12 in dense bfloat16; one core with
-# networks of the embedded models' size.
-ASSUMED_RATE = {"cuda": 0.4 * 989e12, "cpu": 45e9}
+# Sustained FLOP/s where nothing is measured, not counting blocks that are computed again: shares of an
+# H100's peak that TAFS-GRPO's iterations of FLUX.1-dev reach (results/reference/gpu/), with compiled
+# blocks or without; and one core with networks of the embedded models' size.
+PEAK = 989e12
+COMPILED, EAGER = 0.47, 0.35
+CPU_RATE = 45e9
 START_UP = {"cuda": 120.0, "cpu": 8.0}  # s for a job to import libraries and load models
 PNG_RATIO = 0.5  # size of a PNG file relative to the image's pixels
 STATE_COPIES = 2 * 4  # generations of the resume state x (adapter, average, AdamW's two moments)
@@ -64,6 +68,13 @@ class Disk:
     @property
     def kept(self) -> int:
         return self.adapters + self.samples
+
+
+def assumed_rate(scale: Scale) -> float:
+    """FLOP/s of one of a scale's devices."""
+    if scale.device == "cpu":
+        return CPU_RATE
+    return PEAK * (COMPILED if scale.compile else EAGER)
 
 
 def training_flops(spec: RunSpec, forward: float) -> float:

@@ -79,6 +79,7 @@ def of_run(work: Workload, spec: RunSpec) -> TrainingMemory | None:
             if method.needs_reward_gradients
             else None
         ),
+        retained=method.retains_reward_graphs,
         # What is downloaded besides the network and the autoencoder, in 16 bits.
         text_encoders=max(0.0, known[model.resource].gigabytes * GB - published),
     )

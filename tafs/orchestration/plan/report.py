@@ -17,16 +17,17 @@ from tafs.orchestration import verdicts
 from tafs.orchestration.graph import Graph, Job
 from tafs.orchestration.plan import memory
 from tafs.orchestration.plan.estimate import (
-    ASSUMED_RATE,
     GB,
     HOUR,
     MODELLED,
+    PEAK,
     PNG_RATIO,
     START_UP,
     DeviceJob,
     Disk,
     Speed,
     Workload,
+    assumed_rate,
     downloads,
     measured,
 )
@@ -40,7 +41,10 @@ STAGES = ("fetch", "check_rewards", *RUN_STAGES)
 ORDER = ("describe", "describe_evaluation", *STAGES, "report_spec", "compare", "track")
 # stage -> the stage of the same run that it waits for
 AFTER = {"evaluate": "train", "trajectory_rewards": "train", "score_served": "evaluate"}
-ASSUMPTION = {"cuda": "40 % of an H100's 989 in dense bfloat16", "cpu": "one core, small networks"}
+ASSUMPTION = {
+    "cuda": "{:.0%} of an H100's 989 in dense bfloat16, measured with FLUX.1-dev",
+    "cpu": "one core, small networks, assumed",
+}
 
 
 def report(
@@ -59,7 +63,7 @@ def report(
         nodes: number of machines with the scale's `processes` / `nodes` devices each. None: the
             number that one training takes; at scales without GPUs, all cores of this machine.
         price: of a device for an hour.
-        tflops: sustained rate of a device. None: `ASSUMED_RATE`.
+        tflops: sustained rate of a device. None: `assumed_rate`.
         gpu_memory: GB of a GPU, for the largest micro-batches that fit.
         verbose: list every job with its reason.
 
@@ -69,7 +73,7 @@ def report(
     graph = graphs.read(overrides)
     device = graph.scale.device
     work = Workload(graph)
-    rate = tflops * 1e12 if tflops else ASSUMED_RATE[device]
+    rate = tflops * 1e12 if tflops else assumed_rate(graph.scale)
     every, pending = list(graph.jobs()), verdicts.pending(graph)
     page = Page(
         graph=graph,
@@ -301,13 +305,15 @@ class Page:
         """Where the figures come from."""
         bases = Counter(self.speed.ratio(job)[1] for job in self.jobs if job.stage == "train")
         device = self.graph.scale.device
-        rate = f"{ASSUMPTION[device]}, assumed" if self.assumed else "given"
+        share = self.speed.rate / PEAK
+        rate = ASSUMPTION[device].format(share) if self.assumed else "given"
         lines = [
             "",
             "Sources of these figures:",
             "  modelled  network evaluations x FLOPs of a forward pass / "
             f"{self.speed.rate / 1e12:.3g} TFLOP/s per {self.unit}",
-            f"            ({rate}); {self.speed.start_up:.0f} s start-up per job, assumed",
+            f"            ({rate});",
+            f"            {self.speed.start_up:.0f} s start-up per job, assumed",
             "  measured  median time in journals and in the logs of evaluations",
             "  scaled    modelled x median of measured / modelled of other methods on this model",
             f"  Of {sum(bases.values())} trainings "
