@@ -23,9 +23,9 @@ from tafs.orchestration.graph import Graph, Job
 from tafs.runtime import journal, receipts, run_dir
 from tafs.shapes import weights
 
-# Sustained FLOP/s where nothing is measured, not counting blocks that are computed again: shares of an
-# H100's peak that TAFS-GRPO's iterations of FLUX.1-dev reach (results/reference/gpu/), with compiled
-# blocks or without; and one core with networks of the embedded models' size.
+# Sustained FLOP/s where nothing is measured, not counting blocks that are computed again. On an
+# H100, the shares of its peak that TAFS-GRPO's iterations of FLUX.1-dev reach with compiled blocks
+# and without (results/reference/gpu/); on one core, with networks of the embedded models' size.
 PEAK = 989e12
 COMPILED, EAGER = 0.47, 0.35
 CPU_RATE = 45e9

@@ -42,7 +42,7 @@ ORDER = ("describe", "describe_evaluation", *STAGES, "report_spec", "compare", "
 # stage -> the stage of the same run that it waits for
 AFTER = {"evaluate": "train", "trajectory_rewards": "train", "score_served": "evaluate"}
 ASSUMPTION = {
-    "cuda": "{:.0%} of an H100's 989 in dense bfloat16, measured with FLUX.1-dev",
+    "cuda": "{:.0f} % of an H100's 989 in dense bfloat16, measured with FLUX.1-dev",
     "cpu": "one core, small networks, assumed",
 }
 
@@ -305,7 +305,7 @@ class Page:
         """Where the figures come from."""
         bases = Counter(self.speed.ratio(job)[1] for job in self.jobs if job.stage == "train")
         device = self.graph.scale.device
-        share = self.speed.rate / PEAK
+        share = 100 * self.speed.rate / PEAK
         rate = ASSUMPTION[device].format(share) if self.assumed else "given"
         lines = [
             "",
