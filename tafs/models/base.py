@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import tafs.common.torchvision_patch  # noqa: F401  # isort: skip
 import torch
@@ -64,7 +64,6 @@ class Backbone:
         ValueError: the resolution is not a multiple of the patch size in pixels; names both.
     """
 
-    lora_targets: ClassVar[Sequence[str]]  # names, or their last parts, of the adapted layers
     base_model: str | None = None  # the name that adapters' files state
     compiled: bool = False
 
@@ -152,6 +151,11 @@ class Backbone:
         for block in self.blocks:
             block.compile()
         self.compiled = True
+
+    @property
+    def lora_targets(self) -> Sequence[str]:
+        """The names, or their last parts, of the adapted layers."""
+        raise NotImplementedError
 
     @property
     def negative_prompt(self) -> str | None:
@@ -282,12 +286,16 @@ class Backbone:
 
         `dtype` is the precision of the decoder's convolutions; by default that of its weights.
         """
-        vae = self.pipeline.vae
-        shift = getattr(vae.config, "shift_factor", None) or 0  # some autoencoders have no shift
-        latents = x_0.float() / vae.config.scaling_factor + shift
+        vae, latents = self.pipeline.vae, self.scaled(x_0.float())
         with torch.autocast(latents.device.type, dtype, enabled=dtype is not None):
             decoded = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
         return (decoded.float() / 2 + 0.5).clamp(0, 1)
+
+    def scaled(self, x_0: Tensor) -> Tensor:
+        """Return float32 latents [B, *latent_shape] as the autoencoder decodes them."""
+        config = self.pipeline.vae.config
+        shift = getattr(config, "shift_factor", None) or 0  # some autoencoders have no shift
+        return x_0 / config.scaling_factor + shift
 
     def time_grid(self, steps: int) -> Tensor:
         """Return the model's own time grid from 1 to 0, [steps + 1]: uniform, then shifted.
