@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 KEPT_BYTES = 4 << 30  # memory for prompt embeddings on the host, per process
+ROOM_BYTES = 2 << 30  # device memory for the activations of text encoders
 TIMESTEPS = 1000  # many networks take t in [0, 1] as a timestep in [0, 1000]
 
 # cuDNN's attention, PyTorch's default on H100 and H200 since 2.11, can return NaN gradients
@@ -49,7 +50,8 @@ class Backbone:
     """A diffusers pipeline with the interface that training needs.
 
     Convention: t = 1 is noise, t = 0 is data, and the network predicts v = e - x_0. The network and
-    the autoencoder stay on the device; the text encoders are on it only while they encode.
+    the autoencoder stay on the device; the text encoders are on it only while they encode. Where
+    its memory does not hold both, the former wait in host memory meanwhile.
 
     A subclass sets `lora_targets`, implements `embed` and `network`, and overrides the properties
     that differ for its architecture.
@@ -215,15 +217,20 @@ class Backbone:
 
     @contextmanager
     def _encoders_on_device(self) -> Iterator[None]:
-        components = self.pipeline.components.items()
+        components, device = self.pipeline.components.items(), self.device
         encoders = [c for name, c in components if name.startswith("text_encoder") and c]
+        waiting = [] if _fit(encoders, device) else [self.transformer, self.pipeline.vae]
+        for module in waiting:
+            module.to("cpu")
         for encoder in encoders:
-            encoder.to(self.device)
+            encoder.to(device)
         try:
             yield
         finally:
             for encoder in encoders:
                 encoder.to("cpu")
+            for module in waiting:
+                module.to(device)
 
     def _on_device(self, prompts: Sequence[str]) -> Conditioning:
         kept = [self._kept[prompt] for prompt in prompts]
@@ -388,6 +395,16 @@ class Backbone:
             self.pipeline.unload_lora_weights()
         else:
             adapters.restore_precision(self.pipeline, file, components)
+
+
+def _fit(modules: Sequence[nn.Module], device: torch.device) -> bool:
+    """Whether the device's memory has room for modules and their activations."""
+    if device.type != "cuda":
+        return True
+    free, _ = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    needed = sum(tensor.nbytes for module in modules for tensor in module.parameters())
+    return needed + ROOM_BYTES <= free + cached
 
 
 def _host(tensor: Tensor) -> Tensor:
