@@ -81,12 +81,12 @@ new-model: $(STAMP)  ## Write a model that runs unchanged: make new-model NAME=m
 shapes-weights: $(STAMP)  ## Train the shipped models of the embedded scale again (hours)
 	$(RUN) python -m tafs.shapes.pretrain all $(ARGS)
 
-lock: $(STAMP)  ## Pin the models of the paper scale in resources.lock.yaml (network; HF_TOKEN)
+lock: $(STAMP)  ## Pin the models of the scales paper and one-gpu in resources.lock.yaml (network; HF_TOKEN)
 	$(RUN) HF_HUB_OFFLINE=0 python -m tafs.assets.download lock $(ARGS)
 
 judge: .venv-judge/.installed  ## Install the server of UnifiedReward into .venv-judge (CUDA)
 
-rehearsal: $(STAMP)  ## Run the paper scale on tiny random checkpoints: make rehearsal FOLDER=...
+rehearsal: $(STAMP)  ## Run a scale on tiny random checkpoints: make rehearsal FOLDER=... [ARGS='--scale one-gpu']
 	$(RUN) python tests/support/tiny_hub.py "$$FOLDER" $(ARGS)
 
 schema: $(STAMP)  ## Write the JSON Schema of config.yaml for editors

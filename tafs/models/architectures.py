@@ -30,9 +30,9 @@ class Architecture:
 
 
 def vae(
-    channels: Sequence[int], layers: int, groups: int, latents: Mapping[str, float]
+    channels: Sequence[int], layers: int, groups: int, latents: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return an AutoencoderKL's configuration; `latents` are scaling_factor and shift_factor."""
+    """Return an autoencoder's configuration; `latents` are fields that differ between models."""
     return {
         "block_out_channels": tuple(channels),
         "down_block_types": ("DownEncoderBlock2D",) * len(channels),
@@ -47,6 +47,7 @@ def vae(
 
 
 FLUX_LATENTS = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
+FLUX2_LATENTS = {"latent_channels": 32, "use_quant_conv": True, "use_post_quant_conv": True}
 SD3_LATENTS = {"scaling_factor": 1.5305, "shift_factor": 0.0609}
 FLUX_SCHEDULER = {"shift": 3.0, "use_dynamic_shifting": True}
 SD3_SCHEDULER = {"shift": 3.0}
@@ -67,6 +68,25 @@ FLUX_DEV = Architecture(
         "axes_dims_rope": (16, 56, 56),
     },
     vae=vae(**PUBLISHED_VAE, latents=FLUX_LATENTS),
+    scheduler=FLUX_SCHEDULER,
+    tokens=512,
+)
+# The text encoder's embeddings are three layers of a Qwen3-4B, side by side.
+FLUX2_KLEIN_BASE_4B = Architecture(
+    title="FLUX.2-klein-base-4B",
+    transformer={
+        "patch_size": 1,
+        "in_channels": 128,
+        "num_layers": 5,
+        "num_single_layers": 20,
+        "attention_head_dim": 128,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 7680,
+        "mlp_ratio": 3.0,
+        "guidance_embeds": False,
+        "axes_dims_rope": (32, 32, 32, 32),
+    },
+    vae=vae(**PUBLISHED_VAE, latents=FLUX2_LATENTS),
     scheduler=FLUX_SCHEDULER,
     tokens=512,
 )
@@ -112,6 +132,7 @@ PUBLISHED = {
         transformer={**FLUX_DEV.transformer, "guidance_embeds": False},
         tokens=256,
     ),
+    "flux2-klein-base-4b": FLUX2_KLEIN_BASE_4B,
     "sd35-medium": SD35_MEDIUM,
     "sd35-large": SD35_LARGE,
     "sd35-large-turbo": replace(SD35_LARGE, title="SD3.5-Large-Turbo"),
@@ -153,7 +174,7 @@ class Size:
 def size(
     architecture: Architecture, model: catalog.Model, resolution: int, lora_rank: int | None
 ) -> Size:
-    """Return the size of a network with its adapter on the layers `tafs.models.ATTENTION`.
+    """Return the size of a network with its adapter on the `lora_targets` of its backbone.
 
     Args:
         architecture: its configuration.
@@ -169,7 +190,7 @@ def size(
 
 def evaluations(model: catalog.Model) -> int:
     """Evaluations of the network per velocity: two with classifier-free guidance."""
-    return 2 if model.pipeline == "StableDiffusion3Pipeline" and model.guidance > 1 else 1
+    return 2 if model.pipeline in GUIDED and model.guidance > 1 else 1
 
 
 def _attention(tokens: int, width: int) -> int:
@@ -199,6 +220,32 @@ def _flux(config: Mapping[str, Any], latent: int, text: int, rank: int) -> Size:
     return Size(float(blocks + ends + 2 * embeddings * d + adapted), adapter, weights)
 
 
+def _flux2_klein(config: Mapping[str, Any], latent: int, text: int, rank: int) -> Size:
+    d = config["num_attention_heads"] * config["attention_head_dim"]
+    hidden = int(config["mlp_ratio"] * d)
+    channels, context = config["in_channels"], config["joint_attention_dim"]
+    double, single = config["num_layers"], config["num_single_layers"]
+    image = (latent // 2) ** 2
+    tokens = image + text
+    # Per token: queries, keys, values and output, and a gated feed-forward layer.
+    layers = 4 * d**2 + 3 * d * hidden
+    blocks = (double + single) * (2 * tokens * layers + _attention(tokens, d))
+    # Once per image: the modulation that all blocks of a kind share, that of the output, and time.
+    shared = (6 + 6 + 3 + 2) * d**2 + TIME_CHANNELS * d + d**2
+    ends = 2 * (image * 2 * channels * d + text * context * d)
+    # Widths of the adapted products, input and output: a double block's eight, four of which see a
+    # token; a single block's first, with the feed-forward layer's input, and its second.
+    fused = d + 3 * d + 2 * hidden + d + hidden + d
+    adapter = rank * (double * 8 * 2 * d + single * fused)
+    adapted = 2 * tokens * rank * (double * 4 * 2 * d + single * fused)
+    # The same matrices, without biases, and the norms of queries and keys.
+    weights = double * (8 * d**2 + 6 * d * hidden) + single * layers + shared
+    weights += (double * 4 + single * 2) * config["attention_head_dim"] + (
+        2 * channels + context
+    ) * d
+    return Size(float(blocks + 2 * shared + ends + adapted), adapter, weights)
+
+
 def _sd3(config: Mapping[str, Any], latent: int, text: int, rank: int) -> Size:
     d = config["num_attention_heads"] * config["attention_head_dim"]
     layers, dual = config["num_layers"], len(config["dual_attention_layers"])
@@ -224,7 +271,10 @@ def _sd3(config: Mapping[str, Any], latent: int, text: int, rank: int) -> Size:
     return Size(float(blocks + ends + 2 * embeddings * d + adapted), adapter, weights)
 
 
+# Pipelines whose guidance evaluates the network twice.
+GUIDED = ("Flux2KleinPipeline", "StableDiffusion3Pipeline")
 SIZES: Mapping[str, Callable[[Mapping[str, Any], int, int, int], Size]] = {
+    "Flux2KleinPipeline": _flux2_klein,
     "FluxPipeline": _flux,
     "StableDiffusion3Pipeline": _sd3,
 }

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import tafs.common.torchvision_patch  # noqa: F401  # isort: skip
 import torch
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 KEPT_BYTES = 4 << 30  # memory for prompt embeddings on the host, per process
+ROOM_BYTES = 2 << 30  # device memory for the activations of text encoders
 TIMESTEPS = 1000  # many networks take t in [0, 1] as a timestep in [0, 1000]
 
 # cuDNN's attention, PyTorch's default on H100 and H200 since 2.11, can return NaN gradients
@@ -49,7 +50,8 @@ class Backbone:
     """A diffusers pipeline with the interface that training needs.
 
     Convention: t = 1 is noise, t = 0 is data, and the network predicts v = e - x_0. The network and
-    the autoencoder stay on the device; the text encoders are on it only while they encode.
+    the autoencoder stay on the device; the text encoders are on it only while they encode. Where
+    its memory does not hold both, the former wait in host memory meanwhile.
 
     A subclass sets `lora_targets`, implements `embed` and `network`, and overrides the properties
     that differ for its architecture.
@@ -64,7 +66,6 @@ class Backbone:
         ValueError: the resolution is not a multiple of the patch size in pixels; names both.
     """
 
-    lora_targets: ClassVar[Sequence[str]]  # names, or their last parts, of the adapted layers
     base_model: str | None = None  # the name that adapters' files state
     compiled: bool = False
 
@@ -154,6 +155,11 @@ class Backbone:
         self.compiled = True
 
     @property
+    def lora_targets(self) -> Sequence[str]:
+        """The names, or their last parts, of the adapted layers."""
+        raise NotImplementedError
+
+    @property
     def negative_prompt(self) -> str | None:
         """The negative prompt of classifier-free guidance; None without such guidance."""
         return None
@@ -211,15 +217,20 @@ class Backbone:
 
     @contextmanager
     def _encoders_on_device(self) -> Iterator[None]:
-        components = self.pipeline.components.items()
+        components, device = self.pipeline.components.items(), self.device
         encoders = [c for name, c in components if name.startswith("text_encoder") and c]
+        waiting = [] if _fit(encoders, device) else [self.transformer, self.pipeline.vae]
+        for module in waiting:
+            module.to("cpu")
         for encoder in encoders:
-            encoder.to(self.device)
+            encoder.to(device)
         try:
             yield
         finally:
             for encoder in encoders:
                 encoder.to("cpu")
+            for module in waiting:
+                module.to(device)
 
     def _on_device(self, prompts: Sequence[str]) -> Conditioning:
         kept = [self._kept[prompt] for prompt in prompts]
@@ -282,12 +293,16 @@ class Backbone:
 
         `dtype` is the precision of the decoder's convolutions; by default that of its weights.
         """
-        vae = self.pipeline.vae
-        shift = getattr(vae.config, "shift_factor", None) or 0  # some autoencoders have no shift
-        latents = x_0.float() / vae.config.scaling_factor + shift
+        vae, latents = self.pipeline.vae, self.scaled(x_0.float())
         with torch.autocast(latents.device.type, dtype, enabled=dtype is not None):
             decoded = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
         return (decoded.float() / 2 + 0.5).clamp(0, 1)
+
+    def scaled(self, x_0: Tensor) -> Tensor:
+        """Return float32 latents [B, *latent_shape] as the autoencoder decodes them."""
+        config = self.pipeline.vae.config
+        shift = getattr(config, "shift_factor", None) or 0  # some autoencoders have no shift
+        return x_0 / config.scaling_factor + shift
 
     def time_grid(self, steps: int) -> Tensor:
         """Return the model's own time grid from 1 to 0, [steps + 1]: uniform, then shifted.
@@ -380,6 +395,16 @@ class Backbone:
             self.pipeline.unload_lora_weights()
         else:
             adapters.restore_precision(self.pipeline, file, components)
+
+
+def _fit(modules: Sequence[nn.Module], device: torch.device) -> bool:
+    """Whether the device's memory has room for modules and their activations."""
+    if device.type != "cuda":
+        return True
+    free, _ = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    needed = sum(tensor.nbytes for module in modules for tensor in module.parameters())
+    return needed + ROOM_BYTES <= free + cached
 
 
 def _host(tensor: Tensor) -> Tensor:

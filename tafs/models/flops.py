@@ -39,14 +39,20 @@ class Textless(Backbone):
         where: dict[str, Any] = {"device": self.device, "dtype": self.transformer.dtype}
         return Conditioning(
             torch.randn(batch, self.tokens, settings.joint_attention_dim, **where),
-            torch.randn(batch, settings.pooled_projection_dim, **where),
+            torch.randn(batch, settings.get("pooled_projection_dim", 0), **where),
         )
 
 
-# The network's class, by pipeline class.
+# The network's and the autoencoder's class, by pipeline class.
 NETWORKS: Mapping[str, Any] = {
+    "Flux2KleinPipeline": diffusers.Flux2Transformer2DModel,
     "FluxPipeline": diffusers.FluxTransformer2DModel,
     "StableDiffusion3Pipeline": diffusers.SD3Transformer2DModel,
+}
+AUTOENCODERS: Mapping[str, Any] = {
+    "Flux2KleinPipeline": diffusers.AutoencoderKLFlux2,
+    "FluxPipeline": diffusers.AutoencoderKL,
+    "StableDiffusion3Pipeline": diffusers.AutoencoderKL,
 }
 
 
@@ -89,7 +95,7 @@ def build(
     for buffer in network.buffers():  # diffusers creates them in float32
         buffer.data = buffer.to(dtype)
     with made_on(device, torch.float32):
-        decoder = diffusers.AutoencoderKL(**architecture.vae)
+        decoder = AUTOENCODERS[model.pipeline](**architecture.vae)
     components = {
         "transformer": network,
         "vae": decoder.to(memory_format=torch.channels_last),

@@ -112,7 +112,7 @@ class ReferencePipeline:
             raise ValueError(f"{len(texts)} prompts and {len(generators)} generators")
         _draw_noise_from(self.pipeline.scheduler, list(generators))
         images = self.pipeline(
-            list(texts),
+            prompt=list(texts),
             height=self.resolution,
             width=self.resolution,
             num_inference_steps=steps or self.model.steps,

@@ -14,7 +14,7 @@ from typing import Any
 from tafs import experiment
 from tafs.assets import cache, sources
 from tafs.assets.sources import AssetSource
-from tafs.experiment import Plan, looks
+from tafs.experiment import Plan, looks, needs
 from tafs.experiment.schema import Scale
 from tafs.experiment.specs import EvalSpec, RunSpec
 from tafs.rewards.metrics import METRICS
@@ -269,8 +269,9 @@ class Graph:
 
     @property
     def check_inputs(self) -> list[str]:
-        """The marks of the resources of all metrics."""
-        return self._marks(sources.resources_of(list(METRICS)))
+        """The marks of the resources of all metrics that the scale can compute."""
+        names = needs.checked_metrics(self.source, self.evaluations[self.check_run].served)
+        return self._marks(sources.resources_of(names))
 
     @property
     def served_inputs(self) -> list[str]:

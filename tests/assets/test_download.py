@@ -309,8 +309,8 @@ def test_a_lock_file_cannot_refer_outside_its_repository(project):
 def test_the_projects_own_resources_are_complete():
     entries = lockfile.read(ROOT / "resources.yaml")
     assert set(entries) == {
-        *("flux-dev", "sd35-medium", "sd35-large", "sd35-large-turbo", "flux-schnell"),
-        *("flux-turbo-alpha", "hyper-flux", "sana-1.5", "sana-sprint"),
+        *("flux-dev", "flux2-klein-base-4b", "sd35-medium", "sd35-large", "sd35-large-turbo"),
+        *("flux-schnell", "flux-turbo-alpha", "hyper-flux", "sana-1.5", "sana-sprint"),
         *("hidream-full", "hidream-fast", "llama-3.1-8b-instruct"),
         *("pickscore", "clip-vit-h-14", "clip-vit-l-14", "hpsv2", "imagereward"),
         *("bert-base-uncased", "mask2former", "unifiedreward", "siglip", "pickapic"),

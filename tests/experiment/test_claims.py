@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "claims.yaml"
 
 
-@pytest.mark.parametrize("scale", ["smoke", "shapes", "paper"])
+@pytest.mark.parametrize("scale", ["smoke", "shapes", "one-gpu", "paper"])
 def test_the_shipped_claims_fit_the_tables_of_every_scale(scale: str) -> None:
     assert experiment.load({"scale": scale}, ROOT / "config.yaml").tables
     assert len(claims.read(SHIPPED)) > 3

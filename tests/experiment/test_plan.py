@@ -37,7 +37,7 @@ def shapes() -> Plan:
     return experiment.load({"scale": "shapes"}, SHIPPED)
 
 
-@pytest.mark.parametrize("scale", ["smoke", "shapes", "paper"])
+@pytest.mark.parametrize("scale", ["smoke", "shapes", "one-gpu", "paper"])
 def test_every_scale_expands_into_consistent_specs(scale: str, tmp_path: Path) -> None:
     plan = experiment.load({"scale": scale}, SHIPPED)
     for spec in [*plan.runs.values(), *plan.evaluations.values(), plan.report]:
@@ -241,6 +241,17 @@ def test_the_papers_images_per_prompt_depend_on_the_prompts_and_a_server_scores_
         assert evaluation.served
         most = {"pickapic": 1, "geneval": 4}[run.prompts]
         assert max(s.images_per_prompt for s in evaluation.settings) == most
+
+
+def test_one_gpu_trains_all_methods_in_one_process_and_no_server_scores_their_images() -> None:
+    plan = experiment.load({"scale": "one-gpu"}, SHIPPED)
+    trained = {run.variant for run in plan.runs.values() if run.training}
+    assert trained == set(plan.config.experiments["table2"].methods)
+    assert plan.config.active.processes == 1
+    assert not any(evaluation.served for evaluation in plan.evaluations.values())
+    untrained = [row for row in table(plan, "table1").rows if row.variant == "base"]
+    assert {row.backbone for row in untrained} == set(plan.config.active.model_roles.values())
+    assert {row.nfe for row in untrained} == {8, 40, 50}  # few, and each model's own
 
 
 @pytest.mark.parametrize("key", sorted({*Evaluation.model_fields} - {"server"}))

@@ -171,6 +171,49 @@ def test_only_network_and_autoencoder_stay_on_the_gpu(checkpoint):
     assert all(kept.embeds.is_pinned() for kept in backbone._kept.values())
 
 
+def test_network_and_autoencoder_make_room_for_text_encoders_that_do_not_fit(
+    checkpoint, monkeypatch
+):
+    backbone, events = checkpoint.adapted(), []
+    expected = backbone.encode(PROMPTS)
+    backbone._kept.clear()
+    parameters = list(backbone.transformer.parameters())
+    encoder = backbone.pipeline.text_encoder
+    encoder.register_forward_pre_hook(lambda *_: events.append("encode"))
+    for name in ("transformer", "vae"):
+        module = getattr(backbone.pipeline, name)
+        move = module.to
+
+        def to(device, name=name, move=move):
+            events.append((name, str(device)))
+            return move(device)
+
+        monkeypatch.setattr(module, "to", to)
+    monkeypatch.setattr(base, "_fit", lambda *_: False)
+    assert same(backbone.encode(PROMPTS[:1]), expected[:1])
+    moves = [("transformer", "cpu"), ("vae", "cpu")]
+    assert events[:3] == [*moves, "encode"] and events[-2:] == moves
+    # The optimiser keeps its parameters.
+    assert all(a is b for a, b in zip(parameters, backbone.transformer.parameters(), strict=True))
+
+
+@on_a_gpu
+def test_the_network_waits_in_host_memory_while_text_is_encoded(checkpoint, monkeypatch):
+    backbone, places = checkpoint.adapted(device="cuda"), []
+    monkeypatch.setattr(base, "ROOM_BYTES", 1 << 50)
+    encoder = backbone.pipeline.text_encoder
+    encoder.register_forward_pre_hook(
+        lambda module, _: places.append((module.device.type, backbone.device.type))
+    )
+    parameters = backbone.lora_parameters()
+    assert backbone.encode(PROMPTS).embeds.is_cuda
+    assert set(places) == {("cuda", "cpu")}
+    assert backbone.device.type == backbone.pipeline.vae.device.type == "cuda"
+    assert all(
+        p is parameters[name] and p.is_cuda for name, p in backbone.lora_parameters().items()
+    )
+
+
 def gradients(backbone: base.Backbone) -> dict[str, Tensor]:
     """Gradients of the adapter, through network and decoder."""
     x_t, t = noise_for(backbone), torch.full((len(PROMPTS),), 0.6)

@@ -48,6 +48,14 @@ def test_jobs_wait_for_the_downloads_that_they_read(paper):
     assert graphs.read({"scale": "smoke"}, ROOT / "config.yaml").reward_check == []
 
 
+def test_without_a_server_the_metric_that_it_scores_is_neither_downloaded_nor_checked(paper):
+    one_gpu = graphs.read({"scale": "one-gpu"}, ROOT / "config.yaml")
+    served, none = ({Path(mark).name for mark in g.check_inputs} for g in (paper, one_gpu))
+    assert served - none == {"unifiedreward", "siglip"}
+    assert none < served
+    assert {job.target for job in one_gpu.jobs() if job.rule == "fetch"}.isdisjoint(served - none)
+
+
 def test_training_takes_all_gpus_of_its_nodes_and_other_stages_one(paper):
     train = paper.resources("train")
     assert (train["gpu"], train["nodes"], train["train_processes"]) == (8, 1, 8)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from torch import Tensor
 
 from tafs.common import seeding
@@ -85,13 +85,13 @@ def our_images(backbone: Backbone) -> Tensor:
 def their_images(backbone: Backbone, pipeline: DiffusionPipeline) -> Tensor:
     """The images of the plain pipeline from the same noise."""
     latents = noise_for(backbone)
-    if hasattr(pipeline, "_pack_latents"):
+    if isinstance(pipeline, FluxPipeline):  # the others pack latents themselves
         latents = pipeline._pack_latents(latents, *latents.shape)
     # SANA's call otherwise rewrites prompts and resolutions.
     off = {"complex_human_instruction": None, "use_resolution_binning": False}
     known = inspect.signature(type(pipeline).__call__).parameters
     return pipeline(
-        PROMPTS,
+        prompt=PROMPTS,
         num_inference_steps=STEPS,
         sigmas=[1 - n / STEPS for n in range(STEPS)],
         guidance_scale=backbone.guidance,

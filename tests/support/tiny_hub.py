@@ -1,15 +1,16 @@
-"""The scale `paper` on a laptop: a tiny random checkpoint for each repository of resources.yaml.
+"""A scale with downloads on a laptop: a tiny random checkpoint for each entry of resources.yaml.
 
-    PYTHONPATH=tests python tests/support/tiny_hub.py FOLDER [EXPERIMENT ...]
+    PYTHONPATH=tests python tests/support/tiny_hub.py [--scale SCALE] FOLDER [EXPERIMENT ...]
 
-copies the project to FOLDER with a small scale `paper`, pins and fetches its resources from a hub
-on 127.0.0.1 with the real client, and runs `snakemake all --config scale=paper` there: all jobs of
-the real graph, or those of some experiments. Layouts, file names, configuration fields and tensor
-names are the published ones.
+copies the project to FOLDER with a small SCALE (`paper` by default), pins and fetches its resources
+from a hub on 127.0.0.1 with the real client, and runs `snakemake all --config scale=SCALE` there:
+all jobs of the real graph, or those of some experiments. Layouts, file names, configuration fields
+and tensor names are the published ones.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import io
 import os
@@ -39,11 +40,11 @@ COPIED = (
     *("setup.py", "README.md", "workflow", "tafs", "baselines"),
 )
 STEPS = 4  # largest number of steps of a model
+PROCESSES = 2  # largest number of a training's processes
 PICKAPIC = (40, 8)  # training and test prompts
 # Small sizes and budgets, on a CPU.
 SCALE: Mapping[str, Any] = {
     "device": "cpu",
-    "processes": 2,
     "memory_mb": 1500,
     "resolution": 64,
     "iterations": 2,
@@ -61,8 +62,8 @@ EVALUATION: Mapping[str, Any] = {
     "correlation_prompts": 12,
     "batch": 6,
     "resolution": 64,
-    "server": [sys.executable, str(ROOT / "tests" / "support" / "chat_server.py"), "{port}"],
 }
+SERVER = [sys.executable, str(ROOT / "tests" / "support" / "chat_server.py"), "{port}"]
 
 
 def unread(folder: Path, files: Mapping[str, str], weights: str = "model") -> None:
@@ -142,12 +143,16 @@ def write(folder: Path) -> Path:
     return folder
 
 
-def configure(file: Path, experiments: Sequence[str], methods: Sequence[str] = ()) -> str:
-    """The text of config.yaml with a small scale `paper` and some experiments and methods."""
+def configure(
+    file: Path, experiments: Sequence[str], methods: Sequence[str] = (), name: str = "paper"
+) -> str:
+    """The text of config.yaml with a small scale `name` and some experiments and methods."""
     content = yaml_files.load_yaml(file, dict)
-    scale = content["scales"]["paper"]
-    scale |= SCALE
-    scale["evaluation"] |= EVALUATION
+    scale = content["scales"][name]
+    scale |= SCALE | {"processes": min(scale["processes"], PROCESSES)}
+    scale["methods"].setdefault("mix_grpo", {})["interval"] = 1  # fewer than the iterations
+    evaluation = scale["evaluation"]
+    evaluation |= EVALUATION | ({"server": SERVER} if "server" in evaluation else {})
     if experiments:
         scale["experiments"] = list(experiments)
     if methods:
@@ -163,11 +168,16 @@ def _text(content: Mapping[str, Any]) -> str:
     return out.getvalue()
 
 
-def project(folder: Path, experiments: Sequence[str] = (), methods: Sequence[str] = ()) -> Path:
-    """Copy the project with a small scale `paper`; see `configure`."""
+def project(
+    folder: Path,
+    experiments: Sequence[str] = (),
+    methods: Sequence[str] = (),
+    name: str = "paper",
+) -> Path:
+    """Copy the project with a small scale `name`; see `configure`."""
     copy(folder)
     file = folder / "config.yaml"
-    file.write_text(configure(file, experiments, methods))
+    file.write_text(configure(file, experiments, methods, name))
     file = folder / "tafs" / "models" / "models.yaml"
     models = yaml_files.load_yaml(file, dict)
     for model in models.values():
@@ -201,9 +211,9 @@ def environment(folder: Path, hub: Hub) -> dict[str, str]:
     )
 
 
-def run(folder: Path, *experiments: str) -> int:
+def run(folder: Path, scale: str, experiments: Sequence[str]) -> int:
     """Run everything; return the exit code of the first failed command, or 0."""
-    project(folder, experiments)
+    project(folder, experiments, name=scale)
     repositories = folder / "hub"
     if not repositories.exists():
         write(repositories)
@@ -211,7 +221,7 @@ def run(folder: Path, *experiments: str) -> int:
         around = environment(folder, hub)
         for command in (
             ["python", "-m", "tafs.assets.download", "lock", "--random-weights"],
-            ["snakemake", "all", "--config", "scale=paper"],
+            ["snakemake", "all", "--config", f"scale={scale}"],
         ):
             done = subprocess.run(command, cwd=folder, env=around, check=False)
             if done.returncode:
@@ -220,10 +230,12 @@ def run(folder: Path, *experiments: str) -> int:
 
 
 def main() -> None:
-    if len(sys.argv) < 2:
-        print("usage: python tests/support/tiny_hub.py FOLDER [EXPERIMENT ...]", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(run(Path(sys.argv[1]).resolve(), *sys.argv[2:]))
+    parser = argparse.ArgumentParser("python tests/support/tiny_hub.py")
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="for the copy of the project")
+    parser.add_argument("experiments", metavar="EXPERIMENT", nargs="*", help="default: all")
+    parser.add_argument("--scale", default="paper", help="default: %(default)s")
+    given = parser.parse_intermixed_args()
+    sys.exit(run(given.folder.resolve(), given.scale, given.experiments))
 
 
 if __name__ == "__main__":

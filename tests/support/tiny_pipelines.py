@@ -22,9 +22,11 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchLCMScheduler,
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     HiDreamImageTransformer2DModel,
     SanaTransformer2DModel,
@@ -47,13 +49,16 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
 )
 
 from tafs.data.geneval import evaluation_rows
-from tafs.models.architectures import FLUX_LATENTS, SD3_LATENTS, vae
+from tafs.models.architectures import FLUX2_LATENTS, FLUX_LATENTS, SD3_LATENTS, vae
 
 RANK = 4  # of the adapters; the published ones have 64
 
@@ -109,6 +114,33 @@ def _adapter(folder: Path, name: str, seed: int, dtype: torch.dtype) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / name, metadata={"format": "pt"})
     return folder
+
+
+def flux2_klein(folder: Path, seed: int = 0) -> Path:
+    """black-forest-labs/FLUX.2-klein-base-4B."""
+    transformer = partial(
+        Flux2Transformer2DModel,
+        attention_head_dim=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+        joint_attention_dim=3 * 32,  # three layers of the text encoder
+        num_attention_heads=2,
+        num_layers=1,
+        num_single_layers=2,
+    )
+    return _repository(
+        folder,
+        seed,
+        ("Flux2KleinPipeline", "0.37.0.dev0"),
+        modules={
+            "text_encoder": _qwen3,
+            "transformer": transformer,
+            "vae": _normalising_vae,
+        },
+        shards={"text_encoder": 2},
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        tokenizers={"tokenizer": ("Qwen2TokenizerFast", _qwen_tokenizer)},
+    )
 
 
 def sd3(folder: Path, seed: int = 0, *, large: bool = False) -> Path:
@@ -250,6 +282,7 @@ def llama(folder: Path, seed: int = 0) -> Path:
 # By the pipeline class that a backbone trains.
 PIPELINES: Mapping[str, Callable[[Path], Path]] = {
     "FluxPipeline": flux,
+    "Flux2KleinPipeline": flux2_klein,
     "StableDiffusion3Pipeline": sd3,
     "SanaPipeline": sana,
     "HiDreamImagePipeline": hidream,
@@ -264,6 +297,7 @@ RESOURCES: Mapping[str, Callable[[Path], Path]] = {
     "hyper-flux": partial(
         _adapter, name="Hyper-FLUX.1-dev-8steps-lora.safetensors", seed=2, dtype=torch.float32
     ),
+    "flux2-klein-base-4b": flux2_klein,
     "sd35-medium": sd3,
     "sd35-large": partial(sd3, large=True),
     "sd35-large-turbo": partial(sd3, large=True),
@@ -364,6 +398,29 @@ def _gemma() -> Gemma2Model:
     )
 
 
+def _qwen3() -> Qwen3ForCausalLM:
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            head_dim=16,
+            hidden_size=32,
+            intermediate_size=64,
+            num_attention_heads=2,
+            num_hidden_layers=28,  # the pipeline reads layers 9, 18 and 27
+            num_key_value_heads=1,
+            tie_word_embeddings=True,
+            vocab_size=320,
+        )
+    )
+
+
+def _normalising_vae() -> AutoencoderKLFlux2:
+    """FLUX.2's autoencoder, whose batch-norm statistics scale the latents."""
+    made = AutoencoderKLFlux2(**vae((4, 8, 8, 8), 1, 4, FLUX2_LATENTS), sample_size=1024)
+    made.bn.running_mean.normal_()
+    made.bn.running_var.uniform_(0.5, 2)
+    return made
+
+
 def _vae(latents: Mapping[str, float]) -> AutoencoderKL:
     return AutoencoderKL(**vae((4, 8, 8, 8), 1, 4, latents), sample_size=1024)
 
@@ -438,6 +495,33 @@ def _gemma_tokenizer(folder: Path) -> None:
     tokenizer = GemmaTokenizer(vocab=vocabulary, merges=merges, **special)
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
     _settings(folder, special, model_max_length=8192, tokenizer_class="GemmaTokenizer")
+
+
+CHAT = """{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and not enable_thinking %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}"""
+
+
+def _qwen_tokenizer(folder: Path) -> None:
+    """Write a tokenizer like Qwen3's: single bytes, and the words of its chat template."""
+    own = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    vocabulary = {p: i for i, p in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    added = {piece: len(vocabulary) + i for i, piece in enumerate(own)}
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[])
+    tokenizer.add_tokens(own, special_tokens=True)
+    _write(folder / "vocab.json", vocabulary)
+    _write(folder / "added_tokens.json", added)
+    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(CHAT, encoding="utf-8")
+    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    _settings(folder, special, model_max_length=131072, tokenizer_class="Qwen2Tokenizer")
 
 
 @cache

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors import safe_open
 from support import tiny_hub
 from support.hub import Hub
 
+from tafs import experiment
 from tafs.assets import cache, lockfile
 from tafs.rewards.metrics import METRICS
 from tafs.runtime import journal
@@ -55,6 +57,20 @@ def run_folder(done: Path, name: str) -> Path:
 
 def test_the_tiny_hub_has_every_repository_of_resources_yaml():
     assert set(tiny_hub.WRITERS) == set(lockfile.read(ROOT / "resources.yaml"))
+
+
+@pytest.mark.parametrize("scale", ["paper", "one-gpu"])
+def test_the_rehearsal_of_a_scale_has_its_experiments_and_methods(scale, tmp_path):
+    shutil.copy(ROOT / "claims.yaml", tmp_path)
+    (tmp_path / "config.yaml").write_text(tiny_hub.configure(ROOT / "config.yaml", (), (), scale))
+    small, real = (
+        experiment.load({"scale": scale}, folder / "config.yaml") for folder in (tmp_path, ROOT)
+    )
+    assert list(small.runs) == list(real.runs)
+    assert [table.name for table in small.tables] == [table.name for table in real.tables]
+    assert small.config.active.device == "cpu"
+    for name, evaluation in small.evaluations.items():
+        assert evaluation.served == real.evaluations[name].served
 
 
 def test_only_what_the_jobs_read_was_downloaded(done):
