@@ -44,7 +44,11 @@ class TrainingMemory:
         fits = 0
         for batch in range(1, self.most + 1):
             changed = replace(self.setting, micro_batch=batch, gradient_checkpointing=checkpointing)
-            if replace(self, setting=changed).largest()[1] > available:
+            found = memory.phases(self.architecture, self.model, changed)
+            # Where text encoders do not fit beside them, these wait in host memory.
+            waiting = ("network", "autoencoder")
+            found["encoding"] = {k: v for k, v in found["encoding"].items() if k not in waiting}
+            if max(sum(parts.values()) for parts in found.values()) > available:
                 break
             fits = batch
         return fits
