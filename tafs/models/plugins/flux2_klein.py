@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import tafs.common.torchvision_patch  # noqa: F401  # isort: skip
 import torch
 from torch import Tensor, nn
 
