@@ -187,16 +187,17 @@ def rehearse(
         {grad: (after[grad] - before[grad]) / images for grad in (False, True)}
         for before, after in ((start, sampled), (scored, end))
     )
-    # Evaluations whose graphs are kept are not repeated in the update.
-    sampled_once = sampling[False] + sampling[True]
-    trained = sampling[True] + updating[True]
-    cost = sampled_once + updating[False] + 3 * trained
+    # Evaluations whose graphs are kept are not repeated in the update. A compiled network also has
+    # gradients in sampling, but they are not kept.
+    sampled_all = sampling[False] + sampling[True]
+    trained = updating[True] + (sampling[True] if trainer.keep_graphs else 0)
+    cost = sampled_all + updating[False] + 3 * trained
     mean = trainer.method.forward_equivalents / cost  # 1 unless the number of steps is drawn
     return Row(
         variant=run.variant,
         title=run.title,
         images=images,
-        nfe_old=mean * sampled_once,
+        nfe_old=mean * sampled_all,
         nfe_theta=mean * trained,
         others=mean * updating[False],
         sample=mean * seconds["sample"] / images,

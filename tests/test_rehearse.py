@@ -103,6 +103,19 @@ def test_the_reference_runs_first_on_groups_of_one_micro_batch():
     assert found.rewards == PLAN.config.tasks["preference"].rewards
 
 
+@pytest.mark.parametrize("keep_graphs", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_evaluations_are_counted_once_in_sampling_and_once_in_the_update(compiled, keep_graphs):
+    backbone = models.build("sd3", TINY, PLAN, CPU)
+    backbone.compiled = compiled  # trained steps are then sampled with gradients
+    task = PLAN.config.tasks[rehearse.TASK]
+    rewards = models.reward_models(list(task.rewards), TINY, CPU)
+    [run] = rehearse.runs_of(PLAN, ["tafs_grpo"])
+    spec = rehearse.one_iteration(run, micro_batch=2, images=2, keep_graphs=keep_graphs)
+    found = rehearse.rehearse(spec, backbone, rewards, [rehearse.Prompt("a", {})])
+    assert (found.nfe_old, found.nfe_theta, found.others) == (4, 3, 0)
+
+
 def row(variant: str, title: str, **values: Any) -> Any:
     shared = {"images": 24, "others": 0.0, "reward": 0.1, "kl": 0.5, "peak": 61.25}
     return report.Row(variant=variant, title=title, **shared | values)
