@@ -88,7 +88,8 @@ def _flushed(function: Callable[..., int], *args: Any, **kwargs: Any) -> int:
 
 
 def _interrupted(what: str, again: str) -> None:
-    print(f"\n{what}: interrupted; {again}", file=sys.stderr)
+    echoed = "\n" if sys.stderr.isatty() else ""  # the terminal shows ^C
+    print(f"{echoed}{what}: interrupted; {again}", file=sys.stderr)
     sys.exit(INTERRUPTED)
 
 

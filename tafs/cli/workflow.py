@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -117,18 +118,39 @@ def run(
 
     TARGETS are rules or files; the default is all. The exit code is snakemake's.
     """
-    words = [sys.executable, "-m", "snakemake", *(targets or ["all"])]
-    words += ["--cores", str(cores)] if cores else []
-    if profile is not None:
-        own = Path("workflow/profiles") / profile
-        words += ["--workflow-profile", str(own)] if own.is_dir() else ["--profile", profile]
-    words += context.meta["snakemake"]
     given = overrides(scale=scale, results=results)
-    words += ["--config", *(f"{key}={value}" for key, value in given.items())] if given else []
+    words = snakemake(targets or ["all"], given, cores, profile, context.meta["snakemake"])
     # The rules call `python` by name; busy-waiting threads would take the cores of other jobs.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.execv(words[0], words)
+
+
+def snakemake(
+    targets: Sequence[str],
+    given: Mapping[str, str],
+    cores: int | None,
+    profile: str | None,
+    options: Sequence[str],
+) -> list[str]:
+    """The command line of snakemake.
+
+    Args:
+        targets: rules or files.
+        given: values of config.yaml to replace.
+        cores: None: those of the profile.
+        profile: a folder of workflow/profiles, or a profile that snakemake finds itself.
+        options: further ones; what their --config sets is kept.
+    """
+    words = [sys.executable, "-m", "snakemake", *targets]
+    words += ["--cores", str(cores)] if cores else []
+    if profile is not None:
+        own = Path("workflow/profiles") / profile
+        words += ["--workflow-profile", str(own)] if own.is_dir() else ["--profile", profile]
+    place = options.index("--config") if "--config" in options else len(options)
+    # Snakemake heeds only the last --config, and reads everything after it as settings.
+    settings = [f"{key}={value}" for key, value in given.items()] + [*options[place + 1 :]]
+    return [*words, *options[:place], *(["--config", *settings] if settings else [])]
 
 
 @command(app, ["tafs status", "tafs status --scale paper --every 60", "tafs status --json"])
