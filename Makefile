@@ -36,13 +36,13 @@ setup: $(STAMP)  ## Install the locked dependencies and this project into .venv
 all: $(STAMP)  ## Run the whole workflow; pass options of snakemake with ARGS='-n'
 	$(RUN) snakemake all $(ARGS)
 
-reference: $(STAMP)  ## Run the embedded scale with five seeds (hours); update results/reference/
-	$(RUN) snakemake all --config scale=shapes seeds=5 $(ARGS)
+reference: $(STAMP)  ## Run the longer embedded scale (hours); update results/reference/
+	$(RUN) snakemake all --config scale=shapes-long $(ARGS)
 	mkdir -p results/reference
 	set -e; for kept in tables figures provenance; do \
-		rm -rf results/reference/$$kept; cp -R results/shapes/$$kept results/reference/; \
+		rm -rf results/reference/$$kept; cp -R results/shapes-long/$$kept results/reference/; \
 	done
-	cp results/shapes/claims.md results/shapes/claims.json results/reference/
+	cp results/shapes-long/claims.md results/shapes-long/claims.json results/reference/
 
 # The tests of one file share fixtures, so they run in one process.
 test: $(STAMP)  ## Run the tests in two processes; pass options of pytest with ARGS='-k NAME'
