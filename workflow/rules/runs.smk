@@ -130,7 +130,7 @@ rule check_base:
     resources:
         mem_mb=lambda wildcards, attempt: 1000 * (1 + attempt),
     params:
-        root=ROOT,
+        root=subpath(output[0], parent=True),
         spec=GRAPH.plan.base_check.to_json() if GRAPH.plan.base_check else "",
     shell:
         "python -m tafs.report.base_check {params.root:q} {params.spec:q} > {log:q} 2>&1"
