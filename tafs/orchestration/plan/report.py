@@ -319,9 +319,8 @@ class Page:
             f"  Of {sum(bases.values())} trainings "
             + ", ".join(f"{bases[b]} are {b}" for b in ("measured", "scaled", "modelled"))
             + ".",
-            "  Not modelled: rewards (unless measured), decoding, the scoring server, downloads, "
-            "tables,",
-            "  queues.",
+            "  Not modelled: rewards besides PickScore and CLIP (unless measured), the scoring",
+            "  server, downloads, tables, queues.",
         ]
         if self._on_gpus:
             lines.append("  Memory: weights, optimiser and activations, see docs/paper-scale.md.")
