@@ -23,7 +23,6 @@ from tafs.report.tables import (
 )
 from tafs.rewards.metrics import METRICS
 
-
 SHARED_TIMES = (
     "Time: the median iteration. Jobs that ran at the same time shared the processor, so times are "
     "not comparable; benchmarks/training_loop.py compares them alone."
