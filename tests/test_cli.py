@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import shlex
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 
 from tafs import cli
-from tafs.cli import workflow
+from tafs.cli import output, workflow
 from tafs.evaluation import protocol, sample
 from tafs.methods import template as method_template
 from tafs.orchestration import graph
@@ -264,6 +265,25 @@ def test_samples_depend_on_the_seed_and_fill_a_labelled_grid(tmp_path, monkeypat
     )
 
 
+def test_progress_is_drawn_on_terminals_only(monkeypatch, capsys):
+    def work() -> None:
+        with output.working():
+            progress.tell("clip", 1, 4)
+            progress.tell("clip", 3, 4)
+
+    work()
+    assert capsys.readouterr() == ("", "")
+    shown, terminal = pty.openpty()
+    monkeypatch.setenv("TERM", "xterm")
+    with os.fdopen(terminal, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        work()
+        drawn = os.read(shown, 65536).decode()
+    os.close(shown)
+    assert "clip" in drawn and "3/4" in drawn
+    assert capsys.readouterr().out == ""
+
+
 def test_ctrl_c_ends_with_a_line_that_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     heard = []
@@ -307,13 +327,17 @@ def documented() -> list[list[str]]:
     return [shlex.split(line, comments=True)[1:] for line in lines]
 
 
-def test_every_documented_command_is_understood():
-    """Parsed as far as the call; the guide's commands without a run also end well."""
+def test_every_documented_command_is_understood(monkeypatch, capsys):
+    """Parsed as far as the call; those on the kept results are called."""
     from tafs.cli.app import app
 
     root = typer.main.get_command(app)
     found = documented()
     assert {words[0] for words in found if not words[0].startswith("-")} == {*COMMANDS}
+    monkeypatch.chdir(ROOT)
+    called = [words for words in found if "results/reference" in words]
+    assert len(called) > 1 and all(ended(*words) == 0 for words in called)
+    assert not set(capsys.readouterr().out) & set("\x1b─━│┃┏╭")
     for words in found:
         group: Any = root
         while words and words[0] in getattr(group, "commands", {}):
