@@ -43,6 +43,10 @@ reference: $(STAMP)  ## Run the embedded scale with five seeds (hours); update r
 		rm -rf results/reference/$$kept; cp -R results/shapes/$$kept results/reference/; \
 	done
 	cp results/shapes/claims.md results/shapes/claims.json results/reference/
+	rm -rf results/reference/report
+	kb=$$(du -sk results/shapes/report | cut -f1); if [ "$$kb" -lt 5120 ]; then \
+		cp -R results/shapes/report results/reference/; echo "results/reference/report/: copied, $$kb KB"; \
+	else echo "results/reference/report/: not copied, $$kb KB; only a page under 5120 KB is kept"; fi
 
 # The tests of one file share fixtures, so they run in one process.
 test: $(STAMP)  ## Run the tests in two processes; pass options of pytest with ARGS='-k NAME'
