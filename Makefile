@@ -26,7 +26,7 @@ all reference test test-slurm torture: export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup all reference test test-slurm torture lint ui new-method new-reward new-prompts \
-	new-model shapes-weights lock judge rehearsal schema constraints audit
+	new-model shapes-weights lock judge rehearsal schema constraints audit docs
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
@@ -93,6 +93,10 @@ judge: .venv-judge/.installed  ## Install the server of UnifiedReward into .venv
 rehearsal: $(STAMP)  ## Run a scale on tiny random checkpoints: make rehearsal FOLDER=... [ARGS='--scale one-gpu']
 	$(RUN) python tests/support/tiny_hub.py "$$FOLDER" $(ARGS)
 
+# Docstrings are read without an import, so the site needs none of the project's packages.
+docs: .venv-docs/.installed  ## Build the documentation site in build/docs; a dead link is an error
+	.venv-docs/bin/mkdocs build $(ARGS)
+
 schema: $(STAMP)  ## Write the JSON Schema of config.yaml for editors
 	$(RUN) python -m tafs.experiment.json_schema > workflow/schemas/config.schema.json.new
 	mv workflow/schemas/config.schema.json.new workflow/schemas/config.schema.json
@@ -136,4 +140,9 @@ $(STAMP): requirements.txt requirements-nodeps.txt constraints.txt pyproject.tom
 .venv-judge/.installed: workflow/envs/unifiedreward.txt
 	$(PYTHON) -m venv .venv-judge
 	.venv-judge/bin/python -m pip install --quiet -r $<
+	@touch $@
+
+.venv-docs/.installed: docs/requirements.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet -r $<
 	@touch $@
