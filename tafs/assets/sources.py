@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from tafs.assets import cache
 from tafs.common.files import sha256
@@ -26,6 +26,7 @@ from tafs.data.prompt_sets import prompt_set, prompt_sets
 from tafs.data.prompts import Prompt, digest
 from tafs.models import Backbone, catalog, loading
 from tafs.models.catalog import Model
+from tafs.models.quantization import Quantization
 from tafs.rewards import metrics
 from tafs.rewards.metrics import METRICS, Metric, Reward
 from tafs.rewards.registry import RewardSet, load
@@ -42,6 +43,8 @@ class AssetSettings(BaseModel):
     device: Literal["cpu", "cuda"]
     dtype: Literal["float32", "bfloat16"]
     gradient_checkpointing: bool
+    # Left out where nothing is quantised, so that earlier results stay what they are.
+    quantize: Quantization = Field(default="none", exclude_if=lambda chosen: chosen == "none")
 
 
 class AssetSource(ABC):
@@ -170,6 +173,7 @@ class AssetSource(ABC):
             "device": self.device,
             "dtype": getattr(torch, self.settings.dtype),
             "gradient_checkpointing": self.settings.gradient_checkpointing,
+            "quantize": self.settings.quantize,
         }
 
 

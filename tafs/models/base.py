@@ -13,7 +13,7 @@ import tafs.common.torchvision_patch  # noqa: F401  # isort: skip
 import torch
 from torch import Tensor, nn
 
-from tafs.models import adapters
+from tafs.models import adapters, quantization
 from tafs.models.conditioning import Conditioning
 from tafs.models.sampling import shifted
 
@@ -68,6 +68,7 @@ class Backbone:
 
     base_model: str | None = None  # the name that adapters' files state
     compiled: bool = False
+    quantized: bool = False
 
     def __init__(
         self,
@@ -104,6 +105,7 @@ class Backbone:
         dtype: torch.dtype = torch.float32,
         vae_dtype: torch.dtype = torch.float32,
         gradient_checkpointing: bool = False,
+        quantize: quantization.Quantization = "none",
     ) -> Self:
         """Load a diffusers pipeline folder; `tafs.models.loading.load` selects the subclass.
 
@@ -116,6 +118,10 @@ class Backbone:
             gradient_checkpointing: recompute the blocks of the network, and of the autoencoder if
                 it supports that, in the backward pass. This uses the weights of that moment, so
                 evaluations with gradients are not allowed inside `reference()`.
+            quantize: the format that the linear layers of the network's blocks are quantised to.
+
+        Raises:
+            ValueError: a library that quantises is missing; names the remedy.
         """
         from diffusers import DiffusionPipeline
 
@@ -135,6 +141,8 @@ class Backbone:
             max_sequence_length=max_sequence_length,
         )
         backbone.base_model = _model_name(path)
+        quantization.quantize(backbone.blocks, quantize, device)
+        backbone.quantized = quantize != "none"
         for module in (pipeline.transformer, pipeline.vae):
             module.to(device)
         if gradient_checkpointing:
@@ -379,8 +387,8 @@ class Backbone:
     def load_adapter(self, file: Path) -> None:
         """Load an adapter that `save_adapter`, `adapters.write` or diffusers wrote, for sampling.
 
-        It is merged into float32 weights, which makes sampling faster; bfloat16 weights would round
-        it, so there it stays separate.
+        It is merged into float32 weights, which makes sampling faster; bfloat16 and quantised
+        weights would round it, so there it stays separate.
 
         Raises:
             FileNotFoundError: the file does not exist.
@@ -390,7 +398,7 @@ class Backbone:
         components = adapters.attach(self.pipeline, file)
         if components != [adapters.TRANSFORMER]:
             self._kept.clear()  # the text encoders have changed
-        if self.transformer.dtype == torch.float32:
+        if self.transformer.dtype == torch.float32 and not self.quantized:
             self.pipeline.fuse_lora(components=components)
             self.pipeline.unload_lora_weights()
         else:

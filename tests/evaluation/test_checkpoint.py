@@ -214,6 +214,7 @@ def test_the_base_of_a_folder_is_that_of_the_same_model_by_name(judged_zero, cap
 
 CHANGES: dict[str, Any] = {
     "dtype": "bfloat16",
+    "quantize": "nf4",
     "prompts_per_tag": 3,
     "images_per_prompt": 2,
     "metrics": {"clip": "shapes clip"},
