@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -25,6 +25,10 @@ from torch import Tensor, nn
 
 Quantization = Literal["none", "int8", "nf4"]
 BLOCK, SCALES = 64, 256  # weights that share a scale, and scales that share a factor, in QLoRA
+# Bytes of a weight, without the small scales of rows and of scales.
+BYTES: Mapping[Quantization, float] = {"int8": 1.0, "nf4": 0.5 + 1 / BLOCK}
+# Bytes for each weight of a layer while it is restored to bfloat16, uncompiled.
+RESTORING: Mapping[Quantization, float] = {"int8": 6.0, "nf4": 14.0}
 
 
 def problem(chosen: Quantization) -> str | None:

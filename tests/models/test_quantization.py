@@ -13,12 +13,11 @@ from torch import nn
 from tafs.models import lora, quantization
 from tafs.models.quantization import QuantizedLinear
 
-BYTES = {"int8": 1.0, "nf4": 0.5}  # of a weight, without scales
 # The largest root-mean-square difference of pixels in [0, 1]. Measured with shapes-sd3 and
 # shapes-flux: 0.0013 and 0.0016 (int8), 0.014 and 0.024 (nf4); the images' own spread is 0.20.
 DISTANCE = {"int8": 0.003, "nf4": 0.04}
 
-formats = pytest.mark.parametrize("chosen", BYTES)
+formats = pytest.mark.parametrize("chosen", quantization.BYTES)
 
 
 def held(weight: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -46,7 +45,7 @@ def test_a_graph_holds_the_quantised_weight_alone(chosen):
     network = nn.Sequential(nn.Linear(512, 512)).bfloat16().requires_grad_(False)
     quantization.quantize(network, chosen, "cpu")
     size = sum(tensor.nbytes for tensor in held(network[0].weight))
-    assert size / 512**2 == pytest.approx(BYTES[chosen], abs=0.03)
+    assert size / 512**2 == pytest.approx(quantization.BYTES[chosen], abs=0.01)
     found: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(found.append, lambda kept: kept):
         network(torch.zeros(2, 512, dtype=torch.bfloat16, requires_grad=True))
