@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 KEPT_BYTES = 4 << 30  # memory for prompt embeddings on the host, per process
 ROOM_BYTES = 2 << 30  # device memory for the activations of text encoders
+DECODED_PIXELS = 1 << 20  # that go through the decoder together: four images of 512 x 512
 TIMESTEPS = 1000  # many networks take t in [0, 1] as a timestep in [0, 1000]
 
 # cuDNN's attention, PyTorch's default on H100 and H200 since 2.11, can return NaN gradients
@@ -299,12 +300,17 @@ class Backbone:
     def decode(self, x_0: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Decode latents [B, *latent_shape] to images [B, 3, H, W] in [0, 1]; differentiable.
 
+        Large batches are decoded in parts, so that they do not decide how much memory is needed.
         `dtype` is the precision of the decoder's convolutions; by default that of its weights.
         """
         vae, latents = self.pipeline.vae, self.scaled(x_0.float())
         with torch.autocast(latents.device.type, dtype, enabled=dtype is not None):
-            decoded = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
-        return (decoded.float() / 2 + 0.5).clamp(0, 1)
+            decoded = [
+                vae.decode(part.to(vae.dtype), return_dict=False)[0]
+                for part in latents.split(decoded_together(self.resolution))
+            ]
+        images = decoded[0] if len(decoded) == 1 else torch.cat(decoded)
+        return (images.float() / 2 + 0.5).clamp(0, 1)
 
     def scaled(self, x_0: Tensor) -> Tensor:
         """Return float32 latents [B, *latent_shape] as the autoencoder decodes them."""
@@ -403,6 +409,11 @@ class Backbone:
             self.pipeline.unload_lora_weights()
         else:
             adapters.restore_precision(self.pipeline, file, components)
+
+
+def decoded_together(resolution: int) -> int:
+    """The most images of `resolution` pixels that go through the decoder together."""
+    return max(1, DECODED_PIXELS // resolution**2)
 
 
 def _fit(modules: Sequence[nn.Module], device: torch.device) -> bool:

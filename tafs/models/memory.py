@@ -46,6 +46,7 @@ class Setting:
         retained: whether all of that stays in memory until the last gradient is taken, as where
             each reward's gradient is taken alone.
         text_encoders: bytes of their weights.
+        decoded: the most images that go through the decoder together; None: the micro-batch.
     """
 
     resolution: int
@@ -61,6 +62,7 @@ class Setting:
     reward_activations: float | None = None
     retained: bool = True
     text_encoders: float = 0.0
+    decoded: int | None = None
 
 
 @dataclass(frozen=True)
@@ -318,6 +320,7 @@ def phases(architecture: Architecture, model: catalog.Model, setting: Setting) -
     latent = setting.resolution // 2 ** (len(architecture.vae["block_out_channels"]) - 1)
     values = architecture.vae["latent_channels"] * latent**2
     evaluated = architectures.evaluations(model)
+    together = min(batch, setting.decoded or batch)
     inside = network.matrices if setting.quantize != "none" else 0
     quantized = quantization.BYTES.get(setting.quantize, 0) * inside
     restoring = quantization.RESTORING.get(setting.quantize, 0) * network.largest
@@ -357,18 +360,19 @@ def phases(architecture: Architecture, model: catalog.Model, setting: Setting) -
             "activations": batch * forward,
             "restored weight": restoring,
         },
-        "scoring": {**always, "kept graphs": kept * graph, "decoder": batch * image.forward},
+        "scoring": {**always, "kept graphs": kept * graph, "decoder": together * image.forward},
         "update": {**update, "activations": batch * backward},
     }
     if setting.reward_activations is not None:
         # The rewards' activations are freed before the decoder's last block is computed again.
-        beside = image.last + image.gradients
-        own = image.ends + setting.reward_activations
-        decoded = image.given + (beside + own if setting.retained else max(beside, own))
+        beside = together * (image.last + image.gradients)
+        own = batch * (image.ends + setting.reward_activations)
+        decoded = batch * image.given
+        decoded += beside + own if setting.retained else max(beside, own)
         found["reward gradients"] = {
             **update,
             "activations": batch * graph,
-            "decoder and rewards": batch * decoded,
+            "decoder and rewards": decoded,
         }
     return found
 

@@ -167,6 +167,16 @@ def test_the_peak_is_that_of_the_phase_that_takes_most():
     assert memory.peak(found) == sum(found["scoring"].values())
 
 
+def test_images_that_are_decoded_in_parts_take_the_memory_of_a_part():
+    whole, part = peak("flux-dev"), peak("flux-dev", decoded=4)
+    one = memory.decoder(PUBLISHED["flux-dev"].vae, 512).forward
+    assert whole["scoring"] - part["scoring"] == pytest.approx(8 * one)
+    rewarded = {"reward_activations": 0.8e9}
+    whole, part = peak("flux-dev", **rewarded), peak("flux-dev", **rewarded, decoded=4)
+    assert whole["update"] == part["update"]
+    assert whole["reward gradients"] > part["reward gradients"] > part["update"]
+
+
 @pytest.mark.parametrize("name", ["flux-dev", "sd35-medium"])
 def test_kept_graphs_take_memory_from_sampling_to_the_update(name):
     without = peak(name, trained_steps=3)

@@ -227,7 +227,7 @@ def test_the_paper_scale_is_planned_without_a_lock_file_and_without_diffusers():
     pace += 24 * 48 / 8 * (0.0211 + 0.0053)
     assert row[3:6] == [amount(pace), "modelled", amount((1500 * pace + 120) * 8 / 3600)]
     [row] = [line.split() for line in lines if line.startswith("tafs_grpo  ") and "clip_" in line]
-    assert row[3:] == ["12", "38.8", "scoring", "48", "6"]
+    assert row[3:] == ["12", "37.2", "encoding", "48", "6"]
 
 
 @pytest.fixture(scope="module")
@@ -261,13 +261,13 @@ def one_gpu() -> Workload:
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_the_largest_micro_batch_fits_and_the_next_one_does_not(paper, checkpointing):
     found = memory.of_run(paper, paper.runs["tafs_grpo.preference.flux-dev.0"])
-    batch = found.fitting(76e9, checkpointing=checkpointing)
+    batch = found.fitting(60e9, checkpointing=checkpointing)
     peaks = []
     for number in (batch, batch + 1):
         changes = {"micro_batch": number, "gradient_checkpointing": checkpointing}
         setting = dataclasses.replace(found.setting, **changes)
         peaks.append(dataclasses.replace(found, setting=setting).largest()[1])
-    assert 0 < peaks[0] <= 76e9 < peaks[1]
+    assert 0 < peaks[0] <= 60e9 < peaks[1]
     assert found.fitting(1e9, checkpointing=checkpointing) == 0
     assert found.fitting(1e15, checkpointing=checkpointing) == found.most
 
@@ -279,7 +279,7 @@ def test_the_largest_micro_batch_fits_and_the_next_one_does_not(paper, checkpoin
         (18, "quantize: int8, gradient_checkpointing: true, micro_batch: 1", 2),
         (24, "quantize: int8, gradient_checkpointing: true, micro_batch: 2", 1),
         (32, "quantize: none, gradient_checkpointing: true, micro_batch: 3", 0),
-        (48, "quantize: none, gradient_checkpointing: true, micro_batch: 6", 0),
+        (48, "quantize: none, gradient_checkpointing: true, micro_batch: 10", 0),
         (80, "quantize: none, gradient_checkpointing: false, micro_batch: 4", 0),
     ],
 )

@@ -10,6 +10,7 @@ from tafs.assets import lockfile
 from tafs.experiment.specs import RunSpec
 from tafs.methods import registry
 from tafs.models import architectures, catalog, memory
+from tafs.models.base import decoded_together
 from tafs.models.memory import Setting
 from tafs.models.quantization import Quantization
 from tafs.orchestration.plan.estimate import GB, Workload
@@ -138,6 +139,7 @@ def of_run(work: Workload, spec: RunSpec) -> TrainingMemory | None:
             else None
         ),
         retained=method.retains_reward_graphs,
+        decoded=decoded_together(spec.resolution),
         # What is downloaded besides the network and the autoencoder, in 16 bits.
         text_encoders=max(0.0, known[model.resource].gigabytes * GB - published),
     )
