@@ -12,6 +12,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -156,11 +157,16 @@ class AssetSource(ABC):
         return build(self.device, self.folder)
 
     def backbone(
-        self, folder: Path, resolution: int, guidance: float, max_sequence_length: int
+        self,
+        folder: Path,
+        resolution: int,
+        guidance: float,
+        max_sequence_length: int,
+        embeddings: Path | None = None,
     ) -> Backbone:
         """Load a pipeline folder with the backbone of its class; see `loading.load`."""
         settings = self._loading(resolution, guidance, max_sequence_length)
-        return loading.load(folder, **settings)
+        return loading.load(folder, **settings, embeddings=embeddings)
 
     def _loading(
         self, resolution: int, guidance: float, max_sequence_length: int
@@ -234,13 +240,22 @@ class HubAssets(AssetSource):
         guided = (model.guidance, model.max_sequence_length)
         resolution = model.resolution or resolution
         if model.trainable:
-            return self.backbone(self.pipeline_folder(model), resolution, *guided)
+            folder = self.pipeline_folder(model)
+            return self.backbone(folder, resolution, *guided, self._embeddings(model))
         from tafs.models.pipelines import ReferencePipeline
 
         folders = {resource: self.folder(resource) for resource in model.resources}
         settings = self._loading(resolution, *guided)
         chosen = {key: settings[key] for key in ("resolution", "device", "dtype")}
         return ReferencePipeline.load(model, folders, **chosen)
+
+    def _embeddings(self, model: Model) -> Path:
+        """The folder of all that is encoded with the same weights and libraries."""
+        versions = [version(name) for name in ("diffusers", "torch", "transformers")]
+        device = torch.device(self.device).type
+        own = [model.resource, model.pipeline, model.max_sequence_length, self.settings.dtype]
+        content = json.dumps([cache.digest(model.resource, self.lock), *own, device, *versions])
+        return cache.home() / "embeddings" / hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def random(self, names: Sequence[str]) -> list[str]:
         return [name for name in resources_of(names) if cache.is_random(name, self.lock)]

@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache as cached
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from support import tiny_hub
 from support.checkpoints import EMBEDDED, embedded
 
 from tafs import cli, experiment
+from tafs.assets import cache, sources
 from tafs.assets.sources import AssetSource, HubAssets, ShapesAssets
 from tafs.common import errors
 from tafs.common.yaml_files import ConfigError
@@ -53,7 +54,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
     return ended.value.code, printed.out, printed.err
 
 
-@cache
+@cached
 def trained(name: str) -> dict[str, torch.Tensor]:
     """A random adapter's matrices by layer; its factor alpha / rank is 1 / 2."""
     model = embedded(name).adapted(alpha=2)
@@ -328,6 +329,27 @@ def test_the_models_of_one_card_are_judged_with_an_adapter(name, tiny, tmp_path,
     base, adapted = (pd.read_parquet(run.scores)["value"] for run in found.runs)
     assert len(base) == 2 and base.notna().all() and adapted.notna().all()
     assert not np.array_equal(base, adapted)
+
+
+def test_models_of_the_hub_share_the_embeddings_of_the_same_weights(tiny, tmp_path, monkeypatch):
+    digests = ["one lock entry"]
+    monkeypatch.setattr(HubAssets, "folder", lambda self, resource: tiny(resource))
+    monkeypatch.setattr(cache, "home", lambda: tmp_path)
+    monkeypatch.setattr(cache, "digest", lambda *_: digests[-1])
+    plan = experiment.load({"scale": "one-gpu"}, ROOT / "config.yaml")
+    assets = next(iter(plan.runs.values())).assets.model_copy(update={"device": "cpu"})
+
+    def loaded(**changes: Any) -> bool:
+        """Whether a model has loaded text encoders to encode a prompt."""
+        model = sources.of(assets.model_copy(update=changes)).model("sd35-medium", 64)
+        model.prepare(["a red ring"])
+        return model.pipeline.text_encoder is not None
+
+    assert [loaded(), loaded(), loaded(quantize="int8")] == [True, False, False]
+    assert loaded(dtype="float32")
+    digests.append("another lock entry")
+    assert loaded()
+    assert len(list((tmp_path / "embeddings").iterdir())) == 3
 
 
 BASE = ["--base", "--model", "shapes-flux", "--protocol"]
