@@ -1,4 +1,7 @@
-"""The base class of trainable models: prompts, network, decoding, time grid and LoRA adapters."""
+"""The base class of trainable models: prompts, network, decoding, time grid and LoRA adapters.
+
+All of it is one file, because it is one class, whose parts share the pipeline and its device.
+"""
 
 from __future__ import annotations
 
