@@ -7,8 +7,9 @@ three hooks of it in every iteration:
 2. `compute_advantages` turns the rewards of these images into advantages;
 3. `losses` yields the loss, one micro-batch at a time.
 
-Policy-gradient methods inherit all three from `PolicyGradient`. Methods that backpropagate through
-the reward models implement `rollout` and `losses`.
+Policy-gradient methods inherit all three from `PolicyGradient`, and methods that learn from noised
+copies of their images from `ForwardProcess`. Methods that backpropagate through the reward models
+implement `rollout` and `losses`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor
@@ -42,15 +43,18 @@ class Trajectory:
     cond: Conditioning  # of the B images
     # The T steps with the graphs of their evaluations, for one backward pass; () if not kept.
     kept: tuple[Transition, ...] = ()
+    # What else a method's loss needs of each step, by name, [T, B, ...] each.
+    records: Mapping[str, Tensor] = field(default_factory=dict)
 
     def images(self, index: slice) -> Trajectory:
         """Return the trajectory of the images that `index` selects, without kept graphs."""
         tensors = {
             f.name: getattr(self, f.name)[:, index]
             for f in dataclasses.fields(self)
-            if f.name not in ("cond", "kept")
+            if f.name not in ("cond", "kept", "records")
         }
-        return Trajectory(**tensors, cond=self.cond[index])
+        records = {name: values[:, index] for name, values in self.records.items()}
+        return Trajectory(**tensors, cond=self.cond[index], records=records)
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,11 @@ class Method:
     def saves_average(self) -> bool:
         """Whether the averaged adapter is saved and judged, and not the trained one."""
         return self.ema > 0
+
+    @property
+    def samples_average(self) -> bool:
+        """Whether `rollout` samples with the averaged adapter and not with the trained one."""
+        return False
 
     def check_iterations(self, iterations: int) -> None:
         """Raise ValueError, naming a hyperparameter, if it does not suit so many iterations."""

@@ -184,7 +184,8 @@ class Trainer:
                 shared=part.start * self.method.updates // len(noise),  # the number of its update
             )
             first = part.stop <= self._updates()[0].stop
-            with torch.set_grad_enabled(first and self.keep_graphs):
+            sampled = self.averaged() if self.method.samples_average else nullcontext()
+            with torch.set_grad_enabled(first and self.keep_graphs), sampled:
                 trajectories.append(
                     self.method.rollout(
                         self.backbone, cond[part], noise[part], generators, iteration

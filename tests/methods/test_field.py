@@ -1,0 +1,173 @@
+"""The field's methods against their published formulas, on numbers that are worked out by hand."""
+
+import itertools
+
+import pytest
+import torch
+from support.toy import ToyBackbone, streams, toy_run, toy_trainer
+
+from tafs.methods import Method, Trajectory, registry
+from tafs.methods.forward_process import VELOCITY, target
+from tafs.models import Conditioning, sampling
+
+COND = Conditioning(torch.zeros(1, 1, 1), torch.zeros(1, 1))
+FIRST = (0, slice(0, 1))  # the first step of the first image
+
+
+def toy(weight: float = 0.0) -> ToyBackbone:
+    backbone = ToyBackbone()
+    backbone.add_lora(1, 1, torch.Generator())
+    backbone.weight.data.fill_(weight)
+    return backbone
+
+
+def roll(method: Method, backbone: ToyBackbone, count: int = 5) -> Trajectory:
+    """A rollout of `count` images from the same noise."""
+    noise = torch.randn(1, 2, generator=torch.Generator().manual_seed(0)).expand(count, 2)
+    cond = backbone.encode(["a red ring"] * count)
+    with torch.no_grad():
+        return method.rollout(backbone, cond, noise, streams(count, 1), 0)  # type: ignore[arg-type]
+
+
+def copy_of(x_0: list[float], e: list[float], t: float, old: list[float]) -> Trajectory:
+    """One noised copy of one image."""
+    one = [torch.tensor([[values]]) for values in (x_0, e, old)]
+    time = torch.full((1, 1), t)
+    return Trajectory(
+        x_t=(1 - t) * one[0] + t * one[1],
+        x_s=one[0],
+        t=time,
+        s=torch.zeros(1, 1),
+        log_prob=torch.zeros(1, 1),
+        scored=one[0],
+        cond=COND,
+        records={VELOCITY: one[2]},
+    )
+
+
+def test_the_forward_process_noises_the_odes_images_at_distinct_times_of_the_grid():
+    method, backbone = registry.create("diffusion_nft", {"steps": 6, "copies": 4}), toy(0.1)
+    found = roll(method, backbone)
+    noise = torch.randn(1, 2, generator=torch.Generator().manual_seed(0)).expand(5, 2)
+    x, grid = noise, torch.linspace(1, 0, 7)
+    for t, s in zip(grid[:-1], grid[1:], strict=True):
+        x = x + (s - t) * backbone.velocity(x, t.expand(5), COND)
+    torch.testing.assert_close(found.scored[0], x.detach())
+    assert found.t.shape == (4, 5)
+    for image in range(5):
+        times = found.t[:, image].tolist()
+        assert len(set(times)) == 4 and set(times) <= set(grid[:-1].tolist())
+    assert len({tuple(found.t[:, image].tolist()) for image in range(5)}) > 1
+    for n in range(4):
+        e = found.x_s[n] + target(found, (n, slice(0, 5)))
+        expected = (1 - found.t[n, :, None]) * x + found.t[n, :, None] * e
+        torch.testing.assert_close(found.x_t[n], expected.detach())
+        assert len({tuple(row) for row in e.tolist()}) == 5  # not the noise of the rollout
+        v = backbone.velocity(found.x_t[n], found.t[n], COND).detach()
+        assert torch.equal(found.records[VELOCITY][n], v)
+
+
+@pytest.mark.parametrize(
+    ("advantage", "expected"),
+    [
+        # v+ = (2, -1.5), v- = (0, -0.5); x+ - x_0 = (0, -0.25), x- - x_0 = (1, -0.75).
+        # Mean squares 0.03125 and 0.78125 over means 0.125 and 0.875: 0.25 and 0.892857.
+        (5.0, 0.25),
+        (-5.0, 0.892857),
+        (0.0, (0.25 + 0.892857) / 2),
+        (2.5, 0.75 * 0.25 + 0.25 * 0.892857),
+        (9.0, 0.25),  # beyond the limit of 5
+    ],
+)
+def test_diffusion_nft_weighs_the_errors_of_both_implicit_policies(advantage, expected):
+    method = registry.create("diffusion_nft", {"mixing": 0.5})
+    trajectory = copy_of([1.0, 2.0], [3.0, 0.0], 0.5, old=[1.0, -1.0])
+    v = torch.tensor([[3.0, -2.0]])
+    loss = method.loss(v, trajectory, FIRST, torch.tensor([advantage]))  # type: ignore[attr-defined]
+    assert loss.item() == pytest.approx(5 / 0.5 * expected, rel=1e-5)
+
+
+def test_diffusion_nfts_weights_have_no_gradients():
+    """d (error^2 / 2w) / d v = -t b error / w for the positive policy, with w = mean |error|."""
+    method = registry.create("diffusion_nft", {})
+    trajectory = copy_of([1.0, 2.0], [3.0, 0.0], 0.5, old=[0.0, 0.0])
+    v = torch.tensor([[1.0, -1.0]], requires_grad=True)
+    loss = method.loss(v, trajectory, FIRST, torch.tensor([5.0]))  # type: ignore[attr-defined]
+    (gradient,) = torch.autograd.grad(loss, v)
+    # x+ = (2 - 0.5, 1 + 0.5) = (1.5, 1.5): errors (0.5, -0.5), w = 0.5; times A_max = 5.
+    torch.testing.assert_close(gradient, 5 * torch.tensor([[-0.5, 0.5]]))
+
+
+def test_diffusion_nft_samples_with_the_old_policy_which_moves_after_each_iteration():
+    method = registry.create("diffusion_nft", {"old_rate": 0.1, "old_limit": 0.25})
+    decays = [method.decay(updates) for updates in range(8)]
+    assert decays == pytest.approx([1, 0.1, 1, 0.2, 1, 0.25, 1, 0.25])
+    still = toy_trainer(toy_run("diffusion_nft", old_rate=1.0, old_limit=1.0))
+    untrained = toy_trainer(toy_run("diffusion_nft", learning_rate=0.0))
+    for iteration in range(3):
+        rewards = [run.iterate(iteration)["rewards"] for run in (still, untrained)]
+        assert rewards[0] == rewards[1]
+    assert still.parameters["bias"].any() and not still.averages["bias"].any()
+
+
+def path(backbone: ToyBackbone, x: torch.Tensor, times: list[float]) -> torch.Tensor:
+    """Euler steps from x at times[0] to times[-1]."""
+    for t, s in itertools.pairwise(times):
+        x = x + (s - t) * backbone.velocity(x, torch.full((len(x),), t), COND)
+    return x.detach()
+
+
+@pytest.mark.parametrize(
+    ("name", "suffixes"),
+    [
+        ("tempflow_grpo", [[[1, 2, 3, 4, 5]], [[2, 3, 4, 5]], [[3, 4, 5]]]),
+        # Every second time; where the last interval does not fit, the one before ends at 0.
+        ("g2rpo", [[[1, 2, 3, 4, 5], [1, 2, 5]], [[2, 3, 4, 5], [2, 3, 5]], [[3, 4, 5], [3, 5]]]),
+    ],
+)
+def test_branches_leave_one_ode_trajectory_and_end_on_the_ode(name, suffixes):
+    """`suffixes` are the indices of the grid's times that each image of a branch passes."""
+    method, backbone = registry.create(name, {"steps": 5, "trained": 3}), toy(0.1)
+    found = roll(method, backbone)
+    grid = [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]
+    expected = []
+    for n in range(3):
+        anchor = path(backbone, found.x_t[0], grid[: n + 1])
+        torch.testing.assert_close(found.x_t[n], anchor)
+        assert (found.x_t[n] == found.x_t[n][:1]).all()  # shared by the group
+        t, s = found.t[n], found.s[n]
+        step = sampling.flow_sde(anchor, backbone.velocity(anchor, t, COND).detach(), t, s, 0.7)
+        torch.testing.assert_close(found.log_prob[n], step.log_prob(found.x_s[n]))
+        assert len({tuple(row) for row in found.x_s[n].tolist()}) == 5
+        expected += [path(backbone, found.x_s[n], [grid[i] for i in rest]) for rest in suffixes[n]]
+    torch.testing.assert_close(found.scored, torch.stack(expected))
+    evaluations = 3 + sum(len(times) - 1 for step in suffixes for times in step)
+    assert (method.nfe_old, method.nfe_theta) == (evaluations, 3)
+
+
+def test_a_branching_step_is_credited_with_the_sum_over_its_own_images_granularities():
+    rewards = torch.tensor([[1.0, 3.0], [5.0, 1.0], [2.0, 2.0], [0.0, 8.0]])[:, None]
+    method = registry.create("g2rpo", {"steps": 4, "trained": 2})
+    advantages = method.compute_advantages({"clip": rewards}, {"clip": 1.0})
+    # z-scores (-1, 1) and (1, -1) of the first step, (0, 0) and (-1, 1) of the second.
+    expected = torch.tensor([[[0.0, 0.0]], [[-1.0, 1.0]]])
+    torch.testing.assert_close(advantages, expected, atol=2e-4, rtol=0)
+    method = registry.create("tempflow_grpo", {"steps": 5, "trained": 4})
+    advantages = method.compute_advantages({"clip": rewards}, {"clip": 1.0})
+    expected = torch.tensor([[-1.0, 1.0], [1.0, -1.0], [0.0, 0.0], [-1.0, 1.0]])[:, None]
+    torch.testing.assert_close(advantages, expected, atol=2e-4, rtol=0)
+
+
+def test_tempflow_weighs_each_step_by_its_noise():
+    method = registry.create("tempflow_grpo", {"steps": 4, "trained": 3, "clip_range": 0.2})
+    found = roll(method, toy(), count=2)
+    # g sqrt(t - s) for t = 1, 3/4, 1/2 with g = 0.7 sqrt(t / (1 - t)), 1 - t of the next point at 1
+    std = [0.7 * (t / rest) ** 0.5 * 0.25**0.5 for t, rest in ((1, 0.25), (0.75, 0.25), (0.5, 0.5))]
+    advantages = torch.tensor([1.0, -0.5])
+    for n in range(3):
+        v = toy().velocity(found.x_t[n], found.t[n], COND)
+        transition = method.transition(found.x_t[n], v, found.t[n], found.s[n])  # type: ignore[attr-defined]
+        given = transition, found, (n, slice(0, 2)), advantages
+        loss = method.objective(*given).loss  # type: ignore[attr-defined]
+        # The ratio is 1, so that the loss is minus the weighted mean advantage, 1/4.
+        assert loss.item() == pytest.approx(-0.25 * std[n] / (sum(std) / 3), rel=1e-5)
