@@ -1,12 +1,13 @@
 """The field's methods against their published formulas, on numbers that are worked out by hand."""
 
 import itertools
+import math
 
 import pytest
 import torch
 from support.toy import ToyBackbone, streams, toy_run, toy_trainer
 
-from tafs.methods import Method, Trajectory, registry
+from tafs.methods import Method, Trajectory, UpdateInputs, registry
 from tafs.methods.forward_process import VELOCITY, target
 from tafs.models import Conditioning, sampling
 
@@ -171,3 +172,98 @@ def test_tempflow_weighs_each_step_by_its_noise():
         loss = method.objective(*given).loss  # type: ignore[attr-defined]
         # The ratio is 1, so that the loss is minus the weighted mean advantage, 1/4.
         assert loss.item() == pytest.approx(-0.25 * std[n] / (sum(std) / 3), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("advantage", "clip_range", "objective"),
+    [
+        # The target is (2, -2). Mean squares 2 and, of the old velocity, 0.5; p = 1/2 and t = 1/2:
+        # the ratio is exp(-(sqrt(2) - sqrt(0.5)) / 2) = 0.702189.
+        (5.0, 1.0, 0.702189),
+        (-2.5, 1.0, -0.5 * 0.702189),
+        (-5.0, 0.2, -0.8),
+        (5.0, 0.2, 0.702189),
+    ],
+)
+def test_awm_takes_the_flow_matching_loss_as_the_log_likelihood(advantage, clip_range, objective):
+    method = registry.create("awm", {"power": 0.5, "clip_range": clip_range, "old_weight": 3.0})
+    trajectory = copy_of([1.0, 2.0], [3.0, 0.0], 0.5, old=[2.0, -1.0])
+    v = torch.tensor([[4.0, -2.0]])
+    loss = method.loss(v, trajectory, FIRST, torch.tensor([advantage]))  # type: ignore[attr-defined]
+    # The mean square of v - v_old = (2, -1) is 2.5.
+    assert loss.item() == pytest.approx(-objective + 3 * 2.5, rel=1e-5)
+
+
+def test_pref_grpo_normalises_win_rates():
+    nan = float("nan")
+    rewards = torch.tensor([[[0.1, 0.5, 0.5, 900.0], [2.0, nan, 1.0, nan]]])
+    method = registry.create("pref_grpo", {})
+    advantages = method.compute_advantages({"clip": rewards}, {"clip": 1.0})
+    # Win rates (0, 1/2, 1/2, 1) with std sqrt(1/8), and (1, 0) of the two known images.
+    first, second = torch.tensor([-0.5, 0.0, 0.0, 0.5]) / 0.125**0.5, torch.tensor([1.0, 0, -1, 0])
+    expected = torch.stack([first, second]).expand(6, 2, 4)
+    torch.testing.assert_close(advantages, expected, atol=5e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("hyperparameters", "scored"),
+    [({"steps": 5, "trained": 2}, 3), ({"steps": 3, "trained": 2, "sampler": "anneal"}, 3)],
+)
+def test_the_gain_credits_a_step_with_what_it_adds_to_the_reward(hyperparameters, scored):
+    method, backbone = registry.create("stepwise_flow_grpo", hyperparameters), toy(0.1)
+    found = roll(method, backbone)
+    assert len(found.scored) == scored
+    for n in range(2):  # the images before and after each trained step
+        v = backbone.velocity(found.x_t[n], found.t[n], COND).detach()
+        estimate = sampling.x0_estimate(found.x_t[n], v, found.t[n])
+        torch.testing.assert_close(found.scored[n], estimate)
+    rewards = torch.tensor([[1.0, 5.0], [3.0, 6.0], [4.0, 9.0]])[:, None]
+    # Gains (2, 1) and (1, 3), although the second image is the better one at every step.
+    advantages = method.compute_advantages({"clip": rewards}, {"clip": 1.0})
+    expected = torch.tensor([[[1.0, -1.0]], [[-1.0, 1.0]]])
+    torch.testing.assert_close(advantages, expected, atol=3e-4, rtol=0)
+
+
+def test_grpo_guards_ratio_is_centred_and_scaled_and_its_loss_divided_by_the_steps_length():
+    method = registry.create("grpo_guard", {"clip_range": 0.1})
+    mean = torch.tensor([[1.0, 2.0]], requires_grad=True)
+    old, x_s, std = torch.tensor([[0.5, 2.0]]), torch.tensor([[1.0, 1.0]]), torch.tensor([[0.5]])
+    before, after = sampling.Transition(old, std), sampling.Transition(mean, std)
+    trajectory = Trajectory(
+        x_t=x_s[None],
+        x_s=x_s[None],
+        t=torch.tensor([[0.6]]),
+        s=torch.tensor([[0.4]]),
+        log_prob=before.log_prob(x_s)[None],
+        scored=x_s[None],
+        cond=COND,
+        records={name: value[None] for name, value in method.record(before).items()},  # type: ignore[attr-defined]
+    )
+    # log p - log p_old = 0.25 and m = 0.25: (x_s - mu_old)(mu - mu_old) / sigma is 0.25 on average.
+    for advantage, value in ((1.0, -1.1), (-1.0, math.exp(0.25))):
+        given = after, trajectory, FIRST, torch.tensor([advantage])
+        found = method.objective(*given)  # type: ignore[attr-defined]
+        assert found.ratio.item() == pytest.approx(math.exp(0.25), rel=1e-5)
+        assert found.loss.item() == pytest.approx(value / 0.2, rel=1e-5)
+    (gradient,) = torch.autograd.grad(found.loss, mean)
+    # d r / d mu = r (x_s - mu_old) / (2 sigma)
+    torch.testing.assert_close(gradient, math.exp(0.25) / 0.2 * torch.tensor([[0.5, -1.0]]))
+
+
+@pytest.mark.parametrize(
+    ("last", "weight", "bias"),
+    # x_0 = x / 2 + 0.1 w + b; a step before, x = x' / 2 + (x' / 2 + 0.2 w + b) / 2.
+    [(1, 0.1, 1.0), (2, 0.1 + 0.05, 1.25)],
+)
+def test_draft_differentiates_the_reward_through_the_last_steps(last, weight, bias):
+    method, backbone = registry.create("draft_k", {"last": last}), toy()
+    found = roll(method, backbone)
+    assert found.t[0, 0].item() == pytest.approx(0.1 * last)
+    inputs = UpdateInputs(
+        torch.zeros(0, 5), lambda x, part: {"clip": x[:, 0]}, {"clip": 2.0}, backbone.reference
+    )
+    for part in method.losses(backbone, found, inputs, 2):  # type: ignore[arg-type]
+        part.loss.backward()
+    expected = {"weight": [-2 * weight, 0], "bias": [-2 * bias, 0]}
+    for name, parameter in backbone.lora_parameters().items():
+        torch.testing.assert_close(parameter.grad, torch.tensor(expected[name]), atol=1e-6, rtol=0)

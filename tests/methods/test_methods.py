@@ -215,6 +215,8 @@ def test_evaluation_counts_are_those_of_the_rollout(name):
         ("dance_grpo", {"beta": 0.1, "fraction": 0.5}),
         ("tafs_grpo", {"steps": 6, "n_adv": 2}),
         ("rg_lcd", {"reward_weight": 0.0, "teacher_steps": 3}),
+        ("awm", {"beta": 0.1}),
+        ("draft_k", {"last": 3}),
         ("reward_instruct", {"steps": 1}),
         ("reward_instruct", {"steps": 2}),
     ],
@@ -261,6 +263,11 @@ def test_mix_grpo_flash_costs_the_mean_over_its_windows_positions(flash_steps):
         ("tempflow_grpo", {}, (54, 9), 81),
         # 8 states, 15 + ... + 8 evaluations at all times, 8 + 7 + 7 + 6 + 6 + 5 + 5 + 4 at others.
         ("g2rpo", {}, (148, 8), 172),
+        ("awm", {}, (14, 6), 38),
+        ("pref_grpo", {}, (10, 6), 28),
+        ("stepwise_flow_grpo", {}, (10, 6), 28),
+        ("grpo_guard", {}, (10, 6), 28),
+        ("draft_k", {}, (10, 1), 13),
     ],
 )
 def test_evaluation_counts_and_costs_are_those_of_tables_2_and_4(name, parameters, counts, cost):
@@ -297,6 +304,12 @@ def test_a_method_without_a_cost_has_to_define_it():
         ("g2rpo", {"trained": 16}, "trained: 16 is not between 1 and 15"),
         ("g2rpo", {"granularities": 0}, "granularities: 0 is not between 1 and 16"),
         ("tempflow_grpo", {"trained": 10}, "trained: 10 is not between 1 and 9"),
+        ("awm", {"power": 0.0}, "power: 0.0 is not above 0"),
+        ("awm", {"old_weight": -1.0}, "old_weight: -1.0 is less than 0"),
+        ("pref_grpo", {"trained": 10}, "trained: 10 is not between 1 and 9"),
+        ("stepwise_flow_grpo", {"trained": 10}, "trained: 10 is not between 1 and 9"),
+        ("grpo_guard", {"trained": 10}, "trained: 10 is not between 1 and 9"),
+        ("draft_k", {"last": 11}, "last: 11 is not between 1 and 10"),
     ],
 )
 def test_hyperparameters_out_of_range_are_refused_by_name(name, parameters, problem):
@@ -327,7 +340,7 @@ def test_stopped_training_continues_to_the_same_adapter(name, tmp_path):
 
 # tests/faults/test_bad_numbers.py has bad numbers at random places.
 BAD = [math.nan, math.inf, -math.inf]
-DIFFERENTIABLE = ["reward_instruct", "rg_lcd"]
+DIFFERENTIABLE = ["draft_k", "reward_instruct", "rg_lcd"]
 
 
 def stops(run: Trainer, iteration: int = 0) -> str:
