@@ -192,7 +192,8 @@ def rehearse(
     sampled_all = sampling[False] + sampling[True]
     trained = updating[True] + (sampling[True] if trainer.keep_graphs else 0)
     cost = sampled_all + updating[False] + 3 * trained
-    mean = trainer.method.forward_equivalents / cost  # 1 unless the number of steps is drawn
+    # 1 unless the number of steps is drawn.
+    mean = trainer.method.cost(trainer.group_size) / cost
     return Row(
         variant=run.variant,
         title=run.title,

@@ -109,7 +109,7 @@ class Expansion:
             sampler=BEST,
             nfe_old=method.nfe_old,
             nfe_theta=method.nfe_theta,
-            forward_equivalents=method.forward_equivalents,
+            forward_equivalents=self.variants.cost(variant),
             snapshots=tuple(sorted(kept - {self.scale.iterations})),
         )
 

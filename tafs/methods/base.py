@@ -15,11 +15,12 @@ implement `rollout` and `losses`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from tafs.common.seeding import Generators
@@ -55,6 +56,24 @@ class Trajectory:
         }
         records = {name: values[:, index] for name, values in self.records.items()}
         return Trajectory(**tensors, cond=self.cond[index], records=records)
+
+    @staticmethod
+    def cat(parts: Sequence[Trajectory]) -> Trajectory:
+        """Return the trajectory of all images of some trajectories, without kept graphs."""
+        tensors = {
+            f.name: torch.cat([getattr(part, f.name) for part in parts], dim=1)
+            for f in dataclasses.fields(Trajectory)
+            if f.name not in ("cond", "kept", "records")
+        }
+        records = {
+            name: torch.cat([part.records[name] for part in parts], dim=1)
+            for name in parts[0].records
+        }
+        cond = Conditioning.cat([part.cond for part in parts])
+        negative = [part.cond.negative for part in parts if part.cond.negative is not None]
+        if negative:
+            cond = dataclasses.replace(cond, negative=Conditioning.cat(negative))
+        return Trajectory(**tensors, cond=cond, records=records)
 
 
 @dataclass(frozen=True)
@@ -123,6 +142,11 @@ class Method:
     @property
     def samples_average(self) -> bool:
         """Whether `rollout` samples with the averaged adapter and not with the trained one."""
+        return False
+
+    @property
+    def compares_images(self) -> bool:
+        """Whether `losses` needs all images of an update at once, and not a micro-batch of them."""
         return False
 
     def check_iterations(self, iterations: int) -> None:
@@ -222,3 +246,7 @@ class Method:
                 "the network evaluations per image and iteration"
             )
         return self.nfe_old + 3 * self.nfe_theta
+
+    def cost(self, group_size: int) -> float:
+        """`forward_equivalents` with so many images of each prompt, if it depends on them."""
+        return self.forward_equivalents

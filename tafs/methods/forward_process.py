@@ -53,6 +53,11 @@ class ForwardProcess(GroupRelative):
         raise NotImplementedError
 
     @property
+    def records_velocity(self) -> bool:
+        """Whether the loss needs the sampling policy's velocity at the copies."""
+        return True
+
+    @property
     def nfe_old(self) -> float:
         return self.steps
 
@@ -63,7 +68,8 @@ class ForwardProcess(GroupRelative):
     @property
     def forward_equivalents(self) -> float:
         """As in `Method`, plus the sampling policy's and the base model's evaluations of copies."""
-        return super().forward_equivalents + self.copies * (2 if self.beta > 0 else 1)
+        others = self.records_velocity + (self.beta > 0)
+        return super().forward_equivalents + self.copies * others
 
     def rollout(
         self,
@@ -87,7 +93,10 @@ class ForwardProcess(GroupRelative):
             sampling.interpolate(x_0, generators.randn(noise.shape[1:]).to(noise.device), times)
             for times in t
         ]
-        v = [backbone.velocity(x, times, cond) for x, times in zip(copies, t, strict=True)]
+        records = {}
+        if self.records_velocity:
+            v = [backbone.velocity(x, times, cond) for x, times in zip(copies, t, strict=True)]
+            records[VELOCITY] = torch.stack(v)
         return Trajectory(
             x_t=torch.stack(copies),
             x_s=x_0.expand(self.copies, *x_0.shape),
@@ -96,7 +105,7 @@ class ForwardProcess(GroupRelative):
             log_prob=torch.zeros_like(t),
             scored=x_0[None],
             cond=cond,
-            records={VELOCITY: torch.stack(v)},
+            records=records,
         )
 
     def losses(

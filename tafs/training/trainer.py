@@ -282,6 +282,11 @@ class Trainer:
             low = update.start
             while low < update.stop:
                 trajectory = next(pending)
+                if self.method.compares_images:
+                    parts = [trajectory]
+                    while sum(part.t.shape[1] for part in parts) < update.stop - low:
+                        parts.append(next(pending))
+                    trajectory = Trajectory.cat(parts)
                 size = trajectory.t.shape[1]
                 idx = range(low, low + size)
                 inputs = UpdateInputs(

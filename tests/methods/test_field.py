@@ -267,3 +267,36 @@ def test_draft_differentiates_the_reward_through_the_last_steps(last, weight, bi
     expected = {"weight": [-2 * weight, 0], "bias": [-2 * bias, 0]}
     for name, parameter in backbone.lora_parameters().items():
         torch.testing.assert_close(parameter.grad, torch.tensor(expected[name]), atol=1e-6, rtol=0)
+
+
+def test_online_dpo_marks_the_best_and_the_worst_image_of_groups_with_a_preference():
+    nan = float("nan")
+    rewards = torch.tensor([[[3.0, 9.0, 1.0, nan], [5.0, 5.0, 5.0, 5.0], [nan, 2.0, nan, nan]]])
+    method = registry.create("online_dpo", {"copies": 2})
+    marks = method.compute_advantages({"clip": rewards}, {"clip": 1.0})
+    expected = torch.tensor([[0.0, 1.0, -1.0, 0.0], [0, 0, 0, 0], [0, 0, 0, 0]])
+    assert torch.equal(marks, expected.expand(2, 3, 4))
+    assert (method.cost(4), method.cost(36)) == (10 + 4 * 2 * 2 / 4, 10 + 4 * 2 * 2 / 36)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4, 64])
+def test_online_dpo_compares_pairs_at_the_winners_time_and_noise(micro_batch):
+    method, backbone = registry.create("online_dpo", {"copies": 2, "sharpness": 3.0}), toy(0.1)
+    found = roll(method, backbone, count=6)
+    marks = torch.tensor([0.0, 1, -1, -1, 0, 1]).expand(2, 6)
+    inputs = UpdateInputs(marks, lambda x, part: {}, {}, backbone.reference)
+    parts = [p.loss.item() for p in method.losses(backbone, found, inputs, micro_batch)]  # type: ignore[arg-type]
+    assert len(parts) == (4 if micro_batch == 1 else 2)
+    expected = 0.0
+    for n, (won, lost) in itertools.product(range(2), [(1, 2), (5, 3)]):
+        t = found.t[n, won].item()
+        e = (found.x_t[n, won] - (1 - t) * found.x_s[n, won]) / t
+        gains = []
+        for x_0 in (found.x_s[n, won], found.x_s[n, lost]):
+            x_t = (1 - t) * x_0 + t * e
+            base = x_t / 2 / t  # the toy's velocity (x_t - x0_hat) / t, where x0_hat = x_t / 2
+            trained = (x_t / 2 - 0.1 * t) / t  # and x_t / 2 + 0.1 t with the adapter
+            errors = [(v - (e - x_0)).square().mean().item() for v in (trained, base)]
+            gains.append(errors[0] - errors[1])
+        expected += math.log1p(math.exp(1.5 * (gains[0] - gains[1])))
+    assert sum(parts) == pytest.approx(expected * 2 / (2 * 6), rel=1e-4)
