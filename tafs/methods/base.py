@@ -18,7 +18,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ class Trajectory:
     @staticmethod
     def cat(parts: Sequence[Trajectory]) -> Trajectory:
         """Return the trajectory of all images of some trajectories, without kept graphs."""
-        tensors = {
+        tensors: dict[str, Any] = {
             f.name: torch.cat([getattr(part, f.name) for part in parts], dim=1)
             for f in dataclasses.fields(Trajectory)
             if f.name not in ("cond", "kept", "records")
