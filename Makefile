@@ -36,13 +36,13 @@ setup: $(STAMP)  ## Install the locked dependencies and this project into .venv
 all: $(STAMP)  ## Run the whole workflow; pass options of snakemake with ARGS='-n'
 	$(RUN) snakemake all $(ARGS)
 
-reference: $(STAMP)  ## Run the embedded scale with five seeds (hours); update results/reference/
-	$(RUN) snakemake all --config scale=shapes seeds=5 $(ARGS)
+reference: $(STAMP)  ## Run the longer embedded scale (hours); update results/reference/
+	$(RUN) snakemake all --config scale=shapes-long $(ARGS)
 	mkdir -p results/reference
 	set -e; for kept in tables figures provenance; do \
-		rm -rf results/reference/$$kept; cp -R results/shapes/$$kept results/reference/; \
+		rm -rf results/reference/$$kept; cp -R results/shapes-long/$$kept results/reference/; \
 	done
-	cp results/shapes/claims.md results/shapes/claims.json results/reference/
+	cp results/shapes-long/claims.md results/shapes-long/claims.json results/reference/
 
 # The tests of one file share fixtures, so they run in one process.
 test: $(STAMP)  ## Run the tests in two processes; pass options of pytest with ARGS='-k NAME'
@@ -95,12 +95,15 @@ schema: $(STAMP)  ## Write the JSON Schema of config.yaml for editors
 
 # --universal locks for all platforms; the CUDA packages apply only where torch asks for them, so
 # environment.yml leaves them to torch.
-constraints:  ## Lock pyproject.toml's dependencies in constraints.txt and environment.yml (needs uv); ARGS=--upgrade
+constraints:  ## Lock the dependencies, those of the server of UnifiedReward too (needs uv); ARGS=--upgrade
 	uv pip compile --universal --fork-strategy fewest --python-version 3.11 --quiet \
 		--custom-compile-command 'make constraints' --extra test $(ARGS) pyproject.toml --output-file constraints.txt
 	{ sed '/^  - pip:/q' environment.yml; \
 		sed -n '/^nvidia-/d; /^cuda-/d; /^triton/d; s/^[a-z0-9]/      - &/p' constraints.txt; } > environment.yml.new
 	mv environment.yml.new environment.yml
+	uv pip compile --python-version 3.11 --python-platform x86_64-manylinux_2_34 --quiet --no-annotate \
+		--custom-compile-command 'make constraints' $(ARGS) \
+		workflow/envs/unifiedreward.in --output-file workflow/envs/unifiedreward.txt
 
 # --strict: a package that the service does not know counts as a failure.
 audit:  ## Look up known vulnerabilities of the locked packages (network)

@@ -71,8 +71,8 @@ def join(archives: Sequence[Path], file: Path) -> None:
                     joined.writestr(member, part.read(member))
 
 
-def read(file: Path, batch: int) -> Iterator[tuple[list[Key], Tensor]]:
-    """Read the images in batches, in the order in which they were written.
+def read(file: Path, batch: int, first: int = 0) -> Iterator[tuple[list[Key], Tensor]]:
+    """Read the images from number `first` on in batches, in the order in which they were written.
 
     Yields:
         (keys, images [b, 3, H, W] in [0, 1]).
@@ -87,7 +87,7 @@ def read(file: Path, batch: int) -> Iterator[tuple[list[Key], Tensor]]:
     try:
         with zipfile.ZipFile(file) as archive:
             members = archive.namelist()
-            for low in range(0, len(members), batch):
+            for low in range(first, len(members), batch):
                 part = members[low : low + batch]
                 decoded = (Image.open(io.BytesIO(archive.read(member))) for member in part)
                 stacked = np.stack([np.asarray(image.convert("RGB")) for image in decoded])
@@ -99,3 +99,9 @@ def read(file: Path, batch: int) -> Iterator[tuple[list[Key], Tensor]]:
         raise ValueError(
             f"{file}: not an archive of images ({error}); delete it and evaluate the run again"
         ) from None
+
+
+def keys(file: Path) -> list[Key]:
+    """The keys of all images, in the order in which they were written."""
+    with zipfile.ZipFile(file) as archive:
+        return [Key.of(member) for member in archive.namelist()]

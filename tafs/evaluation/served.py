@@ -2,21 +2,25 @@
 
 The server's command comes from the environment variable TAFS_SERVER. The server is started on a
 free port of 127.0.0.1 and stopped at the end. served_scores.parquet has the layout of
-scores.parquet.
+scores.parquet. A job that was killed continues after the last batch that RUN_DIR/.eval_state/
+served.jsonl holds.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from socket import socket
+from typing import Self
 
 import pandas as pd
 
@@ -27,7 +31,7 @@ from tafs.experiment import needs, run_inputs
 from tafs.experiment.specs import RunSpec
 from tafs.rewards import golden
 from tafs.rewards.unifiedreward import UnifiedReward, wait_ready
-from tafs.runtime import checkpoint, receipts
+from tafs.runtime import checkpoint, journal, receipts
 from tafs.runtime.main import run_stage
 from tafs.runtime.progress import Reporter
 from tafs.runtime.receipts import Needs
@@ -144,25 +148,56 @@ def score_served(run: RunDir) -> None:
     prompts, source = run_inputs.test_prompts(spec, evaluation), run_inputs.asset_source(spec)
     total = sum(s.images_per_prompt for s in evaluation.settings) * len(prompts)
     reporter = Reporter(run.folder, "score_served", total)
-    rows = []
+    done = _Scored.read(run, own)
+    reporter.advance(steps=len(done.values))
     with served_reward(run, spec, total) as client:
         reward = client.reward()
         if source.golden_scores is not None:
             digests = {reward.name: source.reward_digest(reward.name)}
             golden.verify([reward], digests, source.golden_scores)
-        for keys, images in image_archive.read(run.images, BATCH):
+        client.asked, client.missing = len(done.values), Counter(done.missing)
+        for keys, images in image_archive.read(run.images, BATCH, first=len(done.values)):
             image_prompts = [prompts[key.prompt] for key in keys]
             values = reward.report(reward.score(images, image_prompts)).double().tolist()
-            rows += [
-                {**key._asdict(), "tag": prompt.tag, "metric": reward.name, "value": value}
-                for key, prompt, value in zip(keys, image_prompts, values, strict=True)
-            ]
+            done.add(values, client.missing)
             reporter.advance(steps=len(keys))
         print(json.dumps(reward.record()))
+    keys = image_archive.keys(run.images)
+    rows = [
+        {**key._asdict(), "tag": prompts[key.prompt].tag, "metric": reward.name, "value": value}
+        for key, value in zip(keys, done.values, strict=True)
+    ]
     with receipts.replacing(run.folder, "score_served", own, [run.served_scores]):
         scores.write_table(run, spec, run.served_scores, pd.DataFrame(rows))
     checkpoint.clear(run.eval_state)
     reporter.finish()
+
+
+class _Scored:
+    """The scores of the first images of a run's archive, which outlast a killed job."""
+
+    def __init__(self, file: Path, values: list[float], missing: Mapping[str, int]) -> None:
+        self.journal, self.values, self.missing = journal.Journal(file), values, missing
+
+    @classmethod
+    def read(cls, run: RunDir, own: Needs) -> Self:
+        """What an earlier job with the same needs has scored."""
+        file, fingerprint = run.eval_state / "served.jsonl", receipts.fingerprint(own)
+        records = journal.read(file) if file.is_file() else []
+        if not records or records[0].get("fingerprint") != fingerprint:
+            file.unlink(missing_ok=True)
+            found = cls(file, [], {})
+            found.journal.append("start", fingerprint=fingerprint)
+            return found
+        values = [
+            math.nan if value is None else value for one in records[1:] for value in one["values"]
+        ]
+        return cls(file, values, records[-1].get("missing", {}))
+
+    def add(self, values: Sequence[float], missing: Mapping[str, int]) -> None:
+        """Keep the scores of the next images; `missing`: how many have none so far, by reason."""
+        self.journal.append("scores", values=list(values), missing=dict(missing))
+        self.values += values
 
 
 def main() -> None:

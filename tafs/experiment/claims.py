@@ -73,8 +73,23 @@ class Differences(Predicate):
 
     metrics: Metrics
 
+    @property
+    def margins(self) -> tuple[float, float]:
+        """In standard deviations of the prompts of the second row: the claim is supported if the
+        difference is above the first of these, and contradicted if it is below the second."""
+        raise NotImplementedError
 
-class Better(Differences):
+
+class _Advantage(Differences):
+    # An advantage of less counts as none, so that equal systems are a contradiction.
+    negligible: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
+
+    @property
+    def margins(self) -> tuple[float, float]:
+        return 0.0, self.negligible
+
+
+class Better(_Advantage):
     row: RowName
     than: Annotated[tuple[RowName, ...], Field(min_length=1)]
 
@@ -83,7 +98,7 @@ class Better(Differences):
         return [(self.row, other) for other in self.than]
 
 
-class Rising(Differences):
+class Rising(_Advantage):
     rows: Annotated[tuple[RowName, ...], Field(min_length=2)]
 
     @property
@@ -102,6 +117,10 @@ class _TwoRows(Predicate):
 
 class Holds(Differences, _TwoRows):
     margin: Positive  # standard deviations of the prompts of `than`
+
+    @property
+    def margins(self) -> tuple[float, float]:
+        return -self.margin, -self.margin
 
 
 class Faster(_TwoRows):

@@ -18,7 +18,7 @@ from tafs.assets.sources import AssetSource
 from tafs.common.files import sha256
 from tafs.experiment import looks
 from tafs.experiment.claims import CLAIMS, read
-from tafs.experiment.specs import BEST, DecideSpec, EvalSpec, ReportSpec, RunSpec
+from tafs.experiment.specs import BEST, BaseCheckSpec, DecideSpec, EvalSpec, ReportSpec, RunSpec
 from tafs.methods import registry
 from tafs.rewards import metrics
 from tafs.rewards.metrics import METRICS
@@ -122,6 +122,12 @@ def report(root: Path, spec: ReportSpec, claims: Path = CLAIMS) -> Needs:
     }
     runs = dict.fromkeys(name for table in spec.tables for name in table.runs)
     return {**own, **tracking(root, runs)}
+
+
+def base_check(root: Path, spec: BaseCheckSpec) -> Needs:
+    """What the check of the base models depends on."""
+    own = hashlib.sha256(spec.to_json().encode()).hexdigest()
+    return {"base check": own, **tracking(root, spec.runs)}
 
 
 def look(root: Path, spec: DecideSpec, number: int, claims: Path = CLAIMS) -> Needs:

@@ -14,7 +14,16 @@ from tafs.experiment import claims, looks, validate
 from tafs.experiment.claims import Claim
 from tafs.experiment.expansion import Expansion
 from tafs.experiment.schema import Config
-from tafs.experiment.specs import DecideSpec, EvalSpec, ReportSpec, RunSpec, TableSpec
+from tafs.experiment.specs import (
+    BaseCheckSpec,
+    DecideSpec,
+    EvalSpec,
+    ReportSpec,
+    RowSpec,
+    RunSpec,
+    TableSpec,
+)
+from tafs.runtime.run_dir import BASE
 
 TEXTS = ("scale", "results", "method")
 OVERRIDES = (*TEXTS, "seeds")
@@ -41,6 +50,23 @@ class Plan:
         return ReportSpec(scale=self.config.scale, tables=self.tables)
 
     @cached_property
+    def base_check(self) -> BaseCheckSpec | None:
+        """The check of the base models; None if the scale has none, or no table shows them."""
+        scale = self.config.active
+        if scale.base_within is None:
+            return None
+        tables = []
+        for table in self.tables:
+            rows = tuple(filter(_is_base, table.rows)) if table.kind == "scores" else ()
+            if rows:
+                tables.append(table.model_copy(update={"rows": rows, "figures": {}}))
+        if not tables:
+            return None
+        return BaseCheckSpec(
+            within=scale.base_within, accepted=scale.accept_base, tables=tuple(tables)
+        )
+
+    @cached_property
     def budget(self) -> Plan | None:
         """The plan with the seeds of the last look of `snakemake decide`; None without looks."""
         decide = self.config.active.decide
@@ -62,6 +88,11 @@ class Plan:
             claims=tuple(claim.id for claim in fitting),
             tables=looks.narrowed(tables, fitting, decide.seeds[-1]),
         )
+
+
+def _is_base(row: RowSpec) -> bool:
+    """Whether a row is a model that is trained, before its training and at its full steps."""
+    return row.variant == BASE and bool(row.role) and row.nfe == row.full_steps
 
 
 def expand(config: Config, added_method: str | None = None) -> Plan:

@@ -178,6 +178,10 @@ class Scale(_Strict):
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
     ablation_seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
     decide: Decide | None = None
+    # How far the base models' scores may be from the published ones, as a share of these: trainings
+    # wait for this check, which passes over the models of `accept_base`. None: no check.
+    base_within: Annotated[Finite, Field(gt=0)] | None = None
+    accept_base: tuple[Name, ...] = ()
     experiments: tuple[Name, ...]  # that `snakemake all` builds
     micro_batch: Count
     keep_graphs: bool = False  # until the first update, which then evaluates nothing again

@@ -215,6 +215,18 @@ class ReportSpec(Spec):
     tables: tuple[TableSpec, ...]
 
 
+class BaseCheckSpec(Spec):
+    """The base models whose scores are compared with the published ones."""
+
+    within: float  # share of the published value
+    accepted: tuple[str, ...]  # models whose scores may be others
+    tables: tuple[TableSpec, ...]  # their rows at full steps
+
+    @property
+    def runs(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for table in self.tables for name in table.runs))
+
+
 class DecideSpec(Spec):
     """The looks of `snakemake decide`."""
 

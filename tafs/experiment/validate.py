@@ -240,6 +240,9 @@ def _scale_problems(config: Config, key: str, scale: Scale) -> Iterator[str]:
             f"{where}.nodes: {scale.nodes} nodes cannot share {scale.processes} processes; "
             "choose a divisor"
         )
+    yield from _unknown(
+        f"{where}.accept_base", "model", scale.accept_base, scale.model_roles.values()
+    )
     looks = scale.decide.seeds if scale.decide else ()
     if any(n >= after for n, after in itertools.pairwise(looks)):
         yield f"{where}.decide.seeds: {list(looks)} should increase"

@@ -121,6 +121,8 @@ class Graph:
         yield from (Job("fetch", Path(mark).name) for mark in sorted(fetched))
         if self.reward_check:
             yield Job("check_rewards")
+        if self.base_check:
+            yield Job("check_base")
 
     def _run_jobs(self, run: str) -> Iterator[Job]:
         stages = self.stages[run]
@@ -141,6 +143,7 @@ class Graph:
             "score_served": ("served_scores.parquet",),
             "fetch": (job.target,),
             "check_rewards": ("reward_check.json",),
+            "check_base": ("base_check.json",),
             "report_spec": ("report_spec.json",),
             "decide_spec": ("decide_spec.json",),
             "track": ("tracked",),
@@ -208,7 +211,8 @@ class Graph:
         check = {Job("check_rewards"): self.reward_check} if self.reward_check else {}
         match job.rule:
             case "train":
-                return of(run, "describe", "run.json") | marks(self.fetched(run))
+                base = {Job("check_base"): self.base_check} if self.base_check else {}
+                return of(run, "describe", "run.json") | marks(self.fetched(run)) | base
             case "evaluate" | "trajectory_rewards":
                 names = ("adapter.safetensors", "snapshots")
                 trained = of(run, "train", *names) if self.runs[run].trained else {}
@@ -218,6 +222,8 @@ class Graph:
                 return described(run) | images | marks(self.served_inputs) | check
             case "check_rewards":
                 return described(self.check_run) | marks(self.check_inputs)
+            case "check_base" if self.plan.base_check:
+                return self.finished_of(self.plan.base_check.runs)
             case "compare":
                 return {(spec := Job("report_spec")): self.outputs(spec), **self.finished}
             case "track":
@@ -261,6 +267,11 @@ class Graph:
     def reward_check(self) -> list[str]:
         """The result of check_rewards, which every evaluation waits for."""
         return [f"{self.root}/reward_check.json"] if self.scale.assets == "hub" else []
+
+    @property
+    def base_check(self) -> list[str]:
+        """The comparison of the base models with the paper, which every training waits for."""
+        return [f"{self.root}/base_check.json"] if self.plan.base_check else []
 
     @property
     def check_run(self) -> str:

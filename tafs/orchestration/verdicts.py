@@ -151,6 +151,8 @@ def job_needs(graph: Graph, job: Job) -> Needs:
         case "check_rewards":
             metrics = needs.checked_metrics(graph.source, evaluation.served)
             return needs.check_rewards(graph.source, metrics)
+        case "check_base" if plan.base_check:
+            return needs.base_check(root, plan.base_check)
         case "compare":
             return needs.report(root, plan.report)
         case "track":

@@ -3,8 +3,10 @@
 A claim is a family of comparisons, each with an effect and an interval. It is reproduced if every
 comparison supports it at 5 %, which needs no correction for their number (an intersection-union
 test; Berger, 1982). It is not reproduced if one contradicts it at 5 % after Holm's correction for
-their number (1979). Otherwise it is undecided, and `Comparison` says what would decide it. Models
-trained with one seed decide nothing, because the effect of another seed is unknown.
+their number (1979): an advantage that is claimed is contradicted by the reverse and by one that
+is shown to be negligible (an equivalence test; Schuirmann, 1987). Otherwise it is undecided, and
+`Comparison` says what would decide it. Models trained with one seed decide nothing, because the
+effect of another seed is unknown.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tafs.experiment.claims import Claim, Correlated, Differences, Faster, Holds, Predicate, RowName
+from tafs.experiment.claims import Claim, Correlated, Differences, Faster, Predicate, RowName
 from tafs.report import stats
 from tafs.report.formats import markdown
 from tafs.report.results import LoadedTable, check_paired, step_correlation
@@ -35,10 +37,13 @@ class Comparison(NamedTuple):
 
     what: str
     estimate: Estimate
-    p_adjusted: float  # for the claim's comparisons
+    p_adjusted: float  # of the contradiction, for the claim's comparisons
     sign: int
     metric: str = ""  # comparisons of one metric share a scale
     supporting: tuple[float, float] = (0, np.inf)  # the effects that support the claim
+    # The effect minus the advantage that counts as none; None: every advantage counts.
+    excess: Estimate | None = None
+    negligible: float = 0.0  # that advantage, in standard deviations
 
     @property
     def power(self) -> dict[str, float | None]:
@@ -60,9 +65,21 @@ class Comparison(NamedTuple):
             return "two seeds are the least"
         if power["detectable"] is None:
             return ""
-        seeds = power["seeds_to_show"]
-        more = f"over {stats.MOST_SEEDS}, or more prompts" if seeds is None else f"{seeds}"
-        return f"shows {power['detectable']:.3g} or more; seeds to show {found.value:+.3g}: {more}"
+        said = f"shows {power['detectable']:.3g} or more"
+        said += f"; seeds to show {found.value:+.3g}: {_seeds(found)}"
+        if self.excess is not None and self.excess.value < 0:
+            said += f", less than {self.negligible:g} sd: {_seeds(self.excess)}"
+        return said
+
+    @property
+    def is_negligible(self) -> bool:
+        """Whether it contradicts because the advantage, if there is one, is negligible."""
+        return self.sign < 0 and self.excess is not None and self.estimate.high >= 0
+
+
+def _seeds(estimate: Estimate) -> str:
+    seeds = stats.seeds_to_show(estimate)
+    return f"over {stats.MOST_SEEDS}, or more prompts" if seeds is None else str(seeds)
 
 
 class Verdict(NamedTuple):
@@ -102,17 +119,24 @@ def _compare(test: Predicate, rows: _Rows) -> list[Comparison]:
 
 @_compare.register(Differences)
 def _differences(test: Differences, rows: _Rows) -> list[Comparison]:
-    margin = test.margin if isinstance(test, Holds) else 0.0
+    above, below = test.margins
     tested = [
-        rows.difference(*pair, metric, margin) for metric in test.metrics for pair in test.pairs
+        (metric, *rows.difference(*pair, metric, above), rows.difference(*pair, metric, below)[1])
+        for metric in test.metrics
+        for pair in test.pairs
     ]
-    adjusted = stats.holm([estimate.p_value for _, estimate in tested])
+    adjusted = stats.holm([excess.p_value for *_, excess in tested])
     comparisons = []
-    named = [metric for metric in test.metrics for _ in test.pairs]
-    for metric, (what, estimate), p_value in zip(named, tested, adjusted, strict=True):
-        sure = (estimate.p_value if estimate.value > 0 else p_value) <= 1 - stats.LEVEL
-        sign = int(np.sign(estimate.value)) if sure and estimate.n_seeds > 1 else 0
-        comparisons.append(Comparison(what, estimate, p_value, sign, metric))
+    for (metric, what, estimate, excess), p_value in zip(tested, adjusted, strict=True):
+        sign = 0
+        if estimate.n_seeds > 1:
+            if estimate.value > 0 and estimate.p_value <= 1 - stats.LEVEL:
+                sign = 1
+            elif excess.value < 0 and p_value <= 1 - stats.LEVEL:
+                sign = -1
+        apart = excess if below > above else None
+        found = Comparison(what, estimate, p_value, sign, metric, excess=apart, negligible=below)
+        comparisons.append(found)
     return comparisons
 
 
@@ -166,10 +190,10 @@ class _Rows:
     def difference(
         self, one: RowName, other: RowName, metric: str, margin: float
     ) -> tuple[str, Estimate]:
-        """(what is compared, how much better one row is than another in a metric).
+        """(what is compared, how much more than a margin one row is better than another).
 
-        Scores are on the reported scale; `margin`, in standard deviations of the other row's
-        prompts, is added to the first.
+        Scores are on the reported scale; `margin` is in standard deviations of the other row's
+        prompts.
         """
         left, right = self.row(one), self.row(other)
         a, b = left.system, right.system
@@ -177,7 +201,7 @@ class _Rows:
         spread = float(np.nanstd(np.nanmean(reference, axis=(0, 2))))
         check_paired(a.scores, b.scores)
         difference = stats.paired_difference(
-            METRICS[metric].factor * left.quality(metric) + margin * spread,
+            METRICS[metric].factor * left.quality(metric) - margin * spread,
             reference,
             a.scores.tags,
             same_seeds=[r.run.folder for r in a.results] == [r.run.folder for r in b.results],
@@ -187,7 +211,7 @@ class _Rows:
         # A base model is not trained, so it has no seeds to vary.
         trained = [system for system in (a, b) if system.spec.trained] or [a, b]
         seeds = min(len(system.results) for system in trained)
-        allowed = f" + {margin:g} sd" if margin else ""
+        allowed = f" {'-' if margin > 0 else '+'} {abs(margin):g} sd" if margin else ""
         what = f"{METRICS[metric].title}: {_in_words(left)}{allowed} - {_in_words(right)}"
         overall = self.judge.overall(difference.p_value)
         return what, difference._replace(n_seeds=seeds, p_value=overall)
@@ -206,6 +230,7 @@ def recorded(comparison: Comparison) -> dict[str, Any]:
         **{key: getattr(estimate, key) for key in ("value", "low", "high", "n_seeds", "p_value")},
         "p_adjusted": comparison.p_adjusted,
         "supports": comparison.sign,
+        "negligible": comparison.is_negligible,
         **comparison.power,
         "needed": comparison.needed,
     }
@@ -221,6 +246,7 @@ def effects(record: Mapping[str, Any]) -> str:
     """The cell of a claim's effects with their intervals."""
     return "<br>".join(
         f"{markdown(c['what'])}: {c['value']:+.3g} [{c['low']:+.3g}, {c['high']:+.3g}]"
+        f"{' (negligible)' if c['negligible'] else ''}"
         for c in record["comparisons"]
     )
 
@@ -248,7 +274,9 @@ def write(
         for claim, verdict, comparisons in verdicts
     ]
     lines = [
-        f"The paper's claims, tested at the scale `{scale}`. A comparison of trained models with "
+        f"The paper's claims, tested at the scale `{scale}`. A claimed advantage is contradicted "
+        "by the reverse, and by an advantage that is shown to be negligible: below 0.1 standard "
+        "deviations of the prompts, or what claims.yaml says. A comparison of trained models with "
         "one seed is shown and decides nothing. An open comparison says which differences a run of "
         "this size shows with a power of 80 %, and how many seeds would show the one it found.",
         *([f"RANDOM WEIGHTS: {', '.join(random)}. These verdicts mean nothing."] if random else []),

@@ -23,6 +23,11 @@ from tafs.report.tables import (
 )
 from tafs.rewards.metrics import METRICS
 
+SHARED_TIMES = (
+    "Time: the median iteration. Jobs that ran at the same time shared the processor, so times are "
+    "not comparable; benchmarks/training_loop.py compares them alone."
+)
+
 
 def build(loaded: LoadedTable) -> Table:
     """The table of an experiment, of its kind.
@@ -41,7 +46,11 @@ def _scores_table(loaded: LoadedTable) -> Table:
     """Network evaluations, iteration times and all metrics."""
     spec = loaded.spec
     columns: list[Column] = [NFE_OLD, NFE_THETA, TIME, *map(Score, loaded.metrics)]
-    return Table(spec.name, spec.caption, rows_of(loaded), columns, spec.header)
+    trained = [result.spec for result in loaded.results if result.spec.trained]
+    # A training on GPUs has them to itself.
+    shared = any(run.assets.device == "cpu" for run in trained)
+    notes = [SHARED_TIMES] if shared else []
+    return Table(spec.name, spec.caption, rows_of(loaded), columns, spec.header, notes)
 
 
 def _compute_table(loaded: LoadedTable) -> Table:

@@ -133,6 +133,37 @@ def test_served_scores_join_the_other_scores(run, capsys):
     assert json.loads(capsys.readouterr().out)["asked"] == str(len(table))
 
 
+def test_a_killed_job_asks_for_the_other_images_only(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(served, "BATCH", 5)
+    undisturbed = copied(run, tmp_path / "whole")
+    served.score_served(undisturbed)
+    whole = capsys.readouterr().out
+    add, left = served._Scored.add, [2]
+
+    def killed(self: Any, *scored: Any) -> None:
+        add(self, *scored)
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+
+    asked: list[int] = []
+    call = UnifiedReward.__call__
+    with monkeypatch.context() as patched:
+        patched.setattr(served._Scored, "add", killed)
+        with pytest.raises(KeyboardInterrupt):
+            served.score_served(run)
+    monkeypatch.setattr(
+        UnifiedReward, "__call__", lambda self, x, p: asked.append(len(p)) or call(self, x, p)
+    )
+    served.score_served(run)
+    expected = pd.read_parquet(undisturbed.served_scores)
+    assert sum(asked) == len(expected) - 2 * 5 > 0
+    pd.testing.assert_frame_equal(pd.read_parquet(run.served_scores), expected)
+    assert capsys.readouterr().out == whole
+    # Other images have other needs, so nothing of them is kept.
+    assert served._Scored.read(run, {"images": "other"}).values == []
+
+
 @pytest.mark.parametrize(
     "fault, reason",
     [("nonsense=1.0", "no_score"), ("slow=1.0", "timeout")],

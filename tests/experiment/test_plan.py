@@ -37,7 +37,9 @@ def shapes() -> Plan:
     return experiment.load({"scale": "shapes"}, SHIPPED)
 
 
-@pytest.mark.parametrize("scale", ["smoke", "shapes", "one-gpu", "paper"])
+@pytest.mark.parametrize(
+    "scale", ["smoke", "shapes", "shapes-long", "one-gpu", "paper", "paper-trial"]
+)
 def test_every_scale_expands_into_consistent_specs(scale: str, tmp_path: Path) -> None:
     plan = experiment.load({"scale": scale}, SHIPPED)
     for spec in [*plan.runs.values(), *plan.evaluations.values(), plan.report]:
@@ -65,8 +67,8 @@ def test_runs_are_named_by_method_task_backbone_and_seed(shapes: Plan) -> None:
     assert {"tafs_grpo.preference.shapes-flux.2", "flow_grpo.preference.shapes-flux.0"} < set(runs)
     assert {"base.shapes.shapes-sd3", "base.shapes.shapes-flux"} < set(runs)
     # Two base models, Table 2's six methods with three seeds, and with one seed Table 1's two
-    # methods on two base models, five ablations and two more tasks.
-    assert len(runs) == 2 + 6 * 3 + 2 * 2 + 5 + 2
+    # methods on two base models, six ablations and two more tasks.
+    assert len(runs) == 2 + 6 * 3 + 2 * 2 + 6 + 2
 
 
 def test_rows_are_the_untrained_models_and_then_the_methods_with_all_seeds(shapes: Plan) -> None:

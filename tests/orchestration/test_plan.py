@@ -73,6 +73,7 @@ def test_a_job_takes_its_start_up_and_its_flops_divided_by_the_rate_of_its_devic
     assert speed.left(job(left=0.25)) == 25.0 + 20.0
     assert speed.left(job(left=0.0)) == 0.0
     assert speed.computing(job(flops=None)) == 0.0
+    assert speed.whole(job(scoring=80.0)) == 110.0 + 20.0
     assert speed.ratio(job()) == (1.0, "modelled")
 
 
@@ -99,6 +100,16 @@ def journalled(file: Path, seconds: list[float], fingerprint: str = "x") -> None
     journal.append("start", fingerprint=fingerprint)
     for number, total in enumerate(seconds):
         journal.append("iteration", iteration=number, seconds={"total": total}, rewards={})
+
+
+def test_every_scored_image_is_decoded_and_scored_on_a_gpu(paper, work):
+    spec = paper.runs["tafs_grpo.preference.flux-dev.0"]
+    images = 1500 * 24 * 48 * 3  # TAFS-GRPO scores three images of each
+    assert paper.scoring("train", spec) == pytest.approx(images * (0.0211 + 0.0053))
+    trajectories = 4 * 1000 * (0.147 + 0.0134)
+    assert paper.scoring("trajectory_rewards", spec) == pytest.approx(trajectories)
+    assert paper.scoring("evaluate", spec) > 24_576 * (0.147 + 0.0134)
+    assert work.scoring("train", work.runs[TAFS]) == 0.0  # measured or nothing on the CPU
 
 
 def test_trainings_are_measured_by_the_median_iteration_of_their_journals(work):
@@ -206,12 +217,14 @@ def test_the_paper_scale_is_planned_without_a_lock_file_and_without_diffusers():
     *lines, imported = done.stdout.splitlines()
     assert imported == "False"
     assert max(map(len, lines)) <= 100
-    assert "    15 train: has not run" in lines
+    assert "    16 train: has not run" in lines
     assert any(line.startswith("Wall time on 4 nodes of 8 GPUs: ") for line in lines)
     # 1,500 iterations of 24 x 48 images, 13 network evaluations each, at 47 % of an H100.
     row = next(line.split() for line in lines if line.startswith("tafs_final_advantage"))
     forward = 21_617_356_308_480  # computed by hand in tests/test_rehearse.py
     pace = 24 * 48 * 13 * forward / (8 * 0.47 * 989e12)
+    # One image of each is decoded and scored in TF32.
+    pace += 24 * 48 / 8 * (0.0211 + 0.0053)
     assert row[3:6] == [amount(pace), "modelled", amount((1500 * pace + 120) * 8 / 3600)]
     [row] = [line.split() for line in lines if line.startswith("tafs_grpo  ") and "clip_" in line]
     assert row[3:] == ["12", "38.8", "scoring", "48", "6"]

@@ -17,7 +17,7 @@ from support import project_copy
 from tafs.orchestration import snakemake_hooks as hooks
 
 FOR_ONE_GPU = {"evaluate", "trajectory_rewards", "score_served", "check_rewards"}
-WITHOUT_GPU = {"compare", "track"}
+WITHOUT_GPU = {"check_base", "compare", "track"}
 LOCAL = {"all", "describe", "describe_evaluation", "fetch", "report_spec"}
 GPU_OPTION = re.compile(r"--(?:gres|gpus|ntasks-per-gpu|cpus-per-gpu)\b.*")
 OTHERS = ("run_uuid", "slurm_logfile", "comment_str", "account", "partition", "workdir")

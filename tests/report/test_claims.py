@@ -14,6 +14,7 @@ from support import synthetic
 from tafs.experiment.claims import Claim
 from tafs.report import claims, stats
 from tafs.report.claims import NOT_REPRODUCED, REPRODUCED, UNDECIDED
+from tafs.report.tables import Row
 
 SMALL: dict[str, Any] = {"prompts": 36, "images": 2, "iterations": 12, "nfe": (4, 8)}
 TAFS, FLOW = {"method": "tafs_grpo", "nfe": 4}, {"method": "flow_grpo", "nfe": 4}
@@ -46,7 +47,8 @@ FASTER = {"row": TAFS, "than": FLOW, "within": 0.1}
     [
         ("better", {"row": TAFS, "than": [UNTRAINED], **BOTH}, [1, 1], REPRODUCED),
         ("better", {"row": UNTRAINED, "than": [TAFS], **BOTH}, [-1, -1], NOT_REPRODUCED),
-        ("better", {"row": TAFS, "than": [TAFS], **ONE}, [0], UNDECIDED),
+        ("better", {"row": TAFS, "than": [TAFS], **ONE}, [-1], NOT_REPRODUCED),
+        ("better", {"row": TAFS, "than": [TAFS], "negligible": 0, **ONE}, [0], UNDECIDED),
         # One contradiction is enough.
         ("rising", {"rows": [UNTRAINED, TAFS, UNTRAINED], **ONE}, [1, -1], NOT_REPRODUCED),
         ("holds", {"row": UNTRAINED, "than": TAFS, "margin": 5, **ONE}, [1], REPRODUCED),
@@ -81,20 +83,39 @@ def test_p_values_are_adjusted_for_the_claims_own_comparisons(runs: list[Path]) 
         ((0.02, 0.5), -1.0, NOT_REPRODUCED),
     ],
 )
+@pytest.mark.parametrize("negligible", [0, 0.1])
 def test_support_needs_every_comparison_and_contradiction_a_corrected_one(
     runs: list[Path],
     monkeypatch: pytest.MonkeyPatch,
     p_values: tuple[float, ...],
     value: float,
     expected: str,
+    negligible: float,
 ) -> None:
-    found = iter(p_values)
+    # Of each pair, the difference and what it exceeds the negligible one by.
+    found = iter([p for p in p_values for _ in range(2)])
 
     def difference(*_: Any, **__: Any) -> stats.Estimate:
         return stats.NOTHING._replace(value=value, p_value=next(found))
 
     monkeypatch.setattr(stats, "paired_difference", difference)
-    assert assess(runs, better=better(TAFS, FLOW, FLOW)).verdict == expected
+    test = {**better(TAFS, FLOW, FLOW), "negligible": negligible}
+    assert assess(runs, better=test).verdict == expected
+
+
+def test_an_advantage_is_contradicted_if_it_is_shown_to_be_negligible(runs: list[Path]) -> None:
+    # An advantage above 0 supports the claim, however much would count as none.
+    test = {**better(TAFS, UNTRAINED), "negligible": 100}
+    assert [c.sign for c in assess(runs, better=test).comparisons] == [1]
+    (reverse,) = assess(runs, better=better(UNTRAINED, TAFS)).comparisons
+    assert (reverse.sign, reverse.is_negligible) == (-1, False)
+    (same,) = assess(runs, better=better(TAFS, TAFS)).comparisons
+    assert (same.sign, same.is_negligible, same.estimate.value) == (-1, True, 0)
+    loaded = synthetic.loaded(runs, few=(4, 8))
+    trained = next(row for row in loaded.systems if (row.variant, row.nfe) == ("tafs_grpo", 4))
+    sd = np.std(Row(trained, loaded.systems[trained]).quality("clip").mean((0, 2)))
+    assert same.excess is not None
+    assert same.excess.value == pytest.approx(-0.1 * sd)
 
 
 def test_times_of_the_embedded_models_are_not_tested(runs: list[Path]) -> None:

@@ -76,10 +76,14 @@ CLAIM = Claim.model_validate(
         "claim": "c",
         "source": "s",
         "experiment": "table2",
-        "better": {"row": TAFS, "than": [FLOW], "metrics": ["clip", "pickscore"]},
+        "better": {"row": TAFS, "than": [FLOW], "negligible": 0, "metrics": ["clip", "pickscore"]},
     }
 )
 ONE = CLAIM.model_copy(update={"better": CLAIM.better.model_copy(update={"metrics": ("clip",)})})
+NEGLIGIBLE = 0.5  # sd of the prompts
+EQUIVALENCE = ONE.model_copy(
+    update={"better": ONE.better.model_copy(update={"negligible": NEGLIGIBLE})}
+)
 
 
 @dataclass
@@ -190,6 +194,20 @@ def test_true_null_differences_are_decided_in_at_most_five_per_cent_of_cases(
     found = decisions(table, claim, of_prompts=of_prompts, replicates=1000)
     wrong = np.mean([one["verdict"] != claims.UNDECIDED for one in found])
     assert least <= wrong <= most
+
+
+@pytest.mark.usefixtures("few_resamples")
+def test_an_advantage_that_matters_is_seldom_called_negligible_and_none_often_is(
+    table: Table,
+) -> None:
+    # The standard deviation of the prompts is about 1. Each side has 2.5 %; the bounds are three
+    # standard errors above.
+    at_limit = decisions(table, EQUIVALENCE, gain=NEGLIGIBLE, replicates=400)
+    assert np.mean([one["verdict"] == claims.NOT_REPRODUCED for one in at_limit]) <= 0.05
+    none = list(decisions(table, EQUIVALENCE, replicates=200))
+    verdicts = [one["verdict"] for one in none]
+    assert verdicts.count(claims.REPRODUCED) / len(none) <= 0.06
+    assert verdicts.count(claims.NOT_REPRODUCED) / len(none) > stats.POWER
 
 
 @pytest.mark.usefixtures("few_resamples")

@@ -201,6 +201,17 @@ def test_the_reference_is_not_compared_with_itself(runs: list[Path]) -> None:
     assert tafs.value is None
 
 
+def test_times_of_jobs_that_shared_a_processor_are_said_not_to_be_comparable(
+    runs: list[Path],
+) -> None:
+    loaded = synthetic.loaded(runs)
+    assert table_kinds.SHARED_TIMES in table_kinds.build(loaded).notes
+    on_gpu = synthetic.ASSETS.model_copy(update={"device": "cuda"})
+    for result in loaded.results:
+        result.spec = result.spec.model_copy(update={"assets": on_gpu})
+    assert table_kinds.SHARED_TIMES not in table_kinds.build(loaded).notes
+
+
 def test_correlations_are_those_of_the_file(runs: list[Path]) -> None:
     table = table_kinds.build(synthetic.loaded(runs, kind="correlation"))
     assert [row.spec.label for row in table.rows] == ["R2 with R4", "R3 with R4"]

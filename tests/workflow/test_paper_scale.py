@@ -105,6 +105,11 @@ def test_the_rewards_were_checked(done):
     assert set(stored) == set(found)
 
 
+def test_random_base_models_do_not_hold_the_trainings(done):
+    found = json.loads((done / "results/paper/base_check.json").read_text())
+    assert "flux-dev" in found["random_weights"] and found["values"] == []
+
+
 def test_tables_and_claims_are_marked_where_weights_are_random(done):
     root = done / "results/paper"
     for table in ("table2", "table7"):

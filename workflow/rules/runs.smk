@@ -115,3 +115,22 @@ rule score_served:
         **GRAPH.resources("score_served"),
     shell:
         'python -m tafs.evaluation.served "$(dirname {input.run:q})" > {log:q} 2>&1'
+
+
+# The base models before their training, against the values that the paper prints for them.
+rule check_base:
+    input:
+        GRAPH.input_files("check_base"),
+    output:
+        f"{ROOT}/base_check.json",
+    log:
+        f"{ROOT}/logs/check_base.log",
+    conda:
+        "../../environment.yml"
+    resources:
+        mem_mb=lambda wildcards, attempt: 1000 * (1 + attempt),
+    params:
+        root=subpath(output[0], parent=True),
+        spec=GRAPH.plan.base_check.to_json() if GRAPH.plan.base_check else "",
+    shell:
+        "python -m tafs.report.base_check {params.root:q} {params.spec:q} > {log:q} 2>&1"

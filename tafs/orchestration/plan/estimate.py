@@ -1,7 +1,8 @@
 """Estimates of what the jobs of a scale take: device time and disk space.
 
 The time of a job is its network evaluations x the FLOPs of one, divided by an assumed rate of the
-device, and corrected by the times in the scale's journals and evaluation logs.
+device, on a GPU plus the seconds of decoding and scoring its images, and corrected by the times in
+the scale's journals and evaluation logs.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from tafs.data import prompts
 from tafs.experiment import needs, run_inputs
 from tafs.experiment.schema import Scale
 from tafs.experiment.specs import BEST, EvalSpec, RunSpec
+from tafs.methods import PolicyGradient, registry
 from tafs.models import architectures, catalog
 from tafs.orchestration.graph import Graph, Job
 from tafs.runtime import journal, receipts, run_dir
@@ -29,6 +31,11 @@ from tafs.shapes import weights
 PEAK = 989e12
 COMPILED, EAGER = 0.47, 0.35
 CPU_RATE = 45e9
+# Seconds on an H100 of decoding a pixel (512 px in bfloat16 as in training, 1024 px in float32 as
+# in evaluations) and of scoring an image by PickScore and CLIP (results/reference/gpu/). Other
+# metrics are not measured and not counted.
+DECODED_IN_TRAINING, DECODED = 0.0211 / 512**2, 0.147 / 1024**2
+SCORED, SCORED_TF32 = 0.0134, 0.0053
 START_UP = {"cuda": 120.0, "cpu": 8.0}  # s for a job to import libraries and load models
 PNG_RATIO = 0.5  # size of a PNG file relative to the image's pixels
 STATE_COPIES = 2 * 4  # generations of the resume state x (adapter, average, AdamW's two moments)
@@ -49,6 +56,7 @@ class DeviceJob:
     backbone: str
     devices: int
     flops: float | None  # of the whole job; None: not modelled
+    scoring: float = 0.0  # s of one device that decoding and scoring take
     left: float = 1.0  # share that is not done yet
 
     @property
@@ -152,6 +160,7 @@ class Workload:
             backbone=spec.backbone,
             devices=self.graph.scale.processes if training else 1,
             flops=self.flops(job.rule, spec),
+            scoring=self.scoring(job.rule, spec),
             left=1 - done if to_run else 0.0,
         )
 
@@ -169,6 +178,37 @@ class Workload:
             return evaluation_flops(evaluation, count, forward)
         trajectories = evaluation.trajectories
         return float(trajectories.nfe * trajectories.prompts * forward)
+
+    def scoring(self, stage: str, spec: RunSpec) -> float:
+        """Seconds of one GPU that decoding and scoring the images of a stage of a run take."""
+        scale, evaluation = self.graph.scale, self.evaluations[spec.name]
+        if scale.device == "cpu":
+            return 0.0
+        if stage == "train" and spec.training is not None:
+            method = registry.create(spec.method, spec.hyperparameters)
+            training = spec.training
+            images = training.iterations * training.prompts_per_iteration * training.group_size
+            decoded = DECODED_IN_TRAINING * spec.resolution**2
+            scored = SCORED_TF32 if scale.tf32 else SCORED
+            # Methods that take the reward's gradient score one image of each trajectory.
+            steps = len(method.scored_steps()) if isinstance(method, PolicyGradient) else 1
+            return images * steps * (decoded + scored)
+        each = DECODED * evaluation.resolution**2 + SCORED
+        if stage == "trajectory_rewards":
+            return evaluation.trajectories.nfe * evaluation.trajectories.prompts * each
+        if stage != "evaluate":
+            return 0.0
+        count, _ = self.prompt_counts(spec.prompts, evaluation.prompts_per_tag)
+        images = sum(setting.images_per_prompt for setting in evaluation.settings) * count
+        if len(evaluation.samplers) > 1:
+            chosen = sum(setting.sampler == BEST for setting in evaluation.settings)
+            images += chosen * len(evaluation.samplers) * evaluation.validation_prompts
+        return images * each
+
+    def modelled(self, stage: str, spec: RunSpec, rate: float) -> float | None:
+        """Seconds of one device that a stage of a run takes at `rate`; None: not modelled."""
+        flops = self.flops(stage, spec)
+        return None if flops is None else flops / rate + self.scoring(stage, spec)
 
     def _trained_share(self, spec: RunSpec) -> float:
         """The share of a training that its resume state has done."""
@@ -231,7 +271,9 @@ class Speed:
 
     def computing(self, job: DeviceJob) -> float:
         """Seconds that the whole job computes; 0 if it is not modelled."""
-        return (job.flops or 0.0) / (job.devices * self.rate) * self.ratio(job)[0]
+        if job.flops is None:
+            return 0.0
+        return (job.flops / self.rate + job.scoring) / job.devices * self.ratio(job)[0]
 
     def left(self, job: DeviceJob) -> float:
         """Seconds that the rest of a job takes, with its start-up."""
@@ -258,16 +300,16 @@ def measured(work: Workload, rate: float) -> dict[Key, float]:
             continue
         spec = run_inputs.run_spec(run)  # what was run; config.yaml may have changed since
         key = (spec.variant, spec.backbone)
-        forward = work.forward(spec.backbone, spec.resolution)
+        whole = work.modelled("train", spec, rate) if spec.trained else None
         file = next((f for f in (run.state / "journal.jsonl", run.journal) if f.is_file()), None)
-        if file is not None and forward is not None:
-            modelled = training_flops(spec, forward) / (processes * rate)
+        if file is not None and whole:
+            modelled = whole / (processes * spec.iterations)
             seconds = [record["seconds"]["total"] for record in journal.iterations(file)]
             found.setdefault(("train", *key), []).extend(s / modelled for s in seconds)
         spent = _evaluation_seconds(Path(work.graph.root) / "logs" / "evaluate" / f"{name}.log")
-        flops = work.flops("evaluate", planned) if spent is not None else None
-        if spent is not None and flops:
-            found.setdefault(("evaluate", *key), []).append(spent * rate / flops)
+        whole = work.modelled("evaluate", planned, rate) if spent is not None else None
+        if spent is not None and whole:
+            found.setdefault(("evaluate", *key), []).append(spent / whole)
     return {key: statistics.median(ratios) for key, ratios in found.items() if ratios}
 
 

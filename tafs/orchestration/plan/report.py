@@ -37,7 +37,7 @@ from tafs.runtime.progress import duration
 from tafs.runtime.run_dir import BASE
 from tafs.runtime.run_dir import STAGES as RUN_STAGES
 
-STAGES = ("fetch", "check_rewards", *RUN_STAGES)
+STAGES = ("fetch", "check_rewards", "check_base", *RUN_STAGES)
 ORDER = ("describe", "describe_evaluation", *STAGES, "report_spec", "compare", "track")
 # stage -> the stage of the same run that it waits for
 AFTER = {"evaluate": "train", "trajectory_rewards": "train", "score_served": "evaluate"}
@@ -319,9 +319,8 @@ class Page:
             f"  Of {sum(bases.values())} trainings "
             + ", ".join(f"{bases[b]} are {b}" for b in ("measured", "scaled", "modelled"))
             + ".",
-            "  Not modelled: rewards (unless measured), decoding, the scoring server, downloads, "
-            "tables,",
-            "  queues.",
+            "  Not modelled: rewards besides PickScore and CLIP (unless measured), the scoring",
+            "  server, downloads, tables, queues.",
         ]
         if self._on_gpus:
             lines.append("  Memory: weights, optimiser and activations, see docs/paper-scale.md.")

@@ -298,6 +298,7 @@ def _claim(verdict: Verdict) -> dict[str, Any]:
                 "text": f"{c.estimate.value:+.3g}",
                 "interval": f"[{c.estimate.low:+.3g}, {c.estimate.high:+.3g}]",
                 "sign": c.sign,
+                "negligible": c.is_negligible,
                 "needed": c.needed if c.sign == 0 else "",
                 "at": {
                     "low": axis(c.estimate.low),
