@@ -42,7 +42,7 @@ from tafs.data.prompts import Prompt
 from tafs.experiment import Plan, RunSpec
 from tafs.methods import registry as methods
 from tafs.methods.base import Method
-from tafs.methods.policy_gradient import PolicyGradient
+from tafs.methods.group_relative import GroupRelative
 from tafs.models import catalog, flops
 from tafs.models.base import fast_dtype
 from tafs.rewards.registry import RewardSet
@@ -113,7 +113,7 @@ def predict(method: Method, calls: Calls) -> float:
     kl = 2  # evaluations for the journal's KL divergence
     # A method that differentiates its rewards may do so at every evaluation.
     scored = method.forward_equivalents
-    if isinstance(method, PolicyGradient):
+    if isinstance(method, GroupRelative):
         scored = len(method.scored_steps())
     return (method.forward_equivalents + kl) * unit + scored * calls.reward
 
@@ -192,7 +192,8 @@ def rehearse(
     sampled_all = sampling[False] + sampling[True]
     trained = updating[True] + (sampling[True] if trainer.keep_graphs else 0)
     cost = sampled_all + updating[False] + 3 * trained
-    mean = trainer.method.forward_equivalents / cost  # 1 unless the number of steps is drawn
+    # 1 unless the number of steps is drawn.
+    mean = trainer.method.cost(trainer.group_size) / cost
     return Row(
         variant=run.variant,
         title=run.title,

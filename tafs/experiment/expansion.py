@@ -22,7 +22,7 @@ from tafs.experiment.specs import (
     TrajectorySpec,
 )
 from tafs.experiment.variants import Variants
-from tafs.methods.policy_gradient import PolicyGradient
+from tafs.methods.group_relative import GroupRelative
 from tafs.models import catalog
 from tafs.rewards.metrics import METRICS
 from tafs.runtime.run_dir import BASE
@@ -90,7 +90,7 @@ class Expansion:
     ) -> RunSpec:
         name, hyperparameters = self.variants.resolve(variant)
         method = self.variants.method(variant)
-        if self.config.tasks[task].normalize and isinstance(method, PolicyGradient):
+        if self.config.tasks[task].normalize and isinstance(method, GroupRelative):
             hyperparameters = {**hyperparameters, "normalize_rewards": True}
         kept = {self.variants.iterations_at(variant, share) for share in SNAPSHOT_SHARES}
         return self._run(
@@ -109,7 +109,7 @@ class Expansion:
             sampler=BEST,
             nfe_old=method.nfe_old,
             nfe_theta=method.nfe_theta,
-            forward_equivalents=method.forward_equivalents,
+            forward_equivalents=self.variants.cost(variant),
             snapshots=tuple(sorted(kept - {self.scale.iterations})),
         )
 

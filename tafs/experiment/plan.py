@@ -66,6 +66,13 @@ class Plan:
             within=scale.base_within, accepted=scale.accept_base, tables=tuple(tables)
         )
 
+    @property
+    def searched_methods(self) -> list[str]:
+        """The methods of the hyperparameter search that the scale trains on its task."""
+        tuning = self.config.tuning
+        trained = {(run.variant, run.task) for run in self.runs.values()}
+        return [m for m in tuning.methods if (m, tuning.task) in trained] if tuning else []
+
     @cached_property
     def budget(self) -> Plan | None:
         """The plan with the seeds of the last look of `snakemake decide`; None without looks."""

@@ -54,10 +54,14 @@ class Variants:
         settings = self.config.methods.get(variant)
         return (settings.title if settings else "") or self.method(variant).TITLE or variant
 
+    def cost(self, variant: str) -> float:
+        """The variant's network evaluations per image and iteration; see `Method.cost`."""
+        return self.method(variant).cost(self.scale.group_size)
+
     def iterations_at(self, variant: str, share: float) -> int:
         """How many iterations a share of the compute reference's training compute pays for."""
         total = self.scale.iterations
-        budget = total * share * self.method(self.config.compute_reference).forward_equivalents
+        budget = total * share * self.cost(self.config.compute_reference)
         # The small term absorbs the rounding of a ratio that should be a whole number.
-        paid = int(budget / self.method(variant).forward_equivalents + 1e-9)
+        paid = int(budget / self.cost(variant) + 1e-9)
         return max(1, min(total, paid))

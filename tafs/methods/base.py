@@ -7,18 +7,20 @@ three hooks of it in every iteration:
 2. `compute_advantages` turns the rewards of these images into advantages;
 3. `losses` yields the loss, one micro-batch at a time.
 
-Policy-gradient methods inherit all three from `PolicyGradient`. Methods that backpropagate through
-the reward models implement `rollout` and `losses`.
+Policy-gradient methods inherit all three from `PolicyGradient`, and methods that learn from noised
+copies of their images from `ForwardProcess`. Methods that backpropagate through the reward models
+implement `rollout` and `losses`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from tafs.common.seeding import Generators
@@ -42,15 +44,36 @@ class Trajectory:
     cond: Conditioning  # of the B images
     # The T steps with the graphs of their evaluations, for one backward pass; () if not kept.
     kept: tuple[Transition, ...] = ()
+    # What else a method's loss needs of each step, by name, [T, B, ...] each.
+    records: Mapping[str, Tensor] = field(default_factory=dict)
 
     def images(self, index: slice) -> Trajectory:
         """Return the trajectory of the images that `index` selects, without kept graphs."""
         tensors = {
             f.name: getattr(self, f.name)[:, index]
             for f in dataclasses.fields(self)
-            if f.name not in ("cond", "kept")
+            if f.name not in ("cond", "kept", "records")
         }
-        return Trajectory(**tensors, cond=self.cond[index])
+        records = {name: values[:, index] for name, values in self.records.items()}
+        return Trajectory(**tensors, cond=self.cond[index], records=records)
+
+    @staticmethod
+    def cat(parts: Sequence[Trajectory]) -> Trajectory:
+        """Return the trajectory of all images of some trajectories, without kept graphs."""
+        tensors: dict[str, Any] = {
+            f.name: torch.cat([getattr(part, f.name) for part in parts], dim=1)
+            for f in dataclasses.fields(Trajectory)
+            if f.name not in ("cond", "kept", "records")
+        }
+        records = {
+            name: torch.cat([part.records[name] for part in parts], dim=1)
+            for name in parts[0].records
+        }
+        cond = Conditioning.cat([part.cond for part in parts])
+        negative = [part.cond.negative for part in parts if part.cond.negative is not None]
+        if negative:
+            cond = dataclasses.replace(cond, negative=Conditioning.cat(negative))
+        return Trajectory(**tensors, cond=cond, records=records)
 
 
 @dataclass(frozen=True)
@@ -115,6 +138,16 @@ class Method:
     def saves_average(self) -> bool:
         """Whether the averaged adapter is saved and judged, and not the trained one."""
         return self.ema > 0
+
+    @property
+    def samples_average(self) -> bool:
+        """Whether `rollout` samples with the averaged adapter and not with the trained one."""
+        return False
+
+    @property
+    def compares_images(self) -> bool:
+        """Whether `losses` needs all images of an update at once, and not a micro-batch of them."""
+        return False
 
     def check_iterations(self, iterations: int) -> None:
         """Raise ValueError, naming a hyperparameter, if it does not suit so many iterations."""
@@ -213,3 +246,7 @@ class Method:
                 "the network evaluations per image and iteration"
             )
         return self.nfe_old + 3 * self.nfe_theta
+
+    def cost(self, group_size: int) -> float:
+        """`forward_equivalents` with so many images of each prompt, if it depends on them."""
+        return self.forward_equivalents

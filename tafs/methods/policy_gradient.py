@@ -10,13 +10,14 @@ from torch import Tensor
 
 from tafs.common.seeding import Generators
 from tafs.methods import grpo
-from tafs.methods.base import LossPart, Method, Trajectory, UpdateInputs
+from tafs.methods.base import LossPart, Trajectory, UpdateInputs
+from tafs.methods.group_relative import GroupRelative
 from tafs.models import Backbone, Conditioning, sampling
 from tafs.models.sampling import Transition
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolicyGradient(Method):
+class PolicyGradient(GroupRelative):
     """Group-relative policy optimisation of a sampler's steps (Eqs. 1-3, 9, 10).
 
     The rollout walks the time grid. A stochastic step draws x_s from `transition`, any other step
@@ -33,10 +34,6 @@ class PolicyGradient(Method):
     clip_range: float = 1e-4
     beta: float = 0.0  # weight of the KL to the base model
     time_grid: str = "model"  # "model": the scheduler's own; or "uniform"
-    normalize_rewards: bool = False  # True: the weighted sum of each reward's own advantages
-    global_std: bool = False  # True: divide by the batch's std instead of each group's
-    advantage_limit: float | None = None  # advantages are clamped to +- this limit
-    shared_noise: bool = False  # True: all images of a group start from the same noise
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,8 +41,6 @@ class PolicyGradient(Method):
         self._at_least("clip_range", 0)
         self._at_least("eta", 0)
         self._at_least("beta", 0)
-        if self.advantage_limit is not None:
-            self._at_least("advantage_limit", 0)
         if self.time_grid not in ("uniform", "model"):
             raise ValueError(f"time_grid: {self.time_grid!r} is neither 'uniform' nor 'model'")
         if self.sampler not in sampling.TRANSITIONS:
@@ -77,29 +72,40 @@ class PolicyGradient(Method):
         """Return the indices of the steps that draw from `transition`; others are deterministic."""
         return range(self.steps)
 
-    def scored_steps(self) -> Sequence[int]:
-        """Return the indices of the steps whose x0_hat is scored; -1 is the final image."""
-        return (-1,)
-
     def select_steps(self, records: Sequence[Tensor], generators: Generators) -> Sequence[Tensor]:
         """Select the trained steps of each image from the recorded ones; by default all.
 
-        Records are x_t, x_s, t, s and log_prob of `trained_steps`, [T, B, ...] each.
+        Records are x_t, x_s, t, s, log_prob and those of `record`, of `trained_steps`,
+        [T, B, ...] each.
         """
         return records
 
-    def assign_credit(self, advantages: Tensor, steps: int) -> Tensor:
-        """Map advantages of scored images [K, groups, G] to trained steps, [steps, groups, G]."""
-        return advantages[-1:].expand(steps, -1, -1)
+    def record(self, transition: Transition) -> Mapping[str, Tensor]:
+        """Return what `objective` needs of the sampling policy's step, by name, [B, ...] each."""
+        return {}
+
+    def objective(
+        self,
+        transition: Transition,
+        trajectory: Trajectory,
+        index: tuple[int, slice],
+        advantages: Tensor,
+    ) -> grpo.Objective:
+        """Return the objective of one step of some images; by default that of Eqs. 2 and 10.
+
+        Args:
+            transition: the step under the trained policy, with gradients.
+            index: the number of the trained step, and the images: `trajectory.t[index]` is [b].
+            advantages: [b].
+        """
+        log_prob = transition.log_prob(trajectory.x_s[index])
+        old = trajectory.log_prob[index]
+        return grpo.clipped_objective(log_prob, old, advantages, self.clip_range)
 
     @property
     def keeps_graphs(self) -> bool:
         """Not if each image trains other steps: most evaluations would be kept for few images."""
         return type(self).select_steps is PolicyGradient.select_steps
-
-    @property
-    def shares_start_noise(self) -> bool:
-        return self.shared_noise
 
     @property
     def nfe_old(self) -> float:
@@ -128,7 +134,8 @@ class PolicyGradient(Method):
         stochastic = set(self.stochastic_steps(iteration))
         scored = [n % (last + 1) for n in self.scored_steps()]
         x = noise
-        records: list[tuple[Tensor, ...]] = []
+        steps: list[tuple[Tensor, ...]] = []
+        names: Sequence[str] = ()
         past: list[tuple[Tensor, Tensor]] = []
         images: list[Tensor] = []
         keeps, kept = torch.is_grad_enabled(), []
@@ -152,37 +159,20 @@ class PolicyGradient(Method):
             transition = self.transition(x, v, t, s)
             x_s = transition.sample(generators)
             if n in trained:
-                records.append((x, x_s, t, s, transition.log_prob(x_s)))
+                extra = self.record(transition)
+                names = tuple(extra)
+                steps.append((x, x_s, t, s, transition.log_prob(x_s), *extra.values()))
             x = x_s
-        columns = [torch.stack(column) for column in zip(*records, strict=True)]
-        x_t, x_s, t, s, log_prob = self.select_steps(columns, generators)
-        return Trajectory(x_t, x_s, t, s, log_prob, torch.stack(images), cond, tuple(kept))
-
-    def compute_advantages(
-        self, rewards: Mapping[str, Tensor], weights: Mapping[str, float]
-    ) -> Tensor:
-        """Normalise the weighted sum of the rewards, or each reward before the weighted sum."""
-        if self.normalize_rewards:
-            advantages = torch.stack([w * self.advantages(rewards[n]) for n, w in weights.items()])
-            return self.assign_credit(advantages.sum(0), self.nfe_theta)
-        total = torch.stack([w * rewards[n] for n, w in weights.items()]).sum(0)
-        return self.assign_credit(self.advantages(total), self.nfe_theta)
-
-    def advantages(self, rewards: Tensor) -> Tensor:
-        """Normalise rewards [K, groups, G] to advantages of the same shape.
-
-        A missing reward is NaN and must not influence the advantages of other images.
-        """
-        normalise = grpo.global_std_advantages if self.global_std else grpo.group_advantages
-        advantages = normalise(rewards)
-        if self.advantage_limit is None:
-            return advantages
-        return advantages.clamp(-self.advantage_limit, self.advantage_limit)
+        columns = [torch.stack(column) for column in zip(*steps, strict=True)]
+        x_t, x_s, t, s, log_prob, *own = self.select_steps(columns, generators)
+        records = dict(zip(names, own, strict=True))
+        scores = torch.stack(images)
+        return Trajectory(x_t, x_s, t, s, log_prob, scores, cond, tuple(kept), records)
 
     def losses(
         self, backbone: Backbone, trajectory: Trajectory, inputs: UpdateInputs, micro_batch: int
     ) -> Iterator[LossPart]:
-        """Yield the clipped objective of Eq. 10, plus the weighted KL term if `beta` > 0."""
+        """Yield the objective of every step, plus the weighted KL term if `beta` > 0."""
         steps, batch = inputs.advantages.shape
         for n in range(steps):
             for low in range(0, batch, micro_batch):
@@ -193,12 +183,8 @@ class PolicyGradient(Method):
                     transition = trajectory.kept[n]
                 else:
                     transition = self.transition(x_t, backbone.velocity(x_t, t, cond), t, s)
-                objective = grpo.clipped_objective(
-                    transition.log_prob(trajectory.x_s[n, part]),
-                    trajectory.log_prob[n, part],
-                    inputs.advantages[n, part],
-                    self.clip_range,
-                )
+                advantages = inputs.advantages[n, part]
+                objective = self.objective(transition, trajectory, (n, part), advantages)
                 loss = objective.loss
                 if self.beta > 0:
                     loss = loss + self.beta * self.kl(backbone, x_t, t, s, cond, transition).mean()

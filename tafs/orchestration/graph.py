@@ -82,8 +82,7 @@ class Graph:
     @property
     def searched_methods(self) -> list[str]:
         """The methods of the hyperparameter search."""
-        tuning = self.plan.config.tuning
-        return list(tuning.methods) if tuning else []
+        return self.plan.searched_methods
 
     @cached_property
     def stages(self) -> dict[str, tuple[str, ...]]:

@@ -184,7 +184,8 @@ class Trainer:
                 shared=part.start * self.method.updates // len(noise),  # the number of its update
             )
             first = part.stop <= self._updates()[0].stop
-            with torch.set_grad_enabled(first and self.keep_graphs):
+            sampled = self.averaged() if self.method.samples_average else nullcontext()
+            with torch.set_grad_enabled(first and self.keep_graphs), sampled:
                 trajectories.append(
                     self.method.rollout(
                         self.backbone, cond[part], noise[part], generators, iteration
@@ -281,6 +282,11 @@ class Trainer:
             low = update.start
             while low < update.stop:
                 trajectory = next(pending)
+                if self.method.compares_images:
+                    parts = [trajectory]
+                    while sum(part.t.shape[1] for part in parts) < update.stop - low:
+                        parts.append(next(pending))
+                    trajectory = Trajectory.cat(parts)
                 size = trajectory.t.shape[1]
                 idx = range(low, low + size)
                 inputs = UpdateInputs(

@@ -291,15 +291,15 @@ def search_of(plan: Plan, tuning: Tuning, variant: str) -> Search:
     first = next((r for r in plan.runs.values() if (r.variant, r.task) == wanted), None)
     if first is None:
         raise ConfigError(
-            f"tuning.methods: scale {plan.config.scale!r} does not train {variant!r} on "
-            f"{tuning.task!r}; take it out, or search one method with --only"
+            f"tuning: scale {plan.config.scale!r} does not train {variant!r} on {tuning.task!r}; "
+            "choose another scale"
         )
     space = Space(variant, tuning.space(variant), Variants(plan.config).method(variant))
     return Search(plan, tuning, first, space)
 
 
 def search(plan: Plan, only: str | None = None) -> None:
-    """Search the hyperparameters of all methods, or of one; write their tables."""
+    """Search the hyperparameters of all methods that the scale trains, or of one."""
     tuning = plan.config.tuning
     if tuning is None:
         raise ConfigError("config.yaml: missing key 'tuning'")
@@ -307,7 +307,7 @@ def search(plan: Plan, only: str | None = None) -> None:
         raise ConfigError(
             f"--only: {only!r} is not searched (available: {', '.join(tuning.methods)})"
         )
-    chosen = [variant for variant in tuning.methods if only in (None, variant)]
+    chosen = plan.searched_methods if only is None else [only]
     searches = [search_of(plan, tuning, variant) for variant in chosen]
     if plan.config.active.device == "cuda":
         gpus.claim(1)

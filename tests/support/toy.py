@@ -15,7 +15,7 @@ from tafs.data import prompts
 from tafs.data.plugins.shapes import FOLDER
 from tafs.experiment.schema import Lora
 from tafs.experiment.specs import RunSpec, TrainingSpec
-from tafs.methods import PolicyGradient
+from tafs.methods import GroupRelative, PolicyGradient
 from tafs.methods.registry import method_class
 from tafs.models import Conditioning
 from tafs.rewards.metrics import Metric
@@ -87,7 +87,7 @@ def toy_rewards(names: Sequence[str] = ("clip",)) -> RewardSet:
 
 def call_of(run: Trainer, image: int, step: int = 0) -> tuple[int, int]:
     """Return the call of a reward, within an iteration, that scores an image, and its row."""
-    scored = len(run.method.scored_steps()) if isinstance(run.method, PolicyGradient) else 1
+    scored = len(run.method.scored_steps()) if isinstance(run.method, GroupRelative) else 1
     chunk, row = divmod(image, run.micro_batch)
     return chunk * scored + step, row
 

@@ -95,6 +95,18 @@ def test_the_objective_is_the_mean_minus_its_standard_error(
     assert measure.objective(gains) == pytest.approx(expected)
 
 
+def test_a_scale_searches_the_methods_that_it_trains_whose_present_values_are_in_their_spaces():
+    smoke, field = (experiment.load({"scale": scale}) for scale in ("smoke", "field"))
+    tuning = field.config.tuning
+    assert tuning is not None
+    assert set(smoke.searched_methods) == set(smoke.config.experiments["table2"].methods)
+    assert field.searched_methods == list(tuning.methods)
+    for method in tuning.methods:
+        search_of(field, tuning, method)
+    with pytest.raises(ConfigError, match="scale 'smoke' does not train 'awm' on 'preference'"):
+        search(smoke, "awm")
+
+
 def test_every_method_has_as_many_trials_and_begins_with_its_present_values(
     tmp_path: Path, measured: Callable[[Measure], list[tuple[int, int]]]
 ) -> None:
@@ -103,7 +115,7 @@ def test_every_method_has_as_many_trials_and_begins_with_its_present_values(
     tuning = plan.config.tuning
     assert tuning is not None
     search(plan)
-    for method in tuning.methods:
+    for method in plan.searched_methods:
         found = rows(plan, method)
         space = search_of(plan, tuning, method).space
         assert [int(row["number"]) for row in found] == list(range(tuning.trials))

@@ -1,0 +1,302 @@
+"""The field's methods against their published formulas, on numbers that are worked out by hand."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from support.toy import ToyBackbone, streams, toy_run, toy_trainer
+
+from tafs.methods import Method, Trajectory, UpdateInputs, registry
+from tafs.methods.forward_process import VELOCITY, target
+from tafs.models import Conditioning, sampling
+
+COND = Conditioning(torch.zeros(1, 1, 1), torch.zeros(1, 1))
+FIRST = (0, slice(0, 1))  # the first step of the first image
+
+
+def toy(weight: float = 0.0) -> ToyBackbone:
+    backbone = ToyBackbone()
+    backbone.add_lora(1, 1, torch.Generator())
+    backbone.weight.data.fill_(weight)
+    return backbone
+
+
+def roll(method: Method, backbone: ToyBackbone, count: int = 5) -> Trajectory:
+    """A rollout of `count` images from the same noise."""
+    noise = torch.randn(1, 2, generator=torch.Generator().manual_seed(0)).expand(count, 2)
+    cond = backbone.encode(["a red ring"] * count)
+    with torch.no_grad():
+        return method.rollout(backbone, cond, noise, streams(count, 1), 0)  # type: ignore[arg-type]
+
+
+def copy_of(x_0: list[float], e: list[float], t: float, old: list[float]) -> Trajectory:
+    """One noised copy of one image."""
+    one = [torch.tensor([[values]]) for values in (x_0, e, old)]
+    time = torch.full((1, 1), t)
+    return Trajectory(
+        x_t=(1 - t) * one[0] + t * one[1],
+        x_s=one[0],
+        t=time,
+        s=torch.zeros(1, 1),
+        log_prob=torch.zeros(1, 1),
+        scored=one[0],
+        cond=COND,
+        records={VELOCITY: one[2]},
+    )
+
+
+def test_the_forward_process_noises_the_odes_images_at_distinct_times_of_the_grid():
+    method, backbone = registry.create("diffusion_nft", {"steps": 6, "copies": 4}), toy(0.1)
+    found = roll(method, backbone)
+    noise = torch.randn(1, 2, generator=torch.Generator().manual_seed(0)).expand(5, 2)
+    x, grid = noise, torch.linspace(1, 0, 7)
+    for t, s in zip(grid[:-1], grid[1:], strict=True):
+        x = x + (s - t) * backbone.velocity(x, t.expand(5), COND)
+    torch.testing.assert_close(found.scored[0], x.detach())
+    assert found.t.shape == (4, 5)
+    for image in range(5):
+        times = found.t[:, image].tolist()
+        assert len(set(times)) == 4 and set(times) <= set(grid[:-1].tolist())
+    assert len({tuple(found.t[:, image].tolist()) for image in range(5)}) > 1
+    for n in range(4):
+        e = found.x_s[n] + target(found, (n, slice(0, 5)))
+        expected = (1 - found.t[n, :, None]) * x + found.t[n, :, None] * e
+        torch.testing.assert_close(found.x_t[n], expected.detach())
+        assert len({tuple(row) for row in e.tolist()}) == 5  # not the noise of the rollout
+        v = backbone.velocity(found.x_t[n], found.t[n], COND).detach()
+        assert torch.equal(found.records[VELOCITY][n], v)
+
+
+@pytest.mark.parametrize(
+    ("advantage", "expected"),
+    [
+        # v+ = (2, -1.5), v- = (0, -0.5); x+ - x_0 = (0, -0.25), x- - x_0 = (1, -0.75).
+        # Mean squares 0.03125 and 0.78125 over means 0.125 and 0.875: 0.25 and 0.892857.
+        (5.0, 0.25),
+        (-5.0, 0.892857),
+        (0.0, (0.25 + 0.892857) / 2),
+        (2.5, 0.75 * 0.25 + 0.25 * 0.892857),
+        (9.0, 0.25),  # beyond the limit of 5
+    ],
+)
+def test_diffusion_nft_weighs_the_errors_of_both_implicit_policies(advantage, expected):
+    method = registry.create("diffusion_nft", {"mixing": 0.5})
+    trajectory = copy_of([1.0, 2.0], [3.0, 0.0], 0.5, old=[1.0, -1.0])
+    v = torch.tensor([[3.0, -2.0]])
+    loss = method.loss(v, trajectory, FIRST, torch.tensor([advantage]))  # type: ignore[attr-defined]
+    assert loss.item() == pytest.approx(5 / 0.5 * expected, rel=1e-5)
+
+
+def test_diffusion_nfts_weights_have_no_gradients():
+    """d (error^2 / 2w) / d v = -t b error / w for the positive policy, with w = mean |error|."""
+    method = registry.create("diffusion_nft", {})
+    trajectory = copy_of([1.0, 2.0], [3.0, 0.0], 0.5, old=[0.0, 0.0])
+    v = torch.tensor([[1.0, -1.0]], requires_grad=True)
+    loss = method.loss(v, trajectory, FIRST, torch.tensor([5.0]))  # type: ignore[attr-defined]
+    (gradient,) = torch.autograd.grad(loss, v)
+    # x+ = (2 - 0.5, 1 + 0.5) = (1.5, 1.5): errors (0.5, -0.5), w = 0.5; times A_max = 5.
+    torch.testing.assert_close(gradient, 5 * torch.tensor([[-0.5, 0.5]]))
+
+
+def test_diffusion_nft_samples_with_the_old_policy_which_moves_after_each_iteration():
+    method = registry.create("diffusion_nft", {"old_rate": 0.1, "old_limit": 0.25})
+    decays = [method.decay(updates) for updates in range(8)]
+    assert decays == pytest.approx([1, 0.1, 1, 0.2, 1, 0.25, 1, 0.25])
+    still = toy_trainer(toy_run("diffusion_nft", old_rate=1.0, old_limit=1.0))
+    untrained = toy_trainer(toy_run("diffusion_nft", learning_rate=0.0))
+    for iteration in range(3):
+        rewards = [run.iterate(iteration)["rewards"] for run in (still, untrained)]
+        assert rewards[0] == rewards[1]
+    assert still.parameters["bias"].any() and not still.averages["bias"].any()
+
+
+def path(backbone: ToyBackbone, x: torch.Tensor, times: list[float]) -> torch.Tensor:
+    """Euler steps from x at times[0] to times[-1]."""
+    for t, s in itertools.pairwise(times):
+        x = x + (s - t) * backbone.velocity(x, torch.full((len(x),), t), COND)
+    return x.detach()
+
+
+@pytest.mark.parametrize(
+    ("name", "suffixes"),
+    [
+        ("tempflow_grpo", [[[1, 2, 3, 4, 5]], [[2, 3, 4, 5]], [[3, 4, 5]]]),
+        # Every second time; where the last interval does not fit, the one before ends at 0.
+        ("g2rpo", [[[1, 2, 3, 4, 5], [1, 2, 5]], [[2, 3, 4, 5], [2, 3, 5]], [[3, 4, 5], [3, 5]]]),
+    ],
+)
+def test_branches_leave_one_ode_trajectory_and_end_on_the_ode(name, suffixes):
+    """`suffixes` are the indices of the grid's times that each image of a branch passes."""
+    method, backbone = registry.create(name, {"steps": 5, "trained": 3}), toy(0.1)
+    found = roll(method, backbone)
+    grid = [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]
+    expected = []
+    for n in range(3):
+        anchor = path(backbone, found.x_t[0], grid[: n + 1])
+        torch.testing.assert_close(found.x_t[n], anchor)
+        assert (found.x_t[n] == found.x_t[n][:1]).all()  # shared by the group
+        t, s = found.t[n], found.s[n]
+        step = sampling.flow_sde(anchor, backbone.velocity(anchor, t, COND).detach(), t, s, 0.7)
+        torch.testing.assert_close(found.log_prob[n], step.log_prob(found.x_s[n]))
+        assert len({tuple(row) for row in found.x_s[n].tolist()}) == 5
+        expected += [path(backbone, found.x_s[n], [grid[i] for i in rest]) for rest in suffixes[n]]
+    torch.testing.assert_close(found.scored, torch.stack(expected))
+    evaluations = 3 + sum(len(times) - 1 for step in suffixes for times in step)
+    assert (method.nfe_old, method.nfe_theta) == (evaluations, 3)
+
+
+def test_a_branching_step_is_credited_with_the_sum_over_its_own_images_granularities():
+    rewards = torch.tensor([[1.0, 3.0], [5.0, 1.0], [2.0, 2.0], [0.0, 8.0]])[:, None]
+    method = registry.create("g2rpo", {"steps": 4, "trained": 2})
+    advantages = method.compute_advantages({"clip": rewards}, {"clip": 1.0})
+    # z-scores (-1, 1) and (1, -1) of the first step, (0, 0) and (-1, 1) of the second.
+    expected = torch.tensor([[[0.0, 0.0]], [[-1.0, 1.0]]])
+    torch.testing.assert_close(advantages, expected, atol=2e-4, rtol=0)
+    method = registry.create("tempflow_grpo", {"steps": 5, "trained": 4})
+    advantages = method.compute_advantages({"clip": rewards}, {"clip": 1.0})
+    expected = torch.tensor([[-1.0, 1.0], [1.0, -1.0], [0.0, 0.0], [-1.0, 1.0]])[:, None]
+    torch.testing.assert_close(advantages, expected, atol=2e-4, rtol=0)
+
+
+def test_tempflow_weighs_each_step_by_its_noise():
+    method = registry.create("tempflow_grpo", {"steps": 4, "trained": 3, "clip_range": 0.2})
+    found = roll(method, toy(), count=2)
+    # g sqrt(t - s) for t = 1, 3/4, 1/2 with g = 0.7 sqrt(t / (1 - t)), 1 - t of the next point at 1
+    std = [0.7 * (t / rest) ** 0.5 * 0.25**0.5 for t, rest in ((1, 0.25), (0.75, 0.25), (0.5, 0.5))]
+    advantages = torch.tensor([1.0, -0.5])
+    for n in range(3):
+        v = toy().velocity(found.x_t[n], found.t[n], COND)
+        transition = method.transition(found.x_t[n], v, found.t[n], found.s[n])  # type: ignore[attr-defined]
+        given = transition, found, (n, slice(0, 2)), advantages
+        loss = method.objective(*given).loss  # type: ignore[attr-defined]
+        # The ratio is 1, so that the loss is minus the weighted mean advantage, 1/4.
+        assert loss.item() == pytest.approx(-0.25 * std[n] / (sum(std) / 3), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("advantage", "clip_range", "objective"),
+    [
+        # The target is (2, -2). Mean squares 2 and, of the old velocity, 0.5; p = 1/2 and t = 1/2:
+        # the ratio is exp(-(sqrt(2) - sqrt(0.5)) / 2) = 0.702189.
+        (5.0, 1.0, 0.702189),
+        (-2.5, 1.0, -0.5 * 0.702189),
+        (-5.0, 0.2, -0.8),
+        (5.0, 0.2, 0.702189),
+    ],
+)
+def test_awm_takes_the_flow_matching_loss_as_the_log_likelihood(advantage, clip_range, objective):
+    method = registry.create("awm", {"power": 0.5, "clip_range": clip_range, "old_weight": 3.0})
+    trajectory = copy_of([1.0, 2.0], [3.0, 0.0], 0.5, old=[2.0, -1.0])
+    v = torch.tensor([[4.0, -2.0]])
+    loss = method.loss(v, trajectory, FIRST, torch.tensor([advantage]))  # type: ignore[attr-defined]
+    # The mean square of v - v_old = (2, -1) is 2.5.
+    assert loss.item() == pytest.approx(-objective + 3 * 2.5, rel=1e-5)
+
+
+def test_pref_grpo_normalises_win_rates():
+    nan = float("nan")
+    rewards = torch.tensor([[[0.1, 0.5, 0.5, 900.0], [2.0, nan, 1.0, nan]]])
+    method = registry.create("pref_grpo", {})
+    advantages = method.compute_advantages({"clip": rewards}, {"clip": 1.0})
+    # Win rates (0, 1/2, 1/2, 1) with std sqrt(1/8), and (1, 0) of the two known images.
+    first, second = torch.tensor([-0.5, 0.0, 0.0, 0.5]) / 0.125**0.5, torch.tensor([1.0, 0, -1, 0])
+    expected = torch.stack([first, second]).expand(6, 2, 4)
+    torch.testing.assert_close(advantages, expected, atol=5e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("hyperparameters", "scored"),
+    [({"steps": 5, "trained": 2}, 3), ({"steps": 3, "trained": 2, "sampler": "anneal"}, 3)],
+)
+def test_the_gain_credits_a_step_with_what_it_adds_to_the_reward(hyperparameters, scored):
+    method, backbone = registry.create("stepwise_flow_grpo", hyperparameters), toy(0.1)
+    found = roll(method, backbone)
+    assert len(found.scored) == scored
+    for n in range(2):  # the images before and after each trained step
+        v = backbone.velocity(found.x_t[n], found.t[n], COND).detach()
+        estimate = sampling.x0_estimate(found.x_t[n], v, found.t[n])
+        torch.testing.assert_close(found.scored[n], estimate)
+    rewards = torch.tensor([[1.0, 5.0], [3.0, 6.0], [4.0, 9.0]])[:, None]
+    # Gains (2, 1) and (1, 3), although the second image is the better one at every step.
+    advantages = method.compute_advantages({"clip": rewards}, {"clip": 1.0})
+    expected = torch.tensor([[[1.0, -1.0]], [[-1.0, 1.0]]])
+    torch.testing.assert_close(advantages, expected, atol=3e-4, rtol=0)
+
+
+def test_grpo_guards_ratio_is_centred_and_scaled_and_its_loss_divided_by_the_steps_length():
+    method = registry.create("grpo_guard", {"clip_range": 0.1})
+    mean = torch.tensor([[1.0, 2.0]], requires_grad=True)
+    old, x_s, std = torch.tensor([[0.5, 2.0]]), torch.tensor([[1.0, 1.0]]), torch.tensor([[0.5]])
+    before, after = sampling.Transition(old, std), sampling.Transition(mean, std)
+    trajectory = Trajectory(
+        x_t=x_s[None],
+        x_s=x_s[None],
+        t=torch.tensor([[0.6]]),
+        s=torch.tensor([[0.4]]),
+        log_prob=before.log_prob(x_s)[None],
+        scored=x_s[None],
+        cond=COND,
+        records={name: value[None] for name, value in method.record(before).items()},  # type: ignore[attr-defined]
+    )
+    # log p - log p_old = 0.25 and m = 0.25: (x_s - mu_old)(mu - mu_old) / sigma is 0.25 on average.
+    for advantage, value in ((1.0, -1.1), (-1.0, math.exp(0.25))):
+        given = after, trajectory, FIRST, torch.tensor([advantage])
+        found = method.objective(*given)  # type: ignore[attr-defined]
+        assert found.ratio.item() == pytest.approx(math.exp(0.25), rel=1e-5)
+        assert found.loss.item() == pytest.approx(value / 0.2, rel=1e-5)
+    (gradient,) = torch.autograd.grad(found.loss, mean)
+    # d r / d mu = r (x_s - mu_old) / (2 sigma)
+    torch.testing.assert_close(gradient, math.exp(0.25) / 0.2 * torch.tensor([[0.5, -1.0]]))
+
+
+@pytest.mark.parametrize(
+    ("last", "weight", "bias"),
+    # x_0 = x / 2 + 0.1 w + b; a step before, x = x' / 2 + (x' / 2 + 0.2 w + b) / 2.
+    [(1, 0.1, 1.0), (2, 0.1 + 0.05, 1.25)],
+)
+def test_draft_differentiates_the_reward_through_the_last_steps(last, weight, bias):
+    method, backbone = registry.create("draft_k", {"last": last}), toy()
+    found = roll(method, backbone)
+    assert found.t[0, 0].item() == pytest.approx(0.1 * last)
+    inputs = UpdateInputs(
+        torch.zeros(0, 5), lambda x, part: {"clip": x[:, 0]}, {"clip": 2.0}, backbone.reference
+    )
+    for part in method.losses(backbone, found, inputs, 2):  # type: ignore[arg-type]
+        part.loss.backward()
+    expected = {"weight": [-2 * weight, 0], "bias": [-2 * bias, 0]}
+    for name, parameter in backbone.lora_parameters().items():
+        torch.testing.assert_close(parameter.grad, torch.tensor(expected[name]), atol=1e-6, rtol=0)
+
+
+def test_online_dpo_marks_the_best_and_the_worst_image_of_groups_with_a_preference():
+    nan = float("nan")
+    rewards = torch.tensor([[[3.0, 9.0, 1.0, nan], [5.0, 5.0, 5.0, 5.0], [nan, 2.0, nan, nan]]])
+    method = registry.create("online_dpo", {"copies": 2})
+    marks = method.compute_advantages({"clip": rewards}, {"clip": 1.0})
+    expected = torch.tensor([[0.0, 1.0, -1.0, 0.0], [0, 0, 0, 0], [0, 0, 0, 0]])
+    assert torch.equal(marks, expected.expand(2, 3, 4))
+    assert (method.cost(4), method.cost(36)) == (10 + 4 * 2 * 2 / 4, 10 + 4 * 2 * 2 / 36)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4, 64])
+def test_online_dpo_compares_pairs_at_the_winners_time_and_noise(micro_batch):
+    method, backbone = registry.create("online_dpo", {"copies": 2, "sharpness": 3.0}), toy(0.1)
+    found = roll(method, backbone, count=6)
+    marks = torch.tensor([0.0, 1, -1, -1, 0, 1]).expand(2, 6)
+    inputs = UpdateInputs(marks, lambda x, part: {}, {}, backbone.reference)
+    parts = [p.loss.item() for p in method.losses(backbone, found, inputs, micro_batch)]  # type: ignore[arg-type]
+    assert len(parts) == (4 if micro_batch == 1 else 2)
+    expected = 0.0
+    for n, (won, lost) in itertools.product(range(2), [(1, 2), (5, 3)]):
+        t = found.t[n, won].item()
+        e = (found.x_t[n, won] - (1 - t) * found.x_s[n, won]) / t
+        gains = []
+        for x_0 in (found.x_s[n, won], found.x_s[n, lost]):
+            x_t = (1 - t) * x_0 + t * e
+            base = x_t / 2 / t  # the toy's velocity (x_t - x0_hat) / t, where x0_hat = x_t / 2
+            trained = (x_t / 2 - 0.1 * t) / t  # and x_t / 2 + 0.1 t with the adapter
+            errors = [(v - (e - x_0)).square().mean().item() for v in (trained, base)]
+            gains.append(errors[0] - errors[1])
+        expected += math.log1p(math.exp(1.5 * (gains[0] - gains[1])))
+    assert sum(parts) == pytest.approx(expected * 2 / (2 * 6), rel=1e-4)
