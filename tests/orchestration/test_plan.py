@@ -14,8 +14,9 @@ from tafs.orchestration import graph as graphs
 from tafs.orchestration.graph import Graph, Job
 from tafs.orchestration.plan import estimate, memory
 from tafs.orchestration.plan.estimate import DeviceJob, Speed, Workload
-from tafs.orchestration.plan.report import amount, report, size
+from tafs.orchestration.plan.report import report
 from tafs.orchestration.plan.schedule import Task, makespan
+from tafs.orchestration.plan.texts import amount, size
 from tafs.runtime import receipts
 from tafs.runtime.journal import Journal
 from tafs.runtime.progress import duration
