@@ -161,7 +161,7 @@ def test_environment_yml_holds_the_lock_except_for_cuda(
     packages, pip = conda
     assert pip == [line for line in lines("constraints.txt") if not line.startswith(CUDA)]
     assert set(packages) == {"python", "git", "make", "pip"}
-    [locked_for] = re.findall(r"--python-version (\S+)", (ROOT / "Makefile").read_text())
+    [locked_for] = set(re.findall(r"--python-version (\S+)", (ROOT / "Makefile").read_text()))
     assert packages["python"] == locked_for
     assert PROJECT["requires-python"] == f">={locked_for}"
 
