@@ -26,7 +26,7 @@ all reference test test-slurm torture: export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup all reference test test-slurm torture lint ui new-method new-reward new-prompts \
-	new-model shapes-weights lock judge rehearsal schema constraints audit
+	new-model shapes-weights lock judge rehearsal schema constraints audit docs
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
@@ -43,6 +43,10 @@ reference: $(STAMP)  ## Run the longer embedded scale (hours); update results/re
 		rm -rf results/reference/$$kept; cp -R results/shapes-long/$$kept results/reference/; \
 	done
 	cp results/shapes-long/claims.md results/shapes-long/claims.json results/reference/
+	rm -rf results/reference/report
+	kb=$$(du -sk results/shapes-long/report | cut -f1); if [ "$$kb" -lt 5120 ]; then \
+		cp -R results/shapes-long/report results/reference/; echo "results/reference/report/: copied, $$kb KB"; \
+	else echo "results/reference/report/: not copied, $$kb KB; only a page under 5120 KB is kept"; fi
 
 # The tests of one file share fixtures, so they run in one process.
 test: $(STAMP)  ## Run the tests in two processes; pass options of pytest with ARGS='-k NAME'
@@ -88,6 +92,10 @@ judge: .venv-judge/.installed  ## Install the server of UnifiedReward into .venv
 
 rehearsal: $(STAMP)  ## Run a scale on tiny random checkpoints: make rehearsal FOLDER=... [ARGS='--scale one-gpu']
 	$(RUN) python tests/support/tiny_hub.py "$$FOLDER" $(ARGS)
+
+# Docstrings are read without an import, so the site needs none of the project's packages.
+docs: .venv-docs/.installed  ## Build the documentation site in build/docs; a dead link is an error
+	.venv-docs/bin/mkdocs build $(ARGS)
 
 schema: $(STAMP)  ## Write the JSON Schema of config.yaml for editors
 	$(RUN) python -m tafs.experiment.json_schema > workflow/schemas/config.schema.json.new
@@ -135,4 +143,9 @@ $(STAMP): requirements.txt requirements-nodeps.txt constraints.txt pyproject.tom
 .venv-judge/.installed: workflow/envs/unifiedreward.txt
 	$(PYTHON) -m venv .venv-judge
 	.venv-judge/bin/python -m pip install --quiet -r $<
+	@touch $@
+
+.venv-docs/.installed: docs/requirements.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet -r $<
 	@touch $@

@@ -262,6 +262,17 @@ def prompt_sets_of(assets: str) -> tuple[str, ...]:
     return tuple(name for name, found in prompt_sets().items() if assets in found.assets)
 
 
+def text_problem(text: str, assets: str) -> str | None:
+    """Why the models of "shapes" or "hub" cannot take a prompt; None: they can."""
+    spoken = text.split() if assets == "shapes" else []
+    unknown = next((word for word in spoken if word not in captions.words()), None)
+    if unknown is not None:
+        return f"has {unknown!r}, which is not in tafs/data/shapes/train.jsonl"
+    if len(spoken) > captions.MAX_WORDS:
+        return f"has more than {captions.MAX_WORDS} words, which the embedded models ignore"
+    return None
+
+
 def prompt_problem(name: str, assets: str) -> str | None:
     """Why models or rewards of "shapes" or "hub" cannot take a prompt of a file; None: they can.
 
@@ -273,12 +284,8 @@ def prompt_problem(name: str, assets: str) -> str | None:
     colors = tuple(scenes.COLORS) if embedded else geneval_rows.COLORS
 
     def problem(prompt: Prompt) -> str | None:
-        spoken = prompt.text.split()
-        unknown = next((word for word in spoken if word not in captions.words()), None)
-        if embedded and unknown is not None:
-            return f"has {unknown!r}, which is not in tafs/data/shapes/train.jsonl"
-        if embedded and len(spoken) > captions.MAX_WORDS:
-            return f"has more than {captions.MAX_WORDS} words, which the embedded models ignore"
+        if found := text_problem(prompt.text, assets):
+            return found
         for item in (*prompt.row.get("include", ()), *prompt.row.get("exclude", ())):
             for key, known in (("class", classes), ("color", colors)):
                 if item.get(key, known[0]) not in known:

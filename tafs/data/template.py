@@ -63,22 +63,22 @@ def write(name: str, folder: Path = FOLDER) -> Path:
     return file
 
 
+def create(name: str) -> str:
+    """Write the stub; return what was written and what to do next. The errors are `write`'s."""
+    file = write(name)
+    return (
+        f"Wrote {file} and {file.with_suffix('.txt')}. Put one prompt per line into the text "
+        "file, test the set, then select it in a scale's `prompts` in config.yaml:\n"
+        f"  python -m pytest tests/data/test_contract.py -k {name}\n"
+        "  snakemake all --config scale=smoke"
+    )
+
+
 def main() -> None:
     if len(sys.argv) != 2:
         print("usage: python -m tafs.data.template NAME", file=sys.stderr)
         sys.exit(2)
-    name = sys.argv[1]
-
-    def work() -> None:
-        file = write(name)
-        print(
-            f"Wrote {file} and {file.with_suffix('.txt')}. Put one prompt per line into the text "
-            "file, test the set, then select it in a scale's `prompts` in config.yaml:\n"
-            f"  python -m pytest tests/data/test_contract.py -k {name}\n"
-            "  snakemake all --config scale=smoke"
-        )
-
-    run_cli("tafs.data.template", work)
+    run_cli("tafs.data.template", lambda: print(create(sys.argv[1])))
 
 
 if __name__ == "__main__":

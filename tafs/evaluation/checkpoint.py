@@ -138,6 +138,12 @@ def _backbone(folder: Path, kind: str, protocol: Protocol) -> Any:
         raise ValueError(f"{folder}: cannot be loaded ({one_line(str(error))})") from None
 
 
+def label_of(adapter: Path) -> str:
+    """What tables call an adapter: the name of its file or folder."""
+    path = adapter.resolve()
+    return one_line(path.stem if path.suffix == ".safetensors" else path.name, 60)
+
+
 @dataclass
 class Judged:
     """A judged model and its base model, which are the same without an adapter."""
@@ -167,10 +173,7 @@ class Judged:
     @cached_property
     def label(self) -> str:
         """What tables call the judged model."""
-        if self.adapter is None:
-            return self.target.title
-        path = self.adapter.path.resolve()
-        return one_line(path.stem if path.suffix == ".safetensors" else path.name, 60)
+        return self.target.title if self.adapter is None else label_of(self.adapter.path)
 
     @property
     def runs(self) -> list[RunDir]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,11 @@ from tafs.experiment import run_inputs
 from tafs.experiment.specs import PIPELINE, EvalSetting, EvalSpec, RunSpec
 from tafs.models import sampling
 from tafs.models.base import Backbone
+from tafs.runtime import progress
 from tafs.runtime.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from tafs.models.pipelines import ReferencePipeline
 
 # All models are judged on the same start noise. It differs from the seed of every training run.
 EVALUATION_SEED = 1_000_003
@@ -50,9 +54,21 @@ def sample(
     keys = list(itertools.product(range(len(texts)), range(setting.images_per_prompt)))
     starts = range(first, len(keys), batch)
     batches = {n: keys[n : n + batch] for n in starts}
-    if setting.sampler != PIPELINE:
-        yield from _of_backbone(model, texts, setting, seed, batches)
-        return
+    of = _of_pipeline if setting.sampler == PIPELINE else _of_backbone
+    done = first
+    for part, images in of(model, texts, setting, seed, batches):
+        done += len(part)
+        progress.tell(f"{setting.sampler}, {setting.nfe} steps", done, len(keys))
+        yield part, images
+
+
+def _of_pipeline(
+    model: ReferencePipeline,
+    texts: Sequence[str],
+    setting: EvalSetting,
+    seed: int,
+    batches: Mapping[int, Keys],
+) -> Images:
     for part in batches.values():
         generators = [seeding.generator(seed, "start", image, p) for p, image in part]
         yield part, model.generate([texts[p] for p, _ in part], generators, setting.nfe)

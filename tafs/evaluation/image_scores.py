@@ -21,6 +21,7 @@ from tafs.evaluation import served
 from tafs.evaluation.evaluate import verified_rewards
 from tafs.rewards import golden
 from tafs.rewards.metrics import METRICS, Reward
+from tafs.runtime import progress
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 BATCH = 64  # images of one size that are scored at once
@@ -94,7 +95,7 @@ def paired(images: Path, prompt_file: Path) -> list[tuple[Path, Prompt]]:
         for file in images.rglob("*")
         if file.suffix.lower() in ENDINGS
     }
-    known = _prompts(prompt_file)
+    known = read_prompts(prompt_file)
     named = [str(prompt.row["file_name"]) for prompt in known if "file_name" in prompt.row]
     if not named:
         order = sorted(inside, key=_natural)
@@ -116,7 +117,12 @@ def paired(images: Path, prompt_file: Path) -> list[tuple[Path, Prompt]]:
     return [(inside[name], prompt) for name, prompt in zip(order, known, strict=True)]
 
 
-def _prompts(file: Path) -> list[Prompt]:
+def read_prompts(file: Path) -> list[Prompt]:
+    """The prompts of a .txt file with one per line, or of a .jsonl file; see `paired`.
+
+    Raises:
+        ConfigError, FileNotFoundError, ValueError: it is not such a file; names it.
+    """
     if not file.is_file():
         raise FileNotFoundError(f"{file}: not found; give a .txt or .jsonl file of prompts")
     if file.suffix == ".txt":
@@ -135,9 +141,9 @@ def _natural(name: str) -> list[tuple[int, str]]:
 def _scores(
     reward: Reward, pairs: Sequence[tuple[Path, Prompt]], device: str
 ) -> Iterator[ImageScore]:
+    done, total = 0, len(pairs)
     for files, images in _batches([file for file, _ in pairs]):
-        done = len(files)
-        part, pairs = pairs[:done], pairs[done:]
+        part = pairs[done : done + len(files)]
         try:
             with torch.no_grad():
                 found = reward.score(images.to(device), [prompt for _, prompt in part])
@@ -145,6 +151,8 @@ def _scores(
             raise ValueError(f"{files[0]}: {error}") from None
         for (file, prompt), value in zip(part, reward.report(found).tolist(), strict=True):
             yield ImageScore(file, prompt, value)
+        done += len(files)
+        progress.tell(reward.metric.title, done, total)
 
 
 def _batches(files: Sequence[Path]) -> Iterator[tuple[list[Path], torch.Tensor]]:

@@ -59,21 +59,21 @@ def write(name: str, folder: Path = FOLDER) -> Path:
     return stubs.write(registry.METHODS, name, folder, TEMPLATE.replace("{title}", title))
 
 
+def create(name: str) -> str:
+    """Write the stub; return what was written and what to do next. The errors are `write`'s."""
+    file = write(name)
+    return (
+        f"Wrote {file}. Test it, then compare it with the other methods:\n"
+        f"  python -m pytest tests/methods -k {name}\n"
+        f"  snakemake compare --config method={name} scale=smoke"
+    )
+
+
 def main() -> None:
     if len(sys.argv) != 2:
         print("usage: python -m tafs.methods.template NAME", file=sys.stderr)
         sys.exit(errors.BAD_INPUT)
-    name = sys.argv[1]
-
-    def work() -> None:
-        file = write(name)
-        print(
-            f"Wrote {file}. Test it, then compare it with the other methods:\n"
-            f"  python -m pytest tests/methods -k {name}\n"
-            f"  snakemake compare --config method={name} scale=smoke"
-        )
-
-    errors.run_cli("tafs.methods.template", work)
+    errors.run_cli("tafs.methods.template", lambda: print(create(sys.argv[1])))
 
 
 if __name__ == "__main__":

@@ -129,22 +129,23 @@ def write(name: str, pipeline: str = PIPELINE, folder: Path = FOLDER) -> Path:
     return stubs.write(catalog.PLUGINS, name.replace("-", "_"), folder, text)
 
 
+def create(name: str, pipeline: str = PIPELINE) -> str:
+    """Write the plug-in; return what was written and what to do next. The errors are `write`'s."""
+    file = write(name, pipeline)
+    return (
+        f"Wrote {file}. Next (docs/adding-a-model.md):\n"
+        f"  1. Add its repository to resources.yaml and correct the values in {file.name}.\n"
+        f"  2. python -m pytest tests/models -k {file.stem}\n"
+        f"  3. Set it in config.yaml: scales, model_roles."
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser("python -m tafs.models.template")
     parser.add_argument("name", metavar="NAME", help="of the model: lower-case, with hyphens")
     parser.add_argument("--pipeline", default=PIPELINE, help="diffusers class (%(default)s)")
     options = parser.parse_args()
-
-    def work() -> None:
-        file = write(options.name, options.pipeline)
-        print(
-            f"Wrote {file}. Next (docs/adding-a-model.md):\n"
-            f"  1. Add its repository to resources.yaml and correct the values in {file.name}.\n"
-            f"  2. python -m pytest tests/models -k {file.stem}\n"
-            f"  3. Set it in config.yaml: scales, model_roles."
-        )
-
-    errors.run_cli("tafs.models.template", work)
+    errors.run_cli("tafs.models.template", lambda: print(create(options.name, options.pipeline)))
 
 
 if __name__ == "__main__":

@@ -161,7 +161,7 @@ class Graph:
                     *self.output("figures", self.figures, ["png", "pdf"]),
                     *self.output("provenance", self.tables, ["json"]),
                     *(f"{self.root}/claims.{suffix}" for suffix in ("md", "json")),
-                    *(f"{self.root}/report/{name}" for name in ("index.html", "images")),
+                    f"{self.root}/report",
                 ]
             case "fetch":
                 folder = f"{self.root}/resources"

@@ -14,7 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +260,17 @@ def summary(graph: Graph, states: Sequence[State]) -> str:
         running = counts[WORKING["train"]]
         line += f"; trainings: {progress.duration(left)} left at {running} at a time"
     return line
+
+
+def record(graph: Graph, states: Sequence[State]) -> dict[str, Any]:
+    """The states as JSON values; times in seconds, heartbeats in Unix seconds."""
+    done, total = (sum(state.stages[i] for state in states) for i in (0, 1))
+    return {
+        "scale": graph.plan.config.scale,
+        "jobs": {"done": done, "total": total},
+        "counts": dict(Counter(state.state for state in states)),
+        "runs": [asdict(state) for state in states],
+    }
 
 
 def lines(graph: Graph, states: Sequence[State], now: float) -> list[str]:

@@ -190,6 +190,11 @@ def of_images(metric: str, scores: Sequence[ImageScore]) -> stats.Estimate:
     return found._replace(n_missing=len(scores) - found.n_images)
 
 
+def images_record(metric: str, scores: Sequence[ImageScore], out: Path) -> dict[str, Any]:
+    """The mean of images' scores, as JSON values."""
+    return {"metric": metric, **_numbers(of_images(metric, scores)), "out": str(out)}
+
+
 def write_images(metric: str, scores: Sequence[ImageScore], folder: Path, out: Path) -> str:
     """Write a CSV with a row per image; return what to print.
 

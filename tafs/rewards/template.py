@@ -69,20 +69,20 @@ def write(name: str, folder: Path = FOLDER) -> Path:
     return stubs.write(PLUGINS, name, folder, text)
 
 
+def create(name: str) -> str:
+    """Write the stub; return what was written and what to do next. The errors are `write`'s."""
+    return (
+        f"Wrote {write(name)}. Test it, then add it to a task's `rewards` in config.yaml:\n"
+        f"  python -m pytest tests/rewards/test_contract.py -k {name}\n"
+        "  snakemake all --config scale=smoke"
+    )
+
+
 def main() -> None:
     if len(sys.argv) != 2:
         print("usage: python -m tafs.rewards.template NAME", file=sys.stderr)
         sys.exit(2)
-    name = sys.argv[1]
-
-    def work() -> None:
-        print(
-            f"Wrote {write(name)}. Test it, then add it to a task's `rewards` in config.yaml:\n"
-            f"  python -m pytest tests/rewards/test_contract.py -k {name}\n"
-            "  snakemake all --config scale=smoke"
-        )
-
-    run_cli("tafs.rewards.template", work)
+    run_cli("tafs.rewards.template", lambda: print(create(sys.argv[1])))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,40 @@
-"""The progress of running jobs, in small files that the live table and `tafs status` read."""
+"""The progress of work: of jobs in small files, which the live table and `tafs status` read.
+
+Inside `heard_by`, a command also hears of every batch of its own process.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 FOLDER = ".progress"
 STALE = 900.0  # s; a job without a report for longer is not shown
 MIN_INTERVAL = 0.5  # s between two reports of a job
+
+Listener = Callable[[str, int, int], None]  # (name of the work, done, total)
+_listeners: list[Listener] = []
+
+
+@contextmanager
+def heard_by(listener: Listener) -> Iterator[None]:
+    """Call `listener` for everything that `tell` says inside the block."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+def tell(name: str, done: int, total: int) -> None:
+    """Tell the listeners how much of the named work is done."""
+    for listener in _listeners:
+        listener(name, done, total)
 
 
 class Reporter:

@@ -75,9 +75,13 @@ class DualEncoder(nn.Module):
         )
         return cls(CLIPModel(config))
 
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Embeddings [B, WIDTH] of images [B, 3, H, W] in [0, 1]."""
+        return self.model.get_image_features(pixel_values=images * 2 - 1).pooler_output
+
     def embed(self, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Unit embeddings of the images and the captions, [B, WIDTH] each."""
-        image = self.model.get_image_features(pixel_values=images * 2 - 1).pooler_output
+        image = self.embed_images(images)
         unique, owner = ids.unique(dim=0, return_inverse=True)  # images of a group share a caption
         caption = self.model.get_text_features(input_ids=unique).pooler_output
         return functional.normalize(image, dim=-1), functional.normalize(caption, dim=-1)[owner]

@@ -19,7 +19,7 @@ from support.killable_training import Process, flip_bit, stage
 
 from tafs.assets.sources import ShapesAssets
 from tafs.common import errors
-from tafs.evaluation import check_rewards, evaluate, generate, image_archive, scores
+from tafs.evaluation import check_rewards, evaluate, generate, image_archive, sample, scores
 from tafs.experiment import needs, run_inputs
 from tafs.experiment.specs import BEST, PIPELINE, EvalSetting, RunSpec
 from tafs.rewards import golden
@@ -119,6 +119,17 @@ def test_scores_are_those_of_the_settings_model(uninterrupted, iteration):
     for metric, values in rewards.report(rewards.score(images, known)).items():
         found = torch.tensor(rows[rows["metric"] == metric]["value"].to_numpy())
         torch.testing.assert_close(found, values.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_is_sampled_with_the_sampler_that_its_evaluation_chose(uninterrupted):
+    """With the same seed and prompts, the images are those that were scored."""
+    sampled, texts = sample.of_run(uninterrupted.folder), [p.text for p in prompts(uninterrupted)]
+    chosen = sampled.sampler(None, 4)
+    [judged] = [c for c in choices(uninterrupted) if c["nfe"] == 4 and c["iteration"] == 2]
+    assert chosen == judged["sampler"]
+    found = sample.images(sampled, texts, 4, chosen, generate.EVALUATION_SEED)
+    stored = load_file(uninterrupted.samples)
+    assert torch.equal(found[stored["prompts"].long()], stored[f"{BEST}-4"])
 
 
 def test_images_that_two_settings_share_are_drawn_once(ready, tmp_path, monkeypatch):

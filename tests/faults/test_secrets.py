@@ -42,7 +42,7 @@ def left_behind(request, tmp_path_factory) -> list[Path]:
     for name in NEEDED:
         (folder / name).symlink_to(ROOT / name)
     given = ["--config", "scale=smoke", "results=my results/été שלום"]
-    for arguments in (["all"], ["--report", "report.html"]):
+    for arguments in (["all"], ["--report", "report.zip"]):
         done = subprocess.run(
             [str(Path(sys.executable).with_name("snakemake")), *arguments, *given],
             cwd=folder,

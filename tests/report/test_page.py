@@ -23,7 +23,7 @@ from tafs.experiment.claims import Claim, read
 from tafs.experiment.schema import FIGURES
 from tafs.experiment.specs import ReportSpec
 from tafs.report import build, page, results, stats
-from tafs.report.page import content, sprites
+from tafs.report.page import content, diversity, sprites
 from tafs.runtime import receipts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -242,6 +242,37 @@ def test_the_matrix_holds_holms_p_values(root: Path, shown: Read) -> None:
     assert matrix["decides"] == [True] * len(rows)
 
 
+@pytest.mark.parametrize(
+    ("features", "score"),
+    [
+        (np.ones((7, 3)), 1),
+        (np.eye(5), 5),
+        (np.vstack([np.eye(2), 3 * np.eye(2)]), 2),  # lengths do not count
+        ([[1, 0], [1, 0], [1, 0], [0, 1]], 4 / 3**0.75),  # shares of 3/4 and 1/4
+    ],
+)
+def test_the_vendi_score_counts_different_images(features: Any, score: float) -> None:
+    assert diversity.vendi_score(np.asarray(features, dtype=float)) == pytest.approx(score)
+
+
+@pytest.mark.parametrize("features", [diversity._clip, lambda: diversity._pixels])
+def test_a_model_of_one_image_has_no_diversity(features: Any) -> None:
+    found = features()
+    images = np.random.default_rng(0).integers(0, 256, (6, 24, 24, 3), dtype=np.uint8)
+    assert diversity.vendi_score(found(images[:1].repeat(6, axis=0))) == pytest.approx(1, abs=1e-4)
+    assert diversity.vendi_score(found(images)) > 1.01
+
+
+def test_the_page_has_the_diversity_of_every_system_of_a_table_with_gains(shown: Read) -> None:
+    assert {*shown.data["diversity"]} == {*shown.data["gains"]}
+    for found in shown.data["diversity"].values():
+        kept = found["images"]
+        assert found["features"] == "embedded CLIP" and kept == len(synthetic.TAGS) * synthetic.KEPT
+        for name, system in found["systems"].items():
+            assert len(system["seeds"]) == len(shown.data["systems"][name]["runs"])
+            assert all(1 <= score <= kept for score in system["seeds"])
+
+
 def test_long_curves_are_means_of_neighbours() -> None:
     iterations = [
         {"iteration": i, "kl": float(i), "rewards": {"clip": [0.0, 2.0]}, "seconds": {"total": 1}}
@@ -370,6 +401,25 @@ def test_votes_are_cast_with_the_keyboard(opened: browser.Page, url: str) -> Non
     assert [vote["winner"] for vote in json.loads(kept)] == ["left", "tie"]
     systems = opened.run("document.querySelector('.vote').innerText")
     assert not re.search("GRPO|shapes-sd3", systems)
+
+
+@in_browser
+def test_all_views_are_printed_with_their_images(opened: browser.Page, url: str) -> None:
+    opened.open(f"{url}#cards")
+    opened.run("window.print = () => { window.asked = true; }")
+    opened.run("document.getElementById('print').click()")
+    opened.wait("window.asked")
+    opened.call("Emulation.setEmulatedMedia", media="print")
+    assert opened.run(
+        f"{json.dumps(page.VIEWS)}.every((v) => document.getElementById(v).innerText)"
+    )
+    cells = "[...document.querySelectorAll('.cell')]"
+    assert opened.run(f"{cells}.length > 0 && {cells}.every((c) => c.style.backgroundImage)")
+    assert opened.run("document.querySelectorAll('#damage-body svg').length > 0")
+    assert texts(opened, "header, button, .controls") == []
+    opened.call("Emulation.setEmulatedMedia", media="")
+    opened.run("dispatchEvent(new Event('afterprint'))")
+    assert texts(opened, "[data-section] > h1") == ["Cards"]
 
 
 @in_browser

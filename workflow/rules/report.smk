@@ -47,8 +47,13 @@ rule compare:
         GRAPH.output("figures", GRAPH.figures, ["pdf"]),
         GRAPH.output("provenance", GRAPH.tables, ["json"]),
         f"{ROOT}/claims.json",
-        f"{ROOT}/report/index.html",
-        directory(f"{ROOT}/report/images"),
+        report(
+            directory(f"{ROOT}/report"),
+            htmlindex="index.html",
+            category="Page",
+            caption="../report/page.rst",
+            labels={"page": "all results"},
+        ),
     log:
         f"{ROOT}/logs/compare.log",
     benchmark:

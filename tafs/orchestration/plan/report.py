@@ -1,12 +1,13 @@
-"""`tafs plan`: what a scale takes, as text of at most 100 columns."""
+"""`tafs plan`: what a scale takes, as text of at most 100 columns or as a record."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -70,31 +71,60 @@ def report(
     Raises:
         ValueError: config.yaml is wrong, a file is damaged or there are too few nodes; one line.
     """
+    page = _page(overrides, price, tflops)
+    parts = [page.head(), page.methods(), page.memory(gpu_memory), page.stages()]
+    parts += [page.reasons(verbose), page.disk(), page.wall_time(nodes), page.decide()]
+    return "\n".join(chain(*parts, page.assumptions()))
+
+
+def record(
+    overrides: Mapping[str, Any],
+    *,
+    nodes: int | None = None,
+    price: float | None = None,
+    tflops: float | None = None,
+) -> dict[str, Any]:
+    """The same as JSON values: times in hours of a device or in seconds, sizes in bytes.
+
+    The arguments and errors are those of `report`.
+    """
+    page = _page(overrides, price, tflops)
+    nodes, seconds = page.makespan(nodes)
+    fetched, downloaded, source = page.downloads
+    return {
+        "scale": page.graph.plan.config.scale,
+        "root": page.graph.root,
+        "device": page.unit,
+        "methods": [asdict(total) for total in page.totals()],
+        "total": asdict(page.total("total", "", page.jobs)),
+        "hours_left": page.hours_left,
+        "cost_left": None if price is None else price * page.hours_left,
+        "downloads": {"bytes": downloaded, "resources": fetched, "source": source},
+        "wall_time": {"nodes": nodes, "seconds": seconds},
+        "rate": {"flops": page.speed.rate, "assumed": page.assumed},
+        "to_run": [
+            {"rule": one.job.rule, "target": one.job.target, "reason": one.reason}
+            for one in page.pending
+            if one.job.rule != "all"
+        ],
+    }
+
+
+def _page(overrides: Mapping[str, Any], price: float | None, tflops: float | None) -> Page:
     graph = graphs.read(overrides)
     device = graph.scale.device
     work = Workload(graph)
     rate = tflops * 1e12 if tflops else assumed_rate(graph.scale)
     every, pending = list(graph.jobs()), verdicts.pending(graph)
-    page = Page(
+    return Page(
         graph=graph,
         work=work,
+        every=every,
+        pending=pending,
         jobs=work.jobs(every, (one.job for one in pending)),
         speed=Speed(rate, START_UP[device], measured(work, rate)),
         price=price,
         assumed=tflops is None,
-    )
-    return "\n".join(
-        [
-            *page.head(),
-            *page.methods(),
-            *page.memory(gpu_memory),
-            *page.stages(every, pending),
-            *page.reasons(pending, verbose),
-            *page.disk([job.target for job in every if job.rule == "fetch"]),
-            *page.wall_time(nodes or default_nodes(graph.scale)),
-            *page.decide(every),
-            *page.assumptions(),
-        ]
     )
 
 
@@ -106,11 +136,29 @@ def default_nodes(scale: Scale) -> int:
 
 
 @dataclass(frozen=True)
+class Total:
+    """What the runs of a method on a model take, finished or not."""
+
+    method: str
+    model: str
+    runs: int
+    seconds_per_iteration: float | None
+    basis: str  # of that time: measured, scaled or modelled
+    train_hours: float | None  # of one device, as all hours; None: nothing to train
+    evaluate_hours: float | None
+    hours: float
+    cost: float | None
+    disk: int  # bytes that are kept
+
+
+@dataclass(frozen=True)
 class Page:
     """The parts of the text, a list of lines each."""
 
     graph: Graph
     work: Workload
+    every: Sequence[Job]
+    pending: Sequence[Pending]
     jobs: Sequence[DeviceJob]
     speed: Speed
     price: float | None
@@ -149,35 +197,57 @@ class Page:
             f"{len(runs) - trained} untrained models to evaluate."
         ]
 
-    def methods(self) -> list[str]:
-        """The total of each method, finished or not."""
+    def totals(self) -> list[Total]:
+        """The total of each method on each model, and of the untrained models."""
         groups: dict[tuple[str, str], list[DeviceJob]] = {}
         for job in self.jobs:
             key = (job.variant, job.backbone if job.variant != BASE else "")
             groups.setdefault(key, []).append(job)
         base = groups.pop((BASE, ""), [])
-        rows = [self._row(*key, own) for key, own in sorted(groups.items())]
+        found = [self.total(*key, own) for key, own in sorted(groups.items())]
         if base:
-            rows.append(self._row("untrained", f"{len({j.backbone for j in base})} models", base))
+            found.append(self.total("untrained", f"{len({j.backbone for j in base})} models", base))
+        return found
+
+    def methods(self) -> list[str]:
+        """A line per total."""
         head = ["method", "model", "runs", "s/iter.", "", "train", "evaluate"]
         head += [f"{self.unit}-h", *self._cost_head, "disk"]
-        return ["", *table([head, *rows, self._row("total", "", self.jobs)], left=(0, 1, 4))]
+        rows = [*self.totals(), self.total("total", "", self.jobs)]
+        return ["", *table([head, *(self._row(one) for one in rows)], left=(0, 1, 4))]
 
-    def _row(self, variant: str, backbone: str, jobs: Sequence[DeviceJob]) -> list[str]:
+    def total(self, method: str, model: str, jobs: Sequence[DeviceJob]) -> Total:
+        """The total of some jobs."""
         trainings = [job for job in jobs if job.stage == "train"]
         others = [job for job in jobs if job.stage != "train"]
         runs = {job.run for job in jobs}
-        pace = basis = ""
-        if trainings and backbone:
+        pace, basis = None, ""
+        if trainings and model:
             iterations = self.graph.plan.runs[trainings[0].run].iterations
-            pace = amount(self.speed.computing(trainings[0]) / iterations)
+            pace = self.speed.computing(trainings[0]) / iterations
             basis = self.speed.ratio(trainings[0])[1]
         whole = self.speed.whole
+        hours = self._hours(jobs, whole)
+        return Total(
+            method=method,
+            model=model,
+            runs=len(runs),
+            seconds_per_iteration=pace,
+            basis=basis,
+            train_hours=self._hours(trainings, whole) if trainings else None,
+            evaluate_hours=self._hours(others, whole) if others else None,
+            hours=hours,
+            cost=None if self.price is None else hours * self.price,
+            disk=sum(self.disks[run].kept for run in runs),
+        )
+
+    def _row(self, total: Total) -> list[str]:
+        known = (total.seconds_per_iteration, total.train_hours, total.evaluate_hours)
+        pace, train, evaluate = ("" if value is None else amount(value) for value in known)
         return [
-            *(variant, backbone, str(len(runs)), pace, basis),
-            *(amount(self._hours(part, whole)) if part else "" for part in (trainings, others)),
-            *self._costs(self._hours(jobs, whole)),
-            size(sum(self.disks[run].kept for run in runs)),
+            *(total.method, total.model, str(total.runs), pace, total.basis, train, evaluate),
+            *self._costs(total.hours),
+            size(total.disk),
         ]
 
     def memory(self, given: float | None) -> list[str]:
@@ -209,10 +279,15 @@ class Page:
             f"  {100 * RESERVED:.0f} % of which stay free.",
         ]
 
-    def stages(self, every: Sequence[Job], pending: Sequence[Pending]) -> list[str]:
+    @property
+    def hours_left(self) -> float:
+        """Device-hours of all jobs that are not done."""
+        return self._hours(self.jobs, self.speed.left)
+
+    def stages(self) -> list[str]:
         """The finished and remaining jobs of each stage."""
-        total = Counter(job.rule for job in every if job.rule != "all")
-        left = Counter(one.job.rule for one in pending if one.job.rule != "all")
+        total = Counter(job.rule for job in self.every if job.rule != "all")
+        left = Counter(one.job.rule for one in self.pending if one.job.rule != "all")
 
         def row(name: str, rules: Iterable[str], *figures: str) -> list[str]:
             counts = [sum(counter[rule] for rule in rules) for counter in (total, left)]
@@ -227,13 +302,12 @@ class Page:
             known = self._costs(self._hours(own, self.speed.left))
             rows.append(row(stage, [stage], *(known if stage in MODELLED else unknown)))
         rows.append(row("others", [rule for rule in total if rule not in STAGES], "", *blank))
-        hours = self._hours(self.jobs, self.speed.left)
-        rows.append(row("total", list(total), *self._costs(hours)))
+        rows.append(row("total", list(total), *self._costs(self.hours_left)))
         return ["", *table([head, *rows], left=(0,))]
 
-    def reasons(self, pending: Sequence[Pending], verbose: bool) -> list[str]:
+    def reasons(self, verbose: bool) -> list[str]:
         """Why jobs would run."""
-        jobs = [one for one in pending if one.job.rule != "all"]
+        jobs = [one for one in self.pending if one.job.rule != "all"]
         if not jobs:
             return ["", "Nothing to run: all results exist and are up to date."]
         lines = ["", "Jobs to run, and why:"]
@@ -246,8 +320,14 @@ class Page:
             lines += [f"         {target}" for target in targets if target and verbose]
         return lines
 
-    def disk(self, fetched: Sequence[str]) -> list[str]:
-        """Disk space, and downloads of the `fetched` resources."""
+    @cached_property
+    def downloads(self) -> tuple[list[str], float, str]:
+        """(the resources, their bytes, the file that holds their sizes)."""
+        names = [job.target for job in self.every if job.rule == "fetch"]
+        return names, *(downloads(Path(self.graph.scale.lock), names) if names else (0.0, ""))
+
+    def disk(self) -> list[str]:
+        """Disk space and downloads."""
         disks = self.disks.values()
         kept = f"adapters {size(sum(d.adapters for d in disks))}, "
         kept += f"samples {size(sum(d.samples for d in disks))}"
@@ -263,15 +343,15 @@ class Page:
                 f"  Until the server has scored them: images, {size(images)} for all runs (PNG, "
                 f"{100 * PNG_RATIO:.0f} % of raw pixels)."
             )
-        if fetched:
-            total, source = downloads(Path(self.graph.scale.lock), fetched)
-            lines.append(f"  Downloads: {size(total)} in {len(fetched)} resources ({source}).")
+        names, total, source = self.downloads
+        if names:
+            lines.append(f"  Downloads: {size(total)} in {len(names)} resources ({source}).")
         return lines
 
-    def wall_time(self, nodes: int) -> list[str]:
-        """The time until all jobs that are left have ended, by list scheduling."""
+    def makespan(self, nodes: int | None) -> tuple[int, float]:
+        """(nodes, seconds until all jobs that are left have ended), by list scheduling."""
         scale = self.graph.scale
-        per_node = scale.processes // scale.nodes
+        nodes = nodes or default_nodes(scale)
         tasks = [
             Task(
                 job.name,
@@ -282,14 +362,20 @@ class Page:
             for job in self.jobs
             if job.left and job.flops
         ]
-        where = f"{nodes} node{'s' * (nodes > 1)} of {per_node} {self.unit}{'s' * (per_node > 1)}"
-        return ["", f"Wall time on {where}: {duration(makespan(tasks, nodes, per_node))}."]
+        return nodes, makespan(tasks, nodes, scale.processes // scale.nodes)
 
-    def decide(self, every: Sequence[Job]) -> list[str]:
-        """What `snakemake decide` adds to `every` job of `snakemake all` at most."""
+    def wall_time(self, given: int | None) -> list[str]:
+        """The time until all jobs that are left have ended."""
+        nodes, seconds = self.makespan(given)
+        per_node = self.graph.scale.processes // self.graph.scale.nodes
+        where = f"{nodes} node{'s' * (nodes > 1)} of {per_node} {self.unit}{'s' * (per_node > 1)}"
+        return ["", f"Wall time on {where}: {duration(seconds)}."]
+
+    def decide(self) -> list[str]:
+        """What `snakemake decide` adds to the jobs of `snakemake all` at most."""
         if self.graph.plan.decide is None:
             return []
-        own = [job for job in self.graph.decide_jobs() if job not in set(every)]
+        own = [job for job in self.graph.decide_jobs() if job not in set(self.every)]
         left = [one.job for one in verdicts.pending(self.graph, jobs=own)]
         jobs = self.work.jobs(left, left)
         trainings = sum(job.stage == "train" for job in jobs)

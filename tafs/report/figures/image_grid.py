@@ -19,6 +19,8 @@ from tafs.report.results import LoadedTable, Result
 from tafs.runtime.run_dir import SAMPLES_PER_TAG
 
 ROWS = 12  # of prompts in a grid
+CELL = 0.72  # inches; a whole multiple of 24 pixels at DPI
+LARGEST = 512  # pixels of a cell
 
 
 def draw(table: LoadedTable) -> Figure:
@@ -40,15 +42,44 @@ def draw(table: LoadedTable) -> Figure:
     return _grid(titles, images, shown, texts, tags)
 
 
+def write(
+    titles: Sequence[str],
+    images: Sequence[np.ndarray],
+    texts: Sequence[str],
+    out: Path,
+    random_weights: bool = False,
+) -> None:
+    """Write images with the prompts beside the rows and titles above the columns.
+
+    Args:
+        titles: of the columns.
+        images: of each column, uint8 [prompts, H, W, 3]; cells have up to LARGEST pixels.
+        texts: the prompts.
+        out: a .png or .pdf file; its folder is made.
+        random_weights: whether to mark the images as those of random weights.
+    """
+    side = max(CELL, min(images[0].shape[2], LARGEST) / DPI)
+    wrapped = [
+        "\n".join(style.wrap(line, int(20 * side)) for line in title.split("\n"))
+        for title in titles
+    ]
+    with style.style():
+        figure = _grid(wrapped, images, range(len(texts)), dict(enumerate(texts)), {}, side)
+        style.finish(figure, random_weights)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out)
+
+
 def _grid(
     titles: Sequence[str],
     images: Sequence[np.ndarray],
     shown: Sequence[int],
     texts: Mapping[int, str],
     tags: Mapping[int, str],
+    side: float = CELL,
 ) -> Figure:
-    """The figure; lengths are in inches. Cells are a whole multiple of 24 pixels wide at DPI."""
-    side, gap, text, between = 0.72, 0.04, 1.75, 0.1
+    """The figure; lengths are in inches."""
+    gap, text, between = 0.04, 1.75, 0.1
     head = 0.2 + 0.12 * max(title.count("\n") + 1 for title in titles)
     # A gap separates the tasks.
     breaks = [i > 0 and tags.get(a) != tags.get(shown[i - 1]) for i, a in enumerate(shown)]

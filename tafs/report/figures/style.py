@@ -156,7 +156,17 @@ def _choose_fonts(figure: Figure) -> None:
 
 def save(figure: Figure, out_dir: Path, name: str, results: Sequence[Result]) -> list[Path]:
     """Write NAME.png and NAME.pdf without dates and versions: equal figures are equal files."""
-    if any(result.random_weights for result in results):
+    finish(figure, any(result.random_weights for result in results))
+    out_dir.mkdir(parents=True, exist_ok=True)
+    files = [out_dir / f"{name}.png", out_dir / f"{name}.pdf"]
+    figure.savefig(files[0], metadata={"Software": None})
+    figure.savefig(files[1], metadata={"CreationDate": None, "Creator": None, "Producer": None})
+    return files
+
+
+def finish(figure: Figure, random_weights: bool) -> None:
+    """Mark a figure of random weights, and choose fonts that have all of its characters."""
+    if random_weights:
         width, height = figure.get_size_inches()
         figure.text(
             0.5,
@@ -170,8 +180,3 @@ def save(figure: Figure, out_dir: Path, name: str, results: Sequence[Result]) ->
             alpha=0.3,
         )
     _choose_fonts(figure)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    files = [out_dir / f"{name}.png", out_dir / f"{name}.pdf"]
-    figure.savefig(files[0], metadata={"Software": None})
-    figure.savefig(files[1], metadata={"CreationDate": None, "Creator": None, "Producer": None})
-    return files

@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from tafs.report.claims import Verdict
-from tafs.report.page import cards, charts, content, sprites
+from tafs.report.page import cards, charts, content, diversity, sprites
 from tafs.report.page.systems import Systems
 from tafs.report.results import Report
 from tafs.report.tables import Line, Table
@@ -61,6 +61,7 @@ def write(
         "steps": charts.steps(report, systems),
         "compute": charts.compute(report, systems),
         "gains": charts.gains(report, systems),
+        "diversity": diversity.of_tables(systems, charts.with_figure(report, "hacking")),
         "prompts": charts.prompts(report, systems),
         "runs": content.runs(report, systems),
         "images": images,

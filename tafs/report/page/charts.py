@@ -10,7 +10,7 @@ import numpy as np
 from tafs.report import stats
 from tafs.report.bootstrap import nanmean
 from tafs.report.figures import plots
-from tafs.report.page.content import number
+from tafs.report.page.content import interval, number
 from tafs.report.page.sprites import kept_prompts
 from tafs.report.page.systems import Systems
 from tafs.report.results import LoadedTable, Report, System
@@ -18,10 +18,6 @@ from tafs.report.tables import Line, Row, Score, Table
 from tafs.rewards.metrics import METRICS
 
 TOGETHER = "*"  # all metrics in one number; no metric has this name
-
-
-def interval(estimate: stats.Estimate) -> list[float | None]:
-    return [number(estimate.value), number(estimate.low), number(estimate.high)]
 
 
 def with_figure(report: Report, kind: str) -> list[LoadedTable]:

@@ -32,6 +32,11 @@ def number(value: float | None) -> float | None:
     return float(f"{value:.5g}") if value is not None and math.isfinite(value) else None
 
 
+def interval(estimate: stats.Estimate) -> list[float | None]:
+    """[value, low, high]."""
+    return [number(estimate.value), number(estimate.low), number(estimate.high)]
+
+
 class Axis:
     """Maps values to percent of a drawing's width."""
 

@@ -13,7 +13,7 @@ views.overview = () => {
     h("div", { class: "controls" }, choice("Quality", "metric", Object.keys(metrics).map((one) => [one, titleOf(one)]), metric)),
     legend(Object.keys(points)),
     plot("", {
-      width: Math.min(1100, chart.clientWidth || 1100), height: 340,
+      width: fitting("compute-chart", 1100), height: 340,
       x: { type: "symlog", constant: whole / 4, label: "Training compute (forward passes per image)", ticks: [0, whole / 4, whole, 4 * whole], tickFormat: "d" },
       y: { label, domain: d3.extent(Object.values(points).flatMap((list) => [...list.map((point) => point[1]), ...list.at(-1).slice(2)]).filter((value) => value !== null)), nice: true },
       clip: true,
@@ -32,11 +32,14 @@ views.damage = () => {
   const parts = [];
   if (names.length) {
     const name = names.includes(get("table")) ? get("table") : names[0];
-    parts.push(h("div", { class: "controls" }, choice("Table", "table", names.map((one) => [one, DATA.tables[one].title]), name)), ...gainCharts(DATA.gains[name]));
+    parts.push(h("div", { class: "controls" }, choice("Table", "table", names.map((one) => [one, DATA.tables[one].title]), name)), ...gainCharts(DATA.gains[name]), ...diversityChart(DATA.diversity[name]));
   } else parts.push(h("p", { class: "note" }, "No table of this scale separates trained rewards from held-out metrics."));
   parts.push(...trainingCharts());
   body.replaceChildren(...parts);
 };
+
+/** The width of systems' names on an axis. */
+const nameMargin = (systems) => 8 + 7 * Math.min(24, Math.max(...systems.map((system) => DATA.systems[system].name.length)));
 
 function gainCharts(gains) {
   const systems = Object.keys(gains.systems);
@@ -46,7 +49,7 @@ function gainCharts(gains) {
   if (!known.length) return [h("p", { class: "note" }, "No gains: the base model's scores do not vary over the prompts.")];
   const titles = (metrics) => metrics.map(titleOf).join(", ");
   const scatter = plot("Trained against held out", {
-    width: 460, height: 380, aspectRatio: undefined,
+    width: fitting("damage-body", 460), height: 380,
     x: { label: "Gain on trained rewards", nice: true }, y: { label: "Gain on held-out metrics", nice: true },
     marks: [
       Plot.ruleX([0], { strokeOpacity: 0.35 }), Plot.ruleY([0], { strokeOpacity: 0.35 }),
@@ -63,7 +66,7 @@ function gainCharts(gains) {
   })).filter((cell) => cell.value !== null);
   const extent = d3.extent(cells.flatMap((cell) => [cell.low, cell.high, 0]).filter((x) => x !== null));
   const panels = order.map((metric) => plot(`${titleOf(metric)}${gains.trained.includes(metric) ? " (trained)" : " (held out)"}`, {
-    width: 360, height: 30 + 26 * systems.length, marginLeft: 8 + 7 * Math.min(24, Math.max(...systems.map((system) => DATA.systems[system].name.length))), marginBottom: 30,
+    width: 360, height: 30 + 26 * systems.length, marginLeft: nameMargin(systems), marginBottom: 30,
     x: { label: null, domain: extent }, y: { label: null, domain: systems.map((system) => DATA.systems[system].name) },
     marks: [
       Plot.ruleX([0], { strokeOpacity: 0.6 }),
@@ -76,6 +79,27 @@ function gainCharts(gains) {
     h("div", { class: "two" }, scatter, h("div", {}, h("h3", {}, "Systems"), legend(systems))),
     h("h2", {}, "Gain on each metric"), h("p", { class: "note" }, "With 95 % intervals; left of the line, training made the metric worse."),
     h("div", { class: "charts" }, panels),
+  ];
+}
+
+/** The Vendi score of each system, seed by seed; the line is the base model's. */
+function diversityChart({ nfe, images, features, systems }) {
+  const rows = Object.entries(systems).map(([system, { mean: [value, low, high] }]) => ({ system, name: DATA.systems[system].name, value, low, high }));
+  const seeds = Object.entries(systems).flatMap(([system, found]) => found.seeds.map((value) => ({ system, name: DATA.systems[system].name, value })));
+  const bases = rows.filter((row) => !DATA.systems[row.system].trained);
+  return [
+    h("h2", {}, "Diversity"),
+    h("p", { class: "note" }, `Vendi score: the effective number of different images among the ${images} kept ones, one of each prompt, at ${nfe} steps. It is 1 if all are alike and ${images} if no two are; features: ${features}. Small dots are seeds, bars 95 % intervals over seeds. Left of the dashed line, images of different prompts are more alike than those of the base model.`),
+    plot("", {
+      width: fitting("damage-body", 560), height: 44 + 26 * rows.length, marginLeft: nameMargin(Object.keys(systems)),
+      x: { label: "Vendi score", nice: true }, y: { label: null, domain: rows.map((row) => row.name) },
+      marks: [
+        Plot.ruleX(bases, { x: "value", strokeOpacity: 0.6, strokeDasharray: "3 3" }),
+        Plot.ruleY(rows.filter((row) => row.low !== null), { y: "name", x1: "low", x2: "high", stroke: (row) => colourOf(row.system), strokeWidth: 2 }),
+        Plot.dot(seeds, { y: "name", x: "value", r: 2.5, fill: (row) => colourOf(row.system), fillOpacity: 0.6 }),
+        Plot.dot(rows, { y: "name", x: "value", r: 4.5, fill: (row) => colourOf(row.system), stroke: "var(--bg)", tip: true, title: (row) => `${row.name}: ${row.value}${row.low === null ? "" : `\n95 %: ${row.low} to ${row.high}`}` }),
+      ],
+    }),
   ];
 }
 

@@ -51,12 +51,15 @@ function set(changes) {
 }
 
 const views = {}; // by name: a function that draws the view
+let printing = false; // all views are drawn, and images do not wait until they are looked at
 
 function show() {
   for (const section of document.querySelectorAll("[data-section]")) section.hidden = section.id !== state.view;
   for (const link of document.querySelectorAll("nav a")) {
-    if (link.dataset.view === state.view) link.setAttribute("aria-current", "page");
-    else link.removeAttribute("aria-current");
+    if (link.dataset.view === state.view) {
+      link.setAttribute("aria-current", "page");
+      link.scrollIntoView({ block: "nearest", inline: "nearest" }); // on narrow screens the tabs scroll
+    } else link.removeAttribute("aria-current");
   }
   document.title = `${words(state.view)} – results of the scale ${DATA.scale}`;
   views[state.view]?.();
@@ -136,6 +139,9 @@ function plot(caption, options) {
   svg.classList.add("plot");
   return h("figure", {}, caption ? h("figcaption", {}, caption) : null, svg);
 }
+
+/** The width of a chart in an element, which may be narrower than the chart should be. */
+const fitting = (id, width) => Math.min(width, at(id).clientWidth || width);
 
 function legend(systems) {
   return h("div", { class: "legend" }, systems.map((system) =>

@@ -2,10 +2,12 @@
 const loader = new IntersectionObserver((entries) => {
   for (const { isIntersecting, target } of entries) {
     if (!isIntersecting) continue;
-    target.style.backgroundImage = `url("${target.dataset.sheet}")`;
+    load(target);
     loader.unobserve(target);
   }
 }, { rootMargin: "300px" });
+
+const load = (cell) => { cell.style.backgroundImage = `url("${cell.dataset.sheet}")`; };
 
 /** A prompt's image of a run: a cell of a sheet, loaded when it comes into view. */
 function image(run, setting, place, title = "") {
@@ -19,7 +21,8 @@ function image(run, setting, place, title = "") {
     class: "cell", role: "img", "aria-label": caption, title: title || caption, "data-sheet": `images/${encodeURIComponent(`${run}.${setting}.webp`)}`,
     style: { "background-size": `${100 * columns}% ${100 * rows}%`, "background-position": `${share(place % columns, columns)} ${share(Math.floor(place / columns), rows)}` },
   });
-  loader.observe(cell);
+  if (printing) load(cell);
+  else loader.observe(cell);
   return cell;
 }
 
@@ -123,7 +126,7 @@ function drawWins({ controls, body, systems, kept }) {
   const up = METRICS.get(metric).up ? 1 : -1;
   const rows = ["", ...tags].map((task) => ({ task: task ? words(task) : "all prompts", values: own.tasks[metric][task] })).filter((row) => row.values[0] !== null);
   const chart = plot("", {
-    width: Math.min(640, body.clientWidth || 640), height: 44 + 26 * rows.length, marginLeft: 110, x: { label: `${titleOf(metric)}: difference from ${DATA.systems[own.base].name}` }, y: { label: null, domain: rows.map((row) => row.task) },
+    width: fitting("gallery-body", 640), height: 44 + 26 * rows.length, marginLeft: 110, x: { label: `${titleOf(metric)}: difference from ${DATA.systems[own.base].name}` }, y: { label: null, domain: rows.map((row) => row.task) },
     marks: [
       Plot.ruleX([0], { strokeOpacity: 0.6 }),
       Plot.ruleY(rows.filter((row) => row.values[1] !== null), { y: "task", x1: (row) => row.values[1], x2: (row) => row.values[2], stroke: colourOf(system), strokeWidth: 2 }),

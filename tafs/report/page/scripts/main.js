@@ -23,6 +23,27 @@ at("theme").addEventListener("click", () => {
 prefersDark.addEventListener("change", () => { applyTheme(); show(); });
 addEventListener("hashchange", () => { readAddress(); show(); scrollTo(0, 0); });
 
+/** Draw all views for paper, which has no tabs. */
+function drawEverything() {
+  if (printing) return;
+  printing = true;
+  ROOT.dataset.theme = "light";
+  for (const section of document.querySelectorAll("[data-section]")) section.hidden = false;
+  for (const draw of Object.values(views)) draw();
+}
+
+/** Print when all images are loaded, for which a browser's own command does not wait. */
+async function printEverything() {
+  drawEverything();
+  const sheets = unique([...document.querySelectorAll(".cell[data-sheet]")].map((cell) => cell.dataset.sheet));
+  await Promise.allSettled(sheets.map((sheet) => Object.assign(new Image(), { src: sheet }).decode()));
+  print();
+}
+
+at("print").addEventListener("click", printEverything);
+addEventListener("beforeprint", drawEverything);
+addEventListener("afterprint", () => { printing = false; applyTheme(); show(); });
+
 const citation = at("citation");
 if (citation) citation.before(copyButton("Copy BibTeX", () => citation.textContent));
 applyTheme();

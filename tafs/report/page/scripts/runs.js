@@ -52,7 +52,7 @@ function runDetail(run) {
     h("h2", {}, run.name),
     h("p", { class: "note" }, `${DATA.systems[run.system].name}, seed ${run.seed}${origin.git_commit ? `, commit ${origin.git_commit}${origin.git_changed ? " with changes" : ""}` : ""}`),
     h("pre", {}, stages.map((stage) => `python -m tafs.${stage} results/${DATA.scale}/runs/${run.name}`).join("\n")),
-    part("Files", h("table", { class: "plain" }, h("tbody", {}, Object.entries(run.files).map(([name, [bytes, digest]]) =>
+    part("Files", h("table", { class: "plain list" }, h("tbody", {}, Object.entries(run.files).map(([name, [bytes, digest]]) =>
       h("tr", {}, h("td", {}, link(name)), h("td", { class: "n" }, size(bytes)), h("td", {}, h("code", {}, digest)))))), true),
     part("Configuration (run.json)", rows(flat(run.spec))),
     part("Evaluation (evaluation.json)", rows(flat(run.evaluation))),
