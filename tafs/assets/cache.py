@@ -32,7 +32,7 @@ class Cached:
     @property
     def folder(self) -> Path:
         if self.locked.hub is None:
-            return _home() / "files" / self.locked.revision
+            return home() / "files" / self.locked.revision
         repository = repo_folder_name(repo_id=self.locked.hub, repo_type=self.locked.type)
         return Path(constants.HF_HUB_CACHE) / repository / "snapshots" / self.locked.revision
 
@@ -47,7 +47,7 @@ class Cached:
 
     @property
     def _note(self) -> Path:
-        return _home() / "verified" / f"{self.name}.{self.locked.revision}.json"
+        return home() / "verified" / f"{self.name}.{self.locked.revision}.json"
 
     def missing(self) -> list[str]:
         """The files that are not in the folder."""
@@ -119,7 +119,8 @@ def is_random(name: str, lock: Path = LOCK) -> bool:
     return lockfile.entry(name, lock).weights == "random"
 
 
-def _home() -> Path:
+def home() -> Path:
+    """The folder of what this project keeps in Hugging Face's."""
     return Path(constants.HF_HOME) / "tafs"
 
 

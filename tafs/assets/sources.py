@@ -12,11 +12,12 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from tafs.assets import cache
 from tafs.common.files import sha256
@@ -26,6 +27,7 @@ from tafs.data.prompt_sets import prompt_set, prompt_sets
 from tafs.data.prompts import Prompt, digest
 from tafs.models import Backbone, catalog, loading
 from tafs.models.catalog import Model
+from tafs.models.quantization import Quantization
 from tafs.rewards import metrics
 from tafs.rewards.metrics import METRICS, Metric, Reward
 from tafs.rewards.registry import RewardSet, load
@@ -42,6 +44,8 @@ class AssetSettings(BaseModel):
     device: Literal["cpu", "cuda"]
     dtype: Literal["float32", "bfloat16"]
     gradient_checkpointing: bool
+    # Left out where nothing is quantised, so that earlier results stay what they are.
+    quantize: Quantization = Field(default="none", exclude_if=lambda chosen: chosen == "none")
 
 
 class AssetSource(ABC):
@@ -153,11 +157,16 @@ class AssetSource(ABC):
         return build(self.device, self.folder)
 
     def backbone(
-        self, folder: Path, resolution: int, guidance: float, max_sequence_length: int
+        self,
+        folder: Path,
+        resolution: int,
+        guidance: float,
+        max_sequence_length: int,
+        embeddings: Path | None = None,
     ) -> Backbone:
         """Load a pipeline folder with the backbone of its class; see `loading.load`."""
         settings = self._loading(resolution, guidance, max_sequence_length)
-        return loading.load(folder, **settings)
+        return loading.load(folder, **settings, embeddings=embeddings)
 
     def _loading(
         self, resolution: int, guidance: float, max_sequence_length: int
@@ -170,6 +179,7 @@ class AssetSource(ABC):
             "device": self.device,
             "dtype": getattr(torch, self.settings.dtype),
             "gradient_checkpointing": self.settings.gradient_checkpointing,
+            "quantize": self.settings.quantize,
         }
 
 
@@ -230,13 +240,22 @@ class HubAssets(AssetSource):
         guided = (model.guidance, model.max_sequence_length)
         resolution = model.resolution or resolution
         if model.trainable:
-            return self.backbone(self.pipeline_folder(model), resolution, *guided)
+            folder = self.pipeline_folder(model)
+            return self.backbone(folder, resolution, *guided, self._embeddings(model))
         from tafs.models.pipelines import ReferencePipeline
 
         folders = {resource: self.folder(resource) for resource in model.resources}
         settings = self._loading(resolution, *guided)
         chosen = {key: settings[key] for key in ("resolution", "device", "dtype")}
         return ReferencePipeline.load(model, folders, **chosen)
+
+    def _embeddings(self, model: Model) -> Path:
+        """The folder of all that is encoded with the same weights and libraries."""
+        versions = [version(name) for name in ("diffusers", "torch", "transformers")]
+        device = torch.device(self.device).type
+        own = [model.resource, model.pipeline, model.max_sequence_length, self.settings.dtype]
+        content = json.dumps([cache.digest(model.resource, self.lock), *own, device, *versions])
+        return cache.home() / "embeddings" / hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def random(self, names: Sequence[str]) -> list[str]:
         return [name for name in resources_of(names) if cache.is_random(name, self.lock)]

@@ -28,7 +28,9 @@ from tafs.evaluation.choose import Seeds
 from tafs.experiment import needs
 from tafs.experiment.schema import Count, Finite, Name, Prompts, Sampler, Seed, Text
 from tafs.experiment.specs import BEST, PIPELINE, EvalSetting, EvalSpec, TrajectorySpec
+from tafs.models import quantization
 from tafs.models.catalog import ClassName
+from tafs.models.quantization import Quantization
 from tafs.rewards.metrics import METRICS
 
 FOLDER = Path(__file__).parent / "protocols"
@@ -52,6 +54,7 @@ class Content(_Strict):
     title: Text = ""
     assets: Literal["shapes", "hub"]
     dtype: Literal["float32", "bfloat16"]
+    quantize: Quantization = Field(default="none", exclude_if=lambda chosen: chosen == "none")
     prompts: Prompts
     prompts_per_tag: Count | None = None
     images_per_prompt: Count
@@ -200,8 +203,8 @@ def read(name: str, assets: AssetSettings | None = None) -> Protocol:
             f"{file}: assets: {content.assets!r} are not the {assets.assets!r} of the scale; "
             "choose another scale or protocol"
         )
-    changed = {"dtype": content.dtype, "gradient_checkpointing": False}
-    found = Protocol(file.stem, content, sources.of(assets.model_copy(update=changed)))
+    own = {"dtype": content.dtype, "quantize": content.quantize, "gradient_checkpointing": False}
+    found = Protocol(file.stem, content, sources.of(assets.model_copy(update=own)))
     if problem := _problem(found):
         raise ConfigError(f"{file}: {problem}")
     return found
@@ -210,6 +213,8 @@ def read(name: str, assets: AssetSettings | None = None) -> Protocol:
 def _problem(protocol: Protocol) -> str | None:
     """What the schema cannot see."""
     content = protocol.content
+    if missing := quantization.problem(content.quantize):
+        return f"quantize: {missing}"
     available = sources.prompt_sets_of(content.assets)
     if content.prompts not in FROM_FILES and content.prompts not in available:
         hint = suggestion(content.prompts, available)

@@ -21,6 +21,7 @@ from pydantic import (
 
 from tafs.common.yaml_files import NAME
 from tafs.data import prompt_files
+from tafs.models.quantization import Quantization
 from tafs.models.sampling import SAMPLERS
 
 # What a table prints: every metric at its steps, the same at equal training compute, the gains of
@@ -163,6 +164,8 @@ class Scale(_Strict):
     lock: PathText = "resources.lock.yaml"  # pins the hub's models
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the network's weights
+    # Of the linear layers in the network's blocks, when it is trained and when it is judged.
+    quantize: Quantization = "none"
     gradient_checkpointing: bool = False
     processes: Count = 1  # of a training job; one per GPU
     nodes: Count = 1  # machines that share the processes

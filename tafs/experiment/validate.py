@@ -16,7 +16,7 @@ from tafs.data.prompt_sets import FROM_FILES, prompt_set
 from tafs.experiment.schema import FIGURES, RENAMED_KEYS, Config, Experiment, Range, Scale, Tuning
 from tafs.experiment.variants import Variants
 from tafs.methods import registry
-from tafs.models import catalog
+from tafs.models import catalog, quantization
 from tafs.rewards.metrics import METRICS
 from tafs.runtime.run_dir import BASE
 
@@ -226,6 +226,8 @@ def _scale_problems(config: Config, key: str, scale: Scale) -> Iterator[str]:
         if not isinstance(images, int) and role not in images:
             hint = suggestion(role, list(images))
             yield f"{where}.evaluation.images_per_prompt: no number for {role!r}{hint}"
+    if key == config.scale and (missing := quantization.problem(scale.quantize)):
+        yield f"{where}.quantize: {missing}"
     known = catalog.read()
     models = (*scale.model_roles.values(), *scale.models)
     yield from _unknown(where, "model", models, known)

@@ -360,8 +360,8 @@ def write(state: Mapping[str, Tensor], file: Path) -> None:
     files.atomic_write(file, lambda path: save_file(dict(state), path))
 
 
-def attach(pipeline: Any, file: Path) -> list[str]:
-    """Load a file with the names of diffusers into a pipeline; return the components it adapts.
+def components(file: Path) -> list[str]:
+    """The components that a file with the names of diffusers adapts.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -373,16 +373,25 @@ def attach(pipeline: Any, file: Path) -> list[str]:
     files.check_readable(file)
     try:
         with safe_open(file, framework="numpy") as content:
-            components = {key.partition(".")[0] for key in content.keys()}  # noqa: SIM118
+            return sorted({key.partition(".")[0] for key in content.keys()})  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(
             f"{file}: is not a safetensors file ({error}); train the run again"
         ) from None
+
+
+def attach(pipeline: Any, file: Path) -> list[str]:
+    """Load a file with the names of diffusers into a pipeline; return the components it adapts.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: as for `components`.
+    """
+    found = components(file)
     # Without `use_safetensors`, diffusers could read the file as a pickle.
     pipeline.load_lora_weights(
         file.parent, weight_name=file.name, local_files_only=True, use_safetensors=True
     )
-    return sorted(components)
+    return found
 
 
 @torch.no_grad()

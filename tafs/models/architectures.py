@@ -169,6 +169,8 @@ class Size:
     forward: float  # FLOPs of one evaluation of one image, guidance included
     adapter: int  # parameters of its LoRA adapter
     weights: int  # its own parameters, and the table of positions of Stable Diffusion 3
+    matrices: int  # those of them in linear layers of the blocks, without biases
+    largest: int  # the most in one of these layers
 
 
 def size(
@@ -217,7 +219,9 @@ def _flux(config: Mapping[str, Any], latent: int, text: int, rank: int) -> Size:
     weights += (double * 4 + single * 2) * config["attention_head_dim"]
     weights += (channels + 1 + context + 1) * d + channels * (d + 1)
     weights += embeddings * d + (3 if config["guidance_embeds"] else 2) * 2 * d + 2 * d
-    return Size(float(blocks + ends + 2 * embeddings * d + adapted), adapter, weights)
+    matrices = (double * 2 * 18 + single * 15) * d**2
+    forward = float(blocks + ends + 2 * embeddings * d + adapted)
+    return Size(forward, adapter, weights, matrices, largest=6 * d**2)
 
 
 def _flux2_klein(config: Mapping[str, Any], latent: int, text: int, rank: int) -> Size:
@@ -239,11 +243,13 @@ def _flux2_klein(config: Mapping[str, Any], latent: int, text: int, rank: int) -
     adapter = rank * (double * 8 * 2 * d + single * fused)
     adapted = 2 * tokens * rank * (double * 4 * 2 * d + single * fused)
     # The same matrices, without biases, and the norms of queries and keys.
-    weights = double * (8 * d**2 + 6 * d * hidden) + single * layers + shared
+    matrices = double * (8 * d**2 + 6 * d * hidden) + single * layers
+    weights = matrices + shared
     weights += (double * 4 + single * 2) * config["attention_head_dim"] + (
         2 * channels + context
     ) * d
-    return Size(float(blocks + 2 * shared + ends + adapted), adapter, weights)
+    forward = float(blocks + 2 * shared + ends + adapted)
+    return Size(forward, adapter, weights, matrices, largest=d * (3 * d + 2 * hidden))
 
 
 def _sd3(config: Mapping[str, Any], latent: int, text: int, rank: int) -> Size:
@@ -268,7 +274,9 @@ def _sd3(config: Mapping[str, Any], latent: int, text: int, rank: int) -> Size:
     weights += (config["in_channels"] * patch + 1 + config["joint_attention_dim"] + 1) * d
     weights += config["out_channels"] * patch * (d + 1) + embeddings * d + 2 * 2 * d + 2 * d
     weights += config["pos_embed_max_size"] ** 2 * d
-    return Size(float(blocks + ends + 2 * embeddings * d + adapted), adapter, weights)
+    matrices = (layers * 2 * 18 - 13 + dual * 7) * d**2
+    forward = float(blocks + ends + 2 * embeddings * d + adapted)
+    return Size(forward, adapter, weights, matrices, largest=(9 if dual else 6) * d**2)
 
 
 # Pipelines whose guidance evaluates the network twice.

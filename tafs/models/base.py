@@ -1,11 +1,15 @@
-"""The base class of trainable models: prompts, network, decoding, time grid and LoRA adapters."""
+"""The base class of trainable models: prompts, network, decoding, time grid and LoRA adapters.
+
+All of it is one file, because it is one class, whose parts share the pipeline and its device.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -13,8 +17,9 @@ import tafs.common.torchvision_patch  # noqa: F401  # isort: skip
 import torch
 from torch import Tensor, nn
 
-from tafs.models import adapters
+from tafs.models import adapters, quantization
 from tafs.models.conditioning import Conditioning
+from tafs.models.embeddings import Embeddings
 from tafs.models.sampling import shifted
 
 # diffusers and peft are imported where they are used: they take seconds, and all methods import
@@ -24,6 +29,7 @@ if TYPE_CHECKING:
 
 KEPT_BYTES = 4 << 30  # memory for prompt embeddings on the host, per process
 ROOM_BYTES = 2 << 30  # device memory for the activations of text encoders
+DECODED_PIXELS = 1 << 20  # that go through the decoder together: four images of 512 x 512
 TIMESTEPS = 1000  # many networks take t in [0, 1] as a timestep in [0, 1000]
 
 # cuDNN's attention, PyTorch's default on H100 and H200 since 2.11, can return NaN gradients
@@ -68,6 +74,9 @@ class Backbone:
 
     base_model: str | None = None  # the name that adapters' files state
     compiled: bool = False
+    quantized: bool = False
+    embeddings: Embeddings | None = None  # where embeddings are stored
+    _load_encoders: Callable[[], DiffusionPipeline] | None = None  # if they are not loaded yet
 
     def __init__(
         self,
@@ -104,6 +113,8 @@ class Backbone:
         dtype: torch.dtype = torch.float32,
         vae_dtype: torch.dtype = torch.float32,
         gradient_checkpointing: bool = False,
+        quantize: quantization.Quantization = "none",
+        embeddings: Path | None = None,
     ) -> Self:
         """Load a diffusers pipeline folder; `tafs.models.loading.load` selects the subclass.
 
@@ -116,15 +127,24 @@ class Backbone:
             gradient_checkpointing: recompute the blocks of the network, and of the autoencoder if
                 it supports that, in the backward pass. This uses the weights of that moment, so
                 evaluations with gradients are not allowed inside `reference()`.
+            quantize: the format that the linear layers of the network's blocks are quantised to.
+            embeddings: the folder in which prompt embeddings are stored; see `Embeddings`. The text
+                encoders are then loaded when a prompt has to be encoded.
+
+        Raises:
+            ValueError: a library that quantises is missing; names the remedy.
         """
         from diffusers import DiffusionPipeline
 
-        pipeline = DiffusionPipeline.from_pretrained(
+        read = partial(
+            DiffusionPipeline.from_pretrained,
             path,
             dtype={"default": dtype, "vae": vae_dtype},
             local_files_only=True,
             use_safetensors=True,
         )
+        later = {} if embeddings is None else dict.fromkeys(_text_encoders(path))
+        pipeline = read(**later)
         pipeline.set_progress_bar_config(disable=True)
         # Convolutions are faster with channels last, on CPUs by a third.
         pipeline.vae.to(memory_format=torch.channels_last)
@@ -135,6 +155,11 @@ class Backbone:
             max_sequence_length=max_sequence_length,
         )
         backbone.base_model = _model_name(path)
+        if embeddings is not None:
+            backbone.embeddings = Embeddings(embeddings)
+            backbone._load_encoders = partial(read, transformer=None, vae=None)
+        quantization.quantize(backbone.blocks, quantize, device)
+        backbone.quantized = quantize != "none"
         for module in (pipeline.transformer, pipeline.vae):
             module.to(device)
         if gradient_checkpointing:
@@ -211,12 +236,34 @@ class Backbone:
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._kept]
         if not missing:
             return
+        if self.embeddings is not None:
+            for prompt in missing:
+                if (stored := self.embeddings.read(prompt)) is not None:
+                    self._kept[prompt] = stored.map(self._pinned)
+            missing = [prompt for prompt in missing if prompt not in self._kept]
+            if not missing:
+                return
         with self._encoders_on_device():
             for prompt in missing:
                 self._kept[prompt] = self.embed([prompt]).map(_host)
+                if self.embeddings is not None:
+                    self.embeddings.write(prompt, self._kept[prompt])
+
+    def _pinned(self, tensor: Tensor) -> Tensor:
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor
+
+    def load_encoders(self) -> None:
+        """Load the text encoders, if they were left out."""
+        if self._load_encoders is None:
+            return
+        for name, module in self._load_encoders().components.items():
+            if name.startswith("text_encoder") and module is not None:
+                self.pipeline.register_modules(**{name: module.eval().requires_grad_(False)})
+        self._load_encoders = None
 
     @contextmanager
     def _encoders_on_device(self) -> Iterator[None]:
+        self.load_encoders()
         components, device = self.pipeline.components.items(), self.device
         encoders = [c for name, c in components if name.startswith("text_encoder") and c]
         waiting = [] if _fit(encoders, device) else [self.transformer, self.pipeline.vae]
@@ -291,12 +338,17 @@ class Backbone:
     def decode(self, x_0: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Decode latents [B, *latent_shape] to images [B, 3, H, W] in [0, 1]; differentiable.
 
+        Large batches are decoded in parts, so that they do not decide how much memory is needed.
         `dtype` is the precision of the decoder's convolutions; by default that of its weights.
         """
         vae, latents = self.pipeline.vae, self.scaled(x_0.float())
         with torch.autocast(latents.device.type, dtype, enabled=dtype is not None):
-            decoded = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
-        return (decoded.float() / 2 + 0.5).clamp(0, 1)
+            decoded = [
+                vae.decode(part.to(vae.dtype), return_dict=False)[0]
+                for part in latents.split(decoded_together(self.resolution))
+            ]
+        images = decoded[0] if len(decoded) == 1 else torch.cat(decoded)
+        return (images.float() / 2 + 0.5).clamp(0, 1)
 
     def scaled(self, x_0: Tensor) -> Tensor:
         """Return float32 latents [B, *latent_shape] as the autoencoder decodes them."""
@@ -379,22 +431,30 @@ class Backbone:
     def load_adapter(self, file: Path) -> None:
         """Load an adapter that `save_adapter`, `adapters.write` or diffusers wrote, for sampling.
 
-        It is merged into float32 weights, which makes sampling faster; bfloat16 weights would round
-        it, so there it stays separate.
+        It is merged into float32 weights, which makes sampling faster; bfloat16 and quantised
+        weights would round it, so there it stays separate.
 
         Raises:
             FileNotFoundError: the file does not exist.
             OSError: the file cannot be read.
             ValueError: the file is not a safetensors file.
         """
+        if adapters.components(file) != [adapters.TRANSFORMER]:
+            self.load_encoders()
         components = adapters.attach(self.pipeline, file)
         if components != [adapters.TRANSFORMER]:
             self._kept.clear()  # the text encoders have changed
-        if self.transformer.dtype == torch.float32:
+            self.embeddings = None
+        if self.transformer.dtype == torch.float32 and not self.quantized:
             self.pipeline.fuse_lora(components=components)
             self.pipeline.unload_lora_weights()
         else:
             adapters.restore_precision(self.pipeline, file, components)
+
+
+def decoded_together(resolution: int) -> int:
+    """The most images of `resolution` pixels that go through the decoder together."""
+    return max(1, DECODED_PIXELS // resolution**2)
 
 
 def _fit(modules: Sequence[nn.Module], device: torch.device) -> bool:
@@ -410,6 +470,12 @@ def _fit(modules: Sequence[nn.Module], device: torch.device) -> bool:
 def _host(tensor: Tensor) -> Tensor:
     """Return the tensor in host memory, pinned if it was on a GPU."""
     return tensor.cpu().pin_memory() if tensor.is_cuda else tensor
+
+
+def _text_encoders(folder: Path) -> list[str]:
+    """The names of the text encoders in a pipeline's folder."""
+    index = json.loads((folder / "model_index.json").read_bytes())
+    return [name for name in index if name.startswith("text_encoder") and all(index[name])]
 
 
 def _model_name(folder: Path) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import tafs.common.torchvision_patch  # noqa: F401  # isort: skip
 import torch
 from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import Size, Tensor, nn
 
 
@@ -38,7 +39,10 @@ class LoraLinear(Linear):
 
 
 def install(network: nn.Module) -> None:
-    """Compute all adapters of a network, which peft has attached, with `LoraLinear`."""
+    """Compute all adapters of a network, which peft has attached, with `LoraLinear`.
+
+    Its layer for torchao's quantised weights differs in merging alone, which they do not allow.
+    """
     for module in network.modules():
-        if type(module) is Linear:
+        if type(module) in (Linear, TorchaoLoraLinear):
             module.__class__ = LoraLinear

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
-from tafs.models import architectures, catalog
+from tafs.models import architectures, catalog, quantization
 from tafs.models.architectures import Architecture
+from tafs.models.quantization import Quantization
 
 FLOAT = 4  # bytes of a float32 value
 HALF = 2  # bytes of a bfloat16 value
@@ -34,7 +35,8 @@ class Setting:
         lora_rank: of the adapter.
         micro_batch: images per pass of the network.
         gradient_checkpointing: whether only the inputs of the network's blocks are kept.
-        weight_bytes: of one of the network's weights.
+        weight_bytes: of one of the network's weights, where they are not quantised.
+        quantize: the format of the weights in the network's blocks.
         images: of one iteration in this process.
         trained_steps: evaluations with gradients per image.
         kept_images: whose graphs are kept until the first update; 0: none.
@@ -44,6 +46,7 @@ class Setting:
         retained: whether all of that stays in memory until the last gradient is taken, as where
             each reward's gradient is taken alone.
         text_encoders: bytes of their weights.
+        decoded: the most images that go through the decoder together; None: the micro-batch.
     """
 
     resolution: int
@@ -51,6 +54,7 @@ class Setting:
     micro_batch: int
     gradient_checkpointing: bool
     weight_bytes: int = HALF
+    quantize: Quantization = "none"
     images: int = 0
     trained_steps: int = 1
     kept_images: int = 0
@@ -58,6 +62,7 @@ class Setting:
     reward_activations: float | None = None
     retained: bool = True
     text_encoders: float = 0.0
+    decoded: int | None = None
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,55 @@ def _flux(config: Mapping[str, Any], latent: int, text: int, rank: int, b: int) 
     return [double] * config["num_layers"] + [single] * config["num_single_layers"]
 
 
+def _flux2_klein(
+    config: Mapping[str, Any], latent: int, text: int, rank: int, b: int
+) -> list[Block]:
+    heads = config["num_attention_heads"]
+    d, image = heads * config["attention_head_dim"], (latent // 2) ** 2
+    h = int(config["mlp_ratio"] * d)
+    tokens, longer = image + text, max(image, text)
+    stream = tokens * d * b
+    # Per head, attention's normaliser, and those of the norms of queries and keys.
+    scalars = 3 * tokens * heads * FLOAT
+    double = Block(
+        given=stream,
+        result=stream,
+        # Input; its modulated norm, for the adapters; queries and keys before their norms; queries,
+        # keys, values and result of attention; the result in the layout of the output's adapter;
+        # the input of the second norm; of the gated feed-forward layer the gate before and after
+        # its activation and the gated half.
+        saved=(1 + 1 + 2 + 4 + 1 + 1) * stream
+        + 3 * tokens * h * b
+        + 4 * tokens * rank * b
+        + scalars,
+        # Of the stream, and of the feed-forward layer's gate, gated half and their product.
+        gradients=stream + 3 * longer * h * b,
+        forward=max(
+            # When keys are rotated: input, its norm, the text's queries, keys and values, those of
+            # both streams; in float32, both products of the rotation and one factor, and another.
+            5 * stream + 3 * text * d * b + (3 * FLOAT + b) * tokens * d,
+            # In the feed-forward layer of one stream: input and result of attention; of each
+            # stream, the gated result, the sum and its norm, and of the image the layer's output;
+            # the layer before and after its activation, and the product.
+            2 * stream + (4 * image + 3 * text) * d * b + 4 * text * h * b,
+            2 * stream + (3 * image + text) * d * b + 4 * image * h * b,
+        ),
+    )
+    # Input, its modulated norm, queries and keys, and result of attention; what one product gives,
+    # queries, keys, values and the feed-forward layer; the activated gate; attention's result with
+    # the feed-forward layer's, joined for the output.
+    parts = tokens * b * ((1 + 1 + 2 + 1) * d + (3 * d + 2 * h) + h + (d + h))
+    single = Block(
+        given=stream,
+        result=stream,
+        saved=parts + 2 * tokens * rank * b + scalars,
+        # Of the stream, of the first product, and of the feed-forward layer before its activation.
+        gradients=stream + tokens * b * ((3 * d + 2 * h) + 2 * h),
+        forward=parts,
+    )
+    return [double] * config["num_layers"] + [single] * config["num_single_layers"]
+
+
 def _sd3(config: Mapping[str, Any], latent: int, text: int, rank: int, b: int) -> list[Block]:
     heads, layers = config["num_attention_heads"], config["num_layers"]
     d, image = heads * config["attention_head_dim"], (latent // config["patch_size"]) ** 2
@@ -172,6 +226,7 @@ def _sd3(config: Mapping[str, Any], latent: int, text: int, rank: int, b: int) -
 
 
 BLOCKS: Mapping[str, Callable[[Mapping[str, Any], int, int, int, int], list[Block]]] = {
+    "Flux2KleinPipeline": _flux2_klein,
     "FluxPipeline": _flux,
     "StableDiffusion3Pipeline": _sd3,
 }
@@ -208,7 +263,7 @@ def decoder(vae: Mapping[str, Any], resolution: int, conv_bytes: int = HALF) -> 
 
 
 def autoencoder_weights(vae: Mapping[str, Any]) -> int:
-    """The number of parameters of an AutoencoderKL without quantisation layers."""
+    """The number of parameters of an AutoencoderKL, or of FLUX.2's, which has the same layers."""
     channels, layers = vae["block_out_channels"], vae["layers_per_block"]
     latent, deepest = vae["latent_channels"], channels[-1]
 
@@ -231,6 +286,10 @@ def autoencoder_weights(vae: Mapping[str, Any]) -> int:
         return total + sum(conv(width, width) for width in order[:-1])
 
     encoder = half(channels, layers, 3, 2 * latent)
+    if vae["use_quant_conv"]:
+        encoder += conv(2 * latent, 2 * latent, 1)
+    if vae["use_post_quant_conv"]:
+        encoder += conv(latent, latent, 1)
     return encoder + half(channels[::-1], layers + 1, latent, 3)
 
 
@@ -261,8 +320,12 @@ def phases(architecture: Architecture, model: catalog.Model, setting: Setting) -
     latent = setting.resolution // 2 ** (len(architecture.vae["block_out_channels"]) - 1)
     values = architecture.vae["latent_channels"] * latent**2
     evaluated = architectures.evaluations(model)
+    together = min(batch, setting.decoded or batch)
+    inside = network.matrices if setting.quantize != "none" else 0
+    quantized = quantization.BYTES.get(setting.quantize, 0) * inside
+    restoring = quantization.RESTORING.get(setting.quantize, 0) * network.largest
     always = {
-        "network": bytes_ * network.weights,
+        "network": bytes_ * (network.weights - inside) + quantized,
         "autoencoder": FLOAT * autoencoder_weights(architecture.vae),
         "rewards": setting.rewards,
         "adapter": FLOAT * network.adapter,
@@ -287,22 +350,29 @@ def phases(architecture: Architecture, model: catalog.Model, setting: Setting) -
         **always,
         "gradients and their float64 sums": (FLOAT + 8) * network.adapter,
         "graphs of other evaluations": max(kept - batch, 0) * graph,
+        "restored weight": restoring,
     }
     found: dict[str, Parts] = {
         "encoding": {**always, "text encoders": setting.text_encoders},
-        "sampling": {**always, "kept graphs": kept * graph, "activations": batch * forward},
-        "scoring": {**always, "kept graphs": kept * graph, "decoder": batch * image.forward},
+        "sampling": {
+            **always,
+            "kept graphs": kept * graph,
+            "activations": batch * forward,
+            "restored weight": restoring,
+        },
+        "scoring": {**always, "kept graphs": kept * graph, "decoder": together * image.forward},
         "update": {**update, "activations": batch * backward},
     }
     if setting.reward_activations is not None:
         # The rewards' activations are freed before the decoder's last block is computed again.
-        beside = image.last + image.gradients
-        own = image.ends + setting.reward_activations
-        decoded = image.given + (beside + own if setting.retained else max(beside, own))
+        beside = together * (image.last + image.gradients)
+        own = batch * (image.ends + setting.reward_activations)
+        decoded = batch * image.given
+        decoded += beside + own if setting.retained else max(beside, own)
         found["reward gradients"] = {
             **update,
             "activations": batch * graph,
-            "decoder and rewards": batch * decoded,
+            "decoder and rewards": decoded,
         }
     return found
 

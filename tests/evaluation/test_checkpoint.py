@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from functools import cache
+from collections.abc import Callable
+from functools import cache as cached
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
+from support import tiny_hub
 from support.checkpoints import EMBEDDED, embedded
 
 from tafs import cli, experiment
-from tafs.assets.sources import AssetSource, ShapesAssets
+from tafs.assets import cache, sources
+from tafs.assets.sources import AssetSource, HubAssets, ShapesAssets
 from tafs.common import errors
 from tafs.common.yaml_files import ConfigError
 from tafs.evaluation import checkpoint, generate, protocol
@@ -51,7 +54,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
     return ended.value.code, printed.out, printed.err
 
 
-@cache
+@cached
 def trained(name: str) -> dict[str, torch.Tensor]:
     """A random adapter's matrices by layer; its factor alpha / rank is 1 / 2."""
     model = embedded(name).adapted(alpha=2)
@@ -214,6 +217,7 @@ def test_the_base_of_a_folder_is_that_of_the_same_model_by_name(judged_zero, cap
 
 CHANGES: dict[str, Any] = {
     "dtype": "bfloat16",
+    "quantize": "nf4",
     "prompts_per_tag": 3,
     "images_per_prompt": 2,
     "metrics": {"clip": "shapes clip"},
@@ -266,6 +270,8 @@ def test_the_shipped_protocols_are_those_of_config_yaml():
         ("shapes", "shapes", "preference", "table2"),
         ("paper", "paper", "preference", "table2"),
         ("paper-composition", "paper", "composition", "table1"),
+        ("one-gpu", "one-gpu", "preference", "table2"),
+        ("one-gpu-composition", "one-gpu", "composition", "table1"),
     ):
         plan = experiment.load({"scale": scale}, ROOT / "config.yaml")
         active, content = plan.config.active, protocol.read(name).content
@@ -287,6 +293,63 @@ def test_the_shipped_protocols_are_those_of_config_yaml():
             )
             for m in models
         }
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Callable[[str], Path]:
+    """From a resource to its tiny checkpoint."""
+    return tiny_hub.folders(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.mark.parametrize("name", ["flux2-klein-base-4b", "sd35-medium"])
+def test_the_models_of_one_card_are_judged_with_an_adapter(name, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(HubAssets, "folder", lambda self, resource: tiny(resource))
+    digests = lambda self, names, *_: dict.fromkeys(names, "")  # noqa: E731
+    monkeypatch.setattr(HubAssets, "_file_digests", digests)
+    monkeypatch.setattr(HubAssets, "random", lambda *_: [])
+    monkeypatch.setattr(HubAssets, "golden_scores", None)
+    shipped = YAML(typ="safe").load(protocol.FOLDER / "one-gpu.yaml")
+    metrics = {"clip": shipped["metrics"]["clip"]}
+    content = shipped | SMALL | {"metrics": metrics, "resolution": 64}
+    file = tmp_path / "tiny.yaml"
+    with file.open("w") as out:
+        YAML(typ="safe").dump(content, out)
+    plan = experiment.load({"scale": "one-gpu"}, ROOT / "config.yaml")
+    assets = next(iter(plan.runs.values())).assets.model_copy(update={"device": "cpu"})
+    chosen = protocol.read(str(file), assets)
+    entry = catalog.read()[name]
+    backbone = catalog.backbones()[entry.pipeline].load(
+        tiny(entry.resource), resolution=64, guidance=entry.guidance, max_sequence_length=16
+    )
+    backbone.add_lora(4, 4, torch.Generator())
+    for parameter in backbone.lora_parameters().values():
+        torch.nn.init.normal_(parameter)
+    backbone.save_adapter(tmp_path / "adapter.safetensors")
+    found = checkpoint.judge(name, chosen, tmp_path, tmp_path / "adapter.safetensors")
+    base, adapted = (pd.read_parquet(run.scores)["value"] for run in found.runs)
+    assert len(base) == 2 and base.notna().all() and adapted.notna().all()
+    assert not np.array_equal(base, adapted)
+
+
+def test_models_of_the_hub_share_the_embeddings_of_the_same_weights(tiny, tmp_path, monkeypatch):
+    digests = ["one lock entry"]
+    monkeypatch.setattr(HubAssets, "folder", lambda self, resource: tiny(resource))
+    monkeypatch.setattr(cache, "home", lambda: tmp_path)
+    monkeypatch.setattr(cache, "digest", lambda *_: digests[-1])
+    plan = experiment.load({"scale": "one-gpu"}, ROOT / "config.yaml")
+    assets = next(iter(plan.runs.values())).assets.model_copy(update={"device": "cpu"})
+
+    def loaded(**changes: Any) -> bool:
+        """Whether a model has loaded text encoders to encode a prompt."""
+        model = sources.of(assets.model_copy(update=changes)).model("sd35-medium", 64)
+        model.prepare(["a red ring"])
+        return model.pipeline.text_encoder is not None
+
+    assert [loaded(), loaded(), loaded(quantize="int8")] == [True, False, False]
+    assert loaded(dtype="float32")
+    digests.append("another lock entry")
+    assert loaded()
+    assert len(list((tmp_path / "embeddings").iterdir())) == 3
 
 
 BASE = ["--base", "--model", "shapes-flux", "--protocol"]

@@ -17,6 +17,7 @@ from tafs.experiment import json_schema, run_inputs, validate
 from tafs.experiment.plan import as_typed
 from tafs.experiment.schema import RENAMED_KEYS
 from tafs.methods import registry
+from tafs.models import quantization
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "config.yaml"
@@ -36,6 +37,30 @@ def changed(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+def test_quantised_weights_decide_an_outcome_and_whole_ones_change_no_earlier_run(changed):
+    old, new = "    resolution: 24\n", "    resolution: 24\n    quantize: nf4\n"
+    whole, quantized = (
+        next(iter(experiment.load({"scale": "smoke"}, path).runs.values()))
+        for path in (SHIPPED, changed(old, new))
+    )
+    assert quantized.decisive() == {**whole.decisive(), "assets.quantize": "nf4"}
+    assert "quantize" not in whole.to_json()
+
+
+def test_a_missing_library_is_one_line_when_a_scale_needs_it(changed, monkeypatch):
+    path = changed("    resolution: 24\n", "    resolution: 24\n    quantize: int8\n")
+    monkeypatch.setattr(quantization, "find_spec", lambda name: None)
+    assert experiment.load({"scale": "shapes"}, path).config.active.quantize == "none"
+    with pytest.raises(ConfigError) as caught:
+        experiment.load({"scale": "smoke"}, path)
+    message = str(caught.value)
+    assert message.endswith(
+        "scales.smoke.quantize: 'int8' needs torchao; run "
+        "`pip install -c constraints.txt -e '.[quantize]'`"
+    )
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from tafs.models import architectures, catalog, flops
 from tafs.models.architectures import PUBLISHED
@@ -30,6 +31,10 @@ def test_a_size_is_that_of_the_network(name):
     assert found.adapter == sum(p.numel() for p in backbone.lora_parameters().values())
     stored = [*backbone.transformer.parameters(), *backbone.transformer.buffers()]
     assert found.weights == sum(tensor.numel() for tensor in stored) - found.adapter
+    inside = [module for block in backbone.blocks for module in block.named_modules()]
+    linear = [m for name, m in inside if isinstance(m, nn.Linear) and "lora_" not in name]
+    assert found.matrices == sum(m.weight.numel() for m in linear)
+    assert found.largest == max(m.weight.numel() for m in linear)
 
 
 @pytest.mark.parametrize(

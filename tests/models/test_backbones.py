@@ -391,3 +391,26 @@ def test_shipped_tokenizers_are_those_that_the_code_builds(name):
 
 def test_cudnn_attention_with_its_wrong_gradients_is_off():
     assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_large_batches_are_decoded_in_parts_with_equal_images_and_gradients(monkeypatch):
+    backbone = checkpoint_of("shapes-flux").load()
+    sizes: list[int] = []
+    whole = backbone.pipeline.vae.decode
+
+    def counted(latents: Tensor, **settings: bool) -> tuple[Tensor]:
+        sizes.append(len(latents))
+        return whole(latents, **settings)
+
+    backbone.pipeline.vae.decode = counted
+    x_0 = torch.randn(5, *backbone.latent_shape, generator=torch.Generator().manual_seed(0))
+    found = []
+    for pixels in (base.DECODED_PIXELS, 2 * backbone.resolution**2, 1):
+        monkeypatch.setattr(base, "DECODED_PIXELS", pixels)
+        given = x_0.clone().requires_grad_()
+        images = backbone.decode(given)
+        found.append((images.detach(), *torch.autograd.grad(images.square().sum(), given)))
+    assert sizes == [5, 2, 2, 1, 1, 1, 1, 1, 1]
+    for parts in found[1:]:
+        for own, expected in zip(parts, found[0], strict=True):
+            assert (own - expected).norm() < 1e-5 * expected.norm()

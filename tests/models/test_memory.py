@@ -13,7 +13,7 @@ import torch
 from transformers import CLIPConfig, CLIPModel
 
 from tafs.models import architectures, catalog, flops, memory
-from tafs.models.architectures import FLUX_DEV, PUBLISHED, SD35_MEDIUM
+from tafs.models.architectures import FLUX2_KLEIN_BASE_4B, FLUX_DEV, PUBLISHED, SD35_MEDIUM
 from tafs.models.memory import Setting
 from tafs.shapes import weights
 
@@ -36,6 +36,18 @@ NETWORKS = {
             "axes_dims_rope": (4, 6, 6),
         },
         vae=VAE,
+        tokens=300,
+    ),
+    "flux2-klein-base-4b": replace(
+        FLUX2_KLEIN_BASE_4B,
+        transformer={
+            **FLUX2_KLEIN_BASE_4B.transformer,
+            **{key: SMALL[key] for key in SMALL if key != "pooled_projection_dim"},
+            "num_layers": 2,
+            "num_single_layers": 3,
+            "axes_dims_rope": (4, 4, 4, 4),
+        },
+        vae=architectures.vae((8, 16), layers=1, groups=4, latents=architectures.FLUX2_LATENTS),
         tokens=300,
     ),
     "sd35-medium": replace(
@@ -69,11 +81,12 @@ def saved(work: Callable[[], object], *modules: torch.nn.Module) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-# The norm of FLUX.1's queries and keys saves a float32 copy in bfloat16 on CPUs, but not on GPUs.
+# The norm of FLUX's queries and keys saves a float32 copy in bfloat16 on CPUs, but not on GPUs.
 @pytest.mark.parametrize(
     "name, dtype",
     [
         ("flux-dev", torch.float32),
+        ("flux2-klein-base-4b", torch.float32),
         ("sd35-medium", torch.float32),
         ("sd35-medium", torch.bfloat16),
     ],
@@ -129,14 +142,15 @@ def test_a_vision_transformer_saves_what_its_derivative_needs(activation, quick)
     assert memory.tower(32, 6, 257, quick_gelu=quick) == pytest.approx(found, rel=0.08)
 
 
-@pytest.mark.parametrize("name", ["shapes-flux", "flux-dev"])
+@pytest.mark.parametrize("name", ["shapes-flux", "flux-dev", "flux2-klein-base-4b"])
 def test_the_autoencoder_has_the_parameters_of_its_configuration(name):
     model = catalog.read()[name]
     embedded = model.assets == "shapes"
     folder = weights.verify(name) if embedded else None
     config = (architectures.of_folder(folder, model) if folder else PUBLISHED[name]).vae
     with flops.made_on(flops.META, torch.float32):
-        vae = diffusers.AutoencoderKL(**config)
+        kind = "AutoencoderKLFlux2" if "flux2" in name else "AutoencoderKL"
+        vae = getattr(diffusers, kind)(**config)
     assert memory.autoencoder_weights(config) == sum(p.numel() for p in vae.parameters())
 
 
@@ -153,6 +167,16 @@ def test_the_peak_is_that_of_the_phase_that_takes_most():
     assert memory.peak(found) == sum(found["scoring"].values())
 
 
+def test_images_that_are_decoded_in_parts_take_the_memory_of_a_part():
+    whole, part = peak("flux-dev"), peak("flux-dev", decoded=4)
+    one = memory.decoder(PUBLISHED["flux-dev"].vae, 512).forward
+    assert whole["scoring"] - part["scoring"] == pytest.approx(8 * one)
+    rewarded = {"reward_activations": 0.8e9}
+    whole, part = peak("flux-dev", **rewarded), peak("flux-dev", **rewarded, decoded=4)
+    assert whole["update"] == part["update"]
+    assert whole["reward gradients"] > part["reward gradients"] > part["update"]
+
+
 @pytest.mark.parametrize("name", ["flux-dev", "sd35-medium"])
 def test_kept_graphs_take_memory_from_sampling_to_the_update(name):
     without = peak(name, trained_steps=3)
@@ -162,6 +186,21 @@ def test_kept_graphs_take_memory_from_sampling_to_the_update(name):
     assert more["sampling"] == more["scoring"] > more["update"] > 0
     # The update's own micro-batch is one of the 24 x 3 / 12.
     assert more["update"] == pytest.approx(more["sampling"] * 5 / 6)
+
+
+@pytest.mark.parametrize("chosen, saved", [("int8", 1.0), ("nf4", 2 - 0.5 - 1 / 64)])
+def test_quantised_weights_take_less_except_while_one_is_restored(chosen, saved):
+    """In squares of its width, FLUX.2-klein has 5 blocks of 26 and 20 of 13; one layer has 9."""
+    name, setting = "flux2-klein-base-4b", Setting(512, 32, 4, True)
+    whole, quantized = (
+        memory.phases(PUBLISHED[name], catalog.read()[name], one)["update"]
+        for one in (setting, replace(setting, quantize=chosen))
+    )
+    assert whole["network"] - quantized["network"] == 390 * 3072**2 * saved
+    restored = {"int8": 6, "nf4": 14}[chosen] * 9 * 3072**2
+    assert (whole["restored weight"], quantized["restored weight"]) == (0, restored)
+    same = set(whole) - {"network", "restored weight"}
+    assert all(whole[part] == quantized[part] for part in same)
 
 
 def test_rewards_that_are_differentiated_one_by_one_take_more():

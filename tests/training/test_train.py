@@ -14,9 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import killable_training as killable
-from support.killable_training import before, flip_bit, interrupt
+from support.killable_training import ROOT, before, flip_bit, interrupt
 
+from tafs import experiment
 from tafs.common import errors
+from tafs.evaluation import generate
 from tafs.experiment import needs, run_inputs
 from tafs.experiment.specs import RunSpec
 from tafs.rewards.registry import RewardSet
@@ -75,6 +77,24 @@ def outputs(run: RunDir) -> dict[str, bytes]:
 
 def kinds(run: RunDir) -> list[str]:
     return [record["kind"] for record in journal.read(run.journal)]
+
+
+def test_a_run_on_quantised_weights_is_judged_on_the_same_ones(tmp_path):
+    run = prepare(tmp_path, iterations=2)
+    whole = run_inputs.run_spec(run)
+    change(run, assets=whole.assets.model_copy(update={"quantize": "nf4"}))
+    train.train(run)
+    spec = run_inputs.run_spec(run)
+    changed = receipts.differences(needs.training(whole), needs.training(spec))
+    assert changed == ['assets.quantize: none -> "nf4"']
+    adapter = load_file(run.adapter).values()
+    assert all(tensor.isfinite().all() for tensor in adapter)
+    assert sum(tensor.norm() for tensor in adapter) > 0
+    assert all(record["grad_norm"] > 0 for record in journal.iterations(run.journal))
+    run.forget_training()
+    evaluation = experiment.load({"scale": "smoke"}, ROOT / "config.yaml").evaluations[spec.name]
+    model = generate.load_model(run, spec, evaluation, None)
+    assert model.quantized and any(hasattr(m, "lora_A") for m in model.transformer.modules())
 
 
 def test_training_twice_gives_the_same_files(uninterrupted, tmp_path):

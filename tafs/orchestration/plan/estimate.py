@@ -19,7 +19,7 @@ from tafs.data import prompts
 from tafs.experiment import needs, run_inputs
 from tafs.experiment.schema import Scale
 from tafs.experiment.specs import BEST, EvalSpec, RunSpec
-from tafs.methods import PolicyGradient, registry
+from tafs.methods import GroupRelative, registry
 from tafs.models import architectures, catalog
 from tafs.orchestration.graph import Graph, Job
 from tafs.runtime import journal, receipts, run_dir
@@ -191,7 +191,7 @@ class Workload:
             decoded = DECODED_IN_TRAINING * spec.resolution**2
             scored = SCORED_TF32 if scale.tf32 else SCORED
             # Methods that take the reward's gradient score one image of each trajectory.
-            steps = len(method.scored_steps()) if isinstance(method, PolicyGradient) else 1
+            steps = len(method.scored_steps()) if isinstance(method, GroupRelative) else 1
             return images * steps * (decoded + scored)
         each = DECODED * evaluation.resolution**2 + SCORED
         if stage == "trajectory_rewards":

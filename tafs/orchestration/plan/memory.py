@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import get_args
 
 from tafs.assets import lockfile
 from tafs.experiment.specs import RunSpec
 from tafs.methods import registry
 from tafs.models import architectures, catalog, memory
+from tafs.models.base import decoded_together
 from tafs.models.memory import Setting
+from tafs.models.quantization import Quantization
 from tafs.orchestration.plan.estimate import GB, Workload
 from tafs.rewards import metrics
 
@@ -39,19 +42,70 @@ class TrainingMemory:
         phase = max(totals, key=totals.__getitem__)
         return phase, totals[phase]
 
-    def fitting(self, available: float, *, checkpointing: bool) -> int:
-        """The largest micro-batch that takes at most `available` bytes; 0 if none does."""
-        fits = 0
+    def fitting(
+        self, available: float, *, checkpointing: bool, quantize: Quantization | None = None
+    ) -> int:
+        """The largest micro-batch that takes at most `available` bytes; 0 if none does.
+
+        Args:
+            quantize: the format of the network's weights; None: the run's.
+        """
+        chosen = quantize or self.setting.quantize
+        setting = replace(self.setting, gradient_checkpointing=checkpointing, quantize=chosen)
+        largest = 0
         for batch in range(1, self.most + 1):
-            changed = replace(self.setting, micro_batch=batch, gradient_checkpointing=checkpointing)
+            changed = replace(setting, micro_batch=batch)
             found = memory.phases(self.architecture, self.model, changed)
             # Where text encoders do not fit beside them, these wait in host memory.
             waiting = ("network", "autoencoder")
             found["encoding"] = {k: v for k, v in found["encoding"].items() if k not in waiting}
             if max(sum(parts.values()) for parts in found.values()) > available:
                 break
-            fits = batch
-        return fits
+            largest = batch
+        return largest
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What a scale may set so that its trainings fit on a GPU."""
+
+    quantize: Quantization
+    gradient_checkpointing: bool
+    micro_batch: int
+
+    def __str__(self) -> str:
+        checkpointing = str(self.gradient_checkpointing).lower()
+        return (
+            f"quantize: {self.quantize}, gradient_checkpointing: {checkpointing}, "
+            f"micro_batch: {self.micro_batch}"
+        )
+
+
+def fits(training: TrainingMemory, available: float) -> bool:
+    """Whether a training takes at most `available` bytes with any keys."""
+    formats = get_args(Quantization)
+    return any(training.fitting(available, checkpointing=True, quantize=q) for q in formats)
+
+
+def choose(trainings: Sequence[TrainingMemory], available: float) -> Keys | None:
+    """The keys with which all trainings take at most `available` bytes; None: no such keys.
+
+    Weights are quantised, which changes results, only where not even one image fits otherwise, and
+    then as little as possible. Without gradient checkpointing only where at least the present
+    micro-batch fits.
+    """
+    if not trainings:
+        return None
+    present = max(one.setting.micro_batch for one in trainings)
+    for quantize in get_args(Quantization):
+        for checkpointing in (False, True):
+            batch = min(
+                one.fitting(available, checkpointing=checkpointing, quantize=quantize)
+                for one in trainings
+            )
+            if batch >= (1 if checkpointing else present):
+                return Keys(quantize, checkpointing, batch)
+    return None
 
 
 def of_run(work: Workload, spec: RunSpec) -> TrainingMemory | None:
@@ -74,6 +128,7 @@ def of_run(work: Workload, spec: RunSpec) -> TrainingMemory | None:
         micro_batch=min(training.micro_batch, share),
         gradient_checkpointing=spec.assets.gradient_checkpointing,
         weight_bytes=WEIGHT_BYTES[spec.assets.dtype],
+        quantize=spec.assets.quantize,
         images=images,
         trained_steps=spec.nfe_theta or 1,
         kept_images=share if training.keep_graphs and method.keeps_graphs else 0,
@@ -84,6 +139,7 @@ def of_run(work: Workload, spec: RunSpec) -> TrainingMemory | None:
             else None
         ),
         retained=method.retains_reward_graphs,
+        decoded=decoded_together(spec.resolution),
         # What is downloaded besides the network and the autoencoder, in 16 bits.
         text_encoders=max(0.0, known[model.resource].gigabytes * GB - published),
     )

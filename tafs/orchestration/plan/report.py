@@ -272,11 +272,20 @@ class Page:
         lines = ["", *table([head, *rows], left=(0, 1, 2, 5))]
         if given is None:
             return lines
+        available = (1 - RESERVED) * given * GB
+        fitting = {key: one for key, one in found.items() if memory.fits(one, available)}
+        keys = memory.choose(list(fitting.values()), available)
+        where = f"scales.{self.graph.plan.config.scale}"
         return [
             *lines,
             "  with, without: the largest micro-batch with and without gradient checkpointing in "
             f"{given:g} GB,",
             f"  {100 * RESERVED:.0f} % of which stay free.",
+            *([f"  Set in {where}: {keys}."] if keys else []),
+            *(
+                f"  Does not fit, not even with one image and 4-bit weights: {' '.join(key)}."
+                for key in sorted(found.keys() - fitting.keys())
+            ),
         ]
 
     @property
