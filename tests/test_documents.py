@@ -19,7 +19,7 @@ from support.documents import ROOT, Block
 
 from tafs import cli
 from tafs.experiment.schema import Config
-from tafs.methods import Method, PolicyGradient, registry
+from tafs.methods import ForwardProcess, Method, PolicyGradient, registry
 
 NOTEBOOK = ROOT / "docs" / "first_steps.ipynb"
 
@@ -165,7 +165,7 @@ def test_a_methods_page_has_all_of_its_own_settings(name: str) -> None:
     text = METHOD_PAGES[name].read_text("utf-8")
     listed = dict(re.findall(r"^\| `(\w+)` \| (\S+) \|", text, re.MULTILINE))
     method = registry.method_class(name)
-    base = PolicyGradient if issubclass(method, PolicyGradient) else Method
+    base = next(b for b in (PolicyGradient, ForwardProcess, Method) if issubclass(method, b))
     inherited = {f.name: f.default for f in dataclasses.fields(base)}
     own = {
         f.name: str(f.default)
@@ -177,7 +177,7 @@ def test_a_methods_page_has_all_of_its_own_settings(name: str) -> None:
 
 def test_the_shared_settings_are_listed() -> None:
     text = (ROOT / "docs" / "methods" / "README.md").read_text("utf-8")
-    for field in dataclasses.fields(PolicyGradient):
+    for field in (*dataclasses.fields(PolicyGradient), *dataclasses.fields(ForwardProcess)):
         assert f"`{field.name}`" in text, field.name
 
 
