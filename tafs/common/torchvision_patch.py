@@ -4,14 +4,24 @@ The wheels of torch and torchvision on PyPI match: both are built for CUDA and a
 GPU. Beside a CPU-only torch from elsewhere, the compiled extension of PyPI's torchvision cannot be
 loaded, so importing it fails with "operator torchvision::nms does not exist". transformers,
 diffusers, peft, open_clip and timm import torchvision. Import this module before them.
+
+diffusers also imports torchao where it is installed, and then warns of its types. The project's
+own use of torchao does not need them, so these warnings are left out.
 """
 
 from __future__ import annotations
 
+import logging
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+
+WARNS_OF_TORCHAO = (
+    "torchao",
+    "torch.utils._pytree",
+    "diffusers.quantizers.torchao.torchao_quantizer",
+)
 
 # A library removes its schemas when it is garbage-collected.
 _schemas: list[torch.library.Library] = []
@@ -47,3 +57,5 @@ def _load_extension() -> bool:
 
 
 patch_torchvision()
+for _name in WARNS_OF_TORCHAO:
+    logging.getLogger(_name).setLevel(logging.ERROR)

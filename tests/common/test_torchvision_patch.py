@@ -57,3 +57,10 @@ def test_torchvision_is_not_patched_twice_or_where_torch_has_cuda(monkeypatch) -
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torchvision_patch, "_load_extension", lambda: pytest.fail("looked for it"))
     torchvision_patch.patch_torchvision()
+
+
+def test_a_pipeline_is_imported_without_warnings_of_torchao() -> None:
+    code = "import tafs.common.torchvision_patch; from diffusers import FluxPipeline"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "torchao" not in done.stderr and "pytree" not in done.stderr

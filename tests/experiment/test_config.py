@@ -98,7 +98,7 @@ def test_a_missing_library_is_one_line_when_a_scale_needs_it(changed, monkeypatc
         ("n\n    header", "n\n    tasks: [clip_only]\n    header", "'correlation' takes no tasks"),
         ("    prompts: preference\n\n# The", "\n# The", "table7.prompts: a table of kind 'correl"),
         (
-            "[tafs_grpo, tafs_without_annealing, tafs_final_advantage]",
+            "[tafs_grpo, tafs_without_annealing, tafs_flow_sde, tafs_final_advantage]",
             "[]",
             "table3.methods: a tab",
         ),
