@@ -284,9 +284,12 @@ def test_progress_is_drawn_on_terminals_only(monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_ctrl_c_ends_with_a_line_that_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+def test_ctrl_c_ends_with_a_line_that_says_how_to_go_on(tmp_path, monkeypatch, capsys, request):
     monkeypatch.chdir(ROOT)
     heard = []
+    # A process that a shell starts in the background ignores Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
 
     def interrupt(name: str, done: int, total: int) -> None:
         heard.append((name, done, total))

@@ -358,7 +358,7 @@ BASE = ["--base", "--model", "shapes-flux", "--protocol"]
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["--model", "shapes-flux", "--protocol", "shapes"], "one of the arguments --adapter"),
+        (["--model", "shapes-flux", "--protocol", "shapes"], "--adapter, --base: give one of them"),
         ([*BASE, "shape"], "--protocol: unknown protocol 'shape'"),
         ([*BASE, "none.yaml"], "none.yaml: cannot be read"),
         (
