@@ -145,7 +145,7 @@ SPARE = ("--default-resources", "slurm_partition=spare", "runtime=60")
 @pytest.mark.parametrize(
     "fault, act, arguments, quick",
     [
-        ("scancel", cancel, (), 1),
+        ("scancel", cancel, (), 0),
         ("time limit, unforeseen", hang, (), 0),
         ("scontrol requeue", requeue, (), 0),
         ("preemption with requeue", preempt, (), 0),
