@@ -1,4 +1,4 @@
-"""Compares base models with the values that the paper prints: `python -m ... ROOT SPEC`.
+"""Compares base models with published values: `python -m tafs.report.base_check ROOT SPEC`.
 
 Trainings wait for this check. A base model that scores otherwise than published has another
 sampler, size, prompt set or reward, and so would everything that is trained from it.
