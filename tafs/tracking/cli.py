@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 from tafs.tracking import ENVIRONMENT, mlflow_mirror
@@ -54,17 +55,29 @@ def serve(store: Path, port: int) -> NoReturn:
 
 
 def keep_syncing(sync: Callable[[], Summary], place: object, seconds: float) -> None:
-    """Sync again and again until Ctrl-C or SIGTERM; print a line if a round did something."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Sync again and again until Ctrl-C or SIGTERM; print a line if a round did something.
+
+    A signal ends the loop after the round that runs; a second one interrupts this round. Libraries
+    log an exception at whatever point the first one would interrupt.
+    """
+    ended = threading.Event()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        ended.set()
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.default_int_handler)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
     try:
-        while True:
+        while not ended.is_set():
             try:
                 done = sync()
                 if done.runs:
                     print(done.describe(place), flush=True)
             except Exception as error:  # the next round may find the server or disk repaired
                 _report(error)
-            time.sleep(seconds)
+            ended.wait(seconds)
     except KeyboardInterrupt:
         pass
 
