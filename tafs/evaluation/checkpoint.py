@@ -25,7 +25,7 @@ from tafs.common.errors import one_line
 from tafs.common.files import atomic_text, sha256
 from tafs.common.yaml_files import ConfigError, suggestion
 from tafs.data.prompt_sets import prompt_set
-from tafs.evaluation import served
+from tafs.evaluation import scoring, served
 from tafs.evaluation.evaluate import judge as judge_run
 from tafs.evaluation.evaluate import verified_rewards
 from tafs.evaluation.protocol import Protocol
@@ -237,6 +237,7 @@ def _score(found: Judged, stale: Sequence[bool]) -> None:
     converted = None
     if found.adapter is not None:  # refused before hours of work for the base model
         converted = adapters.convert(found.adapter, model.pipeline)
+    scorer = scoring.Local(rewards, lambda _: model)
     for adapted in stale:
         run = found.run(adapted)
         _describe(found, run, adapted)
@@ -247,7 +248,7 @@ def _score(found: Judged, stale: Sequence[bool]) -> None:
             while not _done(run, "evaluate", found.needs(adapted)):  # by another process
                 try:
                     needed = found.needs(adapted)
-                    judge_run(run, needed, rewards, lambda _: model, seeds=protocol.seeds)
+                    judge_run(run, needed, scorer, own, seeds=protocol.seeds)
                 except Reduced as reduced:
                     print(reduced, flush=True)
                     torch.cuda.empty_cache()

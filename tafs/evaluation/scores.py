@@ -58,9 +58,9 @@ class PartialScores:
         )
 
     def add(self, scores: Mapping[str, Tensor]) -> None:
-        """Add the scores of a batch, [b] each."""
+        """Add the scores of a batch, [b] each, on the CPU."""
         for name, values in scores.items():
-            self.scores.setdefault(name, []).append(values.cpu())
+            self.scores.setdefault(name, []).append(values)
         self.done += len(values)
 
     def has_images_of(self, setting: EvalSetting, after: int) -> bool:

@@ -36,13 +36,18 @@ def memory(remedy: str) -> Iterator[None]:
         ) from None
 
 
-def run_stage(stage: str, work: Work) -> None:
+def run_stage(stage: str, work: Work, options: argparse.Namespace | None = None) -> None:
     """Run one stage of the run that the command line names, as the only process in that stage.
+
+    Args:
+        options: of a parser that `arguments` returned; by default those of the command line. A GPU
+            is claimed for each of its `processes`.
 
     An expected failure is one line, an exit code and the run's failure note. In a process that
     `tafs.runtime.launch` started, the launcher reports the failure instead.
     """
-    options = arguments(stage).parse_args()
+    if options is None:
+        options = arguments(stage).parse_args()
     run = RunDir(options.run_dir)
     deadline = Deadline(60.0 * options.minutes or None, options.started)
     rank = os.environ.get("RANK", "0")
@@ -50,7 +55,7 @@ def run_stage(stage: str, work: Work) -> None:
     def within_memory() -> None:
         # The launcher has claimed the GPUs of a training.
         if stage != "train" and run.device == "cuda":
-            gpus.claim(1)
+            gpus.claim(getattr(options, "processes", 1))
         with memory("use gradient_checkpointing, a lower resolution or a larger GPU"):
             work(run, deadline)
 

@@ -14,12 +14,21 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from support import toy
 from support.evaluated import BATCH, copied, write
 from support.killable_training import Process, flip_bit, stage
 
 from tafs.assets.sources import ShapesAssets
 from tafs.common import errors
-from tafs.evaluation import check_rewards, evaluate, generate, image_archive, sample, scores
+from tafs.evaluation import (
+    check_rewards,
+    evaluate,
+    generate,
+    image_archive,
+    sample,
+    scores,
+    scoring,
+)
 from tafs.experiment import needs, run_inputs
 from tafs.experiment.specs import BEST, PIPELINE, EvalSetting, RunSpec
 from tafs.rewards import golden
@@ -243,6 +252,32 @@ def test_a_killed_evaluation_continues_from_its_saved_scores(ready, uninterrupte
     evaluate.evaluate(run)
     assert {file: file.stat().st_mtime_ns for file in saved} == saved
     assert outcome(run) == outcome(uninterrupted)
+
+
+def test_two_processes_continue_the_evaluation_of_one_with_the_same_files(
+    ready, uninterrupted, tmp_path
+):
+    run = copied(ready, tmp_path)
+    assert evaluating(run, killed_after=2).wait() == -signal.SIGKILL
+    evaluate.evaluate(run, processes=2)
+    assert outcome(run) == outcome(uninterrupted)
+    assert choices(run) == choices(uninterrupted)
+
+
+@pytest.mark.parametrize(
+    "make, error, said",
+    [
+        (os.abort, errors.RunFailed, "process 0 of 1 has ended with exit code -6; "),
+        (toy.exhausted, torch.OutOfMemoryError, "CUDA out of memory"),
+        (list, errors.RunFailed, "AttributeError: 'list' object has no attribute 'score'"),
+    ],
+)
+def test_the_failure_of_a_process_is_that_of_the_evaluation(make, error, said):
+    work = scoring.Work(EvalSetting(sampler="ode", nfe=1, images_per_prompt=1), ["a"], 1, 0)
+    shared = scoring.Shared(make, 1)
+    with pytest.raises(error, match=said):
+        list(shared.score(work))
+    shared.close()
 
 
 @pytest.mark.parametrize("pattern", ["*/0*/" + checkpoint.TENSORS, "*/*.zip"])

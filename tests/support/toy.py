@@ -157,3 +157,8 @@ def toy_run(
         hyperparameters={"learning_rate": 0.02, **clipping, **hyperparameters},
         sampler="ode",
     )
+
+
+def exhausted() -> None:
+    """What a model that does not fit on a GPU does when it is loaded."""
+    raise torch.OutOfMemoryError("CUDA out of memory")
