@@ -145,6 +145,8 @@ class Evaluation(_Strict):
     common_sampler: Sampler = "ode_uniform"  # of experiments with `sampler: common`
     validation_prompts: Count  # training prompts, one image each, that samplers are chosen on
     batch: Count  # images sampled at once
+    # That share an evaluation, one per GPU, all on one node. None: as many as a training has there.
+    processes: Count | None = None
     resolution: Count | None = None  # in pixels; None: as in training
     # The command that serves UnifiedReward, where it is served; {folder} and {port} are filled in.
     server: tuple[Annotated[Text, AfterValidator(_command)], ...] = ()
@@ -194,6 +196,12 @@ class Scale(_Strict):
     lora: Lora
     resolution: Count  # of training images, in pixels
     evaluation: Evaluation
+
+    def processes_of(self, stage: str) -> int:
+        """The processes that share a job of a stage of a run, one per GPU."""
+        if stage == "evaluate":
+            return self.evaluation.processes or self.processes // self.nodes
+        return self.processes if stage == "train" else 1
 
 
 class Task(_Strict):

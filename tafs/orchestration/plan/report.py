@@ -21,14 +21,14 @@ from tafs.orchestration.plan.estimate import (
     GB,
     HOUR,
     MODELLED,
-    PEAK,
     PNG_RATIO,
     START_UP,
     DeviceJob,
     Disk,
+    Rates,
     Speed,
     Workload,
-    assumed_rate,
+    assumed_rates,
     downloads,
     measured,
 )
@@ -44,7 +44,7 @@ ORDER = ("describe", "describe_evaluation", *STAGES, "report_spec", "compare", "
 # stage -> the stage of the same run that it waits for
 AFTER = {"evaluate": "train", "trajectory_rewards": "train", "score_served": "evaluate"}
 ASSUMPTION = {
-    "cuda": "{:.0f} % of an H100's 989 in dense bfloat16, measured with FLUX.1-dev",
+    "cuda": "measured with FLUX.1-dev at 512 pixels, on an H100; assumed of other models and sizes",
     "cpu": "one core, small networks, assumed",
 }
 
@@ -65,7 +65,7 @@ def report(
         nodes: number of machines with the scale's `processes` / `nodes` devices each. None: the
             number that one training takes; at scales without GPUs, all cores of this machine.
         price: of a device for an hour.
-        tflops: sustained rate of a device. None: `assumed_rate`.
+        tflops: sustained rate of a device. None: `assumed_rates`.
         gpu_memory: GB of a GPU, for the largest micro-batches that fit.
         verbose: list every job with its reason.
 
@@ -102,7 +102,11 @@ def record(
         "cost_left": None if price is None else price * page.hours_left,
         "downloads": {"bytes": downloaded, "resources": fetched, "source": source},
         "wall_time": {"nodes": nodes, "seconds": seconds},
-        "rate": {"flops": page.speed.rate, "assumed": page.assumed},
+        "rate": {
+            "flops": page.speed.rates.training,
+            "evaluation_flops": page.speed.rates.judging,
+            "assumed": page.assumed,
+        },
         "to_run": [
             {"rule": one.job.rule, "target": one.job.target, "reason": one.reason}
             for one in page.pending
@@ -115,7 +119,7 @@ def _page(overrides: Mapping[str, Any], price: float | None, tflops: float | Non
     graph = graphs.read(overrides)
     device = graph.scale.device
     work = Workload(graph)
-    rate = tflops * 1e12 if tflops else assumed_rate(graph.scale)
+    rates = Rates(tflops * 1e12, tflops * 1e12) if tflops else assumed_rates(graph.scale)
     every, pending = list(graph.jobs()), verdicts.pending(graph)
     return Page(
         graph=graph,
@@ -123,7 +127,7 @@ def _page(overrides: Mapping[str, Any], price: float | None, tflops: float | Non
         every=every,
         pending=pending,
         jobs=work.jobs(every, (one.job for one in pending)),
-        speed=Speed(rate, START_UP[device], measured(work, rate)),
+        speed=Speed(rates, START_UP[device], measured(work, rates)),
         price=price,
         assumed=tflops is None,
     )
@@ -379,7 +383,11 @@ class Page:
         nodes, seconds = self.makespan(given)
         per_node = self.graph.scale.processes // self.graph.scale.nodes
         where = f"{nodes} node{'s' * (nodes > 1)} of {per_node} {self.unit}{'s' * (per_node > 1)}"
-        return ["", f"Wall time on {where}: {duration(seconds)}."]
+        line = f"Wall time on {where}: {duration(seconds)}"
+        train, evaluate = map(self.graph.scale.processes_of, ("train", "evaluate"))
+        if train > 1:
+            line += f"; a training takes {train} {self.unit}s, an evaluation {evaluate}"
+        return ["", f"{line}."]
 
     def decide(self) -> list[str]:
         """What `snakemake decide` adds to the jobs of `snakemake all` at most."""
@@ -401,14 +409,14 @@ class Page:
         """Where the figures come from."""
         bases = Counter(self.speed.ratio(job)[1] for job in self.jobs if job.stage == "train")
         device = self.graph.scale.device
-        share = 100 * self.speed.rate / PEAK
-        rate = ASSUMPTION[device].format(share) if self.assumed else "given"
+        rates = [rate / 1e12 for rate in (self.speed.rates.training, self.speed.rates.judging)]
+        source = ASSUMPTION[device] if self.assumed else "given"
         lines = [
             "",
             "Sources of these figures:",
-            "  modelled  network evaluations x FLOPs of a forward pass / "
-            f"{self.speed.rate / 1e12:.3g} TFLOP/s per {self.unit}",
-            f"            ({rate});",
+            f"  modelled  network evaluations x FLOPs of a forward pass / TFLOP/s per {self.unit}:",
+            f"            {rates[0]:.3g} in training, {rates[1]:.3g} in evaluations (not compiled),",
+            f"            {source};",
             f"            {self.speed.start_up:.0f} s start-up per job, assumed",
             "  measured  median time in journals and in the logs of evaluations",
             "  scaled    modelled x median of measured / modelled of other methods on this model",
