@@ -415,7 +415,7 @@ class Page:
             "",
             "Sources of these figures:",
             f"  modelled  network evaluations x FLOPs of a forward pass / TFLOP/s per {self.unit}:",
-            f"            {rates[0]:.3g} in training, {rates[1]:.3g} in evaluations (not compiled),",
+            f"            {rates[0]:.3g} in training, {rates[1]:.3g} in evaluations, not compiled,",
             f"            {source};",
             f"            {self.speed.start_up:.0f} s start-up per job, assumed",
             "  measured  median time in journals and in the logs of evaluations",
