@@ -127,6 +127,17 @@ class AssetSource(ABC):
         """The resources of models and rewards that are marked as randomly initialised."""
         return []
 
+    def embeddings(
+        self, files: Mapping[str, str], pipeline: str, max_sequence_length: int
+    ) -> Path | None:
+        """The folder of the prompts' embeddings that a model shares; None: they are not stored.
+
+        Args:
+            files: SHA-256 of what the model consists of, by resource or file.
+            pipeline: its diffusers pipeline class.
+        """
+        return None
+
     @abstractmethod
     def folder(self, resource: str) -> Path:
         """The folder of a resource's verified files; a ValueError names what is wrong."""
@@ -240,8 +251,9 @@ class HubAssets(AssetSource):
         guided = (model.guidance, model.max_sequence_length)
         resolution = model.resolution or resolution
         if model.trainable:
-            folder = self.pipeline_folder(model)
-            return self.backbone(folder, resolution, *guided, self._embeddings(model))
+            folder, files = self.pipeline_folder(model), self.digests([name])
+            stored = self.embeddings(files, model.pipeline, model.max_sequence_length)
+            return self.backbone(folder, resolution, *guided, stored)
         from tafs.models.pipelines import ReferencePipeline
 
         folders = {resource: self.folder(resource) for resource in model.resources}
@@ -249,12 +261,11 @@ class HubAssets(AssetSource):
         chosen = {key: settings[key] for key in ("resolution", "device", "dtype")}
         return ReferencePipeline.load(model, folders, **chosen)
 
-    def _embeddings(self, model: Model) -> Path:
-        """The folder of all that is encoded with the same weights and libraries."""
+    def embeddings(self, files: Mapping[str, str], pipeline: str, max_sequence_length: int) -> Path:
         versions = [version(name) for name in ("diffusers", "torch", "transformers")]
         device = torch.device(self.device).type
-        own = [model.resource, model.pipeline, model.max_sequence_length, self.settings.dtype]
-        content = json.dumps([cache.digest(model.resource, self.lock), *own, device, *versions])
+        own = [pipeline, max_sequence_length, self.settings.dtype, device]
+        content = json.dumps([dict(sorted(files.items())), *own, *versions])
         return cache.home() / "embeddings" / hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def random(self, names: Sequence[str]) -> list[str]:

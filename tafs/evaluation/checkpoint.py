@@ -86,17 +86,17 @@ def target(given: str, protocol: Protocol) -> Target:
             f"--model {given}: its assets are {entry.assets!r}, but those of protocol "
             f"{protocol.name} are {content.assets!r}; choose another protocol"
         )
-    published = not entry.trainable
+    published, files = not entry.trainable, source.digests([given])
 
     def load() -> Any:
         if published:
             return source.model(given, content.resolution)
-        return _backbone(source.pipeline_folder(entry), entry.pipeline, protocol)
+        return _backbone(source.pipeline_folder(entry), entry.pipeline, files, protocol)
 
     return Target(
         name=given,
         title=entry.title,
-        files=source.digests([given]),
+        files=files,
         settings=entry.settings() if published else {"pipeline": entry.pipeline},
         random_weights=tuple(source.random([given])),
         published_steps=entry.steps if published else None,
@@ -112,27 +112,30 @@ def _folder(folder: Path, protocol: Protocol) -> Target:
         raise ConfigError(f"{index}: no backbone samples a {kind!r} (available: {known})")
     parts = [part for part in json.loads(index.read_bytes()) if re.fullmatch(r"\w+", part)]
     inside = [file for part in parts for file in (folder / part).rglob("*") if file.is_file()]
+    files = {f.relative_to(folder).as_posix(): sha256(f) for f in sorted({index, *inside})}
     return Target(
         name=re.sub(r"[^A-Za-z0-9_-]+", "-", folder.resolve().name)[:40],
         title=one_line(folder.resolve().name, 60),
-        files={f.relative_to(folder).as_posix(): sha256(f) for f in sorted({index, *inside})},
+        files=files,
         settings={"pipeline": kind},
         random_weights=(),
         published_steps=None,
-        load=lambda: _backbone(folder, kind, protocol),
+        load=lambda: _backbone(folder, kind, files, protocol),
     )
 
 
-def _backbone(folder: Path, kind: str, protocol: Protocol) -> Any:
+def _backbone(folder: Path, kind: str, files: Mapping[str, str], protocol: Protocol) -> Any:
     guided = protocol.content.pipelines.get(kind)
     if guided is None:
         raise ConfigError(
             f"protocol {protocol.name}: pipelines: has no {kind!r}; add its guidance and "
             "max_sequence_length"
         )
+    length = guided.max_sequence_length
+    stored = protocol.source.embeddings(files, kind, length)
     try:
         return protocol.source.backbone(
-            folder, protocol.content.resolution, guided.guidance, guided.max_sequence_length
+            folder, protocol.content.resolution, guided.guidance, length, stored
         )
     except OSError as error:  # of diffusers; its text has many lines
         raise ValueError(f"{folder}: cannot be loaded ({one_line(str(error))})") from None
