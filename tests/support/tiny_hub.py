@@ -60,6 +60,7 @@ EVALUATION: Mapping[str, Any] = {
     "base_nfe": 6,
     "curve_nfe": [1, 4],
     "correlation_prompts": 12,
+    "validation_prompts": 2,  # of three samplers, at every number of steps
     "batch": 6,
     "resolution": 64,
 }
