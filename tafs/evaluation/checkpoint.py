@@ -34,9 +34,7 @@ from tafs.experiment.specs import RunSpec
 from tafs.models import adapters, catalog, loading
 from tafs.models.adapters import Adapter
 from tafs.rewards.metrics import METRICS
-from tafs.runtime import checkpoint, gpus, receipts
-from tafs.runtime.main import memory
-from tafs.runtime.memory import Reduced
+from tafs.runtime import checkpoint, gpus, memory, receipts
 from tafs.runtime.receipts import Needs
 from tafs.runtime.run_dir import BASE, RunDir
 
@@ -214,7 +212,7 @@ def judge(given: str, protocol: Protocol, results: Path, adapter: Path | None = 
     if (stale or unserved) and protocol.source.settings.device == "cuda":
         gpus.claim(1)
     if stale:
-        with memory("use a larger GPU"):
+        with memory.reported("use a larger GPU"):
             _score(found, stale)
         gc.collect()
         torch.cuda.empty_cache()  # the server may need the memory
@@ -252,7 +250,7 @@ def _score(found: Judged, stale: Sequence[bool]) -> None:
                 try:
                     needed = found.needs(adapted)
                     judge_run(run, needed, scorer, own, seeds=protocol.seeds)
-                except Reduced as reduced:
+                except memory.Reduced as reduced:
                     print(reduced, flush=True)
                     torch.cuda.empty_cache()
             if not protocol.served:

@@ -28,7 +28,7 @@ from tafs.evaluation import generate, image_archive
 from tafs.experiment.specs import EvalSetting
 from tafs.rewards.registry import RewardSet
 from tafs.runtime import deadline, gpus
-from tafs.runtime.main import limit_threads
+from tafs.runtime.main import end_with_parent, limit_threads
 
 ENCODERS = 4  # threads that encode a batch's images
 
@@ -198,6 +198,7 @@ def _mapped(scored: Scored, change: Callable[[Any], Any]) -> Scored:
 
 def _serve(make: Callable[[], Local], pipe: Connection, gpu: str) -> None:
     """Score what the pipe brings until its other end is closed."""
+    end_with_parent(signal.SIGKILL)
     for number in (signal.SIGINT, *deadline.SIGNALS):
         signal.signal(number, signal.SIG_IGN)
     if gpu:

@@ -12,7 +12,7 @@ import pytest
 from tafs.experiment import needs
 from tafs.orchestration import graph as graphs
 from tafs.orchestration.graph import Graph, Job
-from tafs.orchestration.plan import estimate, memory
+from tafs.orchestration.plan import estimate, micro_batches
 from tafs.orchestration.plan.estimate import DeviceJob, Rates, Speed, Workload
 from tafs.orchestration.plan.report import report
 from tafs.orchestration.plan.schedule import Task, makespan
@@ -241,7 +241,7 @@ def paper() -> Workload:
 def test_the_memory_of_a_training_follows_its_run_and_the_sizes_of_its_downloads(paper):
     """PickScore 3.9, its tokenizer 0.01 and CLIP 1.7 GB; 33.7 GB are FLUX.1-dev with encoders."""
     spec = paper.runs["tafs_grpo.preference.flux-dev.0"]
-    found = memory.of_run(paper, spec)
+    found = micro_batches.of_run(paper, spec)
     setting = found.setting
     assert (setting.micro_batch, setting.images, setting.trained_steps) == (12, 144, 3)
     assert (found.most, setting.kept_images, setting.reward_activations) == (48, 0, None)
@@ -249,11 +249,11 @@ def test_the_memory_of_a_training_follows_its_run_and_the_sizes_of_its_downloads
     parameters = 11_901_408_320 + 83_819_683
     assert setting.text_encoders == pytest.approx(33.7e9 - 2 * parameters)
     training = spec.training.model_copy(update={"keep_graphs": True})
-    kept = memory.of_run(paper, spec.model_copy(update={"training": training}))
+    kept = micro_batches.of_run(paper, spec.model_copy(update={"training": training}))
     assert kept.setting.kept_images == 48
-    rewarded = memory.of_run(paper, paper.runs["reward_instruct.preference.flux-dev.0"])
+    rewarded = micro_batches.of_run(paper, paper.runs["reward_instruct.preference.flux-dev.0"])
     assert rewarded.largest()[0] == "reward gradients"
-    assert memory.of_run(paper, paper.runs["base.pickapic.flux-dev"]) is None
+    assert micro_batches.of_run(paper, paper.runs["base.pickapic.flux-dev"]) is None
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +263,7 @@ def one_gpu() -> Workload:
 
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_the_largest_micro_batch_fits_and_the_next_one_does_not(paper, checkpointing):
-    found = memory.of_run(paper, paper.runs["tafs_grpo.preference.flux-dev.0"])
+    found = micro_batches.of_run(paper, paper.runs["tafs_grpo.preference.flux-dev.0"])
     batch = found.fitting(60e9, checkpointing=checkpointing)
     peaks = []
     for number in (batch, batch + 1):
@@ -290,11 +290,11 @@ def test_the_chosen_keys_fit_and_quantise_only_where_whole_weights_do_not_fit(
     one_gpu, gigabytes, keys, unfit
 ):
     available = gigabytes * 0.95e9
-    known = [memory.of_run(one_gpu, run) for run in one_gpu.runs.values()]
+    known = [micro_batches.of_run(one_gpu, run) for run in one_gpu.runs.values()]
     trainings = [one for one in known if one is not None]
-    fitting = [one for one in trainings if memory.fits(one, available)]
+    fitting = [one for one in trainings if micro_batches.fits(one, available)]
     assert len(trainings) - len(fitting) == unfit
-    chosen = memory.choose(fitting, available)
+    chosen = micro_batches.choose(fitting, available)
     assert (None if chosen is None else str(chosen)) == keys
     if chosen is not None and chosen.quantize != "none":
         assert not all(one.fitting(available, checkpointing=True) for one in fitting)

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from tafs.experiment.schema import Scale
-from tafs.models.memory import RESERVED
+from tafs.models.memory_model import RESERVED
 from tafs.orchestration import graph as graphs
 from tafs.orchestration import verdicts
 from tafs.orchestration.graph import Graph, Job
-from tafs.orchestration.plan import memory
+from tafs.orchestration.plan import micro_batches
 from tafs.orchestration.plan.estimate import (
     GB,
     HOUR,
@@ -257,9 +257,9 @@ class Page:
 
     def memory(self, given: float | None) -> list[str]:
         """The memory that each training takes on a GPU, and what fits in `given` GB."""
-        found: dict[tuple[str, str, str], memory.TrainingMemory] = {}
+        found: dict[tuple[str, str, str], micro_batches.TrainingMemory] = {}
         for spec in self.graph.plan.runs.values() if self._on_gpus else ():
-            one = memory.of_run(self.work, spec)
+            one = micro_batches.of_run(self.work, spec)
             if one is not None:
                 found.setdefault((spec.variant, spec.task, spec.backbone), one)
         if not found:
@@ -278,8 +278,8 @@ class Page:
         if given is None:
             return lines
         available = (1 - RESERVED) * given * GB
-        fitting = {key: one for key, one in found.items() if memory.fits(one, available)}
-        keys = memory.choose(list(fitting.values()), available)
+        fitting = {key: one for key, one in found.items() if micro_batches.fits(one, available)}
+        keys = micro_batches.choose(list(fitting.values()), available)
         where = f"scales.{self.graph.plan.config.scale}"
         return [
             *lines,
