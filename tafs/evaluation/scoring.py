@@ -140,15 +140,20 @@ class Shared:
 
     def __init__(self, make: Callable[[], Local], count: int) -> None:
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-        visible = os.environ.get(gpus.VARIABLE, "").split(",")
         self._workers: list[tuple[SpawnProcess, Connection]] = []
+        visible = os.environ.get(gpus.VARIABLE, "")
+        names = visible.split(",")  # as many as processes, if they use GPUs
         for rank in range(count):
             here, there = context.Pipe()
-            gpu = visible[rank] if rank < len(visible) else ""
-            worker = context.Process(target=_serve, args=(make, there, gpu), daemon=True)
+            worker = context.Process(target=_serve, args=(make, there), daemon=True)
+            if visible:
+                # Before any import of the process sees the GPUs.
+                os.environ[gpus.VARIABLE] = names[rank % len(names)]
             worker.start()
             there.close()  # so that each side sees when the other one has ended
             self._workers.append((worker, here))
+        if visible:
+            os.environ[gpus.VARIABLE] = visible
 
     def close(self) -> None:
         """End the processes."""
@@ -196,13 +201,11 @@ def _mapped(scored: Scored, change: Callable[[Any], Any]) -> Scored:
     return scored._replace(scores=scores, shown={p: change(x) for p, x in scored.shown.items()})
 
 
-def _serve(make: Callable[[], Local], pipe: Connection, gpu: str) -> None:
+def _serve(make: Callable[[], Local], pipe: Connection) -> None:
     """Score what the pipe brings until its other end is closed."""
     end_with_parent(signal.SIGKILL)
     for number in (signal.SIGINT, *deadline.SIGNALS):
         signal.signal(number, signal.SIG_IGN)
-    if gpu:
-        os.environ[gpus.VARIABLE] = gpu
     limit_threads()
     try:
         scorer = make()

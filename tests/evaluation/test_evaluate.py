@@ -32,7 +32,7 @@ from tafs.evaluation import (
 from tafs.experiment import needs, run_inputs
 from tafs.experiment.specs import BEST, PIPELINE, EvalSetting, RunSpec
 from tafs.rewards import golden
-from tafs.runtime import checkpoint, receipts
+from tafs.runtime import checkpoint, gpus, receipts
 from tafs.runtime.run_dir import RunDir
 
 KEY = ["iteration", "sampler", "nfe", "prompt", "image"]
@@ -278,6 +278,15 @@ def test_the_failure_of_a_process_is_that_of_the_evaluation(make, error, said):
     with pytest.raises(error, match=said):
         list(shared.score(work))
     shared.close()
+
+
+def test_every_process_sees_its_own_gpu_and_the_batches_come_in_their_order(monkeypatch):
+    monkeypatch.setenv(gpus.VARIABLE, "3,GPU-5")
+    setting = EvalSetting(sampler="ode", nfe=1, images_per_prompt=1)
+    with scoring.scorer(toy.Seeing, 2) as scorer:
+        found = [scored.files for scored in scorer.score(scoring.Work(setting, "abcde", 2, 0))]
+    assert found == [[b"3"], [b"GPU-5"], [b"3"]]
+    assert os.environ[gpus.VARIABLE] == "3,GPU-5"
 
 
 @pytest.mark.parametrize("pattern", ["*/0*/" + checkpoint.TENSORS, "*/*.zip"])
