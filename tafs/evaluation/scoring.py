@@ -109,10 +109,12 @@ class Local:
     def score(self, work: Work, share: generate.Share = generate.ALL) -> Iterator[Scored]:
         """Yield the batches of a share of the work; see `Scorer`."""
         texts = [prompt.text for prompt in work.prompts]
-        options = {"seed": work.seed, "first": work.first, "share": share}
         model = self._model(work.setting.iteration)
+        drawn = generate.sample(
+            model, texts, work.setting, work.batch, seed=work.seed, first=work.first, share=share
+        )
         clock = time.perf_counter()
-        for keys, images in generate.sample(model, texts, work.setting, work.batch, **options):
+        for keys, images in drawn:
             sampled = time.perf_counter()
             found = self.rewards.score(images, [work.prompts[p] for p, _ in keys])
             scores = {name: s.cpu() for name, s in self.rewards.report(found).items()}
