@@ -92,7 +92,7 @@ class Rates:
 
 def assumed_rates(scale: Scale) -> Rates:
     """The rates of a scale's devices; only trainings compile the network's blocks."""
-    if scale.device == "cpu":
+    if scale.device != "cuda":
         return Rates(CPU_RATE, CPU_RATE)
     return Rates(PEAK * (COMPILED if scale.compile else EAGER), PEAK * EAGER)
 
@@ -198,7 +198,7 @@ class Workload:
     def scoring(self, stage: str, spec: RunSpec) -> float:
         """Seconds of one GPU that decoding and scoring the images of a stage of a run take."""
         scale, evaluation = self.graph.scale, self.evaluations[spec.name]
-        if scale.device == "cpu":
+        if scale.device != "cuda":
             return 0.0
         if stage == "train" and spec.training is not None:
             method = registry.create(spec.method, spec.hyperparameters)

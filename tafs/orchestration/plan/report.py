@@ -117,7 +117,6 @@ def record(
 
 def _page(overrides: Mapping[str, Any], price: float | None, tflops: float | None) -> Page:
     graph = graphs.read(overrides)
-    device = graph.scale.device
     work = Workload(graph)
     rates = Rates(tflops * 1e12, tflops * 1e12) if tflops else assumed_rates(graph.scale)
     every, pending = list(graph.jobs()), verdicts.pending(graph)
@@ -127,7 +126,7 @@ def _page(overrides: Mapping[str, Any], price: float | None, tflops: float | Non
         every=every,
         pending=pending,
         jobs=work.jobs(every, (one.job for one in pending)),
-        speed=Speed(rates, START_UP[device], measured(work, rates)),
+        speed=Speed(rates, START_UP[graph.device], measured(work, rates)),
         price=price,
         assumed=tflops is None,
     )
@@ -135,7 +134,7 @@ def _page(overrides: Mapping[str, Any], price: float | None, tflops: float | Non
 
 def default_nodes(scale: Scale) -> int:
     """The nodes of one training; without GPUs, one for each training that fits on this machine."""
-    if scale.device == "cpu":
+    if scale.device != "cuda":
         return max(scale.nodes, len(os.sched_getaffinity(0)) * scale.nodes // scale.processes)
     return scale.nodes
 
@@ -408,9 +407,8 @@ class Page:
     def assumptions(self) -> list[str]:
         """Where the figures come from."""
         bases = Counter(self.speed.ratio(job)[1] for job in self.jobs if job.stage == "train")
-        device = self.graph.scale.device
         rates = [rate / 1e12 for rate in (self.speed.rates.training, self.speed.rates.judging)]
-        source = ASSUMPTION[device] if self.assumed else "given"
+        source = ASSUMPTION[self.graph.device] if self.assumed else "given"
         lines = [
             "",
             "Sources of these figures:",
