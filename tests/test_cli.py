@@ -128,7 +128,7 @@ def test_json_of_plan_and_status_has_the_numbers_of_the_text(tmp_path, monkeypat
     assert total["runs"] == sum(row["runs"] for row in rows) == 7
     assert total["hours"] == pytest.approx(sum(row["hours"] for row in rows))
     assert total["cost"] == pytest.approx(2 * total["hours"])
-    assert found["rate"] == {"flops": 1e12, "assumed": False}
+    assert found["rate"] == {"flops": 1e12, "evaluation_flops": 1e12, "assumed": False}
     assert sum(job["rule"] == "train" for job in found["to_run"]) == 6
     assert ended("plan", *where, "--tflops", "1") == 0
     text = f"{total['hours']:.3g}"
