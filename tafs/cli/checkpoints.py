@@ -233,8 +233,8 @@ def _assets(scale: str | None, results: str | None) -> tuple[AssetSettings, Path
     from tafs.experiment.expansion import asset_settings
 
     config = experiment.load(overrides(scale=scale, results=results)).config
-    if server := config.active.evaluation.server:
-        os.environ.setdefault("TAFS_SERVER", json.dumps(server))
+    if servers := config.active.evaluation.servers:
+        os.environ.setdefault("TAFS_SERVER", json.dumps(servers))
     return asset_settings(config), Path(config.results)
 
 

@@ -59,7 +59,7 @@ def evaluate(run: RunDir, deadline: Deadline | None = None) -> None:
     if spec.trained:
         run.forget_training()
     source = run_inputs.asset_source(spec)
-    rewards = verified_rewards(source, source.metrics(spec.prompts))
+    rewards = verified_rewards(source, source.metrics(spec.prompts, evaluation.optional_metrics))
     own = needs.evaluation(run, spec, evaluation)
 
     def load(iteration: int | None) -> Any:

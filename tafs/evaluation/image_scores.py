@@ -56,17 +56,17 @@ def score_images(
     if metric not in METRICS:
         raise ConfigError(f"--metric: unknown metric {metric!r}{suggestion(metric, list(METRICS))}")
     pairs = paired(images, prompt_file)
-    if METRICS[metric].metadata:
-        bare = next((prompt for _, prompt in pairs if not prompt.row.get("include")), None)
+    if key := METRICS[metric].metadata:
+        bare = next((prompt for _, prompt in pairs if not prompt.row.get(key)), None)
         if bare is not None:
             raise ConfigError(
-                f"{prompt_file}: {bare.text!r} has no 'include', which {metric} needs; give JSON "
+                f"{prompt_file}: {bare.text!r} has no {key!r}, which {metric} needs; give JSON "
                 "Lines with GenEval's metadata"
             )
     with ExitStack() as stack:
         if METRICS[metric].served and source.settings.assets != "shapes":
             log = Path(f"{metric}-server.log")
-            client = stack.enter_context(served.client(source, len(pairs), log))
+            client = stack.enter_context(served.client(metric, source, len(pairs), log))
             reward = client.reward()
             if source.golden_scores is not None:
                 digests = {metric: source.reward_digest(metric)}

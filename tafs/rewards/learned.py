@@ -99,8 +99,12 @@ def resize_shorter_side(images: Tensor, side: int) -> Tensor:
     passes. Unlike them, values are not rounded.
     """
     height, width = images.shape[-2:]
-    new_height, new_width = (int(side * n / min(height, width)) for n in (height, width))
-    for size in ((height, new_width), (new_height, new_width)):
+    return resize(images, *(int(side * n / min(height, width)) for n in (height, width)))
+
+
+def resize(images: Tensor, height: int, width: int) -> Tensor:
+    """Resize images as `resize_shorter_side` does."""
+    for size in ((images.shape[-2], width), (height, width)):
         images = functional.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
     return images
 

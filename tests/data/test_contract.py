@@ -50,7 +50,9 @@ def test_the_description_is_complete(prompt_set, folder):
     if prompt_set.shares is not None:
         assert set(prompt_set.shares) == tags
         assert sum(prompt_set.shares.values()) == pytest.approx(1)
-    if prompt_set.metadata:
+    for key in prompt_set.metadata:
+        assert all(prompt.row[key] and prompt.tag for prompt in prompt_set.test(folder))
+    if "include" in prompt_set.metadata:
         for split in ("train", "test"):
             for prompt in prompt_set.prompts(split, folder):
                 assert not geneval_verdict([], prompt.row).correct and prompt.tag
