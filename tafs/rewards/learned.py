@@ -78,6 +78,10 @@ class LearnedReward(ABC):
 class DualEncoder(LearnedReward):
     """Scores are the cosine of the image's and the caption's embeddings."""
 
+    def embed(self, images: Tensor) -> Tensor:
+        """Embeddings [B, D] of images [B, 3, H, W] in [0, 1] on `device`, not normalised."""
+        return self.embed_images((self.resize(images) - self.mean) / self.std)
+
     @abstractmethod
     def embed_images(self, pixels: Tensor) -> Tensor:
         """Embeddings [B, D] of pixels, not normalised."""

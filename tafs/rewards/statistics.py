@@ -1,4 +1,4 @@
-"""Statistics of an image's pixels, without a model: the damage panel and the JPEG rewards.
+"""Statistics of images without a model: the damage panel, the JPEG rewards and the Vendi score.
 
 Luma is Rec. 601's 0.299 R + 0.587 G + 0.114 B; borders are replicated. All statistics are of the
 image at its own size, so compare only images of one size.
@@ -10,8 +10,10 @@ import io
 import math
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 from PIL import Image
+from scipy.special import entr
 from torch import Tensor
 from torch.nn import functional
 
@@ -74,6 +76,19 @@ PANEL: Mapping[str, Callable[[Tensor], Tensor]] = {
 def reward(metric: Metric, published: Callable[[Tensor], Tensor]) -> Reward:
     """A reward whose published score is a statistic of the image alone."""
     return Reward(metric, lambda images, _: published(images) / metric.scale)
+
+
+def vendi_score(features: np.ndarray) -> float:
+    """The effective number of different rows, between 1 and n, of features [n, d]; none is zero.
+
+    exp of the entropy of the eigenvalues of K / n, where K holds the cosines of all pairs of rows
+    (Friedman and Dieng, 2023, arXiv 2210.02410): 1 if all are alike, n if no two are. It is a score
+    of a set of images and not of each, so it is no metric of METRICS and cannot be trained on.
+    """
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    # K is unit unit^T, so the eigenvalues of K / n are these squares.
+    shares = np.linalg.svd(unit, compute_uv=False) ** 2 / len(unit)
+    return float(np.exp(entr(shares).sum()))
 
 
 def filtered(images: Tensor, kernel: Tensor) -> Tensor:
