@@ -135,7 +135,7 @@ def _command(name: str) -> list[str]:
         command = json.loads(os.environ.get("TAFS_SERVER", ""))
     except ValueError:
         command = None
-    if isinstance(command, dict):
+    if isinstance(command, dict) and command:
         if name not in command:
             raise ValueError(
                 f"TAFS_SERVER: has no command of {name!r}; give it in evaluation.judges of the "

@@ -59,7 +59,9 @@ def test_the_description_is_complete(prompt_set, folder):
 
 
 def test_an_unknown_prompt_set_is_refused_with_those_available():
-    with pytest.raises(ValueError, match="unknown prompt set 'genevl' .available: geneval, pick"):
+    with pytest.raises(
+        ValueError, match="unknown prompt set 'genevl' .available: geneval, geneval2, pick"
+    ):
         prompt_sets.prompt_set("genevl")
 
 
