@@ -276,13 +276,9 @@ def test_an_optional_metric_is_computed_where_the_scale_or_a_reward_names_it(sha
         assert found.optional_metrics == ("saturation",)
         assert "rewards.saturation" in found.weights
     content = load_yaml(SHIPPED, dict)
-    content["tasks"]["preference"]["rewards"] = {"jpeg_compressibility": 1.0}
-    content["scales"]["shapes"]["experiments"] = ["field_gains"]
-    content["experiments"]["field_gains"]["methods"] = ["flow_grpo"]
+    content["tasks"]["preference"]["rewards"] = {"sharpness": 1.0}
     rewarded = experiment.expand(check(content))
-    assert {e.optional_metrics for e in rewarded.evaluations.values()} == {
-        ("jpeg_compressibility",)
-    }
+    assert {e.optional_metrics for e in rewarded.evaluations.values()} == {("sharpness",)}
 
 
 @pytest.mark.parametrize("judge", ["unifiedreward", "unifiedreward2"])
