@@ -125,8 +125,9 @@ class BranchGrpo(PolicyGradient):
                     states.append(transition.sample(generators))
                     edges.append((x, states[-1], t, s, transition.log_prob(states[-1])))
         images = [sampling.x0_estimate(x, backbone.velocity(x, s, cond), s) for x in states]
-        columns = (torch.stack(column) for column in zip(*edges[: self.nfe_theta], strict=True))
-        return Trajectory(*columns, torch.stack(images), cond)
+        trained = zip(*edges[: self.nfe_theta], strict=True)
+        x_t, x_s, t, s, log_prob = (torch.stack(column) for column in trained)
+        return Trajectory(x_t, x_s, t, s, log_prob, torch.stack(images), cond)
 
 
 METHOD = BranchGrpo

@@ -120,10 +120,9 @@ def diversity(images: Path, prompt_file: Path, source: AssetSource) -> list[Dive
     for row, (_, prompt) in enumerate(pairs):
         members.setdefault(prompt.text, []).append(row)
     groups = {text: rows for text, rows in members.items() if len(rows) > 1}
-    every: dict[str | None, list[int]] = {None: list(range(len(pairs))), **groups}
     return [
         Diversity(text, len(rows), statistics.vendi_score(features[rows]))
-        for text, rows in every.items()
+        for text, rows in [(None, list(range(len(pairs)))), *groups.items()]
     ]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import tafs.common.torchvision_patch  # noqa: F401  # isort: skip
 import torch
@@ -110,7 +111,7 @@ class HPSv3:
             }
         except (SafetensorError, KeyError) as error:
             raise learned.damaged(name, file, error) from None
-        config = Qwen2VLConfig.from_pretrained(folder, local_files_only=True)
+        config: Any = Qwen2VLConfig.from_pretrained(folder, local_files_only=True)
         config.text_config.vocab_size = rows  # its tokens and REWARD_TOKEN
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.add_special_tokens([REWARD_TOKEN])
@@ -119,7 +120,8 @@ class HPSv3:
             reason = f"the tokenizer has {self.reward_token} tokens, the model reads {rows - 1}"
             raise learned.damaged(name, folder, reason)
         weights = {key: v for key, v in state.items() if not key.startswith("rm_head.")}
-        model, found = Qwen2VLForConditionalGeneration.from_pretrained(
+        kind: Any = Qwen2VLForConditionalGeneration
+        model, found = kind.from_pretrained(
             None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
         )
         if missing := sorted(found["missing_keys"]):
@@ -154,7 +156,7 @@ class HPSv3:
         Raises:
             ValueError: the caption has one of the model's special tokens; names it.
         """
-        size = resized(*image.shape[-2:], self.patch * self.merge)
+        size = resized(image.shape[-2], image.shape[-1], self.patch * self.merge)
         pixels = (learned.resize(image[None], *size) - self.mean) / self.std
         grid = torch.tensor([[1, *(n // self.patch for n in size)]], device=self.device)
         seen = self.model.visual(self.patches(pixels).to(self.model.dtype), grid_thw=grid)
@@ -168,10 +170,10 @@ class HPSv3:
 
     def tokens(self, caption: str, count: int) -> Tensor:
         """The ids [L] of the question about a caption, with an image of `count` tokens."""
-        pad = self.tokenizer.id_to_token(self.image_token)
+        pad = str(self.tokenizer.id_to_token(self.image_token))
         text = QUESTION.format(image=pad * count, caption=caption)
         ids = torch.tensor(self.tokenizer.encode(text).ids, device=self.device)
-        found = [(ids == token).sum().item() for token in (self.image_token, self.reward_token)]
+        found = [int(ids.eq(token).sum()) for token in (self.image_token, self.reward_token)]
         if found != [count, 1]:
             raise ValueError(
                 f"reward {self.metric.name}: the prompt {caption!r} has a special token of the "

@@ -126,7 +126,7 @@ def axis_grades(text: str) -> list[float]:
         Missing: an axis has no number or different ones ("no_score"), or one outside [1, 5]
             ("out_of_range").
     """
-    found = []
+    found: list[float] = []
     for axis in AXES:
         label = rf"\b{axis}[\s*_]+Score[*_`\s]*+ (?:\([^()]*\)[*_`\s]*+)? : "
         grades = {float(number) for number in re.findall(label + _NUMBER, text, _FLAGS)}
