@@ -115,7 +115,7 @@ class HPSv3:
         config.text_config.vocab_size = rows  # its tokens and REWARD_TOKEN
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.add_special_tokens([REWARD_TOKEN])
-        self.reward_token = self.tokenizer.token_to_id(REWARD_TOKEN)
+        self.reward_token = int(self.tokenizer.token_to_id(REWARD_TOKEN) or 0)
         if self.reward_token != rows - 1:
             reason = f"the tokenizer has {self.reward_token} tokens, the model reads {rows - 1}"
             raise learned.damaged(name, folder, reason)
@@ -136,7 +136,7 @@ class HPSv3:
         vision = config.vision_config
         self.patch, self.merge = vision.patch_size, vision.spatial_merge_size
         self.frames = vision.temporal_patch_size
-        self.image_token = config.image_token_id
+        self.image_token = int(config.image_token_id)
         self.mean, self.std = (
             torch.tensor(values, device=self.device).view(3, 1, 1)
             for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
