@@ -26,7 +26,7 @@ all reference test test-slurm torture: export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup all reference test test-slurm torture lint ui new-method new-reward new-prompts \
-	new-model shapes-weights lock judge rehearsal schema constraints audit docs
+	new-model shapes-weights lock judge judge-vllm rehearsal schema constraints audit docs
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
@@ -90,6 +90,8 @@ lock: $(STAMP)  ## Pin the models of the scales paper and one-gpu in resources.l
 
 judge: .venv-judge/.installed  ## Install the server of UnifiedReward into .venv-judge (CUDA)
 
+judge-vllm: .venv-judge-vllm/.installed  ## Install the server of UnifiedReward-2.0 and GenEval 2 into .venv-judge-vllm (CUDA)
+
 rehearsal: $(STAMP)  ## Run a scale on tiny random checkpoints: make rehearsal FOLDER=... [ARGS='--scale one-gpu']
 	$(RUN) python tests/support/tiny_hub.py "$$FOLDER" $(ARGS)
 
@@ -143,6 +145,11 @@ $(STAMP): requirements.txt requirements-nodeps.txt constraints.txt pyproject.tom
 .venv-judge/.installed: workflow/envs/unifiedreward.txt
 	$(PYTHON) -m venv .venv-judge
 	.venv-judge/bin/python -m pip install --quiet -r $<
+	@touch $@
+
+.venv-judge-vllm/.installed: workflow/envs/vllm.txt
+	$(PYTHON) -m venv .venv-judge-vllm
+	.venv-judge-vllm/bin/python -m pip install --quiet -r $<
 	@touch $@
 
 .venv-docs/.installed: docs/requirements.txt

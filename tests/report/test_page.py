@@ -24,6 +24,8 @@ from tafs.experiment.schema import FIGURES
 from tafs.experiment.specs import ReportSpec
 from tafs.report import build, page, results, stats
 from tafs.report.page import content, diversity, sprites
+from tafs.rewards import statistics
+from tafs.rewards.metrics import METRICS
 from tafs.runtime import receipts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -252,25 +254,31 @@ def test_the_matrix_holds_holms_p_values(root: Path, shown: Read) -> None:
     ],
 )
 def test_the_vendi_score_counts_different_images(features: Any, score: float) -> None:
-    assert diversity.vendi_score(np.asarray(features, dtype=float)) == pytest.approx(score)
+    assert statistics.vendi_score(np.asarray(features, dtype=float)) == pytest.approx(score)
 
 
 @pytest.mark.parametrize("features", [diversity._clip, lambda: diversity._pixels])
 def test_a_model_of_one_image_has_no_diversity(features: Any) -> None:
     found = features()
     images = np.random.default_rng(0).integers(0, 256, (6, 24, 24, 3), dtype=np.uint8)
-    assert diversity.vendi_score(found(images[:1].repeat(6, axis=0))) == pytest.approx(1, abs=1e-4)
-    assert diversity.vendi_score(found(images)) > 1.01
+    assert statistics.vendi_score(found(images[:1].repeat(6, axis=0))) == pytest.approx(1, abs=1e-4)
+    assert statistics.vendi_score(found(images)) > 1.01
 
 
-def test_the_page_has_the_diversity_of_every_system_of_a_table_with_gains(shown: Read) -> None:
+def test_the_page_has_the_damage_to_every_system_of_a_table_with_gains(shown: Read) -> None:
     assert {*shown.data["diversity"]} == {*shown.data["gains"]}
     for found in shown.data["diversity"].values():
         kept = found["images"]
         assert found["features"] == "embedded CLIP" and kept == len(synthetic.TAGS) * synthetic.KEPT
-        for name, system in found["systems"].items():
+        vendi, *panel = found["charts"]
+        assert vendi["title"] == "Vendi score"
+        assert [chart["title"] for chart in panel] == [
+            f"{METRICS[name].title}, {METRICS[name].unit}" for name in statistics.PANEL
+        ]
+        for name, system in vendi["systems"].items():
             assert len(system["seeds"]) == len(shown.data["systems"][name]["runs"])
             assert all(1 <= score <= kept for score in system["seeds"])
+            assert all(len(chart["systems"][name]["seeds"]) for chart in panel)
 
 
 def test_long_curves_are_means_of_neighbours() -> None:

@@ -32,7 +32,7 @@ views.damage = () => {
   const parts = [];
   if (names.length) {
     const name = names.includes(get("table")) ? get("table") : names[0];
-    parts.push(h("div", { class: "controls" }, choice("Table", "table", names.map((one) => [one, DATA.tables[one].title]), name)), ...gainCharts(DATA.gains[name]), ...diversityChart(DATA.diversity[name]));
+    parts.push(h("div", { class: "controls" }, choice("Table", "table", names.map((one) => [one, DATA.tables[one].title]), name)), ...gainCharts(DATA.gains[name]), ...diversityCharts(DATA.diversity[name]));
   } else parts.push(h("p", { class: "note" }, "No table of this scale separates trained rewards from held-out metrics."));
   parts.push(...trainingCharts());
   body.replaceChildren(...parts);
@@ -82,25 +82,34 @@ function gainCharts(gains) {
   ];
 }
 
-/** The Vendi score of each system, seed by seed; the line is the base model's. */
-function diversityChart({ nfe, images, features, systems }) {
-  const rows = Object.entries(systems).map(([system, { mean: [value, low, high] }]) => ({ system, name: DATA.systems[system].name, value, low, high }));
-  const seeds = Object.entries(systems).flatMap(([system, found]) => found.seeds.map((value) => ({ system, name: DATA.systems[system].name, value })));
-  const bases = rows.filter((row) => !DATA.systems[row.system].trained);
+/** The Vendi score and statistics of the pixels. */
+function diversityCharts({ nfe, images, features, charts: [vendi, ...panel] }) {
+  const wide = fitting("damage-body", 560);
   return [
     h("h2", {}, "Diversity"),
     h("p", { class: "note" }, `Vendi score: the effective number of different images among the ${images} kept ones, one of each prompt, at ${nfe} steps. It is 1 if all are alike and ${images} if no two are; features: ${features}. Small dots are seeds, bars 95 % intervals over seeds. Left of the dashed line, images of different prompts are more alike than those of the base model.`),
-    plot("", {
-      width: fitting("damage-body", 560), height: 44 + 26 * rows.length, marginLeft: nameMargin(Object.keys(systems)),
-      x: { label: "Vendi score", nice: true }, y: { label: null, domain: rows.map((row) => row.name) },
-      marks: [
-        Plot.ruleX(bases, { x: "value", strokeOpacity: 0.6, strokeDasharray: "3 3" }),
-        Plot.ruleY(rows.filter((row) => row.low !== null), { y: "name", x1: "low", x2: "high", stroke: (row) => colourOf(row.system), strokeWidth: 2 }),
-        Plot.dot(seeds, { y: "name", x: "value", r: 2.5, fill: (row) => colourOf(row.system), fillOpacity: 0.6 }),
-        Plot.dot(rows, { y: "name", x: "value", r: 4.5, fill: (row) => colourOf(row.system), stroke: "var(--bg)", tip: true, title: (row) => `${row.name}: ${row.value}${row.low === null ? "" : `\n95 %: ${row.low} to ${row.high}`}` }),
-      ],
-    }),
+    systemsChart("", vendi, wide),
+    h("h2", {}, "Statistics of the pixels"),
+    h("p", { class: "note" }, "Means over the same images. Neither direction is better: far from the base model's dashed line, training has changed more than what the prompts ask for."),
+    h("div", { class: "charts" }, panel.map((chart) => systemsChart(chart.title, chart, 360))),
   ];
+}
+
+/** A number of each system, seed by seed; the dashed line is the base model's. */
+function systemsChart(heading, { title, systems }, width) {
+  const rows = Object.entries(systems).map(([system, { mean: [value, low, high] }]) => ({ system, name: DATA.systems[system].name, value, low, high }));
+  const seeds = Object.entries(systems).flatMap(([system, found]) => found.seeds.map((value) => ({ system, name: DATA.systems[system].name, value })));
+  const bases = rows.filter((row) => !DATA.systems[row.system].trained);
+  return plot(heading, {
+    width, height: 44 + 26 * rows.length, marginLeft: nameMargin(Object.keys(systems)),
+    x: { label: heading ? null : title, nice: true }, y: { label: null, domain: rows.map((row) => row.name) },
+    marks: [
+      Plot.ruleX(bases, { x: "value", strokeOpacity: 0.6, strokeDasharray: "3 3" }),
+      Plot.ruleY(rows.filter((row) => row.low !== null), { y: "name", x1: "low", x2: "high", stroke: (row) => colourOf(row.system), strokeWidth: 2 }),
+      Plot.dot(seeds, { y: "name", x: "value", r: 2.5, fill: (row) => colourOf(row.system), fillOpacity: 0.6 }),
+      Plot.dot(rows, { y: "name", x: "value", r: 4.5, fill: (row) => colourOf(row.system), stroke: "var(--bg)", tip: true, title: (row) => `${row.name}: ${row.value}${row.low === null ? "" : `\n95 %: ${row.low} to ${row.high}`}` }),
+    ],
+  });
 }
 
 /** Signs of damage over training, from the journals. */
