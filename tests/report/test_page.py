@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import importlib.util
 import json
 import re
 import shutil
@@ -263,14 +264,28 @@ def test_a_model_of_one_image_has_no_diversity(features: Any) -> None:
     assert diversity.vendi_score(found(images)) > 1.01
 
 
-def test_the_page_has_the_diversity_of_every_system_of_a_table_with_gains(shown: Read) -> None:
+def test_the_page_measures_the_images_of_every_system_of_a_table_with_gains(shown: Read) -> None:
     assert {*shown.data["diversity"]} == {*shown.data["gains"]}
     for found in shown.data["diversity"].values():
         kept = found["images"]
         assert found["features"] == "embedded CLIP" and kept == len(synthetic.TAGS) * synthetic.KEPT
-        for name, system in found["systems"].items():
-            assert len(system["seeds"]) == len(shown.data["systems"][name]["runs"])
-            assert all(1 <= score <= kept for score in system["seeds"])
+        assert {*found["measures"]} == {"Vendi score", *diversity.STATISTICS}
+        for measure, systems in found["measures"].items():
+            low, high = {"Vendi score": (1, kept), "Colour entropy, bits": (0, 9)}.get(
+                measure, (0, 1)
+            )
+            for name, system in systems.items():
+                assert len(system["seeds"]) == len(shown.data["systems"][name]["runs"])
+                assert all(low <= value <= high for value in system["seeds"])
+
+
+def test_statistics_of_an_image_are_those_of_its_definition() -> None:
+    red, grey = np.array([255, 0, 0], np.uint8), np.full(3, 128, np.uint8)
+    halves = np.vstack([np.tile(red, (2, 4, 1)), np.tile(grey, (2, 4, 1))])  # 4 x 4, one edge
+    assert diversity.edge_density(halves) == pytest.approx(4 / 24)
+    assert diversity.colour_entropy(halves) == pytest.approx(1)
+    assert diversity.saturation(halves) == pytest.approx(0.5)
+    assert diversity.edge_density(halves[:2]) == diversity.colour_entropy(halves[:2]) == 0
 
 
 def test_long_curves_are_means_of_neighbours() -> None:
@@ -314,21 +329,25 @@ def texts(page: browser.Page, selector: str) -> list[str]:
     return list(page.run(f"{script}.filter((e) => e.checkVisibility()).map((e) => e.innerText)"))
 
 
+SHOWN = {  # a view, and what it has
+    "overview": "#compute-chart svg",
+    "leaderboard": "#matrix td.sure, #steps svg",
+    "leaderboard?budget=compute": "#budget svg",
+    "leaderboard?budget=target": "#budget svg",
+    "leaderboard?table=scores": "#pareto svg",
+    "gallery": "#gallery-body .cell",
+    "gallery?mode=wins": "#gallery-body .pair",
+    "gallery?mode=vote": "#gallery-body .vote",
+    "damage": "#damage-body svg",
+    "runs": "#runs-body tbody tr",
+    "runs?run=tafs_grpo-1": "#run-detail pre",
+    "cards": "#cards .card",
+}
+AXE = importlib.util.find_spec("axe_playwright_python")
+
+
 @in_browser
-@pytest.mark.parametrize(
-    ("view", "selector"),
-    [
-        ("overview", "#compute-chart svg"),
-        ("leaderboard", "#matrix td.sure, #steps svg"),
-        ("gallery", "#gallery-body .cell"),
-        ("gallery?mode=wins", "#gallery-body .pair"),
-        ("gallery?mode=vote", "#gallery-body .vote"),
-        ("damage", "#damage-body svg"),
-        ("runs", "#runs-body tbody tr"),
-        ("runs?run=tafs_grpo-1", "#run-detail pre"),
-        ("cards", "#cards .card"),
-    ],
-)
+@pytest.mark.parametrize(("view", "selector"), SHOWN.items())
 @pytest.mark.parametrize("width", [1280, 390])
 def test_every_view_opens(
     opened: browser.Page, url: str, view: str, selector: str, width: int
@@ -339,6 +358,41 @@ def test_every_view_opens(
     assert opened.run(f"document.querySelectorAll({json.dumps(selector)}).length") > 0
     assert texts(opened, "[data-section] > h1") == texts(opened, f"#{view.partition('?')[0]} > h1")
     assert opened.run("document.documentElement.scrollWidth") <= width
+
+
+@in_browser
+@pytest.mark.skipif(AXE is None, reason="no axe-core: make setup")
+@pytest.mark.parametrize(
+    ("theme", "width", "rules"),
+    [
+        ("light", 1280, {}),
+        ("dark", 390, {"runOnly": ["color-contrast", "scrollable-region-focusable"]}),
+    ],
+)
+def test_every_view_is_accessible(
+    opened: browser.Page, url: str, theme: str, width: int, rules: dict[str, Any]
+) -> None:
+    assert AXE is not None and AXE.submodule_search_locations is not None
+    (folder,) = AXE.submodule_search_locations
+    axe = (Path(folder) / "axe.min.js").read_text("utf-8")
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    opened.call("Emulation.setDeviceMetricsOverride", **size)
+    scheme = [{"name": "prefers-color-scheme", "value": theme}]
+    opened.call("Emulation.setEmulatedMedia", features=scheme)
+    opened.open(url)
+    opened.run(f"{axe}; 0")
+    options = json.dumps({"resultTypes": ["violations"], **rules})
+    for view in SHOWN:
+        opened.run(
+            "new Promise((done) => { addEventListener('hashchange', () => setTimeout(done));"
+            f" location.hash = {json.dumps(view)}; }})"
+        )
+        found = opened.run(
+            f"axe.run(document, {options}).then(({{violations}}) =>"
+            " violations.map(({id, nodes}) => `${id}: ${nodes[0].html}`))"
+        )
+        assert found == [], view
+    opened.call("Emulation.setEmulatedMedia", features=[])
 
 
 @in_browser
@@ -370,6 +424,47 @@ def test_rows_are_sorted_and_filtered_and_the_address_keeps_it(
     assert [row.split()[0] for row in texts(opened, rows)] == ["shapes-sd3"]
     opened.run("document.querySelector('[data-key=budget][data-value=compute]').click()")
     assert texts(opened, ".sheet h2") == ["Compute"]
+
+
+def moved(opened: browser.Page, slider: str, value: int) -> None:
+    """Move a slider."""
+    opened.run(
+        f"(() => {{ const s = document.querySelector({json.dumps(slider)}); s.focus();"
+        f" s.value = {value}; s.dispatchEvent(new Event('input'));"
+        " s.dispatchEvent(new Event('change')); })()"
+    )
+
+
+@in_browser
+def test_a_budget_ranks_the_methods_and_a_target_has_its_cost(
+    opened: browser.Page, url: str, shown: Read
+) -> None:
+    points = shown.data["compute"]["compute"]["clip"]
+    opened.open(f"{url}#leaderboard?budget=compute&quality=clip")
+
+    def names() -> list[str]:
+        labels = "[...document.querySelectorAll('#budget svg g[text-anchor=end] text')]"
+        found = list(opened.run(f"{labels}.map((label) => label.textContent)"))
+        return [text for text in found if not text.endswith("→")]  # the axis's own label
+
+    costs = sorted({x for values in points.values() for x, *_ in values if x > 0})
+    for place in (0, len(costs) - 1):
+        moved(opened, "[data-key=at]", place)
+        last = {
+            shown.data["systems"][key]["name"]: [v for x, v, *_ in values if x <= costs[place]][-1]
+            for key, values in points.items()
+        }
+        assert names() == sorted(last, key=lambda name: -last[name])
+        assert opened.run("document.activeElement.dataset.key") == "at"
+    opened.open(f"{url}#leaderboard?budget=target&quality=clip")
+    best = max(v for values in points.values() for _, v, *_ in values)
+    moved(opened, "[data-key=target]", 40)
+    reached = [
+        shown.data["systems"][key]["name"]
+        for key, values in points.items()
+        if any(v >= float(f"{best:.3g}") for _, v, *_ in values)
+    ]
+    assert names() == reached
 
 
 @in_browser

@@ -74,7 +74,7 @@ function drawGrid({ controls, body, systems, chosen, kept }) {
   const metrics = DATA.metrics.map((metric) => metric.name);
   const metric = metrics.includes(get("metric")) ? get("metric") : metrics[0];
   const shownSteps = h("b", {}, String(nfe));
-  const slider = h("input", { type: "range", min: 0, max: steps.length - 1, value: steps.indexOf(nfe), "aria-label": "Inference steps", id: "steps-slider",
+  const slider = h("input", { type: "range", min: 0, max: steps.length - 1, value: steps.indexOf(nfe), "aria-label": "Inference steps", id: "steps-slider", "data-key": "nfe",
     oninput: (event) => redraw(steps[event.target.value]),
     onchange: (event) => set({ nfe: String(steps[event.target.value]) }) });
   controls.push(
@@ -89,7 +89,7 @@ function drawGrid({ controls, body, systems, chosen, kept }) {
   function redraw(count) {
     shownSteps.textContent = String(count);
     grid.style.gridTemplateColumns = `minmax(96px, 190px) repeat(${chosen.length}, clamp(72px, ${Math.floor(72 / chosen.length)}vw, 132px))`;
-    const cells = [h("div", {}), ...chosen.map((system) => h("div", { class: "head key", style: { "--c": DATA.systems[system].colour } }, DATA.systems[system].name))];
+    const cells = [h("div", { class: "head" }), ...chosen.map((system) => h("div", { class: "head key", style: { "--c": DATA.systems[system].colour } }, DATA.systems[system].name))];
     for (const place of shown) {
       cells.push(h("div", { class: "said" }, kept.captions[place], h("br"), h("small", {}, words(kept.tags[place]))));
       for (const system of chosen) {
@@ -104,7 +104,7 @@ function drawGrid({ controls, body, systems, chosen, kept }) {
   redraw(nfe);
   body.replaceChildren(
     h("p", { class: "note" }, "A row is one prompt and one start noise. Move the slider to change the number of inference steps. An empty cell: the system has no run with this seed, or no image with so many steps."),
-    chosen.length ? h("div", { class: "scroll" }, grid) : h("p", { class: "note" }, "Choose a system."),
+    chosen.length ? scrolling("Images", grid, "framed") : h("p", { class: "note" }, "Choose a system."),
   );
 }
 
@@ -126,7 +126,7 @@ function drawWins({ controls, body, systems, kept }) {
   const up = METRICS.get(metric).up ? 1 : -1;
   const rows = ["", ...tags].map((task) => ({ task: task ? words(task) : "all prompts", values: own.tasks[metric][task] })).filter((row) => row.values[0] !== null);
   const chart = plot("", {
-    width: fitting("gallery-body", 640), height: 44 + 26 * rows.length, marginLeft: 110, x: { label: `${titleOf(metric)}: difference from ${DATA.systems[own.base].name}` }, y: { label: null, domain: rows.map((row) => row.task) },
+    width: fitting("gallery-body", 640), height: 44 + 26 * rows.length, marginLeft: 110, x: { label: `${titleOf(metric)}: difference from ${DATA.systems[own.base].name}`, inset: 6 }, y: { label: null, domain: rows.map((row) => row.task) },
     marks: [
       Plot.ruleX([0], { strokeOpacity: 0.6 }),
       Plot.ruleY(rows.filter((row) => row.values[1] !== null), { y: "task", x1: (row) => row.values[1], x2: (row) => row.values[2], stroke: colourOf(system), strokeWidth: 2 }),
