@@ -95,7 +95,7 @@ rehearsal: $(STAMP)  ## Run a scale on tiny random checkpoints: make rehearsal F
 
 # Docstrings are read without an import, so the site needs none of the project's packages.
 docs: .venv-docs/.installed  ## Build the documentation site in build/docs; a dead link is an error
-	.venv-docs/bin/mkdocs build $(ARGS)
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build $(ARGS)
 
 schema: $(STAMP)  ## Write the JSON Schema of config.yaml for editors
 	$(RUN) python -m tafs.experiment.json_schema > workflow/schemas/config.schema.json.new
