@@ -20,9 +20,10 @@ FEW_SEEDS = 4  # the lines of more would hide each other
 def draw(table: LoadedTable) -> Figure:
     """Each training reward of the final image against iterations and against compute time.
 
-    Thin lines are the seeds, if they are few; thick lines are their means and bands their ranges, of running means
-    over an eighth of the iterations, because every iteration draws other prompts. Compute time
-    counts every iteration at the median time, as the tables do, because runs disturb one another.
+    Thin lines are the seeds, if they are few; thick lines are their means and bands their ranges,
+    of running means over an eighth of the iterations, because every iteration draws other prompts.
+    Compute time counts every iteration at the median time, as the tables do, because runs disturb
+    one another.
 
     Raises:
         ValueError: no run is trained, or an input is missing or broken; names it.
