@@ -148,11 +148,10 @@ def test_a_resume_state_of_the_same_settings_leaves_the_other_iterations(work):
 def test_a_run_keeps_adapters_and_samples_and_has_states_while_it_trains(work):
     spec, evaluation = work.runs[TAFS], work.evaluations[TAFS]
     assert work.prompt_counts(spec.prompts, evaluation.prompts_per_tag) == (6, 6)  # one per task
-    finals = [setting for setting in evaluation.settings if setting.iteration is None]
     found = work.disk(spec)
     adapter = 4 * work.network(FLUX, 24).adapter
     assert found.adapters == adapter * (1 + len(spec.snapshots))
-    assert found.samples == 6 * len(finals) * 3 * 24 * 24
+    assert found.samples == 6 * len(evaluation.settings) * 3 * 24 * 24
     assert (found.state, found.images) == (2 * 4 * adapter, 0)
     work.evaluations = {TAFS: evaluation.model_copy(update={"served": True})}
     drawn = sum(setting.images_per_prompt for setting in evaluation.settings)

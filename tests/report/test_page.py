@@ -323,6 +323,15 @@ def url(root: Path, opened: browser.Page) -> Iterator[str]:
     assert [r for r in opened.requests if not r.startswith((folder, "data:", "about:"))] == []
 
 
+def moved(opened: browser.Page, slider: str, value: int) -> None:
+    """Move a slider."""
+    opened.run(
+        f"(() => {{ const s = document.querySelector({json.dumps(slider)}); s.focus();"
+        f" s.value = {value}; s.dispatchEvent(new Event('input'));"
+        " s.dispatchEvent(new Event('change')); })()"
+    )
+
+
 def texts(page: browser.Page, selector: str) -> list[str]:
     """The texts of the visible elements of a selector."""
     script = f"[...document.querySelectorAll({json.dumps(selector)})]"
@@ -336,6 +345,7 @@ SHOWN = {  # a view, and what it has
     "leaderboard?budget=target": "#budget svg",
     "leaderboard?table=scores": "#pareto svg",
     "gallery": "#gallery-body .cell",
+    "gallery?mode=trajectory": "#gallery-body .cell",
     "gallery?mode=wins": "#gallery-body .pair",
     "gallery?mode=vote": "#gallery-body .vote",
     "damage": "#damage-body svg",
@@ -426,15 +436,6 @@ def test_rows_are_sorted_and_filtered_and_the_address_keeps_it(
     assert texts(opened, ".sheet h2") == ["Compute"]
 
 
-def moved(opened: browser.Page, slider: str, value: int) -> None:
-    """Move a slider."""
-    opened.run(
-        f"(() => {{ const s = document.querySelector({json.dumps(slider)}); s.focus();"
-        f" s.value = {value}; s.dispatchEvent(new Event('input'));"
-        " s.dispatchEvent(new Event('change')); })()"
-    )
-
-
 @in_browser
 def test_a_budget_ranks_the_methods_and_a_target_has_its_cost(
     opened: browser.Page, url: str, shown: Read
@@ -475,13 +476,31 @@ def test_images_load_when_they_are_looked_at_and_the_slider_changes_their_steps(
     assert not [r for r in opened.requests if r.endswith(".webp")]
     opened.open(f"{url}#gallery")
     opened.wait("document.querySelector('.cell').style.backgroundImage.includes('-4.webp')")
-    opened.run(
-        "(() => { const s = document.getElementById('steps-slider'); s.value = 0;"
-        " s.dispatchEvent(new Event('input')); s.dispatchEvent(new Event('change')); })()"
-    )
+    moved(opened, "#gallery [data-key=nfe]", 0)
     opened.wait("document.querySelector('.cell').style.backgroundImage.includes('-1.webp')")
     assert "nfe=1" in opened.run("location.hash")
     opened.wait_for_request("-1.webp")
+
+
+@in_browser
+def test_snapshots_and_steps_of_trajectories_are_shown(
+    opened: browser.Page, url: str, root: Path, shown: Read
+) -> None:
+    trained, base = "tafs_grpo-0", "base-0"
+    sheets = shown.data["images"]["runs"][trained]["sheets"]
+    snapshots = sorted(int(name.partition("@")[2]) for name in sheets if "@" in name)
+    opened.open(f"{url}#gallery?systems={shown.data['runs'][-1]['system']}")
+    for place, sheet in enumerate((base, *(f"@{after}." for after in snapshots), "anneal-4.")):
+        moved(opened, "[data-key=after]", place)
+        address = opened.run("document.querySelector('#gallery-body .cell').dataset.sheet")
+        assert sheet in opened.run(f"decodeURIComponent({json.dumps(address)})")
+    found = shown.data["images"]["trajectories"][base]
+    opened.open(f"{url}#gallery?mode=trajectory&metric=clip")
+    cells = opened.run("document.querySelectorAll('#gallery-body .cell').length")
+    assert cells == found["steps"] * len(found["captions"])
+    rewards = results.load(root).tables[-1].results[0].trajectory_rewards
+    of = rewards[(rewards["metric"] == "clip") & (rewards["prompt"] == 1)].sort_values("step")
+    assert found["scores"]["clip"][1] == pytest.approx(list(of["value"]), rel=1e-4)
 
 
 @in_browser

@@ -54,19 +54,19 @@ function drawBudget(budget, name) {
 function rankingAt({ priced, metric, cost, chart }) {
   const budgets = unique(priced.flatMap(({ list }) => list.map((point) => point.cost))).filter((x) => x > 0).sort((a, b) => a - b);
   const cheapest = Math.min(...priced.map(({ list }) => list.at(-1).cost));
-  const at_ = nearest(budgets, get("at"), cheapest);
+  const limit = nearest(budgets, get("at"), cheapest);
   const extent = d3.extent(priced.flatMap(({ list }) => list.flatMap((point) => [point.value, point.low ?? point.value, point.high ?? point.value])));
-  const draw = (limit) => {
-    const rows = priced.map(({ system, name, list }) => ({ system, name, ...list.findLast((point) => point.cost <= limit) }))
+  const draw = (most) => {
+    const rows = priced.map(({ system, name, list }) => ({ system, name, ...list.findLast((point) => point.cost <= most) }))
       .sort((a, b) => better(metric) * (b.value - a.value));
     chart.replaceChildren(dotRows(rows, {
       x: { label: `${titleOf(metric)}: ${unitOf(metric)}`, domain: extent, inset: 6 },
       title: (row) => `${row.name}: ${row.value}\n95 %: ${row.low} to ${row.high}\n${row.cost ? `after ${short(row.cost)} ${COSTS[cost].toLowerCase()}` : "no snapshot so early: the base model"}`,
     }));
   };
-  draw(at_);
+  draw(limit);
   return {
-    title: "At any training budget", slider: slider("Budget", "at", budgets, at_, short, draw),
+    title: "At any training budget", slider: slider("Budget", "at", budgets, limit, short, draw),
     note: "Each method's last kept snapshot within the budget, best first, with 95 % intervals. A method that keeps none so early is at its base model.",
   };
 }
@@ -144,7 +144,7 @@ function drawPareto(name) {
           Plot.tip(rows, Plot.pointer({ x: axis, y: "value", title: (row) => `${row.name}, ${row.nfe} steps, ${short(row.seconds)} s of training\n${row.value}${row.low === null ? "" : `\n95 %: ${row.low} to ${row.high}`}` })),
         ],
       }),
-      h("p", { class: "note" }, `On the front: ${d3.groups(front, (row) => row.name).map(([one, rows_]) => `${one} at ${rows_.map((row) => row.nfe).join(", ")} steps`).join("; ") || "nothing"}.`),
+      h("p", { class: "note" }, `On the front: ${d3.groups(front, (row) => row.name).map(([one, points]) => `${one} at ${points.map((row) => row.nfe).join(", ")} steps`).join("; ") || "nothing"}.`),
     );
   };
   draw();
