@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -41,7 +42,7 @@ class AssetSettings(BaseModel):
 
     assets: Literal["shapes", "hub"]
     lock: str  # path of the lock file that pins the hub's files
-    device: Literal["cpu", "cuda"]
+    device: Literal["cpu", "cuda", "auto"]
     dtype: Literal["float32", "bfloat16"]
     gradient_checkpointing: bool
     # Left out where nothing is quantised, so that earlier results stay what they are.
@@ -67,13 +68,15 @@ class AssetSource(ABC):
 
     @functools.cached_property
     def device(self) -> str:
-        """Device of the models and rewards.
+        """Device of the models and rewards; "auto" spreads the jobs over the machine's GPUs.
 
         Raises:
             ValueError: this machine does not have the GPU.
         """
+        if self.settings.device == "auto" and not _unassigned() and torch.cuda.device_count():
+            return f"cuda:{os.getpid() % torch.cuda.device_count()}"
         if self.settings.device != "cuda":
-            return self.settings.device
+            return "cpu"
         if torch.cuda.device_count() <= self.gpu:
             raise ValueError(
                 f"device: the scale uses 'cuda', but this machine has {torch.cuda.device_count()} "
@@ -341,3 +344,8 @@ def _prompts_digest(name: str) -> str:
     parts = [digest(chosen.prompts(split, folder)) for split in ("train", "test")]
     content = json.dumps([*parts, dict(chosen.shares or {})], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _unassigned() -> bool:
+    """Whether this is a Slurm job without GPUs; not every cluster hides the others' from it."""
+    return "SLURM_JOB_ID" in os.environ and "CUDA_VISIBLE_DEVICES" not in os.environ

@@ -162,7 +162,8 @@ class Scale(_Strict):
 
     assets: Literal["shapes", "hub"]  # the embedded models, or those of resources.yaml
     lock: PathText = "resources.lock.yaml"  # pins the hub's models
-    device: Literal["cpu", "cuda"] = "cpu"
+    # auto: a job uses a GPU if there is one; it does not claim it, so that several jobs share one.
+    device: Literal["cpu", "cuda", "auto"] = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the network's weights
     # Of the linear layers in the network's blocks, when it is trained and when it is judged.
     quantize: Quantization = "none"

@@ -242,6 +242,8 @@ def _scale_problems(config: Config, key: str, scale: Scale) -> Iterator[str]:
             f"{where}.nodes: {scale.nodes} nodes cannot share {scale.processes} processes; "
             "choose a divisor"
         )
+    if scale.device == "auto" and scale.processes > 1:
+        yield f"{where}.device: 'auto' is for trainings of one process; choose cpu or cuda"
     yield from _unknown(
         f"{where}.accept_base", "model", scale.accept_base, scale.model_roles.values()
     )

@@ -332,7 +332,7 @@ class Graph:
         found: dict[str, Any] = {"mem_mb": growing}
         if stage == "train":
             found |= {"train_processes": processes, "train_nodes": nodes}
-        if scale.device == "cuda":
+        if self.device == "cuda":
             gpus = processes // nodes
             # Without a number of nodes Slurm may spread the GPUs over several.
             found |= {"nodes": nodes, "cpus_per_gpu": CPUS_PER_GPU}
@@ -344,9 +344,14 @@ class Graph:
         return found
 
     @property
+    def device(self) -> str:
+        """The type of the devices that jobs claim and that plans count, "cpu" or "cuda"."""
+        return "cuda" if self.scale.device == "cuda" else "cpu"
+
+    @property
     def group(self) -> str | None:
         """The group of evaluations, several of which share a Slurm job where they are short."""
-        return "evaluations" if self.scale.device == "cpu" else None
+        return "evaluations" if self.device == "cpu" else None
 
 
 def read(overrides: Mapping[str, Any] | None = None, path: Path = Path("config.yaml")) -> Graph:

@@ -47,8 +47,8 @@ def _scores_table(loaded: LoadedTable) -> Table:
     spec = loaded.spec
     columns: list[Column] = [NFE_OLD, NFE_THETA, TIME, *map(Score, loaded.metrics)]
     trained = [result.spec for result in loaded.results if result.spec.trained]
-    # A training on GPUs has them to itself.
-    shared = any(run.assets.device == "cpu" for run in trained)
+    # A training that claims its GPUs has them to itself.
+    shared = any(run.assets.device != "cuda" for run in trained)
     notes = [SHARED_TIMES] if shared else []
     return Table(spec.name, spec.caption, rows_of(loaded), columns, spec.header, notes)
 

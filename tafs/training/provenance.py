@@ -9,6 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tafs.data.prompts import digest
 from tafs.experiment import run_inputs
 from tafs.experiment.specs import RunSpec
@@ -33,7 +35,13 @@ def collect(spec: RunSpec) -> dict[str, Any]:
         "versions": {name: metadata.version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "machine": platform.machine(),
+        **gpu(source.device),
     }
+
+
+def gpu(device: str) -> dict[str, str]:
+    """The name of the device that trains, if it is a GPU."""
+    return {"gpu": torch.cuda.get_device_name(device)} if device.startswith("cuda") else {}
 
 
 def code(root: Path) -> dict[str, Any]:

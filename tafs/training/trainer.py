@@ -63,7 +63,8 @@ class Trainer:
         self.method = registry.create(spec.method, spec.hyperparameters)
         self.weights = spec.rewards
         # Rewards need about 8 bits of a pixel; evaluation decodes in full precision.
-        self.decode_dtype = fast_dtype(backbone.device)
+        fast = spec.assets.dtype == "bfloat16"
+        self.decode_dtype = fast_dtype(backbone.device) if fast else None
         self.iterations = settings.iterations
         self.checkpoint_every = settings.checkpoint_every
         self.groups = settings.prompts_per_iteration
@@ -413,6 +414,7 @@ def trainer_of(spec: RunSpec, processes: Processes = distributed.ALONE) -> Train
     model = source.model(spec.backbone, spec.resolution)
     if spec.training is not None:
         torch.backends.cuda.matmul.allow_tf32 = spec.training.tf32
+        torch.backends.cudnn.allow_tf32 = spec.training.tf32  # PyTorch's default is True
         if spec.training.compile and model.device.type == "cuda":
             model.compile()
     return Trainer(

@@ -69,14 +69,21 @@ class Space:
         return found
 
     def design(self, seed: int) -> list[dict[str, Any]]:
-        """The values of the first DESIGN trials: the present ones, then a Latin hypercube."""
+        """The values of the first trials: the present ones, then a Latin hypercube, DESIGN in all.
+
+        A point of the hypercube that is the present values, as in a search that follows another, is
+        left out, so that no trial repeats the first.
+        """
         rng = np.random.default_rng(seed)
         units = qmc.LatinHypercube(len(self.searched), rng=rng).random(DESIGN - 1)
         spread = [
             {key: self._at(key, unit) for key, unit in zip(self.searched, row, strict=True)}
             for row in units
         ]
-        return [self.present, *spread]
+        return [self.present, *(one for one in spread if self._entered(one) != self.present)]
+
+    def _entered(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: self._rounded(key, value) for key, value in values.items()}
 
     def _at(self, key: str, unit: float) -> Any:
         """The value at a position in [0, 1) of the hyperparameter's range or choices."""
@@ -98,7 +105,7 @@ class Space:
         drawn = {key: _suggest(trial, key, kind) for key, kind in self.distributions.items()}
         if trial.number == 0:
             return drawn
-        return {key: self._rounded(key, value) for key, value in drawn.items()}
+        return self._entered(drawn)
 
     def _rounded(self, key: str, value: Any) -> Any:
         searched = self.searched[key]

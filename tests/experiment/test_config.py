@@ -104,6 +104,7 @@ def test_a_missing_library_is_one_line_when_a_scale_needs_it(changed, monkeypatc
         ),
         ("tasks: [clip_only,", "tasks: [composition,", "table6.tasks: they have different prompts"),
         ("processes: 8", "processes: 8\n    nodes: 3", "nodes: 3 nodes cannot share 8 processes"),
+        ("device: cuda", "device: auto", "device: 'auto' is for trainings of one process"),
         ("sd3: sd35-medium", "sd3: sd35-large", "'sd35-large' cannot be trained, only compared"),
         ("sd3: sd35-medium", "sd3: shapes-sd3", "the assets of 'shapes-sd3' are not 'hub'"),
         ("batch: 105", "batch: 105\n      server: [serve]", "the assets 'shapes' need no server"),

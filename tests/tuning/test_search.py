@@ -119,6 +119,8 @@ def test_every_method_has_as_many_trials_and_begins_with_its_present_values(
         found = rows(plan, method)
         space = search_of(plan, tuning, method).space
         assert [int(row["number"]) for row in found] == list(range(tuning.trials))
+        # Also where the present values are a point of the hypercube, from an earlier search.
+        assert len({tuple(row[key] for key in space.searched) for row in found}) == tuning.trials
         assert {key: float(found[0][key]) for key in space.present} == {
             key: float(value) for key, value in space.present.items()
         }

@@ -80,7 +80,7 @@ class Disk:
 
 def assumed_rate(scale: Scale) -> float:
     """FLOP/s of one of a scale's devices."""
-    if scale.device == "cpu":
+    if scale.device != "cuda":
         return CPU_RATE
     return PEAK * (COMPILED if scale.compile else EAGER)
 
@@ -182,7 +182,7 @@ class Workload:
     def scoring(self, stage: str, spec: RunSpec) -> float:
         """Seconds of one GPU that decoding and scoring the images of a stage of a run take."""
         scale, evaluation = self.graph.scale, self.evaluations[spec.name]
-        if scale.device == "cpu":
+        if scale.device != "cuda":
             return 0.0
         if stage == "train" and spec.training is not None:
             method = registry.create(spec.method, spec.hyperparameters)

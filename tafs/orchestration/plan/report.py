@@ -115,7 +115,6 @@ def record(
 
 def _page(overrides: Mapping[str, Any], price: float | None, tflops: float | None) -> Page:
     graph = graphs.read(overrides)
-    device = graph.scale.device
     work = Workload(graph)
     rate = tflops * 1e12 if tflops else assumed_rate(graph.scale)
     every, pending = list(graph.jobs()), verdicts.pending(graph)
@@ -125,7 +124,7 @@ def _page(overrides: Mapping[str, Any], price: float | None, tflops: float | Non
         every=every,
         pending=pending,
         jobs=work.jobs(every, (one.job for one in pending)),
-        speed=Speed(rate, START_UP[device], measured(work, rate)),
+        speed=Speed(rate, START_UP[graph.device], measured(work, rate)),
         price=price,
         assumed=tflops is None,
     )
@@ -133,7 +132,7 @@ def _page(overrides: Mapping[str, Any], price: float | None, tflops: float | Non
 
 def default_nodes(scale: Scale) -> int:
     """The nodes of one training; without GPUs, one for each training that fits on this machine."""
-    if scale.device == "cpu":
+    if scale.device != "cuda":
         return max(scale.nodes, len(os.sched_getaffinity(0)) * scale.nodes // scale.processes)
     return scale.nodes
 
@@ -433,9 +432,8 @@ class Page:
     def assumptions(self) -> list[str]:
         """Where the figures come from."""
         bases = Counter(self.speed.ratio(job)[1] for job in self.jobs if job.stage == "train")
-        device = self.graph.scale.device
         share = 100 * self.speed.rate / PEAK
-        rate = ASSUMPTION[device].format(share) if self.assumed else "given"
+        rate = ASSUMPTION[self.graph.device].format(share) if self.assumed else "given"
         lines = [
             "",
             "Sources of these figures:",

@@ -336,8 +336,9 @@ def facts(report: Report) -> dict[str, Any]:
         if origin.get("git_commit")
     )
     machines = Counter(
-        f"{origin['machine']}, Python {origin.get('python', '?')}"
+        ", ".join([origin["machine"], *gpu, f"Python {origin.get('python', '?')}"])
         for origin in origins
+        for gpu in [[origin["gpu"]] if origin.get("gpu") else []]
         if origin.get("machine")
     )
     assets = next(iter(results.values())).spec.assets
@@ -350,7 +351,7 @@ def facts(report: Report) -> dict[str, Any]:
         ),
         "models": sorted({result.spec.backbone for result in results.values()}),
         "duration": duration(sum(sum(result.seconds()) for result in trained)),
-        "device": {"cpu": "CPU", "cuda": "GPU"}[assets.device],
+        "device": "GPU" if any(origin.get("gpu") for origin in origins) else "CPU",
         "assets": assets.assets,
         "machines": list(machines),
         "commits": list(commits),
