@@ -71,16 +71,16 @@ ui: $(STAMP)  ## Browse the tracked runs with MLflow on 127.0.0.1
 	$(RUN) python -m tafs.tracking.cli ui $(ARGS)
 
 new-method: $(STAMP)  ## Write a method that runs unchanged: make new-method NAME=my_method
-	$(RUN) python -m tafs.methods.template "$$NAME"
+	$(RUN) tafs new method -- "$$NAME"
 
 new-reward: $(STAMP)  ## Write a reward that runs unchanged: make new-reward NAME=my_reward
-	$(RUN) python -m tafs.rewards.template "$$NAME"
+	$(RUN) tafs new reward -- "$$NAME"
 
 new-prompts: $(STAMP)  ## Write a prompt set that loads unchanged: make new-prompts NAME=my_prompts
-	$(RUN) python -m tafs.data.template "$$NAME"
+	$(RUN) tafs new prompts -- "$$NAME"
 
 new-model: $(STAMP)  ## Write a model that runs unchanged: make new-model NAME=my-model
-	$(RUN) python -m tafs.models.template "$$NAME" $(ARGS)
+	$(RUN) tafs new model $(ARGS) -- "$$NAME"
 
 shapes-weights: $(STAMP)  ## Train the shipped models of the embedded scale again (hours)
 	$(RUN) python -m tafs.shapes.pretrain all $(ARGS)
@@ -97,7 +97,7 @@ rehearsal: $(STAMP)  ## Run a scale on tiny random checkpoints: make rehearsal F
 
 # Docstrings are read without an import, so the site needs none of the project's packages.
 docs: .venv-docs/.installed  ## Build the documentation site in build/docs; a dead link is an error
-	.venv-docs/bin/mkdocs build $(ARGS)
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build $(ARGS)
 
 schema: $(STAMP)  ## Write the JSON Schema of config.yaml for editors
 	$(RUN) python -m tafs.experiment.json_schema > workflow/schemas/config.schema.json.new

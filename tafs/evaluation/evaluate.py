@@ -4,8 +4,8 @@ All runs are judged on the same held-out prompts with the same start noise; the 
 annealed sampler has its own stream. Outputs in RUN_DIR:
 
 - scores.parquet: a row per (iteration, sampler, nfe, prompt, image, metric);
-- samples.safetensors: the first image of a few prompts of each tag, for every setting of the final
-  model, with the prompts' texts;
+- samples.safetensors: the first image of a few prompts of each tag, for every setting, with the
+  prompts' texts;
 - samplers.json: the sampler of every number of steps, and what its choice was based on;
 - images.zip: all images, if a server scores them too (`tafs.evaluation.served`).
 

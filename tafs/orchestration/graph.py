@@ -137,7 +137,7 @@ class Graph:
             "describe_evaluation": ("evaluation.json",),
             "train": ("adapter.safetensors", "journal.jsonl", "snapshots"),
             "evaluate": ("scores.parquet", "samples.safetensors", "samplers.json"),
-            "trajectory_rewards": ("trajectory_rewards.parquet",),
+            "trajectory_rewards": ("trajectory_rewards.parquet", "trajectories.safetensors"),
             "score_served": ("served_scores.parquet",),
             "fetch": (job.target,),
             "check_rewards": ("reward_check.json",),
@@ -184,7 +184,7 @@ class Graph:
             "describe_evaluation": ("evaluation.json",),
             "train": ("journal.jsonl",),
             "evaluate": ("scores.parquet", "samples.safetensors", "samplers.json"),
-            "trajectory_rewards": ("trajectory_rewards.parquet",),
+            "trajectory_rewards": ("trajectory_rewards.parquet", "trajectories.safetensors"),
             "score_served": ("served_scores.parquet",),
         }
         return {
