@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -84,11 +84,16 @@ class AssetSource(ABC):
             )
         return f"cuda:{self.gpu}"
 
-    def metrics(self, prompts: str) -> tuple[str, ...]:
-        """The metrics that an evaluation on a prompt set computes in its own process."""
-        available = [metric for metric in METRICS.values() if self._scores(metric)]
-        metadata = prompt_set(prompts).metadata
-        return tuple(m.name for m in available if metadata or not m.metadata)
+    def metrics(self, prompts: str, optional: Iterable[str] = ()) -> tuple[str, ...]:
+        """The metrics that an evaluation on a prompt set computes in its own process.
+
+        Args:
+            optional: those of the optional metrics that it computes.
+        """
+        chosen = {name for name, metric in METRICS.items() if not metric.optional} | {*optional}
+        available = [m for m in METRICS.values() if m.name in chosen and self._scores(m)]
+        metadata = ("", *prompt_set(prompts).metadata)
+        return tuple(m.name for m in available if m.metadata in metadata)
 
     def prompts(self, name: str, split: str) -> list[Prompt]:
         """The prompts of a set's split, "train" or "test".

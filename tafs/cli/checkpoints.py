@@ -93,7 +93,7 @@ def evaluate(
 )
 def score(
     metric: Annotated[
-        str, typer.Option("--metric", metavar="NAME", help="pickscore, geneval, ...")
+        str, typer.Option("--metric", metavar="NAME", help="pickscore, geneval, ..., or vendi.")
     ],
     images: Annotated[
         Path,
@@ -115,7 +115,10 @@ def score(
     ] = None,
     json_wanted: JsonOption = False,
 ) -> int:
-    """Score the images of a folder with one metric."""
+    """Score the images of a folder with one metric.
+
+    The metric `vendi` is the diversity of all images, and of those of each prompt.
+    """
     from tafs.assets import sources
     from tafs.evaluation import image_scores
     from tafs.report import judged
@@ -126,8 +129,18 @@ def score(
     if assets.device == "cuda":
         gpus.claim(1)
     with output.working(json_wanted):
-        scores = image_scores.score_images(metric, images, prompts, sources.of(assets))
-    to = out or Path(f"{metric}_scores.csv")
+        source, to = sources.of(assets), out or Path(f"{metric}_scores.csv")
+        if metric == image_scores.VENDI:
+            found = image_scores.diversity(images, prompts, source)
+        else:
+            scores = image_scores.score_images(metric, images, prompts, source)
+    if metric == image_scores.VENDI:
+        printed = judged.write_diversity(found, to)
+        if json_wanted:
+            output.as_json(judged.diversity_record(found, to))
+        else:
+            print(printed)
+        return 0
     printed = judged.write_images(metric, scores, images, to)
     if json_wanted:
         output.as_json(judged.images_record(metric, scores, to))
@@ -235,8 +248,8 @@ def _assets(scale: str | None, results: str | None) -> tuple[AssetSettings, Path
     from tafs.experiment.expansion import asset_settings
 
     config = experiment.load(overrides(scale=scale, results=results)).config
-    if server := config.active.evaluation.server:
-        os.environ.setdefault("TAFS_SERVER", json.dumps(server))
+    if servers := config.active.evaluation.servers:
+        os.environ.setdefault("TAFS_SERVER", json.dumps(servers))
     return asset_settings(config), Path(config.results)
 
 

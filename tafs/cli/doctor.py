@@ -64,8 +64,8 @@ def checks(overrides: Mapping[str, Any]) -> Iterator[Check]:
     yield disk(graph, fetched)
     yield memory(scale.memory_mb * MIB * scale.processes // scale.nodes, slurm)
     yield from hub({name: resources[name] for name in fetched}, Path(scale.lock))
-    if command := scale.evaluation.server:
-        yield server(command[0])
+    if scale.evaluation.served:
+        yield server(scale.evaluation.servers[scale.evaluation.judge][0])
     yield cluster
     yield tracking(Path(config.results) / "mlflow")
 

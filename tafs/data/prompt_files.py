@@ -186,7 +186,7 @@ def register(files: Sequence[Path]) -> str:
         train=lambda _: list(train),
         test=lambda _: list(test),
         assets=("shapes", "hub"),
-        metadata="include" in train[0].row,
+        metadata=("include",) if "include" in train[0].row else (),
         files=tuple(map(str, files)),
         places=places,
     )

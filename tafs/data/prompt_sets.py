@@ -28,7 +28,7 @@ class PromptSet:
         assets: asset sources whose models can draw these prompts, of "shapes" and "hub".
         shares: how often training draws each tag, adding up to 1; None: all tags equally often.
         resources: entries of resources.yaml that `train` and `test` read.
-        metadata: whether every row has GenEval's metadata, which the metric `geneval` needs.
+        metadata: entries that every row of `test` has and metrics need: "include" is GenEval's.
         files: where a set of tafs.data.prompt_files comes from.
         places: the file and line of each prompt of such a set, by its text.
     """
@@ -38,7 +38,7 @@ class PromptSet:
     assets: tuple[str, ...] = ("hub",)
     shares: Mapping[str, float] | None = None
     resources: tuple[str, ...] = ()
-    metadata: bool = False
+    metadata: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     places: Mapping[str, str] = field(default_factory=dict)
 

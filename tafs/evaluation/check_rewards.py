@@ -26,13 +26,13 @@ def check_rewards(run: RunDir, out: Path) -> None:
     file = source.golden_scores
     if file is None:
         raise ValueError(f"{run.folder}: its assets {spec.assets.assets!r} have no golden scores")
-    every = needs.checked_metrics(source, evaluation.served)
-    names = needs.checked_metrics(source, served=False)
+    every = needs.checked_metrics(source, evaluation, served=True)
+    names = needs.checked_metrics(source, evaluation, served=False)
     rewards = [*source.rewards(names, strict_geneval=True).rewards]
     digests = {name: source.reward_digest(name) for name in names}
     found = golden.record(rewards, digests, file, source.device)
     if evaluation.served:
-        with served.served_reward(run, spec, len(golden.PROMPTS)) as client:
+        with served.served_reward(run, len(golden.PROMPTS)) as client:
             reward = client.reward()
             rewards.append(reward)
             digests = {reward.name: source.reward_digest(reward.name)}

@@ -201,7 +201,7 @@ def judge(given: str, protocol: Protocol, results: Path, adapter: Path | None = 
     if protocol.served and not os.environ.get("TAFS_SERVER"):
         raise ConfigError(
             f"protocol {protocol.name}: metrics.{protocol.served[0]}: a server computes it; give a "
-            "--scale whose evaluation.server starts one"
+            "--scale whose evaluation.server or evaluation.judges starts one"
         )
     stale = [
         adapted

@@ -4,8 +4,8 @@ All runs are judged on the same held-out prompts with the same start noise; the 
 annealed sampler has its own stream. Outputs in RUN_DIR:
 
 - scores.parquet: a row per (iteration, sampler, nfe, prompt, image, metric);
-- samples.safetensors: the first image of a few prompts of each tag, for every setting of the final
-  model, with the prompts' texts;
+- samples.safetensors: the first image of a few prompts of each tag, for every setting, with the
+  prompts' texts;
 - samplers.json: the sampler of every number of steps, and what its choice was based on;
 - images.zip: all images, if a server scores them too (`tafs.evaluation.served`).
 
@@ -34,7 +34,7 @@ from tafs.evaluation.choose import DEFAULT_SEEDS, Seeds
 from tafs.evaluation.scores import PartialScores
 from tafs.evaluation.scoring import Scorer, Work
 from tafs.experiment import needs, run_inputs
-from tafs.experiment.specs import BEST, EvalSpec
+from tafs.experiment.specs import BEST, EvalSpec, RunSpec
 from tafs.rewards import golden
 from tafs.rewards.registry import RewardSet
 from tafs.runtime import memory, receipts
@@ -63,11 +63,17 @@ def evaluate(run: RunDir, deadline: Deadline | None = None, processes: int = 1) 
     spec, evaluation = run_inputs.run_spec(run), run_inputs.eval_spec(run)
     if spec.trained:
         run.forget_training()
-    metrics = run_inputs.asset_source(spec).metrics(spec.prompts)
+    metrics = _metrics(spec, evaluation)
     own = needs.evaluation(run, spec, evaluation)
     with scoring.scorer(functools.partial(_local, run.folder), processes) as scorer:
         seconds = judge(run, own, scorer, metrics, deadline=deadline)
     print(json.dumps({"evaluated": run.name, "seconds": seconds}))
+
+
+def _metrics(spec: RunSpec, evaluation: EvalSpec) -> tuple[str, ...]:
+    """The metrics that this evaluation computes."""
+    source = run_inputs.asset_source(spec)
+    return source.metrics(spec.prompts, evaluation.optional_metrics)
 
 
 def _local(folder: Path) -> scoring.Local:
@@ -75,7 +81,7 @@ def _local(folder: Path) -> scoring.Local:
     run = RunDir(folder)
     spec, evaluation = run_inputs.run_spec(run), run_inputs.eval_spec(run)
     source = run_inputs.asset_source(spec)
-    rewards = verified_rewards(source, source.metrics(spec.prompts))
+    rewards = verified_rewards(source, _metrics(spec, evaluation))
     load = functools.partial(generate.load_model, run, spec, evaluation)
     return scoring.Local(rewards, load)
 

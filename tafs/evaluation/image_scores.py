@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,12 +19,25 @@ from tafs.data import prompts
 from tafs.data.prompts import Prompt
 from tafs.evaluation import served
 from tafs.evaluation.evaluate import verified_rewards
-from tafs.rewards import golden
+from tafs.rewards import golden, statistics
 from tafs.rewards.metrics import METRICS, Reward
+from tafs.rewards.registry import check_images
 from tafs.runtime import progress
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 BATCH = 64  # images of one size that are scored at once
+
+
+# The metric of sets of images that `diversity` computes; no metric of each image.
+VENDI = "vendi"
+
+
+class Diversity(NamedTuple):
+    """The Vendi score of the images of a prompt, or of all images."""
+
+    prompt: str | None  # None: all images
+    images: int
+    value: float
 
 
 class ImageScore(NamedTuple):
@@ -54,19 +67,20 @@ def score_images(
         RunFailed: the metric does not reproduce its golden scores, or its server fails.
     """
     if metric not in METRICS:
-        raise ConfigError(f"--metric: unknown metric {metric!r}{suggestion(metric, list(METRICS))}")
+        known = [*METRICS, VENDI]
+        raise ConfigError(f"--metric: unknown metric {metric!r}{suggestion(metric, known)}")
     pairs = paired(images, prompt_file)
-    if METRICS[metric].metadata:
-        bare = next((prompt for _, prompt in pairs if not prompt.row.get("include")), None)
+    if key := METRICS[metric].metadata:
+        bare = next((prompt for _, prompt in pairs if not prompt.row.get(key)), None)
         if bare is not None:
             raise ConfigError(
-                f"{prompt_file}: {bare.text!r} has no 'include', which {metric} needs; give JSON "
+                f"{prompt_file}: {bare.text!r} has no {key!r}, which {metric} needs; give JSON "
                 "Lines with GenEval's metadata"
             )
     with ExitStack() as stack:
         if METRICS[metric].served and source.settings.assets != "shapes":
             log = Path(f"{metric}-server.log")
-            client = stack.enter_context(served.client(source, len(pairs), log))
+            client = stack.enter_context(served.client(metric, source, len(pairs), log))
             reward = client.reward()
             if source.golden_scores is not None:
                 digests = {metric: source.reward_digest(metric)}
@@ -74,6 +88,42 @@ def score_images(
         else:
             [reward] = verified_rewards(source, [metric]).rewards
         return list(_scores(reward, pairs, source.device))
+
+
+def diversity(images: Path, prompt_file: Path, source: AssetSource) -> list[Diversity]:
+    """The Vendi scores of a folder's images: of all, then of each prompt that has several.
+
+    The features are the image embeddings of the source's CLIP.
+
+    Args:
+        images: as for `score_images`.
+        prompt_file: see `paired`.
+
+    Raises:
+        ValueError, FileNotFoundError: wrong input; one line that names it.
+        RunFailed: CLIP does not reproduce its golden scores.
+    """
+    pairs = paired(images, prompt_file)
+    clip: Any = verified_rewards(source, ["clip"]).rewards[0].scorer
+    parts, done = [], 0
+    with torch.no_grad():
+        for files, batch in _batches([file for file, _ in pairs]):
+            try:
+                batch = check_images(VENDI, batch, [prompt for _, prompt in pairs[: len(files)]])
+                parts.append(clip.embed(batch.to(source.device)).double().cpu())
+            except ValueError as error:
+                raise ValueError(f"{files[0]}: {error}") from None
+            done += len(files)
+            progress.tell("Vendi score", done, len(pairs))
+    features = torch.cat(parts).numpy()
+    members: dict[str, list[int]] = {}
+    for row, (_, prompt) in enumerate(pairs):
+        members.setdefault(prompt.text, []).append(row)
+    groups = {text: rows for text, rows in members.items() if len(rows) > 1}
+    return [
+        Diversity(text, len(rows), statistics.vendi_score(features[rows]))
+        for text, rows in [(None, list(range(len(pairs)))), *groups.items()]
+    ]
 
 
 def paired(images: Path, prompt_file: Path) -> list[tuple[Path, Prompt]]:

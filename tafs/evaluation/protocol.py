@@ -28,7 +28,7 @@ from tafs.data.prompts import Prompt
 from tafs.evaluation import choose
 from tafs.evaluation.choose import Seeds
 from tafs.experiment import needs
-from tafs.experiment.schema import Count, Finite, Name, Prompts, Sampler, Seed, Text
+from tafs.experiment.schema import JUDGE, Count, Finite, Name, Prompts, Sampler, Seed, Text
 from tafs.experiment.specs import BEST, PIPELINE, EvalSetting, EvalSpec, TrajectorySpec
 from tafs.models import quantization
 from tafs.models.catalog import ClassName
@@ -145,6 +145,7 @@ class Protocol:
             full_steps=nfe,
             resolution=content.resolution,
             served=bool(self.served),
+            judge=self.served[0] if self.served else JUDGE,
             trajectories=TrajectorySpec(nfe=nfe, prompts=0),
             samplers=content.samplers,
             validation_prompts=content.validation_prompts,
@@ -253,12 +254,18 @@ def _problem(protocol: Protocol) -> str | None:
     if problem := sources.prompt_problem(content.prompts, content.assets):
         return f"prompts: {problem}"
     chosen = prompt_set(content.prompts)
-    own = {*protocol.source.metrics(content.prompts), *protocol.served}
+    own = {*protocol.source.metrics(content.prompts, METRICS), *protocol.served}
     for name in content.metrics:
         if name not in METRICS:
             return f"metrics: unknown metric {name!r}{suggestion(name, list(METRICS))}"
-        if METRICS[name].metadata and not chosen.metadata:
-            return f"metrics.{name}: needs prompts with GenEval's metadata; choose other prompts"
+        key = METRICS[name].metadata
+        if key and key not in chosen.metadata:
+            return f"metrics.{name}: needs prompts with the metadata {key!r}; choose other prompts"
         if name not in own:
             return f"metrics.{name}: is not available with the assets {content.assets!r}"
+    if len(protocol.served) > 1:
+        first, other = protocol.served[:2]
+        return (
+            f"metrics.{other}: needs a server, as {first} does; a protocol has one, remove either"
+        )
     return None

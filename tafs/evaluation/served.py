@@ -1,6 +1,7 @@
 """Scores from a chat server: `python -m tafs.evaluation.served RUN_DIR` scores images.zip.
 
-The server's command comes from the environment variable TAFS_SERVER. The server is started on a
+The server's command comes from the environment variable TAFS_SERVER: a JSON list of strings, or one
+for each metric. The server is started on a
 free port of 127.0.0.1 and stopped at the end. served_scores.parquet has the layout of
 scores.parquet. A job that was killed continues after the last batch that RUN_DIR/.eval_state/
 served.jsonl holds.
@@ -26,9 +27,8 @@ from tafs.assets.sources import AssetSource
 from tafs.common import errors
 from tafs.evaluation import image_archive, scores
 from tafs.experiment import needs, run_inputs
-from tafs.experiment.specs import RunSpec
-from tafs.rewards import golden
-from tafs.rewards.unifiedreward import UnifiedReward, wait_ready
+from tafs.rewards import golden, metrics
+from tafs.rewards.chat import ChatJudge, wait_ready
 from tafs.runtime import checkpoint, journal, receipts
 from tafs.runtime.main import end_with_parent, run_stage
 from tafs.runtime.progress import Reporter
@@ -96,24 +96,43 @@ def _signal_group(server: subprocess.Popen[bytes], number: signal.Signals) -> No
 
 
 @contextmanager
-def client(source: AssetSource, images: int, log: Path) -> Iterator[UnifiedReward]:
-    """The client of the server, which runs inside the block and scores `images` images."""
-    folders = [source.folder(resource) for resource in UnifiedReward.metric.resources]
-    with serving(_command(), folders[0], log) as url:
-        yield UnifiedReward(url, images=images)
+def client(name: str, source: AssetSource, images: int, log: Path) -> Iterator[ChatJudge]:
+    """The client of a metric's server, which runs inside the block and scores `images` images.
+
+    Raises:
+        ValueError: no metric with a server, or TAFS_SERVER has no command of it.
+        RunFailed: the server does not start.
+    """
+    plugin = metrics.plugin(name)
+    if plugin.connect is None:
+        raise ValueError(f"reward {name!r}: its plug-in has no `connect`, which finds its server")
+    folders = [source.folder(resource) for resource in plugin.metric.resources]
+    with serving(_command(name), folders[0], log) as url:
+        yield plugin.connect(url, source.folder, images)
 
 
-def served_reward(run: RunDir, spec: RunSpec, images: int) -> AbstractContextManager[UnifiedReward]:
-    """The client of a run's server; see `client`."""
-    return client(run_inputs.asset_source(spec), images, run.folder / "server.log")
+def served_reward(run: RunDir, images: int) -> AbstractContextManager[ChatJudge]:
+    """The client of a run's judge; see `client`."""
+    name, source = (
+        run_inputs.eval_spec(run).judge,
+        run_inputs.asset_source(run_inputs.run_spec(run)),
+    )
+    return client(name, source, images, run.folder / "server.log")
 
 
-def _command() -> list[str]:
-    """The server's command from TAFS_SERVER."""
+def _command(name: str) -> list[str]:
+    """The command of a metric's server from TAFS_SERVER."""
     try:
         command = json.loads(os.environ.get("TAFS_SERVER", ""))
     except ValueError:
         command = None
+    if isinstance(command, dict) and command:
+        if name not in command:
+            raise ValueError(
+                f"TAFS_SERVER: has no command of {name!r}; give it in evaluation.judges of the "
+                "scale in config.yaml"
+            )
+        command = command[name]
     if not command or not isinstance(command, list) or {*map(type, command)} != {str}:
         raise ValueError(
             "TAFS_SERVER: not a command as a JSON list of strings; snakemake sets it from "
@@ -141,7 +160,7 @@ def score_served(run: RunDir) -> None:
     reporter = Reporter(run.folder, "score_served", total)
     done = _Scored.read(run, own)
     reporter.advance(steps=len(done.values))
-    with served_reward(run, spec, total) as client:
+    with served_reward(run, total) as client:
         reward = client.reward()
         if source.golden_scores is not None:
             digests = {reward.name: source.reward_digest(reward.name)}

@@ -247,7 +247,6 @@ class Expansion:
     def _evaluations(self) -> dict[str, EvalSpec]:
         evaluation = self.scale.evaluation
         wanted = self._wanted_settings()
-        served = bool(evaluation.server)
         metrics_of = {run.prompts: self.metrics(run.prompts) for run in self.runs.values()}
         weights_of = {prompts: self._weights(names) for prompts, names in metrics_of.items()}
         return {
@@ -258,7 +257,9 @@ class Expansion:
                 batch=evaluation.batch,
                 full_steps=self._full_steps(run.backbone),
                 resolution=evaluation.resolution or self.scale.resolution,
-                served=served,
+                served=evaluation.served,
+                judge=evaluation.judge,
+                optional_metrics=self.optional_metrics,
                 trajectories=TrajectorySpec(
                     nfe=evaluation.correlation_nfe, prompts=evaluation.correlation_prompts
                 ),
@@ -279,9 +280,16 @@ class Expansion:
 
     def metrics(self, prompts: str) -> tuple[str, ...]:
         """The metrics that a run on a prompt set is judged by, a served one included."""
-        served = self.scale.evaluation.server
-        own = self.source.metrics(prompts)
-        return (*own, *(m.name for m in METRICS.values() if m.served and served))
+        evaluation = self.scale.evaluation
+        own = self.source.metrics(prompts, self.optional_metrics)
+        return (*own, evaluation.judge) if evaluation.served else own
+
+    @property
+    def optional_metrics(self) -> tuple[str, ...]:
+        """The optional metrics that evaluations compute: those of the scale and its rewards."""
+        chosen = {*self.scale.evaluation.metrics}
+        chosen |= {reward for run in self.runs.values() for reward in run.rewards}
+        return tuple(name for name in METRICS if METRICS[name].optional and name in chosen)
 
     def _wanted_settings(self) -> dict[str, dict[tuple[str, int, int | None], int]]:
         """Images per prompt of every (sampler, nfe, iteration) that a table or figure needs.

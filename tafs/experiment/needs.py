@@ -83,11 +83,13 @@ def check_rewards(source: AssetSource, names: Iterable[str]) -> Needs:
     return {"golden scores": golden, **{f"rewards.{m}": source.reward_digest(m) for m in names}}
 
 
-def checked_metrics(source: AssetSource, served: bool) -> list[str]:
-    """The metrics of all prompt sets of an asset source, and those that a server computes."""
+def checked_metrics(source: AssetSource, judged: EvalSpec, *, served: bool) -> list[str]:
+    """The metrics of all prompt sets of an asset source, and with `served` the server's."""
     sets = sources.prompt_sets_of(source.settings.assets)
-    own = {metric for prompts in sets for metric in source.metrics(prompts)}
-    return [m.name for m in METRICS.values() if m.name in own or (served and m.served)]
+    own = {m for prompts in sets for m in source.metrics(prompts, judged.optional_metrics)}
+    if served and judged.served:
+        own.add(judged.judge)
+    return [name for name in METRICS if name in own]
 
 
 def tracking(root: Path, runs: Iterable[str]) -> Needs:

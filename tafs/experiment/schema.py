@@ -29,6 +29,7 @@ from tafs.models.sampling import SAMPLERS
 Kind = Literal["scores", "compute", "gains", "correlation"]
 # Kinds of figures; tafs.report.figures has a function for each.
 FIGURES = ("steps", "pareto", "compute", "curves", "images", "hacking", "profiles")
+JUDGE = "unifiedreward"  # the served metric of the paper
 # Characters that a shell, Snakemake's patterns and MLflow's URLs leave as they are.
 PATH = re.compile(r"[\w./+=,@ -]+")
 LONGEST_PART = 200  # bytes of one part of a path; file systems allow 255
@@ -98,6 +99,7 @@ Seed = Annotated[int, Field(ge=0, le=10**9)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(max_length=300), AfterValidator(_printable)]
 PathText = Annotated[str, AfterValidator(_path)]
+Command = tuple[Annotated[Text, AfterValidator(_command)], ...]  # of a server
 
 
 class _Strict(BaseModel):
@@ -148,8 +150,22 @@ class Evaluation(_Strict):
     # That share an evaluation, one per GPU, all on one node. None: as many as a training has there.
     processes: Count | None = None
     resolution: Count | None = None  # in pixels; None: as in training
+    metrics: tuple[Name, ...] = ()  # optional ones that are computed beside all others
     # The command that serves UnifiedReward, where it is served; {folder} and {port} are filled in.
-    server: tuple[Annotated[Text, AfterValidator(_command)], ...] = ()
+    server: Command = ()
+    judges: dict[Name, Command] = {}  # the commands of other served metrics
+    judge: Name = JUDGE  # the served metric that evaluations compute, if there is its command
+
+    @property
+    def servers(self) -> dict[str, tuple[str, ...]]:
+        """The commands of all served metrics, by name."""
+        every = {JUDGE: self.server, **self.judges}
+        return {name: command for name, command in every.items() if command}
+
+    @property
+    def served(self) -> bool:
+        """Whether evaluations compute a served metric."""
+        return self.judge in self.servers
 
 
 class Decide(_Strict):

@@ -16,11 +16,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from tafs.assets.sources import AssetSettings
 from tafs.common.yaml_files import first_problem
-from tafs.experiment.schema import Kind, Lora
+from tafs.experiment.schema import JUDGE, Kind, Lora
 from tafs.runtime.run_dir import BASE
 
 PIPELINE = "pipeline"  # the sampler of a model that is compared as published
@@ -148,6 +148,11 @@ class EvalSetting(Spec):
     def name(self) -> str:
         return f"{self.sampler}-{self.nfe}"
 
+    @property
+    def images(self) -> str:
+        """The key of its images in samples.safetensors."""
+        return self.name if self.iteration is None else f"{self.name}@{self.iteration}"
+
 
 class TrajectorySpec(Spec):
     """The annealed trajectories of training prompts whose images are scored at every step."""
@@ -166,6 +171,9 @@ class EvalSpec(Spec):
     full_steps: int  # the untrained model's own number of steps
     resolution: int  # of the images, in pixels
     served: bool  # whether a server scores the images too
+    # Left out where they have their defaults, so that earlier results stay what they are.
+    judge: str = Field(default=JUDGE, exclude_if=lambda name: name == JUDGE)  # what it computes
+    optional_metrics: tuple[str, ...] = Field(default=(), exclude_if=lambda names: not names)
     trajectories: TrajectorySpec
     samplers: tuple[str, ...]  # keys of `sampling.SAMPLERS` that BEST is chosen from
     validation_prompts: int  # training prompts, one image each, that it is chosen on

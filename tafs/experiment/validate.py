@@ -13,7 +13,16 @@ from pydantic import ValidationError
 from tafs.assets import sources
 from tafs.common.yaml_files import NAME, ConfigError, first_problem, load_yaml, suggestion
 from tafs.data.prompt_sets import FROM_FILES, prompt_set
-from tafs.experiment.schema import FIGURES, RENAMED_KEYS, Config, Experiment, Range, Scale, Tuning
+from tafs.experiment.schema import (
+    FIGURES,
+    JUDGE,
+    RENAMED_KEYS,
+    Config,
+    Experiment,
+    Range,
+    Scale,
+    Tuning,
+)
 from tafs.experiment.variants import Variants
 from tafs.methods import registry
 from tafs.models import catalog, quantization
@@ -250,9 +259,23 @@ def _scale_problems(config: Config, key: str, scale: Scale) -> Iterator[str]:
     looks = scale.decide.seeds if scale.decide else ()
     if any(n >= after for n, after in itertools.pairwise(looks)):
         yield f"{where}.decide.seeds: {list(looks)} should increase"
-    if scale.evaluation.server and scale.assets != "hub":
-        yield f"{where}.evaluation.server: the assets {scale.assets!r} need no server"
+    yield from _metric_problems(scale, f"{where}.evaluation")
     yield from _prompt_problems(config, scale, f"{where}.prompts")
+
+
+def _metric_problems(scale: Scale, where: str) -> Iterator[str]:
+    """Metrics that the scale cannot compute, or that no key of this kind chooses."""
+    evaluation = scale.evaluation
+    served = [name for name, metric in METRICS.items() if metric.served]
+    if evaluation.servers and scale.assets != "hub":
+        key = "server" if evaluation.server else "judges"
+        yield f"{where}.{key}: the assets {scale.assets!r} need no server"
+    yield from _unknown(f"{where}.judges", "served metric", evaluation.judges, served)
+    if evaluation.judge != JUDGE and evaluation.judge not in evaluation.judges:
+        known = ", ".join(evaluation.servers) or "none"
+        yield f"{where}.judge: {evaluation.judge!r} has no command in judges (there are: {known})"
+    optional = [n for n, m in METRICS.items() if m.optional and not m.served]
+    yield from _unknown(f"{where}.metrics", "optional metric", evaluation.metrics, optional)
 
 
 def _prompt_problems(config: Config, scale: Scale, where: str) -> Iterator[str]:
@@ -264,16 +287,21 @@ def _prompt_problems(config: Config, scale: Scale, where: str) -> Iterator[str]:
             return
         if problem := sources.prompt_problem(name, scale.assets):
             yield f"{where}.{role}: {problem}"
+        evaluation = scale.evaluation
+        key = METRICS[evaluation.judge].metadata if evaluation.judge in METRICS else ""
+        if evaluation.served and key and key not in prompt_set(name).metadata:
+            yield f"{where}.{role}: have no {key!r}, which the judge {evaluation.judge!r} needs"
     for key in scale.experiments:
         experiment = config.experiments[key]
         role = config.prompt_role(experiment)
         chosen = prompt_set(scale.prompts[role])
-        for task in experiment.tasks if not chosen.metadata else ():
+        for task in experiment.tasks:
             for reward in config.tasks[task].rewards:
-                if METRICS[reward].metadata:
+                key = METRICS[reward].metadata
+                if key and key not in chosen.metadata:
                     yield (
                         f"{where}.{role}: the reward {reward!r} of task {task!r} needs GenEval's "
-                        "metadata; give prompts that have it, as a .jsonl file with 'include'"
+                        f"metadata; give prompts that have it, as a .jsonl file with {key!r}"
                     )
         count = scale.evaluation.correlation_prompts
         if experiment.kind == "correlation" and chosen.files:

@@ -17,7 +17,6 @@ from tafs.assets.sources import AssetSource
 from tafs.experiment import Plan, looks, needs
 from tafs.experiment.schema import Scale
 from tafs.experiment.specs import EvalSpec, RunSpec
-from tafs.rewards.metrics import METRICS
 from tafs.runtime.run_dir import STAGES
 
 CPUS_PER_GPU = 8  # for decoding, writing PNG files and the processes of a server
@@ -77,7 +76,7 @@ class Graph:
     @property
     def images(self) -> list[str]:
         """The images that a server scores later, as a pattern of `run`."""
-        return [f"{self.folder('{run}')}/images.zip"] if self.scale.evaluation.server else []
+        return [f"{self.folder('{run}')}/images.zip"] if self.scale.evaluation.served else []
 
     @property
     def searched_methods(self) -> list[str]:
@@ -138,7 +137,7 @@ class Graph:
             "describe_evaluation": ("evaluation.json",),
             "train": ("adapter.safetensors", "journal.jsonl", "snapshots"),
             "evaluate": ("scores.parquet", "samples.safetensors", "samplers.json"),
-            "trajectory_rewards": ("trajectory_rewards.parquet",),
+            "trajectory_rewards": ("trajectory_rewards.parquet", "trajectories.safetensors"),
             "score_served": ("served_scores.parquet",),
             "fetch": (job.target,),
             "check_rewards": ("reward_check.json",),
@@ -185,7 +184,7 @@ class Graph:
             "describe_evaluation": ("evaluation.json",),
             "train": ("journal.jsonl",),
             "evaluate": ("scores.parquet", "samples.safetensors", "samplers.json"),
-            "trajectory_rewards": ("trajectory_rewards.parquet",),
+            "trajectory_rewards": ("trajectory_rewards.parquet", "trajectories.safetensors"),
             "score_served": ("served_scores.parquet",),
         }
         return {
@@ -255,7 +254,8 @@ class Graph:
         if self.scale.assets != "hub":
             return []
         spec = self.runs[run]
-        others = self.source.metrics(spec.prompts) if judging else spec.rewards
+        optional = self.evaluations[run].optional_metrics
+        others = self.source.metrics(spec.prompts, optional) if judging else spec.rewards
         return self._marks(sources.resources_of([spec.backbone, *others], [spec.prompts]))
 
     def _marks(self, resources: Iterable[str]) -> list[str]:
@@ -280,14 +280,14 @@ class Graph:
     @property
     def check_inputs(self) -> list[str]:
         """The marks of the resources of all metrics that the scale can compute."""
-        names = needs.checked_metrics(self.source, self.evaluations[self.check_run].served)
+        judged = self.evaluations[self.check_run]
+        names = needs.checked_metrics(self.source, judged, served=True)
         return self._marks(sources.resources_of(names))
 
     @property
     def served_inputs(self) -> list[str]:
-        """The marks of the resources of the metrics that a server scores."""
-        served = [metric.name for metric in METRICS.values() if metric.served]
-        return self._marks(sources.resources_of(served))
+        """The marks of the resources of the metric that a server scores."""
+        return self._marks(sources.resources_of([self.scale.evaluation.judge]))
 
     def text(self, job: Job) -> str:
         """The spec that a job writes to its file."""
@@ -313,7 +313,7 @@ class Graph:
         They do not change results, so they are not part of specs or rules. Jobs read downloaded
         files only; without HF_HUB_OFFLINE each look-up of a missing file would retry for long.
         """
-        server = json.dumps(list(self.scale.evaluation.server))
+        server = json.dumps(self.scale.evaluation.servers)
         text = f"HF_HUB_OFFLINE=1 TAFS_SERVER={shlex.quote(server)}"
         return text.replace("{", "{{").replace("}", "}}")  # Snakemake formats shell.prefix
 

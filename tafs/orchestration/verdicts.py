@@ -149,7 +149,7 @@ def job_needs(graph: Graph, job: Job) -> Needs:
         case "trajectory_rewards":
             return needs.trajectories(run, spec, evaluation)
         case "check_rewards":
-            metrics = needs.checked_metrics(graph.source, evaluation.served)
+            metrics = needs.checked_metrics(graph.source, evaluation, served=True)
             return needs.check_rewards(graph.source, metrics)
         case "check_base" if plan.base_check:
             return needs.base_check(root, plan.base_check)

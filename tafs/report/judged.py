@@ -16,7 +16,7 @@ import pandas as pd
 from tafs.common.errors import one_line
 from tafs.common.files import atomic_text, atomic_write
 from tafs.evaluation.checkpoint import Judged
-from tafs.evaluation.image_scores import ImageScore
+from tafs.evaluation.image_scores import VENDI, Diversity, ImageScore
 from tafs.experiment.specs import RowSpec
 from tafs.report import formats, stats
 from tafs.report.results import Result, System, check_paired, shown_mean
@@ -216,3 +216,34 @@ def write_images(metric: str, scores: Sequence[ImageScore], folder: Path, out: P
     return (
         f"{title} {value}, 95 % interval {interval}, {found.n_images} images{missing}\nwrote {out}"
     )
+
+
+def diversity_record(scores: Sequence[Diversity], out: Path) -> dict[str, Any]:
+    """The Vendi scores of all images and of the prompts, as JSON values."""
+    every, *groups = scores
+    within = {
+        "prompts": len(groups),
+        "value": float(np.mean([group.value for group in groups])) if groups else None,
+        "images": float(np.mean([group.images for group in groups])) if groups else None,
+    }
+    own = {"value": every.value, "n_images": every.images}
+    return {"metric": VENDI, **own, "within_prompts": within, "out": str(out)}
+
+
+def write_diversity(scores: Sequence[Diversity], out: Path) -> str:
+    """Write a CSV with a row for all images and one per prompt; return what to print."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["prompt", "images", VENDI])
+    for score in scores:
+        writer.writerow([score.prompt or "", score.images, f"{score.value:.10g}"])
+    atomic_text(out, text.getvalue())
+    record = diversity_record(scores, out)
+    within, printed = record["within_prompts"], ""
+    if within["prompts"]:
+        printed = (
+            f"; within a prompt {within['value']:.2f} of {within['images']:.3g} on average "
+            f"({within['prompts']} prompts)"
+        )
+    every = f"Vendi score {record['value']:.2f} of {record['n_images']} images"
+    return f"{every}{printed}\nwrote {out}"

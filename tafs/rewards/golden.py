@@ -29,9 +29,13 @@ SERVED_TOLERANCE = 0.1  # half a grade: a server's output depends on how request
 
 Stored = dict[str, dict[str, dict[str, float]]]  # by reward, digest of the weights, and image
 
-# Captions with GenEval's metadata and COCO's classes, which every reward can score.
+# Captions with GenEval's metadata and COCO's classes, and with a question as GenEval 2 has them,
+# which every reward can score.
 PROMPTS = {
-    name: Prompt(f"a photo of {text}", {"tag": tag, "include": include})
+    name: Prompt(
+        f"a photo of {text}",
+        {"tag": tag, "include": include, "vqa_list": [(f"Does the image show {text}?", "Yes")]},
+    )
     for name, text, tag, include in (
         ("gradient", "a blue kite", "colors", [{"class": "kite", "count": 1, "color": "blue"}]),
         ("disc", "a red frisbee", "colors", [{"class": "frisbee", "count": 1, "color": "red"}]),
@@ -109,7 +113,8 @@ def record(
         digests: SHA-256 of each reward's weights, by the reward's name.
         file: JSON, {reward: {digest: {image: score}}}; created if it does not exist.
         device: device of the rewards.
-        store: whether scores may be added.
+        store: whether scores may be added; those of optional metrics are added in any case, because
+            nothing before their first use may have asked for them.
 
     Returns:
         The scores {reward: {image: score}}.
@@ -125,7 +130,7 @@ def record(
     for reward in rewards:
         name, digest = reward.name, digests[reward.name]
         of_reward = known.setdefault(name, {})
-        if digest not in of_reward and not store:
+        if digest not in of_reward and not (store or reward.metric.optional):
             raise errors.RunFailed(
                 f"reward {name}: {file} has no golden scores of its weights; run the workflow's "
                 "rule check_rewards first"

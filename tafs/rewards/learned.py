@@ -78,6 +78,10 @@ class LearnedReward(ABC):
 class DualEncoder(LearnedReward):
     """Scores are the cosine of the image's and the caption's embeddings."""
 
+    def embed(self, images: Tensor) -> Tensor:
+        """Embeddings [B, D] of images [B, 3, H, W] in [0, 1] on `device`, not normalised."""
+        return self.embed_images((self.resize(images) - self.mean) / self.std)
+
     @abstractmethod
     def embed_images(self, pixels: Tensor) -> Tensor:
         """Embeddings [B, D] of pixels, not normalised."""
@@ -99,8 +103,12 @@ def resize_shorter_side(images: Tensor, side: int) -> Tensor:
     passes. Unlike them, values are not rounded.
     """
     height, width = images.shape[-2:]
-    new_height, new_width = (int(side * n / min(height, width)) for n in (height, width))
-    for size in ((height, new_width), (new_height, new_width)):
+    return resize(images, *(int(side * n / min(height, width)) for n in (height, width)))
+
+
+def resize(images: Tensor, height: int, width: int) -> Tensor:
+    """Resize images as `resize_shorter_side` does."""
+    for size in ((images.shape[-2], width), (height, width)):
         images = functional.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
     return images
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 from tafs.common.plugins import Group
 from tafs.data.prompt_sets import Folder
@@ -19,6 +19,8 @@ from tafs.data.prompts import Prompt
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from tafs.rewards.chat import ChatJudge
 
 # The paper's order, which tables and figures follow; installed metrics come after, by name.
 ORDER = ("geneval", "pickscore", "clip", "hpsv2", "imagereward", "unifiedreward")
@@ -47,7 +49,8 @@ class Metric:
     version: str = ""  # of the published model
     resources: tuple[str, ...] = ()  # entries of resources.yaml
     scale: float = 1.0  # published score per unit of the training score; negative: lower is better
-    metadata: bool = False  # needs prompts with GenEval's metadata
+    metadata: str = ""  # an entry of a prompt's metadata that it needs, such as GenEval's "include"
+    optional: bool = False  # evaluations compute it only where a scale, task or protocol names it
 
     def record(self) -> dict[str, str]:
         """What the provenance of a result says about it."""
@@ -110,12 +113,27 @@ class Reward:
 class RewardPlugin:
     """A metric and the functions that load its model to a device.
 
-    `build_strict` is the variant for evaluations, where it differs from the training reward.
+    `build_strict` is the variant for evaluations, where it differs from the training reward. A
+    served metric has `connect` instead: (the server's URL, where the resources are, the number of
+    images that are scored in all) -> the client of its server.
     """
 
     metric: Metric
     build: Callable[[str, Folder], Reward]
     build_strict: Callable[[str, Folder], Reward] | None = None
+    connect: Callable[[str, Folder, int], ChatJudge] | None = None
+
+    @classmethod
+    def served(cls, metric: Metric, connect: Callable[[str, Folder, int], ChatJudge]) -> Self:
+        """The plug-in of a metric that only a server can compute."""
+
+        def refuse(device: str, folder: Folder) -> Reward:
+            raise ValueError(
+                f"reward {metric.name!r} is scored by a server and cannot be loaded into this "
+                "process; remove it from the task's rewards"
+            )
+
+        return cls(metric, refuse, connect=connect)
 
 
 PLUGINS = Group(kind="reward", attribute="REWARD", package="tafs.rewards.plugins")

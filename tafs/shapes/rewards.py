@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import tafs.common.torchvision_patch  # noqa: F401  # isort: skip
 import torch
@@ -76,12 +77,21 @@ class Learned:
         self.head = head
         self._ids: dict[str, Tensor] = {}
 
-    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    def embed(self, images: Tensor) -> Tensor:
+        """Embeddings [B, D] of images [B, 3, H, W] in [0, 1], by a dual encoder."""
+        self._check(images)
+        encoder: Any = self.model
+        return encoder.embed_images(images)
+
+    def _check(self, images: Tensor) -> None:
         if images.shape[-2:] != (IMAGE_SIZE, IMAGE_SIZE):
             raise ValueError(
                 f"reward {self.name}: images must be [B, 3, {IMAGE_SIZE}, {IMAGE_SIZE}], "
                 f"not {list(images.shape)}"
             )
+
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        self._check(images)
         new = [text for text in dict.fromkeys(p.text for p in prompts) if text not in self._ids]
         if new:
             self._ids.update(zip(new, scorers.tokens(self.tokenizer, new), strict=True))

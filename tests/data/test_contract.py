@@ -50,14 +50,18 @@ def test_the_description_is_complete(prompt_set, folder):
     if prompt_set.shares is not None:
         assert set(prompt_set.shares) == tags
         assert sum(prompt_set.shares.values()) == pytest.approx(1)
-    if prompt_set.metadata:
+    for key in prompt_set.metadata:
+        assert all(prompt.row[key] and prompt.tag for prompt in prompt_set.test(folder))
+    if "include" in prompt_set.metadata:
         for split in ("train", "test"):
             for prompt in prompt_set.prompts(split, folder):
                 assert not geneval_verdict([], prompt.row).correct and prompt.tag
 
 
 def test_an_unknown_prompt_set_is_refused_with_those_available():
-    with pytest.raises(ValueError, match="unknown prompt set 'genevl' .available: geneval, pick"):
+    with pytest.raises(
+        ValueError, match="unknown prompt set 'genevl' .available: geneval, geneval2, pick"
+    ):
         prompt_sets.prompt_set("genevl")
 
 

@@ -162,20 +162,22 @@ def test_images_that_two_settings_share_are_drawn_once(ready, tmp_path, monkeypa
     assert best == common
 
 
-def test_samples_hold_the_final_models_images_with_their_captions(uninterrupted):
+def test_samples_hold_the_images_of_every_setting_with_their_captions(uninterrupted):
     samples = load_file(uninterrupted.samples)
-    final = [s for s in settings(uninterrupted) if s.iteration is None]
-    assert set(samples) == {"prompts", *(s.name for s in final)}
+    judged = settings(uninterrupted)
+    assert set(samples) == {"prompts", *(s.images for s in judged)}
+    assert len(samples) == 1 + len(judged) and any("@" in name for name in samples)
     with safe_open(uninterrupted.samples, "pt") as file:
         captions = json.loads(file.metadata()["captions"])
     known, shown = prompts(uninterrupted), samples["prompts"].tolist()
     assert captions == [known[index].text for index in shown]
     archive = {k: p for keys, part in image_archive.read(uninterrupted.images, 8)
                for k, p in zip(keys, part, strict=True)}  # fmt: skip
-    for setting in final:
-        kept = samples[setting.name].permute(0, 3, 1, 2).float() / 255
+    for setting in judged:
+        kept = samples[setting.images].permute(0, 3, 1, 2).float() / 255
         for index, image in zip(shown, kept, strict=True):
-            key = image_archive.Key(2, setting.sampler, setting.nfe, index, 0)
+            after = 2 if setting.iteration is None else setting.iteration
+            key = image_archive.Key(after, setting.sampler, setting.nfe, index, 0)
             assert torch.equal(archive[key], image)
 
 

@@ -20,7 +20,7 @@ from tafs.data import prompts
 from tafs.data.plugins.shapes import FOLDER
 from tafs.data.prompts import Prompt
 from tafs.evaluation import image_archive
-from tafs.evaluation.image_scores import ImageScore, paired, score_images
+from tafs.evaluation.image_scores import ImageScore, diversity, paired, score_images
 from tafs.report import judged, stats
 from tafs.shapes import rewards
 from tafs.shapes.render import render
@@ -152,6 +152,33 @@ def test_a_served_metric_is_asked_over_its_server(folder, tmp_path, monkeypatch)
     assert [score.value for score in found] == pytest.approx(grades, abs=1e-3)
 
 
+def test_vendi_is_the_diversity_of_all_images_and_of_those_of_each_prompt(tmp_path, capsys):
+    images, file = tmp_path / "images", tmp_path / "prompts.txt"
+    images.mkdir()
+    rng = np.random.default_rng(0)
+    drawn = [rng.integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8) for _ in range(2)]
+    for number, pixels in enumerate([drawn[0], drawn[0], drawn[1], drawn[1], drawn[0]]):
+        Image.fromarray(pixels).save(images / f"{number}.png")
+    file.write_text("a red ring\na red ring\na\na\na circle\n")
+    found = diversity(images, file, SOURCE)
+    assert [(one.prompt, one.images) for one in found] == [(None, 5), ("a red ring", 2), ("a", 2)]
+    # Three images are alike and two are: the eigenvalues of the 5 x 5 cosines are those of
+    # [[3, 2 c], [3 c, 2]] / 5 for the cosine c of the two images.
+    clip = rewards.build("clip").scorer
+    pixels = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2) / 255
+    c = torch.nn.functional.cosine_similarity(*clip.embed(pixels).split(1)).item()
+    shares = np.linalg.eigvals(np.array([[3, 2 * c], [3 * c, 2]]) / 5)
+    assert found[0].value == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-4)
+    assert [one.value for one in found[1:]] == pytest.approx([1, 1], abs=1e-3)
+    given = ("--metric", "vendi", "--images", images, "--prompts", file)
+    code, printed, _ = scored(capsys, *given, "--out", tmp_path / "out.csv")
+    assert code == 0
+    assert f"Vendi score {found[0].value:.2f} of 5 images; within a prompt 1.00 of 2" in printed
+    assert pd.read_csv(tmp_path / "out.csv")["images"].tolist() == [5, 2, 2]
+    code, printed, _ = scored(capsys, *given, "--out", tmp_path / "out.csv", "--json")
+    assert json.loads(printed)["within_prompts"]["prompts"] == 2
+
+
 TEXTS = [{"prompt": prompt.text} for prompt in ASKED]
 NAMED = [{**row, "file_name": f"{i}.png"} for i, row in enumerate(TEXTS)]
 
@@ -166,6 +193,8 @@ NAMED = [{**row, "file_name": f"{i}.png"} for i, row in enumerate(TEXTS)]
         ("clip", [*NAMED[:-1], NAMED[0] | {"file_name": "../x.png"}], "'../x.png' is not an image"),
         ("clip", [{"caption": "a circle"}] * 12, "not a JSON object with a 'prompt'"),
         ("geneval", TEXTS, "has no 'include', which geneval needs"),
+        ("jpg_compressibility", TEXTS, "'jpg_compressibility'; did you mean 'jpeg_compressibil"),
+        ("geneval2", TEXTS, "has no 'vqa_list', which geneval2 needs"),
         ("clipp", TEXTS, "--metric: unknown metric 'clipp'; did you mean 'clip'?"),
     ],
 )

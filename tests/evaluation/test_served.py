@@ -18,7 +18,7 @@ from support.evaluated import copied
 from tafs.assets.sources import ShapesAssets
 from tafs.common import errors
 from tafs.evaluation import check_rewards, image_archive, served
-from tafs.rewards import golden, unifiedreward
+from tafs.rewards import chat, golden, unifiedreward
 from tafs.rewards.unifiedreward import UnifiedReward
 from tafs.runtime.run_dir import RunDir
 
@@ -93,7 +93,14 @@ def test_other_braces_in_a_command_are_refused(tmp_path, part):
 def test_a_command_that_is_not_a_list_of_strings_is_refused(monkeypatch, given):
     monkeypatch.setenv("TAFS_SERVER", given)
     with pytest.raises(ValueError, match="TAFS_SERVER: not a command.*evaluation.server"):
-        served._command()
+        served._command("unifiedreward")
+
+
+def test_each_metric_has_its_own_command(monkeypatch):
+    monkeypatch.setenv("TAFS_SERVER", json.dumps({"geneval2": ["vllm", "serve"]}))
+    assert served._command("geneval2") == ["vllm", "serve"]
+    with pytest.raises(ValueError, match="no command of 'unifiedreward'; give it in evaluation"):
+        served._command("unifiedreward")
 
 
 class Impatient(UnifiedReward):
@@ -106,8 +113,8 @@ class Impatient(UnifiedReward):
 @pytest.fixture
 def run(uninterrupted, tmp_path, monkeypatch) -> RunDir:
     """An evaluated run, whose images the chat server can score."""
-    monkeypatch.setattr(served, "UnifiedReward", Impatient)
-    monkeypatch.setattr(unifiedreward, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(unifiedreward, "UnifiedReward", Impatient)
+    monkeypatch.setattr(chat, "FIRST_PAUSE", 0.01)
     monkeypatch.setattr(ShapesAssets, "folder", lambda self, resource: tmp_path / resource)
     monkeypatch.setenv("TAFS_SERVER", json.dumps(SERVER))
     return copied(uninterrupted, tmp_path)
@@ -191,7 +198,7 @@ def test_a_server_that_dies_leaves_no_scores(run, monkeypatch):
 def test_the_server_must_reproduce_its_golden_scores(run, tmp_path, monkeypatch):
     file, out = tmp_path / "golden.json", tmp_path / "out.json"
     monkeypatch.setattr(ShapesAssets, "golden_scores", file)
-    monkeypatch.setattr(ShapesAssets, "metrics", lambda self, prompts: ("clip",))
+    monkeypatch.setattr(ShapesAssets, "metrics", lambda self, *_: ("clip",))
     monkeypatch.setattr(golden, "SIDE", 24)
     check_rewards.check_rewards(run, out)
     assert set(json.loads(out.read_text())) == {"clip", "unifiedreward"}

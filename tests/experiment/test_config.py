@@ -108,6 +108,22 @@ def test_a_missing_library_is_one_line_when_a_scale_needs_it(changed, monkeypatc
         ("sd3: sd35-medium", "sd3: sd35-large", "'sd35-large' cannot be trained, only compared"),
         ("sd3: sd35-medium", "sd3: shapes-sd3", "the assets of 'shapes-sd3' are not 'hub'"),
         ("batch: 105", "batch: 105\n      server: [serve]", "the assets 'shapes' need no server"),
+        (
+            "batch: 105",
+            "batch: 105\n      metrics: [clip]",
+            "metrics: unknown optional metric 'clip'",
+        ),
+        (
+            "batch: 105",
+            "batch: 105\n      judge: clip",
+            "judge: 'clip' has no command in judges (there",
+        ),
+        ("judges:\n", "judges:\n        hpsv3: [a]\n", "judges: unknown served metric 'hpsv3'"),
+        (
+            "judges:\n",
+            "judge: geneval2\n      judges:\n",
+            "preference: have no 'vqa_list', which the ju",
+        ),
         ("  tafs_grpo:\n", "  base:\n  tafs_grpo:\n", "methods.base: the name is reserved"),
         ("  tafs_grpo:\n", "  a: {extends: b}\n  b: {extends: a}\n  tafs_grpo:\n", "a -> b -> a"),
         ("s: rg_lcd,", "s: tafs_n_adv_2, n_adv: x,", "methods.step_distillation: "),

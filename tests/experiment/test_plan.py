@@ -256,16 +256,39 @@ def test_one_gpu_trains_all_methods_in_one_process_and_no_server_scores_their_im
     assert {row.nfe for row in untrained} == {8, 40, 50}  # few, and each model's own
 
 
-@pytest.mark.parametrize("key", sorted({*Evaluation.model_fields} - {"server"}))
+@pytest.mark.parametrize("key", sorted({*Evaluation.model_fields} - {"server", "judge", "judges"}))
 def test_settings_of_the_evaluation_change_no_training(shapes: Plan, key: str) -> None:
     evaluation = dict(load_yaml(SHIPPED, dict)["scales"]["shapes"]["evaluation"])
     value = evaluation.get(key)
     others = {"samplers": ["ode"], "common_sampler": "anneal", "curve_nfe": [1, 2]}
-    others["correlation_nfe"] = 3
+    others |= {"correlation_nfe": 3, "metrics": ["saturation"]}
     evaluation[key] = others[key] if key in others else (value or 0) + 1
     after = plan_with(evaluation=evaluation)
     assert after.runs == shapes.runs
     assert after.evaluations != shapes.evaluations
+
+
+def test_an_optional_metric_is_computed_where_the_scale_or_a_reward_names_it(shapes: Plan) -> None:
+    assert not any("saturation" in key for e in shapes.evaluations.values() for key in e.weights)
+    evaluation = dict(load_yaml(SHIPPED, dict)["scales"]["shapes"]["evaluation"])
+    named = plan_with(evaluation=evaluation | {"metrics": ["saturation"]})
+    for found in named.evaluations.values():
+        assert found.optional_metrics == ("saturation",)
+        assert "rewards.saturation" in found.weights
+    content = load_yaml(SHIPPED, dict)
+    content["tasks"]["preference"]["rewards"] = {"sharpness": 1.0}
+    rewarded = experiment.expand(check(content))
+    assert {e.optional_metrics for e in rewarded.evaluations.values()} == {("sharpness",)}
+
+
+@pytest.mark.parametrize("judge", ["unifiedreward", "unifiedreward2"])
+def test_evaluations_compute_the_served_metric_that_the_scale_names(judge: str) -> None:
+    content = load_yaml(SHIPPED, dict)
+    content["scales"]["paper"]["evaluation"]["judge"] = judge
+    plan = experiment.expand(check(content | {"scale": "paper"}))
+    for found in plan.evaluations.values():
+        assert found.served and found.judge == judge
+        assert ("judge" in found.to_json()) == (judge != "unifiedreward")
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,57 @@ def test_a_branching_step_is_credited_with_the_sum_over_its_own_images_granulari
     torch.testing.assert_close(advantages, expected, atol=2e-4, rtol=0)
 
 
+BRANCHES = {"steps": 5, "trained": 3, "splits": 2, "interval": 1, "shift": 2.0}
+
+
+def test_branch_grpos_paths_share_their_states_before_each_split():
+    method, backbone = registry.create("branch_grpo", BRANCHES), toy(0.1)
+    found = roll(method, backbone)
+    # u -> 2u / (1 + u) of the uniform times. Edges: one of step 0, two of step 1, four of step 2.
+    grid = [1.0, 8 / 9, 3 / 4, 4 / 7, 1 / 3, 0.0]
+    steps, parents = [0, 1, 1, 2, 2, 2, 2], [None, 0, 0, 1, 1, 2, 2]
+    assert len(found.t) == method.nfe_theta == 7
+    for edge, (n, parent) in enumerate(zip(steps, parents, strict=True)):
+        assert found.t[edge].tolist() == pytest.approx([grid[n]] * 5)
+        assert found.s[edge].tolist() == pytest.approx([grid[n + 1]] * 5)
+        if parent is not None:
+            assert torch.equal(found.x_t[edge], found.x_s[parent])
+        x_t, t, s = found.x_t[edge], found.t[edge], found.s[edge]
+        v = backbone.velocity(x_t, t, COND).detach()
+        t, s = t[:, None], s[:, None]
+        mean = x_t + (v + 0.3**2 / (2 * t) * (x_t + (1 - t) * v)) * (s - t)
+        std = 4 * 0.3 * (t - s).sqrt()  # all three steps split
+        normal = torch.distributions.Normal(mean, std)
+        torch.testing.assert_close(found.log_prob[edge], normal.log_prob(found.x_s[edge]).mean(1))
+        assert len({tuple(row) for row in found.x_s[edge].tolist()}) == 5  # the group's children
+    assert (found.x_t[0] == found.x_t[0][:1]).all()  # the root
+    assert not torch.equal(found.x_s[1], found.x_s[2])
+    assert len(found.scored) == 4 and len({leaf[0, 0].item() for leaf in found.scored}) == 4
+
+
+def test_branch_grpo_has_the_split_noise_at_splits_only():
+    method = registry.create("branch_grpo", {**BRANCHES, "splits": 1, "interval": 2, "trained": 4})
+    found = roll(method, toy(0.1))
+    # Split at steps 0 and 2: the edges 0, 2 and 3; the leaves' noise and the last step are plain.
+    for edge, scale in enumerate([4, 1, 4, 4, 1, 1]):
+        given = found.x_t[edge], torch.zeros(5, 2), found.t[edge], found.s[edge]
+        std = method.transition(*given).std  # type: ignore[attr-defined]
+        expected = scale * 0.3 * (found.t[edge] - found.s[edge]).sqrt()
+        torch.testing.assert_close(std[:, 0], expected)
+    assert len(found.scored) == 2
+
+
+def test_branch_grpo_normalises_the_means_of_the_leaves_over_each_depth():
+    method = registry.create("branch_grpo", {**BRANCHES, "splits": 1})
+    # Two leaves of each of two images; the nodes of step 0 are (2, 5), those of steps 1 and 2
+    # the leaves (1, 3) and (4, 6), with mean 3.5 and std sqrt(13) / 2.
+    rewards = torch.tensor([[1.0, 4.0], [3.0, 6.0]])[:, None]
+    advantages = method.compute_advantages({"clip": rewards}, {"clip": 1.0})
+    leaves = (torch.tensor([[1.0, 4.0], [3.0, 6.0]]) - 3.5) / (13**0.5 / 2)
+    expected = torch.stack([torch.tensor([-1.0, 1.0]), *leaves, *leaves])[:, None]
+    torch.testing.assert_close(advantages, expected, atol=2e-4, rtol=0)
+
+
 def test_tempflow_weighs_each_step_by_its_noise():
     method = registry.create("tempflow_grpo", {"steps": 4, "trained": 3, "clip_range": 0.2})
     found = roll(method, toy(), count=2)

@@ -128,7 +128,9 @@ def test_a_compiled_network_samples_trained_steps_as_it_is_trained(name):
     [first, *_] = run._rollout(["a", "b", "c", "d"], 0)
     steps = len(with_gradients) // len(run.micro_batches())
     trained = run.method.trained_steps(0)
-    assert with_gradients[:steps] == [n in trained for n in range(steps)]
+    paths = getattr(run.method, "paths", lambda n: 1)  # evaluations of each step
+    expected = [n in trained for n in range(steps) for _ in range(paths(n))]
+    assert with_gradients[:steps] == expected[:steps]
     assert not (first.log_prob.requires_grad or first.x_s.requires_grad or first.kept)
 
 
@@ -157,7 +159,13 @@ def test_advantages_have_zero_mean_in_each_group_and_step(name, normalize):
     rewards = {n: torch.randn(scored, 5, 8, generator=generator) for n in ("clip", "pickscore")}
     advantages = algorithm.compute_advantages(rewards, {"clip": 1.0, "pickscore": 0.5})
     assert advantages.shape == (algorithm.nfe_theta, 5, 8)
-    assert advantages.mean(-1).abs().max() < 1e-5
+    # A step has as many rows as paths, where these branch.
+    paths = getattr(algorithm, "paths", lambda n: 1)
+    rest, n = advantages, 0
+    while len(rest):
+        n += 1
+        step, rest = rest[: paths(n)], rest[paths(n) :]
+        assert step.mean((0, -1)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("name", RELATIVE)
@@ -268,6 +276,8 @@ def test_mix_grpo_flash_costs_the_mean_over_its_windows_positions(flash_steps):
         ("pref_grpo", {}, (10, 6), 28),
         ("stepwise_flow_grpo", {}, (10, 6), 28),
         ("grpo_guard", {}, (10, 6), 28),
+        # Paths before steps 0-3, 4-6, 7-9 and 10-19; edges of steps 0-2, 3-5, 6-8 and 9.
+        ("branch_grpo", {}, (4 + 2 * 3 + 4 * 3 + 8 * 10, 3 + 2 * 3 + 4 * 3 + 8), 102 + 3 * 29),
         ("draft_k", {}, (10, 1), 13),
     ],
 )
@@ -310,6 +320,9 @@ def test_a_method_without_a_cost_has_to_define_it():
         ("pref_grpo", {"trained": 10}, "trained: 10 is not between 1 and 9"),
         ("stepwise_flow_grpo", {"trained": 10}, "trained: 10 is not between 1 and 9"),
         ("grpo_guard", {"trained": 10}, "trained: 10 is not between 1 and 9"),
+        ("branch_grpo", {"trained": 20}, "trained: 20 is not between 1 and 19"),
+        ("branch_grpo", {"splits": 7}, "splits: 7 is not between 0 and 6"),
+        ("branch_grpo", {"split_noise": 0.5}, "split_noise: 0.5 is less than 1"),
         ("draft_k", {"last": 11}, "last: 11 is not between 1 and 10"),
         ("online_dpo", {"sharpness": 0.0}, "sharpness: 0.0 is not above 0"),
         ("online_dpo", {"beta": 0.1}, "beta: 0.1 has no effect, .* set sharpness"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -147,11 +148,10 @@ def test_a_resume_state_of_the_same_settings_leaves_the_other_iterations(work):
 def test_a_run_keeps_adapters_and_samples_and_has_states_while_it_trains(work):
     spec, evaluation = work.runs[TAFS], work.evaluations[TAFS]
     assert work.prompt_counts(spec.prompts, evaluation.prompts_per_tag) == (6, 6)  # one per task
-    finals = [setting for setting in evaluation.settings if setting.iteration is None]
     found = work.disk(spec)
     adapter = 4 * work.network(FLUX, 24).adapter
     assert found.adapters == adapter * (1 + len(spec.snapshots))
-    assert found.samples == 6 * len(finals) * 3 * 24 * 24
+    assert found.samples == 6 * len(evaluation.settings) * 3 * 24 * 24
     assert (found.state, found.images) == (2 * 4 * adapter, 0)
     work.evaluations = {TAFS: evaluation.model_copy(update={"served": True})}
     drawn = sum(setting.images_per_prompt for setting in evaluation.settings)
@@ -207,15 +207,16 @@ def test_a_plan_fits_a_terminal_of_100_columns_and_writes_nothing(tmp_path, monk
 
 def test_the_paper_scale_is_planned_without_a_lock_file_and_without_diffusers():
     code = (
-        "import sys\n"
-        "from tafs.orchestration.plan.report import report\n"
+        "import json, sys\n"
+        "from tafs.orchestration.plan.report import record, report\n"
         "print(report({'scale': 'paper'}, nodes=4, gpu_memory=80))\n"
+        "print(json.dumps(record({'scale': 'paper'}, gpu_memory=80)['memory']))\n"
         "print('diffusers' in sys.modules)\n"
     )
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    *lines, imported = done.stdout.splitlines()
+    *lines, needs, imported = done.stdout.splitlines()
     assert imported == "False"
     assert max(map(len, lines)) <= 100
     assert "    16 train: has not run" in lines
@@ -231,6 +232,9 @@ def test_the_paper_scale_is_planned_without_a_lock_file_and_without_diffusers():
     assert row[3:6] == [amount(pace), "modelled", amount((1500 * pace + 120) * 8 / 3600)]
     [row] = [line.split() for line in lines if line.startswith("tafs_grpo  ") and "clip_" in line]
     assert row[3:] == ["12", "37.2", "encoding", "48", "6"]
+    [need] = [n for n in json.loads(needs) if n["method"] == "tafs_grpo" and "clip_" in n["task"]]
+    need["bytes"] = amount(need["bytes"] / 1e9)
+    assert list(map(str, need.values())) == row
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -150,10 +151,13 @@ def test_an_embedded_reward_refuses_images_of_another_size():
             reward.score(torch.full((1, 3, 32, 24), 0.5), PROMPTS[:1])
 
 
-def test_a_served_reward_cannot_be_built_in_the_training_process(folder):
-    [served] = [metric.name for metric in METRICS.values() if metric.served]
-    with pytest.raises(ValueError, match=f"reward '{served}' is scored by a server"):
-        metrics.plugin(served).build("cpu", folder)
+@pytest.mark.parametrize("name", [m.name for m in METRICS.values() if m.served])
+def test_a_served_reward_has_a_client_and_cannot_be_built_in_the_training_process(name, folder):
+    plugin = metrics.plugin(name)
+    with pytest.raises(ValueError, match=f"reward '{name}' is scored by a server"):
+        plugin.build("cpu", folder)
+    client = plugin.connect("http://127.0.0.1:1", folder, 7)
+    assert (client.metric, client.model, client.images) == (plugin.metric, plugin.metric.version, 7)
 
 
 def test_an_unknown_reward_is_refused_with_those_available():
@@ -198,4 +202,6 @@ def test_a_reward_of_an_installed_package_is_found_and_scores(tmp_path):
     points = {"tafs.rewards": {"installed": "their_package.jpeg"}}
     with packages.installed(tmp_path, {"jpeg.py": source}, points):
         out = packages.run_with(tmp_path, code)
-    assert '"unifiedreward", "installed"], [-' in out
+    names, scores = json.loads(out)
+    assert names[: len(metrics.ORDER)] == [*metrics.ORDER] and "installed" in names
+    assert all(score < 0 for score in scores)

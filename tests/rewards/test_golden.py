@@ -47,6 +47,13 @@ def test_weights_without_golden_scores_are_refused(tmp_path):
         golden.verify([constant("clip", 0.25)], {"clip": "aaa"}, tmp_path / "golden.json")
 
 
+def test_an_optional_metrics_golden_scores_are_stored_when_it_is_first_used(tmp_path):
+    file = tmp_path / "golden.json"
+    golden.verify([constant("hpsv3", 0.25)], {"hpsv3": "aaa"}, file)
+    with pytest.raises(errors.RunFailed, match="reward hpsv3: .* scores 0.5 instead of 0.25"):
+        golden.verify([constant("hpsv3", 0.5)], {"hpsv3": "aaa"}, file)
+
+
 def test_a_server_may_differ_by_half_a_grade(tmp_path):
     file = tmp_path / "golden.json"
     digest = {"unifiedreward": "aaa"}

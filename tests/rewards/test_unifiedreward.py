@@ -1,7 +1,8 @@
-"""UnifiedReward's client against a chat server that grades by brightness and fails on purpose."""
+"""Served judges against a chat server that judges by brightness and fails on purpose."""
 
 from __future__ import annotations
 
+import math
 import re
 import socket
 
@@ -9,19 +10,22 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import tiny_rewards
 from support.chat_server import ChatServer, brightness_grade, caption, decode
 
 from tafs.common.errors import RunFailed
 from tafs.data.prompts import Prompt
-from tafs.rewards import unifiedreward
-from tafs.rewards.unifiedreward import Missing, UnifiedReward, grade, wait_ready
+from tafs.rewards import chat
+from tafs.rewards.chat import Missing, wait_ready
+from tafs.rewards.geneval2 import GenEval2, accepted, first_tokens
+from tafs.rewards.unifiedreward import UnifiedReward, UnifiedReward2, axis_grades, grade
 
 SIDE = 16
 
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(unifiedreward, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(chat, "FIRST_PAUSE", 0.01)
 
 
 def scorer(server: ChatServer, **changes) -> UnifiedReward:
@@ -225,7 +229,7 @@ def test_an_answer_without_a_score_is_missing_and_counted_but_not_zero(fault, re
 )
 def test_an_answer_other_than_a_chat_completion_is_malformed(answer):
     with pytest.raises(Missing, match="^malformed$"):
-        unifiedreward._content(answer)
+        chat.text_of(chat._choice(answer))
 
 
 @pytest.mark.parametrize(
@@ -300,3 +304,91 @@ def test_waiting_ends_without_a_server_and_names_its_url():
         wait_ready(url, 0.5)
     with pytest.raises(RunFailed, match="ended before it was ready"):
         wait_ready(url, 60, alive=lambda: False)
+
+
+AXES = "Alignment Score (1-5): 4.5\nCoherence Score (1-5): 3\nStyle Score (1-5): {}"
+
+
+@pytest.mark.parametrize(
+    ("text", "grades"),
+    [
+        (AXES.format(2.25), [4.5, 3, 2.25]),
+        (f"**{AXES.format(2).replace('Score (1-5):', 'Score (1-5):** ')}", [4.5, 3, 2]),
+        (AXES.format("5/5"), [4.5, 3, 5]),
+        (AXES.format(2) + "\nStyle Score (1-5): 2", [4.5, 3, 2]),
+        (AXES.format(2) + "\nStyle Score (1-5): 3", "no_score"),
+        (AXES.format("X"), "no_score"),
+        (AXES.format(2).removeprefix("Alignment"), "no_score"),
+        (AXES.format(5.5), "out_of_range"),
+        (AXES.format(0), "out_of_range"),
+    ],
+)
+def test_unifiedreward_2_has_a_grade_for_each_axis(text, grades):
+    if isinstance(grades, str):
+        with pytest.raises(Missing, match=f"^{grades}$"):
+            axis_grades(text)
+    else:
+        assert axis_grades(text) == grades
+
+
+def test_unifiedreward_2_is_the_mean_of_its_axes_for_images_at_their_own_size():
+    images = grey(5)
+    with ChatServer(model="UnifiedReward-2.0-qwen-7b") as server:
+        scores = UnifiedReward2(server.url, images=5)(images, captions(5))
+        assert {decode(request).shape for request in server.requests} == {(SIDE, SIDE, 3)}
+    # The server's grades are the brightness' b, b / 2 + 1 / 2 and 1.
+    grades = 5 * expected(images)
+    torch.testing.assert_close(5 * scores, (grades + (grades + 1) / 2 + 1) / 3, atol=1e-3, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory):
+    """A folder with a tokenizer that spells words letter by letter."""
+    folder = tmp_path_factory.mktemp("qwen")
+    tiny_rewards.qwen_tokenizer(folder)
+    return folder
+
+
+def test_geneval_2_accepts_the_spellings_of_the_published_script():
+    assert accepted("Are the cows plastic?", "Yes") == ["Yes", "yes", " yes", " Yes"]
+    spelled = {"four", "Four", " four", " Four", "4", " 4"}
+    assert set(accepted("How many cows are in the image?", "four")) == spelled
+    assert "other" in accepted("How many cows are in the image?", "eleven")
+
+
+def answer(**tokens: float) -> dict:
+    top = [{"token": token, "logprob": math.log(p)} for token, p in tokens.items()]
+    return {"logprobs": {"content": [{"token": "Y", "top_logprobs": top}]}}
+
+
+def test_geneval_2_is_the_geometric_mean_of_the_right_answers_probabilities(vocabulary):
+    judge = GenEval2("http://127.0.0.1:1", folder=vocabulary)
+    pairs = [["How many cows are in the image?", "four"], ["Are the cows plastic?", "Yes"]]
+    prompt = Prompt("four plastic cows", {"vqa_list": pairs})
+    # The tokenizer spells letter by letter, so that "four" begins with f and "Four" with F.
+    answers = [answer(f=0.25, F=0.125, N=0.5), answer(Y=0.5, y=0.25, n=0.1)]
+    assert judge.value(prompt, answers) == pytest.approx((0.375 * 0.75) ** 0.5)
+    assert judge.value(prompt, [answers[0], answer(n=1.0)]) == 0
+    for broken in ({}, {"logprobs": None}, {"logprobs": {"content": []}}):
+        with pytest.raises(Missing, match="^no_logprobs$"):
+            first_tokens(broken)
+    with pytest.raises(ValueError, match="GenEval 2 cannot judge 'a cow': its 'vqa_list' is not"):
+        judge.questions(Prompt("a cow", {"vqa_list": ["How many?"]}))
+
+
+def test_geneval_2_asks_the_server_for_the_first_token_of_each_answer(vocabulary):
+    prompt = Prompt("two cows", {"vqa_list": [["Are there cows?", "Yes"], ["Are they?", "Yes"]]})
+    with ChatServer(model="Qwen3-VL-8B-Instruct") as server:
+        judge = GenEval2(server.url, folder=vocabulary, workers=1)
+        scores = judge(grey(2), [prompt] * 2)
+        requests = server.requests
+    # The server says Yes with the image's brightness as its probability.
+    torch.testing.assert_close(scores, torch.tensor([0.0, 1.0]))
+    assert len(requests) == 4
+    assert [requests[0][key] for key in ("max_tokens", "logprobs", "top_logprobs")] == [1, True, 20]
+    assert requests[1]["messages"][0]["content"][1]["text"] == "Are they? Answer in one word."
+
+
+def test_geneval_2_needs_its_tokenizer(tmp_path):
+    with pytest.raises(FileNotFoundError, match="reward geneval2: .*tokenizer.json is missing"):
+        GenEval2("http://127.0.0.1:1", folder=tmp_path)

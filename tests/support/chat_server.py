@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import sys
 import threading
 import time
@@ -139,11 +140,20 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, "<html>busy</html>")
         else:
             grade = f"dog (object): 1\ncolor (attribute): 0\nFinal Score: {value}"
-            self.reply(REPLIES.get(str(fault), grade))
+            if "Style Score" in question(request):
+                axes = {"Alignment": value, "Coherence": (value + 1) / 2, "Style": 1}
+                grade = "\n".join(f"{axis} Score (1-5): {x:.4f}" for axis, x in axes.items())
+            yes = (value - 1) / 4 if request.get("logprobs") else None
+            self.reply(REPLIES.get(str(fault), grade), yes)
 
-    def reply(self, text: str) -> None:
+    def reply(self, text: str, yes: float | None) -> None:
+        """Answer with a text, and with a probability of yes as the first token if it is asked."""
         message = {"role": "assistant", "content": text}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        if yes is not None:
+            likely = [("Y", yes), ("N", 1 - yes)]
+            top = [{"token": t, "logprob": math.log(p)} for t, p in likely if p > 0]
+            choice["logprobs"] = {"content": [{"token": top[0]["token"], "top_logprobs": top}]}
         self.answer(200, {"object": "chat.completion", "choices": [choice]})
 
     def answer(self, status: int, content: Any, headers: Mapping[str, str] | None = None) -> None:
@@ -172,11 +182,16 @@ def decode(request: Mapping[str, Any]) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(data, validate=True))))
 
 
-def caption(request: Mapping[str, Any]) -> str:
-    """The text of a request from its caption on."""
+def question(request: Mapping[str, Any]) -> str:
+    """The text of a request."""
     [message] = request["messages"]
     [text] = [part["text"] for part in message["content"] if part["type"] == "text"]
-    return text.partition("Text Caption: ")[2]
+    return str(text)
+
+
+def caption(request: Mapping[str, Any]) -> str:
+    """The text of a request from its caption on."""
+    return question(request).partition("Text Caption: ")[2]
 
 
 def main() -> None:

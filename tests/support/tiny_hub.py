@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -104,6 +105,35 @@ def bert(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "bert"}')
 
 
+def hpsv3(folder: Path) -> None:
+    tokenizer = folder.with_name("qwen2-vl-for-hpsv3")
+    tiny_rewards.hpsv3(folder / "HPSv3.safetensors", tiny_rewards.qwen2_vl(tokenizer))
+    shutil.rmtree(tokenizer)
+
+
+def qwen3_vl(folder: Path) -> None:
+    """Qwen/Qwen3-VL-8B-Instruct, of which only the tokenizer is read here."""
+    files = {"config.json": "{}", "merges.txt": "#version: 0.2\n"}
+    unread(folder, files, weights="model-00001-of-00001")
+    tiny_rewards.qwen_tokenizer(folder)
+
+
+def geneval2(folder: Path) -> None:
+    """Lines of the form of facebookresearch/GenEval2's."""
+    folder.mkdir(parents=True)
+    rows = [
+        {
+            "prompt": f"{number} {colour} kites",
+            "atom_count": atoms,
+            "vqa_list": [["How many kites are in the image?", number]]
+            + [["Are the kites green?", "Yes"]] * (atoms - 1),
+        }
+        for number, colour, atoms in (("two", "green", 2), ("three", "light green", 3))
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "geneval2_data.jsonl").write_text(text)
+
+
 def clip_h(folder: Path) -> None:
     tiny_rewards.clip_processor(folder)
     (folder / "config.json").write_text('{"model_type": "clip"}')
@@ -118,7 +148,12 @@ WRITERS: Mapping[str, Callable[[Path], object]] = {
     "imagereward": imagereward,
     "bert-base-uncased": bert,
     "mask2former": tiny_detector.mask2former,
+    "hpsv3": hpsv3,
+    "qwen2-vl-7b": tiny_rewards.qwen2_vl,
     "unifiedreward": unifiedreward,
+    "unifiedreward-2": unifiedreward,
+    "qwen3-vl-8b": qwen3_vl,
+    "geneval2": geneval2,
     "siglip": lambda folder: unread(folder, {"config.json": "{}", "spiece.model": "pieces"}),
     "pickapic": pickapic,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import string
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,11 +13,14 @@ from typing import Any
 
 import open_clip
 import torch
+from safetensors.torch import save_file
 from support.hpsv2_package import SHIPPED
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import BertTokenizer, CLIPConfig, CLIPModel, CLIPTokenizer
 
 from tafs.rewards import compat
+from tafs.rewards import hpsv3 as hpsv3_module
 
 IMAGE = 224  # pixels, as in the published models
 PATCH = 56
@@ -45,6 +49,27 @@ MED_CONFIG = {
     **{"num_attention_heads": 12, "num_hidden_layers": 2, "add_cross_attention": True},
     **{"initializer_range": 0.02, "layer_norm_eps": 1e-12, "max_position_embeddings": 512},
     "pad_token_id": 0,
+}
+
+QWEN_TOKENS = (
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"),
+    *("<|image_pad|>", "<|video_pad|>"),
+)
+QWEN_IDS, QWEN_PADS = ("vision_start", "vision_end"), ("image", "video")
+QWEN2_NORMS = ("input_layernorm", "post_attention_layernorm")
+# The published config.json, in its old format, with other sizes.
+QWEN2_VL: dict[str, Any] = {
+    **{"architectures": ["Qwen2VLForConditionalGeneration"], "model_type": "qwen2_vl"},
+    **{"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_act": "silu"},
+    **{"max_position_embeddings": 32768, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0},
+    **{"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}, "use_sliding_window": False},
+    **{"tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True},
+    "vision_config": {
+        **{"depth": 2, "embed_dim": 32, "mlp_ratio": 2, "num_heads": 2, "in_chans": 3},
+        **{"hidden_size": 64, "patch_size": 14, "spatial_merge_size": 2},
+        **{"spatial_patch_size": 14, "temporal_patch_size": 2},
+    },
 }
 
 
@@ -125,6 +150,85 @@ def imagereward(folder: Path, tokenizer: Path) -> None:
             if isinstance(module, nn.Linear):
                 nn.init.orthogonal_(module.weight)
     torch.save(model.state_dict(), folder / "ImageReward.pt")
+
+
+def qwen_tokenizer(folder: Path, text: str = "") -> int:
+    """Qwen's tokenizer.json with its special tokens and the merges of a text; return its size."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000 if text else 256,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([text], trainer)
+    tokenizer.add_special_tokens(list(QWEN_TOKENS))
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return int(tokenizer.get_vocab_size())
+
+
+def qwen2_vl(folder: Path) -> int:
+    """config.json and tokenizer.json of Qwen/Qwen2-VL-7B-Instruct; return the tokenizer's size."""
+    size = qwen_tokenizer(folder, hpsv3_module.QUESTION)
+    first = size - len(QWEN_TOKENS)
+    ids = {f"{name}_token_id": first + QWEN_TOKENS.index(f"<|{name}|>") for name in QWEN_IDS}
+    ids |= {f"{name}_token_id": first + QWEN_TOKENS.index(f"<|{name}_pad|>") for name in QWEN_PADS}
+    config = {**QWEN2_VL, **ids, "vocab_size": size + 90}  # Qwen2-VL has unused rows
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return size
+
+
+def hpsv3(file: Path, size: int) -> None:
+    """HPSv3.safetensors of MizzenAI/HPSv3 for a tokenizer of this size, in the package's names.
+
+    The weights are a formula, so that the package's scores of them can be repeated anywhere.
+    """
+    width, deep = QWEN2_VL["hidden_size"], QWEN2_VL["intermediate_size"]
+    heads = QWEN2_VL["num_key_value_heads"] * width // QWEN2_VL["num_attention_heads"]
+    seen, inner = QWEN2_VL["vision_config"]["embed_dim"], 2 * QWEN2_VL["vision_config"]["embed_dim"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "visual.patch_embed.proj.weight": (seen, 3, 2, 14, 14),
+        **{f"visual.merger.ln_q.{part}": (seen,) for part in ("weight", "bias")},
+        **_linear("visual.merger.mlp.0", 4 * seen, 4 * seen),
+        **_linear("visual.merger.mlp.2", width, 4 * seen),
+        "model.embed_tokens.weight": (size + 1, width),
+        "model.norm.weight": (width,),
+        "lm_head.weight": (size + 1, width),
+        **_linear("rm_head.0", 1024, width),
+        **_linear("rm_head.3", 16, 1024),
+        **_linear("rm_head.5", 2, 16),
+    }
+    for layer in range(2):
+        block = f"visual.blocks.{layer}."
+        norms = [f"{block}norm{n}.{part}" for n in (1, 2) for part in ("weight", "bias")]
+        shapes |= {name: (seen,) for name in norms}
+        shapes |= _linear(f"{block}attn.qkv", 3 * seen, seen) | _linear(
+            f"{block}attn.proj", seen, seen
+        )
+        shapes |= _linear(f"{block}mlp.fc1", inner, seen) | _linear(f"{block}mlp.fc2", seen, inner)
+        block = f"model.layers.{layer}."
+        shapes |= {f"{block}{name}.weight": (width,) for name in QWEN2_NORMS}
+        shapes |= _linear(f"{block}self_attn.q_proj", width, width)
+        shapes |= _linear(f"{block}self_attn.k_proj", heads, width)
+        shapes |= _linear(f"{block}self_attn.v_proj", heads, width)
+        shapes |= {f"{block}self_attn.o_proj.weight": (width, width)}
+        shapes |= {f"{block}mlp.{name}_proj.weight": (deep, width) for name in ("gate", "up")}
+        shapes |= {f"{block}mlp.down_proj.weight": (width, deep)}
+    state = {}
+    for number, (name, shape) in enumerate(sorted(shapes.items())):
+        count = math.prod(shape)
+        values = torch.sin(torch.arange(count, dtype=torch.float64) ** 1.5 + 7 * number)
+        spread = 1.5 / math.sqrt(count / shape[0]) if len(shape) > 1 else 0.1
+        norm = len(shape) == 1 and "norm" in name + "norm" * ("ln_q" in name) and "bias" not in name
+        state[name] = (values.view(shape) * spread + norm).float()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(state, file)
+
+
+def _linear(name: str, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
 
 
 @contextmanager

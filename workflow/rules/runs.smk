@@ -88,6 +88,7 @@ rule trajectory_rewards:
         others=lambda wildcards: GRAPH.input_files("trajectory_rewards", wildcards.run),
     output:
         f"{ROOT}/runs/{{run}}/trajectory_rewards.parquet",
+        f"{ROOT}/runs/{{run}}/trajectories.safetensors",
     log:
         f"{ROOT}/logs/trajectory_rewards/{{run}}.log",
     benchmark:

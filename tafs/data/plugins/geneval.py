@@ -19,5 +19,5 @@ PROMPT_SET = PromptSet(
     train=lambda _: _prompts(geneval.training_rows(COUNT, SEED)),
     test=lambda _: _prompts(geneval.evaluation_rows()),
     shares={tag: share / sum(geneval.SHARES.values()) for tag, share in geneval.SHARES.items()},
-    metadata=True,
+    metadata=("include",),
 )

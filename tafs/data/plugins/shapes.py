@@ -13,5 +13,5 @@ PROMPT_SET = PromptSet(
     train=lambda _: prompts.read(FOLDER / "train.jsonl"),
     test=lambda _: prompts.read(FOLDER / "test.jsonl"),
     assets=("shapes",),
-    metadata=True,
+    metadata=("include",),
 )

@@ -244,13 +244,12 @@ class Workload:
         evaluation = self.evaluations[spec.name]
         count, shown = self.prompt_counts(spec.prompts, evaluation.prompts_per_tag)
         pixels = 3 * evaluation.resolution**2
-        finals = sum(setting.iteration is None for setting in evaluation.settings)
         images = sum(setting.images_per_prompt for setting in evaluation.settings) * count
         network = self.network(spec.backbone, spec.resolution) if spec.trained else None
         adapter = FLOAT_BYTES * network.adapter if network else 0
         return Disk(
             adapters=adapter * (1 + len(spec.snapshots)),
-            samples=shown * finals * pixels,
+            samples=shown * len(evaluation.settings) * pixels,
             state=STATE_COPIES * adapter,
             images=int(PNG_RATIO * images * pixels) if evaluation.served else 0,
         )

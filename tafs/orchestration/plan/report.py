@@ -84,6 +84,7 @@ def record(
     nodes: int | None = None,
     price: float | None = None,
     tflops: float | None = None,
+    gpu_memory: float | None = None,
 ) -> dict[str, Any]:
     """The same as JSON values: times in hours of a device or in seconds, sizes in bytes.
 
@@ -98,6 +99,7 @@ def record(
         "device": page.unit,
         "methods": [asdict(total) for total in page.totals()],
         "total": asdict(page.total("total", "", page.jobs)),
+        "memory": [asdict(need) for need in page.needs(gpu_memory)],
         "hours_left": page.hours_left,
         "cost_left": None if price is None else price * page.hours_left,
         "downloads": {"bytes": downloaded, "resources": fetched, "source": source},
@@ -153,6 +155,21 @@ class Total:
     hours: float
     cost: float | None
     disk: int  # bytes that are kept
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """The memory of a GPU that the trainings of a method take; micro-batches are in images."""
+
+    method: str
+    task: str
+    model: str
+    micro_batch: int
+    bytes: int
+    when: str  # the phase that takes most
+    # What fits in the memory that the user named, which None stands for otherwise; 0: nothing.
+    fitting_with_checkpointing: int | None
+    fitting_without_checkpointing: int | None
 
 
 @dataclass(frozen=True)
@@ -254,25 +271,41 @@ class Page:
             size(total.disk),
         ]
 
-    def memory(self, given: float | None) -> list[str]:
-        """The memory that each training takes on a GPU, and what fits in `given` GB."""
+    @cached_property
+    def trainings(self) -> dict[tuple[str, str, str], micro_batches.TrainingMemory]:
+        """The memory of each training on a GPU, by (method, task, model)."""
         found: dict[tuple[str, str, str], micro_batches.TrainingMemory] = {}
         for spec in self.graph.plan.runs.values() if self._on_gpus else ():
             one = micro_batches.of_run(self.work, spec)
             if one is not None:
                 found.setdefault((spec.variant, spec.task, spec.backbone), one)
+        return dict(sorted(found.items()))
+
+    def needs(self, given: float | None) -> list[MemoryNeed]:
+        """What each training takes, and the largest micro-batches that fit in `given` GB."""
+        needs = []
+        for key, one in self.trainings.items():
+            phase, most = one.largest()
+            fits: list[int | None] = [None, None]
+            if given is not None:
+                available = (1 - RESERVED) * given * GB
+                fits = [one.fitting(available, checkpointing=on) for on in (True, False)]
+            needs.append(MemoryNeed(*key, one.setting.micro_batch, round(most), phase, *fits))
+        return needs
+
+    def memory(self, given: float | None) -> list[str]:
+        """The lines of `needs`, and the keys to set."""
+        found = self.trainings
         if not found:
             return []
         head = ["memory", "task", "model", "batch", "GB", "when"]
         head += [] if given is None else ["with", "without"]
         rows = []
-        for key, one in sorted(found.items()):
-            phase, most = one.largest()
-            rows.append([*key, str(one.setting.micro_batch), amount(most / GB), phase])
-            if given is not None:
-                available = (1 - RESERVED) * given * GB
-                fits = [one.fitting(available, checkpointing=on) for on in (True, False)]
-                rows[-1] += [str(count) if count else "none" for count in fits]
+        for need in self.needs(given):
+            row = [need.method, need.task, need.model, str(need.micro_batch)]
+            fits = (need.fitting_with_checkpointing, need.fitting_without_checkpointing)
+            row += [amount(need.bytes / GB), need.when]
+            rows.append(row + ([] if given is None else [str(n) if n else "none" for n in fits]))
         lines = ["", *table([head, *rows], left=(0, 1, 2, 5))]
         if given is None:
             return lines

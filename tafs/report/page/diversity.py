@@ -1,19 +1,17 @@
-"""How different a model's images are: the Vendi score of the samples that runs keep.
+"""The damage panel: how different a model's images are, and statistics of their pixels.
 
-exp of the entropy of the eigenvalues of K / n, where K holds the cosines of all pairs of n images'
-features (Friedman and Dieng, 2023, arXiv 2210.02410): 1 if all images are alike, n if no two are.
-A run keeps one image of each prompt, so the score falls if images of different prompts become
-alike.
+Both are of the samples that runs keep, one image of each prompt: the Vendi score, which falls if
+images of different prompts become alike, and the means of `tafs.rewards.statistics.PANEL`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import entr
 from torch.nn import functional
 
 from tafs.report import stats
@@ -22,23 +20,18 @@ from tafs.report.page.content import interval, number
 from tafs.report.page.sprites import kept_prompts
 from tafs.report.page.systems import Systems
 from tafs.report.results import LoadedTable
+from tafs.rewards import statistics
+from tafs.rewards.metrics import METRICS
 from tafs.shapes import scorers, weights
 
 SIDE = 16  # of the pixel features
 
+Statistic = Callable[[torch.Tensor], torch.Tensor]
 Features = Callable[[np.ndarray], np.ndarray]  # uint8 [n, H, W, 3] -> [n, d]
 
 
-def vendi_score(features: np.ndarray) -> float:
-    """The effective number of different rows, between 1 and n, of features [n, d]; none is zero."""
-    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
-    # K is unit unit^T, so the eigenvalues of K / n are these squares.
-    shares = np.linalg.svd(unit, compute_uv=False) ** 2 / len(unit)
-    return float(np.exp(entr(shares).sum()))
-
-
 def of_tables(systems: Systems, tables: Sequence[LoadedTable]) -> dict[str, dict[str, Any]]:
-    """By table: the Vendi score of each system at few steps with its own sampler, seed by seed.
+    """By table: the scores of each system at few steps with its own sampler, seed by seed.
 
     Raises:
         ValueError: a run has no samples, or not those of the setting; names the file.
@@ -52,24 +45,48 @@ def of_tables(systems: Systems, tables: Sequence[LoadedTable]) -> dict[str, dict
             "nfe": table.spec.few_nfe,
             "images": len(kept_prompts(table.results[0])),
             "features": what,
-            "systems": _of_systems(table, systems, features),
+            "charts": _charts(table, systems, features),
         }
         for table in tables
     }
 
 
-def _of_systems(table: LoadedTable, systems: Systems, features: Features) -> dict[str, Any]:
-    found = {}
-    for system in table.distinct:
-        setting = f"{system.spec.sampler}-{table.spec.few_nfe}"
-        scores = [
-            vendi_score(features(image_grid.samples(result, setting, list(kept_prompts(result)))))
+def _charts(table: LoadedTable, systems: Systems, features: Features) -> list[dict[str, Any]]:
+    """The Vendi score and the panel's statistics of each system, a chart each."""
+    kept = {
+        systems.key(system): [
+            image_grid.samples(
+                result,
+                f"{system.spec.sampler}-{table.spec.few_nfe}",
+                list(kept_prompts(result)),
+            )
             for result in system.results
         ]
+        for system in table.distinct
+    }
+    found = [_chart("Vendi score", kept, lambda images: statistics.vendi_score(features(images)))]
+    for name, statistic in statistics.PANEL.items():
+        metric = METRICS[name]
+        mean = partial(_mean, statistic, metric.factor)
+        found.append(_chart(f"{metric.title}, {metric.unit}", kept, mean))
+    return found
+
+
+def _mean(statistic: Statistic, factor: float, images: np.ndarray) -> float:
+    """The mean of a statistic over images, on the shown scale."""
+    return factor * float(np.mean([float(statistic(_tensor(one[None]))) for one in images]))
+
+
+def _chart(
+    title: str, kept: dict[str, list[np.ndarray]], score: Callable[[np.ndarray], float]
+) -> dict[str, Any]:
+    found = {}
+    for name, seeds in kept.items():
+        scores = [score(images) for images in seeds]
         # One value per seed: the interval is Student's t over the seeds.
         mean = stats.mean_interval(np.reshape(scores, (-1, 1, 1)), [""])
-        found[systems.key(system)] = {"seeds": list(map(number, scores)), "mean": interval(mean)}
-    return found
+        found[name] = {"seeds": list(map(number, scores)), "mean": interval(mean)}
+    return {"title": title, "systems": found}
 
 
 def _clip() -> Features:

@@ -18,7 +18,7 @@ METRIC = Metric(
     factor=100,
     limits=(0, 100),
     macro=True,
-    metadata=True,
+    metadata="include",
     version="facebook/mask2former-swin-small-coco-instance, colours by "
     "openai/clip-vit-large-patch14",
     resources=("mask2former", "clip-vit-l-14"),

@@ -1,12 +1,17 @@
 """UnifiedReward (Wang et al., 2025, arXiv 2503.05236): a vision language model that grades 1 to 5.
 
-The published model runs in a chat server of its own (`tafs.rewards.unifiedreward`), which the
-evaluation starts; only the embedded model scores in the training process.
+The published model runs in a chat server of its own (`tafs.rewards.chat`), which the evaluation
+starts; only the embedded model scores in the training process.
 """
 
 from __future__ import annotations
 
-from tafs.rewards.metrics import Folder, Metric, Reward, RewardPlugin
+from typing import TYPE_CHECKING
+
+from tafs.rewards.metrics import Folder, Metric, RewardPlugin
+
+if TYPE_CHECKING:
+    from tafs.rewards.chat import ChatJudge
 
 METRIC = Metric(
     name="unifiedreward",
@@ -23,11 +28,10 @@ METRIC = Metric(
 )
 
 
-def build(device: str, folder: Folder) -> Reward:
-    raise ValueError(
-        f"reward {METRIC.name!r} is scored by a server and cannot be loaded into this process; "
-        "remove it from the task's rewards"
-    )
+def connect(url: str, folder: Folder, images: int) -> ChatJudge:
+    from tafs.rewards.unifiedreward import UnifiedReward
+
+    return UnifiedReward(url, images=images)
 
 
-REWARD = RewardPlugin(METRIC, build)
+REWARD = RewardPlugin.served(METRIC, connect)
