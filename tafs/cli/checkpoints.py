@@ -12,7 +12,6 @@ import typer
 from tafs.cli import output
 from tafs.cli.app import AGAIN, app, command
 from tafs.cli.options import JsonOption, ResultsOption, ScaleOption, above_zero, overrides
-from tafs.common.plugins import installed
 
 if TYPE_CHECKING:
     from tafs.assets.sources import AssetSettings
@@ -30,6 +29,8 @@ PROTOCOL = "A name of tafs/evaluation/protocols/ or of a plug-in, or a .yaml fil
 
 
 def _protocols() -> list[str]:
+    from tafs.common.plugins import installed
+
     folder = Path(__file__).parents[1] / "evaluation" / "protocols"
     others = {plugin.name for plugin in installed("tafs.protocols")}
     return sorted({file.stem for file in folder.glob("*.yaml")} | others)
