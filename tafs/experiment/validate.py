@@ -266,13 +266,16 @@ def _prompt_problems(config: Config, scale: Scale, where: str) -> Iterator[str]:
         experiment = config.experiments[key]
         role = config.prompt_role(experiment)
         chosen = prompt_set(scale.prompts[role])
-        for task in experiment.tasks if not chosen.metadata else ():
+        for task in experiment.tasks:
             for reward in config.tasks[task].rewards:
-                if METRICS[reward].metadata:
+                needed = f"{where}.{role}: the reward {reward!r} of task {task!r} needs"
+                if METRICS[reward].metadata and not chosen.metadata:
                     yield (
-                        f"{where}.{role}: the reward {reward!r} of task {task!r} needs GenEval's "
-                        "metadata; give prompts that have it, as a .jsonl file with 'include'"
+                        f"{needed} GenEval's metadata; give prompts that have it, as a .jsonl file "
+                        "with 'include'"
                     )
+                if METRICS[reward].quotes and not chosen.quotes:
+                    yield f"{needed} a text in double quotes in every prompt; give such prompts"
         count = scale.evaluation.correlation_prompts
         if experiment.kind == "correlation" and chosen.files:
             known = len(chosen.prompts("train", Path))

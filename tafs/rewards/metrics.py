@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 from tafs.common.plugins import Group
-from tafs.data.prompt_sets import Folder
+from tafs.data.prompt_sets import Folder, PromptSet
 from tafs.data.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -48,6 +48,11 @@ class Metric:
     resources: tuple[str, ...] = ()  # entries of resources.yaml
     scale: float = 1.0  # published score per unit of the training score; negative: lower is better
     metadata: bool = False  # needs prompts with GenEval's metadata
+    quotes: bool = False  # needs prompts with a text in double quotes
+
+    def fits(self, prompts: PromptSet) -> bool:
+        """Whether a prompt set has what the metric needs."""
+        return (prompts.metadata or not self.metadata) and (prompts.quotes or not self.quotes)
 
     def record(self) -> dict[str, str]:
         """What the provenance of a result says about it."""
