@@ -55,15 +55,20 @@ def with_method(config: Config, name: str) -> Config:
     methods = {**config.methods, name: config.methods.get(name)}
     found = config.model_copy(update={"methods": methods})
     _raise_first(problems(found), source)
-    joined = {}
+    joined, reasons = {}, {}
     for key, experiment in config.experiments.items():
         new = experiment.model_copy(update={"methods": (*experiment.methods, name)})
         # A method that needs reward gradients does not fit a task with other rewards.
-        fits = experiment.base and not any(_experiment_problems(found, key, new))
+        reasons[key] = next(_experiment_problems(found, key, new), None)
+        fits = experiment.base and reasons[key] is None
         joined[key] = new if fits and name not in experiment.methods else experiment
     found = found.model_copy(update={"experiments": joined})
     if not any(name in joined[key].methods for key in config.active.experiments):
-        raise ConfigError(f"{source}: no table of scale {config.scale!r} can take it")
+        reason = next(filter(None, (reasons[key] for key in config.active.experiments)), None)
+        raise ConfigError(
+            f"{source}: no table of scale {config.scale!r} can take it"
+            + (f"; {reason}" if reason else "")
+        )
     return found
 
 

@@ -24,7 +24,7 @@ from tafs.models import sampling
 from tafs.models.base import Backbone
 from tafs.shapes import pretrain, text
 from tafs.shapes.pretrain import Base, Recipe, World
-from tafs.words import ROOT, captions, rewards
+from tafs.words import ROOT, captions, cards, rewards
 from tafs.words.render import CHARACTERS, COLORS, render, sample_sign
 
 MAX_TOKENS = 15  # of CLIP, which reads the colours letter by letter
@@ -127,7 +127,9 @@ WORDS = World(
 
 
 def main() -> None:
-    pretrain.run(WORDS, (__doc__ or "").splitlines()[0])
+    args = pretrain.run(WORDS, (__doc__ or "").splitlines()[0])
+    if args.target in ("score", "cards", "all"):
+        cards.write()
 
 
 if __name__ == "__main__":
