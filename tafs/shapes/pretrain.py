@@ -72,7 +72,6 @@ class Recipe:
     seed: int = 0
 
 
-VAE_STEPS = 4000
 SETTINGS: Any = {
     "resolution": IMAGE_SIZE,
     "guidance": 1.0,
@@ -357,6 +356,7 @@ class World:
     Args:
         root: the folder of its weights.
         vae: the folder of its autoencoder in it.
+        vae_steps: of its training.
         bases: its base models.
         batches: the images that the autoencoder learns from.
         draw: the captions and images that a base model learns from.
@@ -366,6 +366,7 @@ class World:
 
     root: Path
     vae: str
+    vae_steps: int
     bases: Mapping[str, Base]
     batches: vae.Batches
     draw: Draw
@@ -376,6 +377,7 @@ class World:
 SHAPES = World(
     weights.ROOT,
     weights.VAE,
+    4000,
     BASES,
     vae.scene_batches,
     draw_scenes,
@@ -387,11 +389,11 @@ SHAPES = World(
 def pretrain_vae(world: World) -> None:
     """Train a world's autoencoder."""
     start = time.monotonic()
-    autoencoder = vae.train(VAE_STEPS, batches=world.batches)
+    autoencoder = vae.train(world.vae_steps, batches=world.batches)
     folder = world.root / world.vae
     weights.save_module(autoencoder, folder)
     facts = {
-        "steps": VAE_STEPS,
+        "steps": world.vae_steps,
         "seconds": round(time.monotonic() - start),
         "reconstruction_accuracy": world.reconstruction(autoencoder),
     }

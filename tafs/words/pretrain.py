@@ -111,6 +111,7 @@ def ocr_scores(backbone: Backbone, images_per_prompt: int = 4, seed: int = 7) ->
 WORDS = World(
     ROOT,
     "words-sd3/vae",
+    2500,
     {
         "words-sd3": Base(
             partial(pretrain.build_sd3, tokenizers=tokenizers), (Recipe(), Recipe(seed=2))
