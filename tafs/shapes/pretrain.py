@@ -355,7 +355,7 @@ class World:
 
     Args:
         root: the folder of its weights.
-        vae: the folder of its autoencoder in it.
+        autoencoder: the folder of its autoencoder in it.
         vae_steps: of its training.
         bases: its base models.
         batches: the images that the autoencoder learns from.
@@ -365,7 +365,7 @@ class World:
     """
 
     root: Path
-    vae: str
+    autoencoder: str
     vae_steps: int
     bases: Mapping[str, Base]
     batches: vae.Batches
@@ -390,7 +390,7 @@ def pretrain_vae(world: World) -> None:
     """Train a world's autoencoder."""
     start = time.monotonic()
     autoencoder = vae.train(world.vae_steps, batches=world.batches)
-    folder = world.root / world.vae
+    folder = world.root / world.autoencoder
     weights.save_module(autoencoder, folder)
     facts = {
         "steps": world.vae_steps,
@@ -419,7 +419,7 @@ def pretrain_base(world: World, name: str, cycle: int, given: dict[str, Any]) ->
         done = []
         torch.manual_seed(recipe.seed)
         autoencoder = AutoencoderKL.from_pretrained(
-            world.root / world.vae, local_files_only=True, dtype=torch.float32
+            world.root / world.autoencoder, local_files_only=True, dtype=torch.float32
         )
         backbone = world.bases[name].build(autoencoder)
     facts = train(backbone, recipe, world.draw)

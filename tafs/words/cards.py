@@ -10,6 +10,13 @@ from tafs.shapes import cards, weights
 from tafs.words import ROOT
 from tafs.words.captions import TAGS
 
+BASES = {
+    "words-sd3": "Stable Diffusion 3's layout (SD3Transformer2DModel of width 128 and 4 layers, "
+    "two CLIP text encoders, a T5, three tokenizers, AutoencoderKL, flow-matching scheduler)",
+    "words-flux": "FLUX.1-dev's layout (FluxTransformer2DModel of width 128 with 3 double and 3 "
+    "single layers, packed latents, a guidance input that was always 1 in training, a CLIP text "
+    "encoder, a T5, two tokenizers, AutoencoderKL, flow-matching scheduler with dynamic shift)",
+}
 USE = "24 x 24 images of up to four capitals or digits, and captions like the shipped ones"
 _card = partial(cards.card, use=USE, target="words-weights")
 
@@ -17,9 +24,8 @@ _card = partial(cards.card, use=USE, target="words-weights")
 def write(root: Path = ROOT) -> None:
     """Write README.md of every model, and the manifest."""
     found = {"words-sd3/vae": _vae(root / "words-sd3" / "vae")}
-    for name in ("words-sd3", "words-flux"):
+    for name, layout in BASES.items():
         if (root / name / weights.FACTS).is_file():
-            layout = cards.BASES[name.replace("words", "shapes")]
             found[name] = _base(name, layout, root / name)
     for name, text in found.items():
         (root / name / "README.md").write_text(text, encoding="utf-8")
@@ -35,8 +41,8 @@ def _vae(folder: Path) -> str:
         "to 6 x 6 latents with 8 channels.",
         f"L1 and L2 loss and a small KL term on rendered texts of the training captions and random "
         f"strings, {facts['steps']} steps of batch size 32 ({facts['seconds']} s on one core).",
-        f"PP-OCRv6 reads the text of {100 * facts['reconstruction_accuracy']:.1f} % of the images of "
-        "held-out captions after reconstruction.",
+        f"PP-OCRv6 reads {100 * facts['reconstruction_accuracy']:.1f} % of the texts of held-out "
+        "captions after reconstruction.",
     )
 
 

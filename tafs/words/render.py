@@ -1,5 +1,8 @@
 """Renderer: up to four capitals or digits in an open font, each in a cell of its own.
 
+A text stands in one of three rows and begins in any cell from which it fits, so that a model that
+averages over places draws unreadable texts.
+
 The fonts are those that matplotlib ships: DejaVu and STIX, whose licences allow any use. Their
 letters are narrowed to the cells, so that four of them fill the image.
 """
@@ -21,6 +24,7 @@ from tafs.shapes.scenes import IMAGE_SIZE
 
 CHARACTERS = string.ascii_uppercase + string.digits
 CELLS = 4  # side by side; the first is at the left edge
+ROWS = (-4, 0, 4)  # pixels below the middle
 FONTS = ("DejaVuSans", "DejaVuSerif", "DejaVuSansMono-Bold")
 COLORS: dict[str, tuple[float, float, float]] = {
     "black": (0.05, 0.05, 0.05),
@@ -37,18 +41,26 @@ WIDEST = 0.95  # the widest letter's
 
 @dataclass(frozen=True)
 class Sign:
-    """A text with its font, the name of its colour and the colour of its background."""
+    """A text, its font, the name of its colour, the colour of its background, and its place."""
 
     text: str
     font: str
     color: str
     background: tuple[float, float, float]
+    cell: int = 0  # the first
+    row: int = 0  # of ROWS
 
 
 def sample_sign(text: str, color: str, rng: np.random.Generator) -> Sign:
-    """Draw a font and a background for a text."""
-    font, background = rng.integers(len(FONTS)), rng.integers(len(BACKGROUNDS))
-    return Sign(text, FONTS[font], color, BACKGROUNDS[background])
+    """Draw a font, a background and a place for a text."""
+    return Sign(
+        text,
+        FONTS[rng.integers(len(FONTS))],
+        color,
+        BACKGROUNDS[rng.integers(len(BACKGROUNDS))],
+        int(rng.integers(CELLS - len(text) + 1)),
+        ROWS[rng.integers(len(ROWS))],
+    )
 
 
 @cache
@@ -61,11 +73,11 @@ def _masks(font: str) -> Tensor:
     size = 1000
     _, top, _, bottom = ImageFont.truetype(file, size).getbbox("H", anchor="ls")
     drawn_with = ImageFont.truetype(file, round(size * CAP_HEIGHT * SCALE / (bottom - top)))
-    boxes = [drawn_with.getbbox(c, anchor="ls") for c in CHARACTERS]
-    narrowing = NARROWING * cell / np.mean([right - left for left, _, right, _ in boxes])
+    sides = [drawn_with.getbbox(c, anchor="ls")[::2] for c in CHARACTERS]
+    narrowing = NARROWING * cell / float(np.mean([right - left for left, right in sides]))
     masks = np.empty((len(CHARACTERS), CELLS, IMAGE_SIZE, IMAGE_SIZE), dtype=np.float32)
-    for index, (character, (left, _, right, _)) in enumerate(zip(CHARACTERS, boxes, strict=True)):
-        letter = Image.new("L", (right - left, side))
+    for index, (character, (left, right)) in enumerate(zip(CHARACTERS, sides, strict=True)):
+        letter = Image.new("L", (round(right - left), side))
         baseline = (side + CAP_HEIGHT * SCALE) / 2
         ImageDraw.Draw(letter).text((-left, baseline), character, 255, drawn_with, anchor="ls")
         letter = letter.resize((round(min(narrowing * letter.width, WIDEST * cell)), side))
@@ -80,8 +92,8 @@ def render(signs: Sequence[Sign]) -> Tensor:
     """Images of the signs, [N, 3, IMAGE_SIZE, IMAGE_SIZE] in [0, 1], float32."""
     coverage = torch.zeros(len(signs), 1, IMAGE_SIZE, IMAGE_SIZE)
     for image, sign in zip(coverage, signs, strict=True):
-        for place, character in enumerate(sign.text):
-            image += _masks(sign.font)[CHARACTERS.index(character), place]
+        for place, character in enumerate(sign.text, start=sign.cell):
+            image += _masks(sign.font)[CHARACTERS.index(character), place].roll(sign.row, 0)
     coverage.clamp_(max=1)
     color = torch.tensor([COLORS[sign.color] for sign in signs]).view(-1, 3, 1, 1)
     background = torch.tensor([sign.background for sign in signs]).view(-1, 3, 1, 1)
