@@ -26,7 +26,7 @@ all reference test test-slurm torture: export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup all reference test test-slurm torture lint ui new-method new-reward new-prompts \
-	new-model shapes-weights lock judge judge-vllm rehearsal schema constraints audit docs
+	new-model shapes-weights words-weights lock judge judge-vllm rehearsal schema constraints audit docs
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
@@ -84,6 +84,9 @@ new-model: $(STAMP)  ## Write a model that runs unchanged: make new-model NAME=m
 
 shapes-weights: $(STAMP)  ## Train the shipped models of the embedded scale again (hours)
 	$(RUN) python -m tafs.shapes.pretrain all $(ARGS)
+
+words-weights: $(STAMP)  ## Train the shipped models of the words world again (an hour); ARGS='--cycle N' resumes
+	$(RUN) python -m tafs.words.pretrain all $(ARGS)
 
 lock: $(STAMP)  ## Pin the models of the scales paper and one-gpu in resources.lock.yaml (network; HF_TOKEN)
 	$(RUN) HF_HUB_OFFLINE=0 python -m tafs.assets.download lock $(ARGS)

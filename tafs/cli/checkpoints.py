@@ -229,7 +229,7 @@ def sample(
             sampled = samples.of_run(run_dir)
         else:
             entry = catalog.read().get(str(model))
-            default = "shapes" if entry is not None and entry.assets == "shapes" else "paper"
+            default = "paper" if entry is None or entry.assets == "hub" else entry.assets
             assets = None if scale is None else _assets(scale, results)[0]
             chosen = protocols.read(protocol or default, assets)
             sampled = samples.of_model(str(model), chosen, adapter)

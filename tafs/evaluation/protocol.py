@@ -23,7 +23,7 @@ from tafs.assets.sources import AssetSettings, AssetSource
 from tafs.common.plugins import Group
 from tafs.common.yaml_files import ConfigError, first_problem, load_yaml, suggestion
 from tafs.data import prompts
-from tafs.data.prompt_sets import FROM_FILES, prompt_set
+from tafs.data.prompt_sets import FROM_FILES, Assets, prompt_set
 from tafs.data.prompts import Prompt
 from tafs.evaluation import choose
 from tafs.evaluation.choose import Seeds
@@ -56,7 +56,7 @@ class Content(_Strict):
     """The keys of a protocol's file; tafs/evaluation/protocols/shapes.yaml explains them."""
 
     title: Text = ""
-    assets: Literal["shapes", "hub"]
+    assets: Assets
     dtype: Literal["float32", "bfloat16"]
     quantize: Quantization = Field(default="none", exclude_if=lambda chosen: chosen == "none")
     prompts: Prompts
@@ -89,7 +89,7 @@ class Protocol:
     @property
     def served(self) -> tuple[str, ...]:
         """Those of its metrics that a server computes."""
-        if self.content.assets == "shapes":
+        if self.content.assets != "hub":
             return ()
         return tuple(name for name in self.metrics if METRICS[name].served)
 
@@ -202,7 +202,7 @@ def read(name: str, assets: AssetSettings | None = None) -> Protocol:
         assets = AssetSettings(
             assets=content.assets,
             lock=str(lockfile.LOCK),
-            device="cpu" if content.assets == "shapes" else "cuda",
+            device="cuda" if content.assets == "hub" else "cpu",
             dtype=content.dtype,
             gradient_checkpointing=False,
         )
@@ -261,6 +261,8 @@ def _problem(protocol: Protocol) -> str | None:
         key = METRICS[name].metadata
         if key and key not in chosen.metadata:
             return f"metrics.{name}: needs prompts with the metadata {key!r}; choose other prompts"
+        if METRICS[name].quotes and not chosen.quotes:
+            return f"metrics.{name}: needs a text in double quotes in every prompt; choose others"
         if name not in own:
             return f"metrics.{name}: is not available with the assets {content.assets!r}"
     if len(protocol.served) > 1:

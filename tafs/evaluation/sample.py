@@ -31,7 +31,7 @@ class Sampled:
 
     title: str
     model: Any  # a Backbone or a ReferencePipeline
-    assets: str  # "shapes" or "hub"
+    assets: str  # of `tafs.data.prompt_sets.Assets`
     batch: int
     published: bool  # sampled by its own pipeline
     random_weights: tuple[str, ...]

@@ -21,6 +21,7 @@ from pydantic import (
 
 from tafs.common.yaml_files import NAME
 from tafs.data import prompt_files
+from tafs.data.prompt_sets import Assets
 from tafs.models.quantization import Quantization
 from tafs.models.sampling import SAMPLERS
 
@@ -178,7 +179,7 @@ class Decide(_Strict):
 class Scale(_Strict):
     """The models and budgets of an experiment; the algorithms never change."""
 
-    assets: Literal["shapes", "hub"]  # the embedded models, or those of resources.yaml
+    assets: Assets  # the embedded models, or those of resources.yaml
     lock: PathText = "resources.lock.yaml"  # pins the hub's models
     # auto: a job uses a GPU if there is one; it does not claim it, so that several jobs share one.
     device: Literal["cpu", "cuda", "auto"] = "cpu"

@@ -241,6 +241,7 @@ def test_every_value_changes_the_sha256_but_title_and_batch(key, tmp_path):
     if key == "assets":  # judges other models with other metrics
         assert {protocol.read(name).content.assets for name in protocol.names()} == {
             "shapes",
+            "words",
             "hub",
         }
         return
@@ -298,6 +299,7 @@ def test_a_wrong_protocol_of_an_installed_package_is_named(name, value, said, tm
 def test_the_shipped_protocols_are_those_of_config_yaml():
     for name, scale, role, table in (
         ("shapes", "shapes", "preference", "table2"),
+        ("words", "words", "text", "words"),
         ("paper", "paper", "preference", "table2"),
         ("paper-composition", "paper", "composition", "table1"),
         ("one-gpu", "one-gpu", "preference", "table2"),

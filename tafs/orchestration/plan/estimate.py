@@ -23,7 +23,6 @@ from tafs.methods import GroupRelative, registry
 from tafs.models import architectures, catalog
 from tafs.orchestration.graph import Graph, Job
 from tafs.runtime import journal, receipts, run_dir
-from tafs.shapes import weights
 
 # Sustained FLOP/s where nothing is measured, not counting blocks that are computed again. On an
 # H100, the shares of its peak that TAFS-GRPO's iterations of FLUX.1-dev reach with compiled blocks
@@ -128,8 +127,8 @@ class Workload:
         model = catalog.read()[name]
         if model.pipeline not in {*architectures.SIZES, *architectures.COMPARED}:
             return None
-        if model.assets == "shapes":
-            return architectures.of_folder(weights.verify(model.resource), model)
+        if model.assets != "hub":
+            return architectures.of_folder(self.graph.source.pipeline_folder(model), model)
         return architectures.PUBLISHED.get(model.resource)
 
     @cache  # noqa: B019 - one object per plan
