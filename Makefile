@@ -26,7 +26,7 @@ all reference test test-slurm torture: export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup all reference test test-slurm torture lint ui new-method new-reward new-prompts \
-	new-model shapes-weights lock judge judge-vllm rehearsal schema constraints audit docs
+	new-model shapes-weights words-weights lock judge judge-vllm rehearsal schema constraints audit docs
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
@@ -71,19 +71,22 @@ ui: $(STAMP)  ## Browse the tracked runs with MLflow on 127.0.0.1
 	$(RUN) python -m tafs.tracking.cli ui $(ARGS)
 
 new-method: $(STAMP)  ## Write a method that runs unchanged: make new-method NAME=my_method
-	$(RUN) python -m tafs.methods.template "$$NAME"
+	$(RUN) tafs new method -- "$$NAME"
 
 new-reward: $(STAMP)  ## Write a reward that runs unchanged: make new-reward NAME=my_reward
-	$(RUN) python -m tafs.rewards.template "$$NAME"
+	$(RUN) tafs new reward -- "$$NAME"
 
 new-prompts: $(STAMP)  ## Write a prompt set that loads unchanged: make new-prompts NAME=my_prompts
-	$(RUN) python -m tafs.data.template "$$NAME"
+	$(RUN) tafs new prompts -- "$$NAME"
 
 new-model: $(STAMP)  ## Write a model that runs unchanged: make new-model NAME=my-model
-	$(RUN) python -m tafs.models.template "$$NAME" $(ARGS)
+	$(RUN) tafs new model $(ARGS) -- "$$NAME"
 
 shapes-weights: $(STAMP)  ## Train the shipped models of the embedded scale again (hours)
 	$(RUN) python -m tafs.shapes.pretrain all $(ARGS)
+
+words-weights: $(STAMP)  ## Train the shipped models of the words world again (an hour); ARGS='--cycle N' resumes
+	$(RUN) python -m tafs.words.pretrain all $(ARGS)
 
 lock: $(STAMP)  ## Pin the models of the scales paper and one-gpu in resources.lock.yaml (network; HF_TOKEN)
 	$(RUN) HF_HUB_OFFLINE=0 python -m tafs.assets.download lock $(ARGS)
@@ -97,7 +100,7 @@ rehearsal: $(STAMP)  ## Run a scale on tiny random checkpoints: make rehearsal F
 
 # Docstrings are read without an import, so the site needs none of the project's packages.
 docs: .venv-docs/.installed  ## Build the documentation site in build/docs; a dead link is an error
-	.venv-docs/bin/mkdocs build $(ARGS)
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build $(ARGS)
 
 schema: $(STAMP)  ## Write the JSON Schema of config.yaml for editors
 	$(RUN) python -m tafs.experiment.json_schema > workflow/schemas/config.schema.json.new

@@ -8,6 +8,6 @@ if [ ! -f pyproject.toml ] || [ ! -d tafs ]; then
     exit 1
 fi
 # The pins of requirements-nodeps.txt: conda's list for pip cannot say --no-deps.
-python -m pip install --quiet --no-deps hpsv2==1.2.0 image-reward==1.5
+python -m pip install --quiet --no-deps axe-playwright-python==0.1.8 hpsv2==1.2.0 image-reward==1.5
 # The project itself; environment.yml holds its dependencies.
 python -m pip install --quiet --no-deps --editable .

@@ -1,4 +1,4 @@
-"""Compare the predicted memory of a training (tafs/models/memory.py) with measured peaks.
+"""Compare the predicted memory of a training (tafs/models/memory_model.py) with measured peaks.
 
     python benchmarks/memory_model.py
 
@@ -28,8 +28,8 @@ from transformers import CLIPConfig, CLIPModel
 from tafs import experiment
 from tafs.common import errors
 from tafs.methods import registry
-from tafs.models import architectures, catalog, flops, memory
-from tafs.models.memory import FLOAT, HALF, Setting
+from tafs.models import architectures, catalog, flops, memory_model
+from tafs.models.memory_model import FLOAT, HALF, Setting
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURED = ROOT / "results" / "reference" / "gpu"
@@ -65,7 +65,7 @@ def reward_activations() -> float:
     total = 0.0
     for settings in FULL.rewards.values():
         vision = settings["vision_config"]
-        total += memory.tower(
+        total += memory_model.tower(
             vision["hidden_size"],
             vision["num_hidden_layers"],
             (vision["image_size"] // vision["patch_size"]) ** 2 + 1,
@@ -128,7 +128,7 @@ class Prediction:
                 ),
                 retained=run.method == "reward_instruct",  # RG-LCD takes one gradient for all
             )
-        self.phases = memory.phases(self.architecture, self.model, self.setting)
+        self.phases = memory_model.phases(self.architecture, self.model, self.setting)
         size = architectures.size(self.architecture, self.model, FULL.resolution, RANK)
         self.adapter = FLOAT * size.adapter  # bytes
 
@@ -138,7 +138,7 @@ class Prediction:
         table = config.get("pos_embed_max_size", 0) ** 2 * config.get("caption_projection_dim", 0)
         if "method" in self.line:
             case = f"iteration of {self.line['method']}, {images}"
-            total = memory.peak(self.phases) - 2 * self.adapter
+            total = memory_model.peak(self.phases) - 2 * self.adapter
         else:
             parts = self.phases["sampling"]
             total = sum(parts[name] for name in ("network", "autoencoder", "rewards", "adapter"))
@@ -150,7 +150,7 @@ class Prediction:
         details += ["bfloat16 adapter"] * ("adapter in bf16" in self.what)
         details += ["128 tokens"] * (self.architecture.tokens == 128)
         details += ["peft's layer"] * (self.peft and self.line.get("grad", False))
-        gigabytes = (total + FLOAT * table) / memory.GB
+        gigabytes = (total + FLOAT * table) / memory_model.GB
         case = ", ".join([case, *details])
         return Measurement(self.architecture.title, case, self.line["peak_gb"], gigabytes)
 
@@ -158,7 +158,7 @@ class Prediction:
         """A single call: its name, and its bytes beside the weights."""
         if self.what in DECODED:
             resolution, count = DECODED[self.what]
-            decoded = count * memory.decoder(self.architecture.vae, resolution).forward
+            decoded = count * memory_model.decoder(self.architecture.vae, resolution).forward
             return f"{self.what}, {count} images", decoded
         if self.what == "direction":
             parts = self.phases["reward gradients"]
@@ -176,7 +176,7 @@ class Prediction:
         """
         if "adapter in bf16" in self.what:
             return 0.0
-        chain = memory.blocks(self.architecture, self.model, FULL.resolution, RANK, HALF)
+        chain = memory_model.blocks(self.architecture, self.model, FULL.resolution, RANK, HALF)
         double = self.architecture.transformer["num_layers"]
         added = [
             block.given * (4 * FLOAT / HALF - 2 if place < double else 3 * FLOAT / HALF - 1)

@@ -18,6 +18,7 @@ SCRIPTS = {
     file.name for file in (ROOT / "benchmarks").glob("*.py") if "__main__" in file.read_text()
 }
 TESTED = {
+    "clean_renders.py",
     "cpu_share.py",
     "interval_coverage.py",
     "memory_model.py",
@@ -46,6 +47,12 @@ def printed(script: str, *arguments: object) -> str:
 
 def test_every_script_has_a_test():
     assert SCRIPTS == TESTED
+
+
+def test_the_recogniser_reads_clean_renders_in_every_font():
+    header, *rows = printed("clean_renders.py", "--prompts", 5).splitlines()
+    assert header.split() == ["font", "all", "numbers", "short", "long"]
+    assert len(rows) == 3 and all(float(row.split()[1]) >= 0.9 for row in rows)
 
 
 def test_training_loop_compares_the_methods_of_a_scale():

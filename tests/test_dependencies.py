@@ -64,7 +64,7 @@ def declared(*extras: str) -> dict[str, Requirement]:
     return {canonicalize_name(s.name): s for s in specs if s.name != "tafs"}
 
 
-EVERYTHING = ("workflow", "imagereward", "quantize", "test")
+EVERYTHING = ("workflow", "imagereward", "quantize", "ocr", "test")
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_requirements_txt_installs_everything_at_the_locked_versions() -> None:
         for text in PROJECT["optional-dependencies"]["test"]
         if text.startswith("tafs[")
     ]
-    assert inherited.extras == {"workflow", "imagereward", "quantize"}
+    assert inherited.extras == {"workflow", "imagereward", "quantize", "ocr"}
 
 
 def test_the_installed_versions_are_the_locked_ones(lock: dict[str, Version]) -> None:
@@ -123,7 +123,7 @@ def test_packages_without_dependencies_are_pinned_and_not_locked(lock: dict[str,
 @pytest.mark.parametrize(
     ("folders", "extras"),
     [
-        (("tafs", "baselines", "benchmarks"), ("workflow", "imagereward", "quantize")),
+        (("tafs", "baselines", "benchmarks"), ("workflow", "imagereward", "quantize", "ocr")),
         (("tests",), EVERYTHING),
     ],
 )

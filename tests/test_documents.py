@@ -25,11 +25,11 @@ NOTEBOOK = ROOT / "docs" / "first_steps.ipynb"
 
 # Code that is not run here, by its first line, and why.
 NOT_RUN = {
-    "PLUGIN = ModelPlugin(": "parts of a file of `make new-model`; tests/models runs one",
+    "PLUGIN = ModelPlugin(": "parts of a file of `tafs new model`; tests/models runs one",
     "class SanaTrainedBackbone(Backbone):": "as above",
-    "METRIC = Metric(": "parts of a file of `make new-reward`; tests/rewards runs one",
+    "METRIC = Metric(": "parts of a file of `tafs new reward`; tests/rewards runs one",
     'PROMPT_SET = PromptSet(train=train, test=test, assets=("shapes", "hub"))': "a part of a file "
-    "of `make new-prompts`; tests/data runs one",
+    "of `tafs new prompts`; tests/data runs one",
     "import json, pathlib, sys": "tests/tracking/test_run_view.py runs it on a journal",
 }
 # Commands that are run, after the code of their page. The others only parse: they set up an

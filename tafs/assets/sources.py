@@ -1,8 +1,8 @@
 """The asset sources: the models, rewards and prompts that a scale's settings select.
 
-The source `shapes` is embedded: its files are shipped with the package. The source `hub` consists
-of the published models: the entries of resources.yaml, pinned by the scale's lock file and
-downloaded beforehand.
+The sources `shapes` and `words` are embedded: their files are shipped with the package. The source
+`hub` consists of the published models: the entries of resources.yaml, pinned by the scale's lock
+file and downloaded beforehand.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tafs.assets import cache
 from tafs.common.files import sha256
 from tafs.common.yaml_files import suggestion
 from tafs.data import geneval_rows
-from tafs.data.prompt_sets import prompt_set, prompt_sets
+from tafs.data.prompt_sets import Assets, prompt_set, prompt_sets
 from tafs.data.prompts import Prompt, digest
 from tafs.models import Backbone, catalog, loading
 from tafs.models.catalog import Model
@@ -33,6 +33,8 @@ from tafs.rewards import metrics
 from tafs.rewards.metrics import METRICS, Metric, Reward
 from tafs.rewards.registry import RewardSet, load
 from tafs.shapes import captions, scenes, weights
+from tafs.words import ROOT as WORDS
+from tafs.words import captions as words
 
 
 class AssetSettings(BaseModel):
@@ -40,7 +42,7 @@ class AssetSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    assets: Literal["shapes", "hub"]
+    assets: Assets
     lock: str  # path of the lock file that pins the hub's files
     device: Literal["cpu", "cuda", "auto"]
     dtype: Literal["float32", "bfloat16"]
@@ -92,8 +94,7 @@ class AssetSource(ABC):
         """
         chosen = {name for name, metric in METRICS.items() if not metric.optional} | {*optional}
         available = [m for m in METRICS.values() if m.name in chosen and self._scores(m)]
-        metadata = ("", *prompt_set(prompts).metadata)
-        return tuple(m.name for m in available if m.metadata in metadata)
+        return tuple(m.name for m in available if m.fits(prompt_set(prompts)))
 
     def prompts(self, name: str, split: str) -> list[Prompt]:
         """The prompts of a set's split, "train" or "test".
@@ -134,6 +135,17 @@ class AssetSource(ABC):
     def random(self, names: Sequence[str]) -> list[str]:
         """The resources of models and rewards that are marked as randomly initialised."""
         return []
+
+    def embeddings(
+        self, files: Mapping[str, str], pipeline: str, max_sequence_length: int
+    ) -> Path | None:
+        """The folder of the prompts' embeddings that a model shares; None: they are not stored.
+
+        Args:
+            files: SHA-256 of what the model consists of, by resource or file.
+            pipeline: its diffusers pipeline class.
+        """
+        return None
 
     @abstractmethod
     def folder(self, resource: str) -> Path:
@@ -191,16 +203,19 @@ class AssetSource(ABC):
         }
 
 
-class ShapesAssets(AssetSource):
-    """The embedded models and rewards, and plug-ins that need no downloads."""
+class EmbeddedAssets(AssetSource):
+    """Embedded models, and rewards that need no downloads."""
+
+    root: Path  # of the models' weights
 
     def folder(self, resource: str) -> Path:
         raise ValueError(
-            f"{resource}: the assets 'shapes' have no downloads; use a scale with assets: hub"
+            f"{resource}: the assets {self.settings.assets!r} have no downloads; use a scale with "
+            "assets: hub"
         )
 
     def pipeline_folder(self, model: Model) -> Path:
-        return weights.verify(model.resource)
+        return weights.verify(model.resource, self.root)
 
     def model(self, name: str, resolution: int) -> Any:
         model = catalog.read()[name]
@@ -208,18 +223,47 @@ class ShapesAssets(AssetSource):
         return self.backbone(folder, resolution, model.guidance, model.max_sequence_length)
 
     def _scores(self, metric: Metric) -> bool:
-        return metric.name in metrics.ORDER or not (metric.resources or metric.served)
+        return not (metric.resources or metric.served)
+
+    def _reward(self, name: str, strict: bool) -> Reward:
+        return self._plugin(name, strict)
+
+    def _file_digests(self, names: Sequence[str], prompts: Sequence[str]) -> dict[str, str]:
+        models = [name for name in names if name not in METRICS]
+        return {name: weights.digest(name, self.root) for name in models}
+
+
+class ShapesAssets(EmbeddedAssets):
+    """The embedded shapes, with small models of the paper's rewards."""
+
+    root = weights.ROOT
+
+    def _scores(self, metric: Metric) -> bool:
+        return metric.name in metrics.ORDER or super()._scores(metric)
 
     def _reward(self, name: str, strict: bool) -> Reward:
         if name in metrics.ORDER:
             from tafs.shapes import rewards
 
             return rewards.build(name, self.device, strict_geneval=strict)
-        return self._plugin(name, strict)
+        return super()._reward(name, strict)
 
     def _file_digests(self, names: Sequence[str], prompts: Sequence[str]) -> dict[str, str]:
         shipped = [name for name in names if name not in METRICS or name in metrics.ORDER]
         return {name: weights.digest(name) for name in shipped if name != "geneval"}
+
+
+class WordsAssets(EmbeddedAssets):
+    """The embedded words, with the published recogniser."""
+
+    root = WORDS
+
+    def _reward(self, name: str, strict: bool) -> Reward:
+        if name == "ocr":
+            from tafs.words import rewards
+
+            return rewards.ocr()
+        return super()._reward(name, strict)
 
 
 class HubAssets(AssetSource):
@@ -248,8 +292,9 @@ class HubAssets(AssetSource):
         guided = (model.guidance, model.max_sequence_length)
         resolution = model.resolution or resolution
         if model.trainable:
-            folder = self.pipeline_folder(model)
-            return self.backbone(folder, resolution, *guided, self._embeddings(model))
+            folder, files = self.pipeline_folder(model), self.digests([name])
+            stored = self.embeddings(files, model.pipeline, model.max_sequence_length)
+            return self.backbone(folder, resolution, *guided, stored)
         from tafs.models.pipelines import ReferencePipeline
 
         folders = {resource: self.folder(resource) for resource in model.resources}
@@ -257,12 +302,11 @@ class HubAssets(AssetSource):
         chosen = {key: settings[key] for key in ("resolution", "device", "dtype")}
         return ReferencePipeline.load(model, folders, **chosen)
 
-    def _embeddings(self, model: Model) -> Path:
-        """The folder of all that is encoded with the same weights and libraries."""
+    def embeddings(self, files: Mapping[str, str], pipeline: str, max_sequence_length: int) -> Path:
         versions = [version(name) for name in ("diffusers", "torch", "transformers")]
         device = torch.device(self.device).type
-        own = [model.resource, model.pipeline, model.max_sequence_length, self.settings.dtype]
-        content = json.dumps([cache.digest(model.resource, self.lock), *own, device, *versions])
+        own = [pipeline, max_sequence_length, self.settings.dtype, device]
+        content = json.dumps([dict(sorted(files.items())), *own, *versions])
         return cache.home() / "embeddings" / hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def random(self, names: Sequence[str]) -> list[str]:
@@ -281,16 +325,19 @@ class HubAssets(AssetSource):
 
 def of(settings: AssetSettings, gpu: int = 0) -> AssetSource:
     """The asset source of a run's settings; `gpu` is the index of this process's GPU."""
-    return {"shapes": ShapesAssets, "hub": HubAssets}[settings.assets](settings, gpu)
+    kinds = {"shapes": ShapesAssets, "words": WordsAssets, "hub": HubAssets}
+    return kinds[settings.assets](settings, gpu)
 
 
 def prompt_sets_of(assets: str) -> tuple[str, ...]:
-    """The prompt sets that can be used with the assets "shapes" or "hub"."""
+    """The prompt sets that can be used with an asset source."""
     return tuple(name for name, found in prompt_sets().items() if assets in found.assets)
 
 
 def text_problem(text: str, assets: str) -> str | None:
-    """Why the models of "shapes" or "hub" cannot take a prompt; None: they can."""
+    """Why the models of an asset source cannot take a prompt; None: they can."""
+    if assets == "words":
+        return words.problem(text)
     spoken = text.split() if assets == "shapes" else []
     unknown = next((word for word in spoken if word not in captions.words()), None)
     if unknown is not None:
@@ -301,7 +348,7 @@ def text_problem(text: str, assets: str) -> str | None:
 
 
 def prompt_problem(name: str, assets: str) -> str | None:
-    """Why models or rewards of "shapes" or "hub" cannot take a prompt of a file; None: they can.
+    """Why models or rewards of an asset source cannot take a prompt of a file; None: they can.
 
     Names the file and the line.
     """

@@ -12,6 +12,7 @@ import typer
 from tafs.cli import output
 from tafs.cli.app import AGAIN, app, command
 from tafs.cli.options import JsonOption, ResultsOption, ScaleOption, above_zero, overrides
+from tafs.common.plugins import installed
 
 if TYPE_CHECKING:
     from tafs.assets.sources import AssetSettings
@@ -25,12 +26,13 @@ AdapterOption = Annotated[
     Path | None,
     typer.Option("--adapter", metavar="PATH", help="A .safetensors file or a folder with one."),
 ]
-PROTOCOL = "A name of tafs/evaluation/protocols/, or a .yaml file"
+PROTOCOL = "A name of tafs/evaluation/protocols/ or of a plug-in, or a .yaml file"
 
 
 def _protocols() -> list[str]:
     folder = Path(__file__).parents[1] / "evaluation" / "protocols"
-    return sorted(file.stem for file in folder.glob("*.yaml"))
+    others = {plugin.name for plugin in installed("tafs.protocols")}
+    return sorted({file.stem for file in folder.glob("*.yaml")} | others)
 
 
 @command(
@@ -226,7 +228,7 @@ def sample(
             sampled = samples.of_run(run_dir)
         else:
             entry = catalog.read().get(str(model))
-            default = "shapes" if entry is not None and entry.assets == "shapes" else "paper"
+            default = "paper" if entry is None or entry.assets == "hub" else entry.assets
             assets = None if scale is None else _assets(scale, results)[0]
             chosen = protocols.read(protocol or default, assets)
             sampled = samples.of_model(str(model), chosen, adapter)

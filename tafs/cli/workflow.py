@@ -73,7 +73,7 @@ def plan(
     given = overrides(scale=scale, results=results, method=method, seeds=seeds)
     options: dict[str, Any] = {"nodes": nodes, "price": gpu_hour_price, "tflops": tflops}
     if json_wanted:
-        output.as_json(plan_report.record(given, **options))
+        output.as_json(plan_report.record(given, **options, gpu_memory=gpu_memory))
     else:
         print(plan_report.report(given, **options, gpu_memory=gpu_memory, verbose=verbose))
     return 0

@@ -1,7 +1,7 @@
 """Find plug-ins by name: modules of a shipped package, and entry points of installed packages.
 
-A plug-in is an object that a module defines. Methods, rewards, prompt sets and models each have a
-`Group`, which finds two kinds of plug-ins:
+A plug-in is an object that a module defines. Methods, rewards, prompt sets, models and protocols
+each have a `Group`, which finds two kinds of plug-ins:
 
 - shipped: every module of `package` is one, and its name is the file's name;
 - installed: every entry point of the group, by the entry point's name. In a package's
@@ -43,13 +43,13 @@ class Group:
         kind: in messages, "method"; the entry-point group is then "tafs.methods".
         attribute: the name of the object that a plug-in's module defines, "METHOD".
         package: the package whose modules are the shipped plug-ins, except modules whose names
-            begin with "_".
+            begin with "_"; "": there are none.
         modules: further shipped plug-ins, (name, module) each.
     """
 
     kind: str
     attribute: str
-    package: str
+    package: str = ""
     modules: tuple[tuple[str, str], ...] = ()
 
     def names(self) -> list[str]:
@@ -108,7 +108,7 @@ class Group:
 
     def _plugins(self) -> dict[str, EntryPoint]:
         group = f"tafs.{self.kind}s"
-        path = importlib.import_module(self.package).__path__
+        path = importlib.import_module(self.package).__path__ if self.package else []
         files = [info.name for info in pkgutil.iter_modules(path) if info.name[0] != "_"]
         shipped = {**dict(self.modules), **{name: f"{self.package}.{name}" for name in files}}
         found = {name: EntryPoint(name, module, group) for name, module in shipped.items()}

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from tafs.common.yaml_files import first_problem
 from tafs.data import prompt_sets
 from tafs.data.prompt_sets import PromptSet
-from tafs.data.prompts import Prompt, digest
+from tafs.data.prompts import Prompt, digest, quoted
 
 HELD_OUT = 5  # one of so many prompts is held out
 ENDINGS = (".txt", ".jsonl")
@@ -185,8 +185,9 @@ def register(files: Sequence[Path]) -> str:
     prompt_sets.FROM_FILES[name] = PromptSet(
         train=lambda _: list(train),
         test=lambda _: list(test),
-        assets=("shapes", "hub"),
+        assets=("shapes", "words", "hub"),
         metadata=("include",) if "include" in train[0].row else (),
+        quotes=all(quoted(prompt.text) for prompt in (*train, *test)),
         files=tuple(map(str, files)),
         places=places,
     )

@@ -11,10 +11,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 from tafs.common.plugins import Group
 from tafs.data.prompts import Prompt
 
+# Where models, rewards and prompts come from: shipped with this project, or resources.yaml.
+Assets = Literal["shapes", "words", "hub"]
 Folder = Callable[[str], Path]  # an entry of resources.yaml -> the folder of its verified files
 
 
@@ -25,10 +28,11 @@ class PromptSet:
     Args:
         train: folder -> the prompts to train on.
         test: folder -> the prompts to evaluate on; none of them is in `train`.
-        assets: asset sources whose models can draw these prompts, of "shapes" and "hub".
+        assets: asset sources whose models can draw these prompts, of `Assets`.
         shares: how often training draws each tag, adding up to 1; None: all tags equally often.
         resources: entries of resources.yaml that `train` and `test` read.
         metadata: entries that every row of `test` has and metrics need: "include" is GenEval's.
+        quotes: whether every prompt has a text in double quotes, which the metric `ocr` needs.
         files: where a set of tafs.data.prompt_files comes from.
         places: the file and line of each prompt of such a set, by its text.
     """
@@ -39,6 +43,7 @@ class PromptSet:
     shares: Mapping[str, float] | None = None
     resources: tuple[str, ...] = ()
     metadata: tuple[str, ...] = ()
+    quotes: bool = False
     files: tuple[str, ...] = ()
     places: Mapping[str, str] = field(default_factory=dict)
 

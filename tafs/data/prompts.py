@@ -24,6 +24,12 @@ class Prompt:
         return str(self.row.get("tag", ""))
 
 
+def quoted(text: str) -> str:
+    """The text in the first pair of double quotes; "" if there is none."""
+    parts = text.split('"')
+    return parts[1].strip() if len(parts) > 2 else ""
+
+
 def read(path: Path, keys: Sequence[str] = ("prompt",)) -> list[Prompt]:
     """Read the prompts of a JSON Lines file, in its order.
 

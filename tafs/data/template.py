@@ -1,12 +1,10 @@
-"""`python -m tafs.data.template NAME` writes a prompt set, NAME.py and NAME.txt, that works."""
+"""`tafs new prompts NAME` writes a prompt set, NAME.py and NAME.txt, that works."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from tafs.common import stubs
-from tafs.common.errors import run_cli
 from tafs.data.prompt_sets import PLUGINS
 
 FOLDER = Path(__file__).parent / "plugins"
@@ -72,14 +70,3 @@ def create(name: str) -> str:
         f"  python -m pytest tests/data/test_contract.py -k {name}\n"
         "  snakemake all --config scale=smoke"
     )
-
-
-def main() -> None:
-    if len(sys.argv) != 2:
-        print("usage: python -m tafs.data.template NAME", file=sys.stderr)
-        sys.exit(2)
-    run_cli("tafs.data.template", lambda: print(create(sys.argv[1])))
-
-
-if __name__ == "__main__":
-    main()

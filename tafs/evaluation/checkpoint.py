@@ -25,7 +25,7 @@ from tafs.common.errors import one_line
 from tafs.common.files import atomic_text, sha256
 from tafs.common.yaml_files import ConfigError, suggestion
 from tafs.data.prompt_sets import prompt_set
-from tafs.evaluation import served
+from tafs.evaluation import scoring, served
 from tafs.evaluation.evaluate import judge as judge_run
 from tafs.evaluation.evaluate import verified_rewards
 from tafs.evaluation.protocol import Protocol
@@ -34,9 +34,7 @@ from tafs.experiment.specs import RunSpec
 from tafs.models import adapters, catalog, loading
 from tafs.models.adapters import Adapter
 from tafs.rewards.metrics import METRICS
-from tafs.runtime import checkpoint, gpus, receipts
-from tafs.runtime.main import memory
-from tafs.runtime.memory import Reduced
+from tafs.runtime import checkpoint, gpus, memory, receipts
 from tafs.runtime.receipts import Needs
 from tafs.runtime.run_dir import BASE, RunDir
 
@@ -86,17 +84,17 @@ def target(given: str, protocol: Protocol) -> Target:
             f"--model {given}: its assets are {entry.assets!r}, but those of protocol "
             f"{protocol.name} are {content.assets!r}; choose another protocol"
         )
-    published = not entry.trainable
+    published, files = not entry.trainable, source.digests([given])
 
     def load() -> Any:
         if published:
             return source.model(given, content.resolution)
-        return _backbone(source.pipeline_folder(entry), entry.pipeline, protocol)
+        return _backbone(source.pipeline_folder(entry), entry.pipeline, files, protocol)
 
     return Target(
         name=given,
         title=entry.title,
-        files=source.digests([given]),
+        files=files,
         settings=entry.settings() if published else {"pipeline": entry.pipeline},
         random_weights=tuple(source.random([given])),
         published_steps=entry.steps if published else None,
@@ -112,27 +110,30 @@ def _folder(folder: Path, protocol: Protocol) -> Target:
         raise ConfigError(f"{index}: no backbone samples a {kind!r} (available: {known})")
     parts = [part for part in json.loads(index.read_bytes()) if re.fullmatch(r"\w+", part)]
     inside = [file for part in parts for file in (folder / part).rglob("*") if file.is_file()]
+    files = {f.relative_to(folder).as_posix(): sha256(f) for f in sorted({index, *inside})}
     return Target(
         name=re.sub(r"[^A-Za-z0-9_-]+", "-", folder.resolve().name)[:40],
         title=one_line(folder.resolve().name, 60),
-        files={f.relative_to(folder).as_posix(): sha256(f) for f in sorted({index, *inside})},
+        files=files,
         settings={"pipeline": kind},
         random_weights=(),
         published_steps=None,
-        load=lambda: _backbone(folder, kind, protocol),
+        load=lambda: _backbone(folder, kind, files, protocol),
     )
 
 
-def _backbone(folder: Path, kind: str, protocol: Protocol) -> Any:
+def _backbone(folder: Path, kind: str, files: Mapping[str, str], protocol: Protocol) -> Any:
     guided = protocol.content.pipelines.get(kind)
     if guided is None:
         raise ConfigError(
             f"protocol {protocol.name}: pipelines: has no {kind!r}; add its guidance and "
             "max_sequence_length"
         )
+    length = guided.max_sequence_length
+    stored = protocol.source.embeddings(files, kind, length)
     try:
         return protocol.source.backbone(
-            folder, protocol.content.resolution, guided.guidance, guided.max_sequence_length
+            folder, protocol.content.resolution, guided.guidance, length, stored
         )
     except OSError as error:  # of diffusers; its text has many lines
         raise ValueError(f"{folder}: cannot be loaded ({one_line(str(error))})") from None
@@ -211,7 +212,7 @@ def judge(given: str, protocol: Protocol, results: Path, adapter: Path | None = 
     if (stale or unserved) and protocol.source.settings.device == "cuda":
         gpus.claim(1)
     if stale:
-        with memory("use a larger GPU"):
+        with memory.reported("use a larger GPU"):
             _score(found, stale)
         gc.collect()
         torch.cuda.empty_cache()  # the server may need the memory
@@ -237,6 +238,7 @@ def _score(found: Judged, stale: Sequence[bool]) -> None:
     converted = None
     if found.adapter is not None:  # refused before hours of work for the base model
         converted = adapters.convert(found.adapter, model.pipeline)
+    scorer = scoring.Local(rewards, lambda _: model)
     for adapted in stale:
         run = found.run(adapted)
         _describe(found, run, adapted)
@@ -247,8 +249,8 @@ def _score(found: Judged, stale: Sequence[bool]) -> None:
             while not _done(run, "evaluate", found.needs(adapted)):  # by another process
                 try:
                     needed = found.needs(adapted)
-                    judge_run(run, needed, rewards, lambda _: model, seeds=protocol.seeds)
-                except Reduced as reduced:
+                    judge_run(run, needed, scorer, own, seeds=protocol.seeds)
+                except memory.Reduced as reduced:
                     print(reduced, flush=True)
                     torch.cuda.empty_cache()
             if not protocol.served:

@@ -6,9 +6,8 @@ training prompts with noise of its own, so it does not favour the held-out promp
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,9 +17,9 @@ from tafs.common import errors
 from tafs.data.prompts import Prompt
 from tafs.evaluation import generate
 from tafs.evaluation.scores import PartialScores
-from tafs.experiment.specs import EvalSetting, EvalSpec
+from tafs.evaluation.scoring import Scorer, Work
+from tafs.experiment.specs import EvalSpec
 from tafs.rewards.metrics import METRICS
-from tafs.rewards.registry import RewardSet
 from tafs.runtime.deadline import Deadline
 
 # Differs from the seeds of trainings and of the images that models are judged on.
@@ -48,8 +47,7 @@ def validation_prompts(
 
 
 def choose(
-    model: Any,
-    rewards: RewardSet,
+    scorer: Scorer,
     prompts: Sequence[Prompt],
     evaluation: EvalSpec,
     partial: PartialScores,
@@ -61,7 +59,7 @@ def choose(
     The scores of each sampler are saved, so that a later job continues after the last one.
 
     Args:
-        model: a Backbone, of the setting's iteration.
+        scorer: of the evaluation.
         prompts: for validation.
         partial: its `sampler` and `qualities` are set.
         deadline: of this job.
@@ -73,8 +71,7 @@ def choose(
     if len(evaluation.samplers) == 1:
         partial.sampler = evaluation.samplers[0]
         return
-    texts, scores = [prompt.text for prompt in prompts], partial.validation
-    worked = False
+    scores, worked = partial.validation, False
     for sampler in evaluation.samplers:
         if sampler in scores:
             continue
@@ -85,17 +82,15 @@ def choose(
                 f"saved the choice of the sampler of {partial.folder.name}, to be continued: "
                 f"{deadline.expired}"
             )
-        worked, begun = True, time.perf_counter()
-        setting = EvalSetting(sampler=sampler, nfe=partial.setting.nfe, images_per_prompt=1)
-        batches = generate.sample(model, texts, setting, evaluation.batch, seed=seed)
+        worked = True
+        changes = {"sampler": sampler, "images_per_prompt": 1}
+        setting = partial.setting.model_copy(update=changes)
         parts = []
-        for keys, images in batches:
-            parts.append(rewards.report(rewards.score(images, [prompts[p] for p, _ in keys])))
+        for scored in scorer.score(Work(setting, prompts, evaluation.batch, seed)):
+            parts.append(scored.scores)
+            partial.seconds["choose"] += sum(scored.seconds.values())
             deadline.tick()
-        scores[sampler] = {
-            name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]
-        }
-        partial.seconds["choose"] += time.perf_counter() - begun
+        scores[sampler] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     partial.qualities = found = quality(scores)
     partial.sampler = max(found, key=lambda sampler: found[sampler])
     partial.save(None)

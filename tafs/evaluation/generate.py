@@ -25,6 +25,8 @@ EVALUATION_SEED = 1_000_003
 
 Keys = list[tuple[int, int]]  # (prompt, image) of a batch
 Images = Iterator[tuple[Keys, Tensor]]
+Share = tuple[int, int]  # (n, of): every of-th batch from the n-th on
+ALL: Share = (0, 1)
 
 
 @torch.no_grad()
@@ -35,6 +37,7 @@ def sample(
     batch: int,
     seed: int = EVALUATION_SEED,
     first: int = 0,
+    share: Share = ALL,
 ) -> Images:
     """Generate images in batches; the images of a prompt are adjacent.
 
@@ -47,12 +50,13 @@ def sample(
         setting: the sampler (not BEST), its steps, and the number of images per prompt.
         batch: images per batch.
         first: the index of the image to start with, the first one of a batch.
+        share: the batches to generate, counted from `first`.
 
     Yields:
         ([(prompt, image)], images [b, 3, H, W] in [0, 1] on the model's device).
     """
     keys = list(itertools.product(range(len(texts)), range(setting.images_per_prompt)))
-    starts = range(first, len(keys), batch)
+    starts = range(first, len(keys), batch)[share[0] :: share[1]]
     batches = {n: keys[n : n + batch] for n in starts}
     of = _of_pipeline if setting.sampler == PIPELINE else _of_backbone
     done = first
@@ -88,7 +92,7 @@ def _of_backbone(
     ]
     sampler = sampling.SAMPLERS[setting.sampler]
     grid = sampling.uniform_grid(setting.nfe) if sampler.uniform else model.time_grid(setting.nfe)
-    model.prepare(texts)
+    model.prepare([texts[p] for part in batches.values() for p, _ in part])
     for keys in batches.values():
         cond = model.encode([texts[p] for p, _ in keys])
         x_0 = sampling.integrate(

@@ -43,15 +43,20 @@ def pixels(images: Tensor) -> Tensor:
     return (images.permute(0, 2, 3, 1) * 255).round().byte().cpu().contiguous()
 
 
+def encode(image: Tensor) -> bytes:
+    """A PNG file of an image, uint8 [H, W, 3]."""
+    encoded = io.BytesIO()
+    Image.fromarray(image.numpy()).save(encoded, "PNG", compress_level=1)
+    return encoded.getvalue()
+
+
 class Archive(zipfile.ZipFile):
     """An archive of images."""
 
-    def add(self, key: Key, image: Tensor) -> None:
-        """Add an image, uint8 [H, W, 3]."""
-        encoded = io.BytesIO()
-        Image.fromarray(image.numpy()).save(encoded, "PNG", compress_level=1)
+    def add(self, key: Key, encoded: bytes) -> None:
+        """Add an image, a PNG file."""
         # ZipInfo has a fixed date, so that equal images give equal archives.
-        self.writestr(zipfile.ZipInfo(key.member), encoded.getvalue())
+        self.writestr(zipfile.ZipInfo(key.member), encoded)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from tafs.assets.sources import AssetSource
 from tafs.common.errors import one_line
 from tafs.common.yaml_files import ConfigError, suggestion
 from tafs.data import prompts
-from tafs.data.prompts import Prompt
+from tafs.data.prompts import Prompt, quoted
 from tafs.evaluation import served
 from tafs.evaluation.evaluate import verified_rewards
 from tafs.rewards import golden, statistics
@@ -77,8 +77,15 @@ def score_images(
                 f"{prompt_file}: {bare.text!r} has no {key!r}, which {metric} needs; give JSON "
                 "Lines with GenEval's metadata"
             )
+    if METRICS[metric].quotes:
+        bare = next((prompt for _, prompt in pairs if not quoted(prompt.text)), None)
+        if bare is not None:
+            raise ConfigError(
+                f"{prompt_file}: {bare.text!r} has no text in double quotes, which {metric} needs; "
+                "quote what the image should say"
+            )
     with ExitStack() as stack:
-        if METRICS[metric].served and source.settings.assets != "shapes":
+        if METRICS[metric].served and source.settings.assets == "hub":
             log = Path(f"{metric}-server.log")
             client = stack.enter_context(served.client(metric, source, len(pairs), log))
             reward = client.reward()

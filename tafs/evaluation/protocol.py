@@ -1,15 +1,16 @@
 """Protocols: how any checkpoint is judged, pinned by a SHA-256.
 
-A protocol is a YAML file of tafs/evaluation/protocols/, or any other. Its SHA-256 is that of its
-values with every default filled in, of the prompts, and of the weights behind the metrics. Neither
-comments, order, `title` and `batch` nor the file's name and place change it.
+A protocol is a YAML file of tafs/evaluation/protocols/, or any other, or a plug-in of an installed
+package (entry-point group `tafs.protocols`): the path of such a file, or its content. Its SHA-256
+is that of its values with every default filled in, of the prompts, and of the weights behind the
+metrics. Neither comments, order, `title` and `batch` nor the file's name and place change it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,9 +20,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tafs.assets import lockfile, sources
 from tafs.assets.sources import AssetSettings, AssetSource
+from tafs.common.plugins import Group
 from tafs.common.yaml_files import ConfigError, first_problem, load_yaml, suggestion
 from tafs.data import prompts
-from tafs.data.prompt_sets import FROM_FILES, prompt_set
+from tafs.data.prompt_sets import FROM_FILES, Assets, prompt_set
 from tafs.data.prompts import Prompt
 from tafs.evaluation import choose
 from tafs.evaluation.choose import Seeds
@@ -34,7 +36,9 @@ from tafs.models.quantization import Quantization
 from tafs.rewards.metrics import METRICS
 
 FOLDER = Path(__file__).parent / "protocols"
+ENDINGS = (".yaml", ".yml")
 UNPINNED = ("title", "batch")  # keys that decide no image
+PLUGINS = Group(kind="protocol", attribute="PROTOCOL")
 
 
 class _Strict(BaseModel):
@@ -52,7 +56,7 @@ class Content(_Strict):
     """The keys of a protocol's file; tafs/evaluation/protocols/shapes.yaml explains them."""
 
     title: Text = ""
-    assets: Literal["shapes", "hub"]
+    assets: Assets
     dtype: Literal["float32", "bfloat16"]
     quantize: Quantization = Field(default="none", exclude_if=lambda chosen: chosen == "none")
     prompts: Prompts
@@ -85,7 +89,7 @@ class Protocol:
     @property
     def served(self) -> tuple[str, ...]:
         """Those of its metrics that a server computes."""
-        if self.content.assets == "shapes":
+        if self.content.assets != "hub":
             return ()
         return tuple(name for name in self.metrics if METRICS[name].served)
 
@@ -164,38 +168,41 @@ class Protocol:
 
 
 def names() -> list[str]:
-    """The shipped protocols."""
-    return sorted(file.stem for file in FOLDER.glob("*.yaml"))
+    """The shipped protocols, and those of installed packages.
+
+    Raises:
+        ValueError: two protocols have the same name; names both.
+    """
+    shipped, others = {file.stem for file in FOLDER.glob("*.yaml")}, PLUGINS.names()
+    for name in shipped.intersection(others):
+        raise ConfigError(
+            f"protocol {name!r} is defined twice, by {FOLDER / name}.yaml and by "
+            f"{PLUGINS.source(name)}; rename or uninstall the second"
+        )
+    return sorted({*shipped, *others})
 
 
 def read(name: str, assets: AssetSettings | None = None) -> Protocol:
     """Read a protocol.
 
     Args:
-        name: of a shipped protocol, or the path of a file that ends in .yaml.
+        name: one of `names`, or the path of a file that ends in .yaml.
         assets: where assets are and what they run on; None: on the CPU for the embedded assets,
             and otherwise on a GPU with the lock file in the current folder.
 
     Raises:
         ConfigError: an unknown protocol, or a wrong value; one line that names the file and key.
     """
-    is_file = name.endswith((".yaml", ".yml"))
-    if not is_file and name not in names():
-        raise ConfigError(
-            f"--protocol: unknown protocol {name!r}, and not a .yaml file"
-            f"{suggestion(name, names())}"
-        )
-    file = Path(name) if is_file else FOLDER / f"{name}.yaml"
+    file, values = _values(name)
     try:
-        context = {"folder": file.parent}
-        content = Content.model_validate(load_yaml(file, dict), context=context)
+        content = Content.model_validate(values, context={"folder": file.parent})
     except ValidationError as error:
         raise ConfigError(f"{file}: {first_problem(error, Content)}") from None
     if assets is None:
         assets = AssetSettings(
             assets=content.assets,
             lock=str(lockfile.LOCK),
-            device="cpu" if content.assets == "shapes" else "cuda",
+            device="cuda" if content.assets == "hub" else "cpu",
             dtype=content.dtype,
             gradient_checkpointing=False,
         )
@@ -205,10 +212,34 @@ def read(name: str, assets: AssetSettings | None = None) -> Protocol:
             "choose another scale or protocol"
         )
     own = {"dtype": content.dtype, "quantize": content.quantize, "gradient_checkpointing": False}
-    found = Protocol(file.stem, content, sources.of(assets.model_copy(update=own)))
+    label = file.stem if name.endswith(ENDINGS) else name
+    found = Protocol(label, content, sources.of(assets.model_copy(update=own)))
     if problem := _problem(found):
         raise ConfigError(f"{file}: {problem}")
     return found
+
+
+def _values(name: str) -> tuple[Path, Mapping[str, Any]]:
+    """(the file that defines a protocol, its values); errors are those of `read`."""
+    if name.endswith(ENDINGS):
+        found: Any = Path(name)
+    elif name not in names():
+        raise ConfigError(
+            f"--protocol: unknown protocol {name!r}, and not a .yaml file"
+            f"{suggestion(name, names())}"
+        )
+    elif name in PLUGINS.names():
+        found = PLUGINS.load(name)
+    else:
+        found = FOLDER / f"{name}.yaml"
+    if isinstance(found, Path):
+        return found, load_yaml(found, dict)
+    if isinstance(found, Mapping):
+        return PLUGINS.source(name), found
+    raise ConfigError(
+        f"protocol {name!r}: PROTOCOL in {PLUGINS.source(name)} is neither the path of a YAML file "
+        "nor its content; define one of them"
+    )
 
 
 def _problem(protocol: Protocol) -> str | None:
@@ -230,6 +261,8 @@ def _problem(protocol: Protocol) -> str | None:
         key = METRICS[name].metadata
         if key and key not in chosen.metadata:
             return f"metrics.{name}: needs prompts with the metadata {key!r}; choose other prompts"
+        if METRICS[name].quotes and not chosen.quotes:
+            return f"metrics.{name}: needs a text in double quotes in every prompt; choose others"
         if name not in own:
             return f"metrics.{name}: is not available with the assets {content.assets!r}"
     if len(protocol.served) > 1:

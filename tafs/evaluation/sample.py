@@ -19,8 +19,7 @@ from tafs.experiment import run_inputs
 from tafs.experiment.specs import PIPELINE, EvalSetting
 from tafs.models import adapters
 from tafs.models.sampling import SAMPLERS
-from tafs.runtime import gpus
-from tafs.runtime.main import memory
+from tafs.runtime import gpus, memory
 from tafs.runtime.run_dir import RunDir
 
 DEFAULT_SAMPLER = "ode"
@@ -32,7 +31,7 @@ class Sampled:
 
     title: str
     model: Any  # a Backbone or a ReferencePipeline
-    assets: str  # "shapes" or "hub"
+    assets: str  # of `tafs.data.prompt_sets.Assets`
     batch: int
     published: bool  # sampled by its own pipeline
     random_weights: tuple[str, ...]
@@ -129,6 +128,6 @@ def images(
         if problem := sources.text_problem(text, sampled.assets):
             raise ConfigError(f"--prompt {text!r}: {problem}")
     setting = EvalSetting(sampler=sampler, nfe=steps, images_per_prompt=1)
-    with memory("use a larger GPU"):
+    with memory.reported("use a larger GPU"):
         found = generate.generate(sampled.model, texts, setting, sampled.batch, seed)
     return image_archive.pixels(found)

@@ -58,9 +58,9 @@ class PartialScores:
         )
 
     def add(self, scores: Mapping[str, Tensor]) -> None:
-        """Add the scores of a batch, [b] each."""
+        """Add the scores of a batch, [b] each, on the CPU."""
         for name, values in scores.items():
-            self.scores.setdefault(name, []).append(values.cpu())
+            self.scores.setdefault(name, []).append(values)
         self.done += len(values)
 
     def has_images_of(self, setting: EvalSetting, after: int) -> bool:
@@ -109,7 +109,7 @@ def write(
     """Write scores.parquet, samples.safetensors, samplers.json, and images.zip if it is kept.
 
     samples.safetensors holds the first image of SAMPLES_PER_TAG prompts of each tag for every
-    setting of the final model, the indices of these prompts, and their texts in its metadata.
+    setting, the indices of these prompts, and their texts in its metadata.
     """
     shown = first_of_each(prompts, SAMPLES_PER_TAG)
     samples = {"prompts": torch.tensor(shown)}
@@ -117,8 +117,7 @@ def write(
     for scored in found:
         scores = {name: torch.cat(scored.scores[name]) for name in metrics}
         tables.append(_long(scores, prompts, scored.setting, scored.after))
-        if scored.setting.iteration is None:
-            samples[scored.setting.name] = torch.stack([scored.first[p] for p in shown])
+        samples[scored.setting.images] = torch.stack([scored.first[p] for p in shown])
     archives = [scored.folder / name for scored in found for name in scored.archives]
     if archives:
         image_archive.join(archives, run.images)

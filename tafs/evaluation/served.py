@@ -9,13 +9,11 @@ served.jsonl holds.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import os
 import signal
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -32,14 +30,13 @@ from tafs.experiment import needs, run_inputs
 from tafs.rewards import golden, metrics
 from tafs.rewards.chat import ChatJudge, wait_ready
 from tafs.runtime import checkpoint, journal, receipts
-from tafs.runtime.main import run_stage
+from tafs.runtime.main import end_with_parent, run_stage
 from tafs.runtime.progress import Reporter
 from tafs.runtime.receipts import Needs
 from tafs.runtime.run_dir import RunDir
 
 START_TIMEOUT_S = 1800  # reading and compiling a 7B model
 STOP_TIMEOUT_S = 30
-PR_SET_PDEATHSIG = 1  # of prctl(2) on Linux
 BATCH = 64  # images in flight
 
 
@@ -70,7 +67,7 @@ def serving(command: Sequence[str], folder: Path, log: Path) -> Iterator[str]:
     with log.open("w+b") as out:
         try:
             server = subprocess.Popen(
-                filled, stdout=out, stderr=out, start_new_session=True, preexec_fn=_end_with_parent
+                filled, stdout=out, stderr=out, start_new_session=True, preexec_fn=end_with_parent
             )
         except OSError as error:
             raise errors.RunFailed(f"{filled[0]}: cannot be started ({error.strerror})") from None
@@ -90,12 +87,6 @@ def serving(command: Sequence[str], folder: Path, log: Path) -> Iterator[str]:
             except subprocess.TimeoutExpired:
                 _signal_group(server, signal.SIGKILL)
                 server.wait()
-
-
-def _end_with_parent() -> None:
-    """Ask the kernel to end this process when its parent is killed (Linux only)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _signal_group(server: subprocess.Popen[bytes], number: signal.Signals) -> None:

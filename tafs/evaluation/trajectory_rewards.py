@@ -2,18 +2,25 @@
 
 Annealed sampling estimates an image at every network evaluation. trajectory_rewards.parquet holds
 the rewards R^1..R^N of one trajectory per training prompt, with a row per (prompt, step, metric).
-The paper's Table 7 correlates the early rewards with that of the final image.
+The paper's Table 7 correlates the early rewards with that of the final image. The images of a few
+prompts of each tag are in trajectories.safetensors, uint8 [prompts, steps, H, W, 3], with the
+prompts' numbers, and their texts and tags in its metadata.
 """
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pandas as pd
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tafs.common import files, seeding
+from tafs.data.prompts import first_of_each
 from tafs.evaluation import generate
+from tafs.evaluation.image_archive import pixels
 from tafs.experiment import needs, run_inputs
 from tafs.models import sampling
 from tafs.models.base import Backbone
@@ -21,6 +28,8 @@ from tafs.runtime import memory, receipts
 from tafs.runtime.main import run_stage
 from tafs.runtime.progress import Reporter
 from tafs.runtime.run_dir import RunDir
+
+SHOWN_PER_TAG = 2  # prompts of each tag whose images are kept
 
 
 @torch.no_grad()
@@ -45,7 +54,7 @@ def trajectory_images(
 
 
 def write(run: RunDir) -> None:
-    """Write the run's trajectory_rewards.parquet."""
+    """Write the run's trajectory_rewards.parquet and trajectories.safetensors."""
     batch = run_inputs.eval_spec(run).batch
     with memory.fitting(run, "trajectory_rewards", batch) as fitting:
         _write(run, fitting)
@@ -67,7 +76,8 @@ def _write(run: RunDir, batch: int) -> None:
     chosen = np.random.default_rng(seed).choice(len(known), count, replace=False)
     drawn = [known[i] for i in sorted(chosen)]
     reporter = Reporter(run.folder, "trajectory_rewards", -(-len(drawn) // batch))
-    tables = []
+    shown = first_of_each(drawn, SHOWN_PER_TAG)
+    tables, kept = [], []
     backbone.prepare([prompt.text for prompt in drawn])
     for low in range(0, len(drawn), batch):
         part = drawn[low : low + batch]
@@ -83,10 +93,16 @@ def _write(run: RunDir, batch: int) -> None:
             pd.DataFrame({**index, "metric": metric, "value": values.double().cpu().numpy()})
             for metric, values in scores.items()
         ]
+        kept += [pixels(images[:, p - low]) for p in shown if low <= p < low + len(part)]
         reporter.advance(f"{low + len(part)} prompts")
     table = pd.concat(tables, ignore_index=True).astype({"metric": "category"})
-    with receipts.replacing(run.folder, "trajectory_rewards", own, [run.trajectory_rewards]):
+    stored = {"prompts": torch.tensor(shown), "images": torch.stack(kept)}
+    texts = {"captions": [drawn[p].text for p in shown], "tags": [drawn[p].tag for p in shown]}
+    metadata = {key: json.dumps(values) for key, values in texts.items()}
+    written = [run.trajectory_rewards, run.trajectory_images]
+    with receipts.replacing(run.folder, "trajectory_rewards", own, written):
         files.atomic_write(run.trajectory_rewards, lambda path: table.to_parquet(path, index=False))
+        files.atomic_write(run.trajectory_images, lambda path: save_file(stored, path, metadata))
     reporter.finish()
 
 

@@ -21,6 +21,7 @@ from pydantic import (
 
 from tafs.common.yaml_files import NAME
 from tafs.data import prompt_files
+from tafs.data.prompt_sets import Assets
 from tafs.models.quantization import Quantization
 from tafs.models.sampling import SAMPLERS
 
@@ -147,6 +148,8 @@ class Evaluation(_Strict):
     common_sampler: Sampler = "ode_uniform"  # of experiments with `sampler: common`
     validation_prompts: Count  # training prompts, one image each, that samplers are chosen on
     batch: Count  # images sampled at once
+    # That share an evaluation, one per GPU, all on one node. None: as many as a training has there.
+    processes: Count | None = None
     resolution: Count | None = None  # in pixels; None: as in training
     metrics: tuple[Name, ...] = ()  # optional ones that are computed beside all others
     # The command that serves UnifiedReward, where it is served; {folder} and {port} are filled in.
@@ -176,7 +179,7 @@ class Decide(_Strict):
 class Scale(_Strict):
     """The models and budgets of an experiment; the algorithms never change."""
 
-    assets: Literal["shapes", "hub"]  # the embedded models, or those of resources.yaml
+    assets: Assets  # the embedded models, or those of resources.yaml
     lock: PathText = "resources.lock.yaml"  # pins the hub's models
     # auto: a job uses a GPU if there is one; it does not claim it, so that several jobs share one.
     device: Literal["cpu", "cuda", "auto"] = "cpu"
@@ -211,6 +214,12 @@ class Scale(_Strict):
     lora: Lora
     resolution: Count  # of training images, in pixels
     evaluation: Evaluation
+
+    def processes_of(self, stage: str) -> int:
+        """The processes that share a job of a stage of a run, one per GPU."""
+        if stage == "evaluate":
+            return self.evaluation.processes or self.processes // self.nodes
+        return self.processes if stage == "train" else 1
 
 
 class Task(_Strict):

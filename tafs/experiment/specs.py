@@ -148,6 +148,11 @@ class EvalSetting(Spec):
     def name(self) -> str:
         return f"{self.sampler}-{self.nfe}"
 
+    @property
+    def images(self) -> str:
+        """The key of its images in samples.safetensors."""
+        return self.name if self.iteration is None else f"{self.name}@{self.iteration}"
+
 
 class TrajectorySpec(Spec):
     """The annealed trajectories of training prompts whose images are scored at every step."""

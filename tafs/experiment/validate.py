@@ -64,15 +64,20 @@ def with_method(config: Config, name: str) -> Config:
     methods = {**config.methods, name: config.methods.get(name)}
     found = config.model_copy(update={"methods": methods})
     _raise_first(problems(found), source)
-    joined = {}
+    joined, reasons = {}, {}
     for key, experiment in config.experiments.items():
         new = experiment.model_copy(update={"methods": (*experiment.methods, name)})
         # A method that needs reward gradients does not fit a task with other rewards.
-        fits = experiment.base and not any(_experiment_problems(found, key, new))
+        reasons[key] = next(_experiment_problems(found, key, new), None)
+        fits = experiment.base and reasons[key] is None
         joined[key] = new if fits and name not in experiment.methods else experiment
     found = found.model_copy(update={"experiments": joined})
     if not any(name in joined[key].methods for key in config.active.experiments):
-        raise ConfigError(f"{source}: no table of scale {config.scale!r} can take it")
+        reason = next(filter(None, (reasons[key] for key in config.active.experiments)), None)
+        raise ConfigError(
+            f"{source}: no table of scale {config.scale!r} can take it"
+            + (f"; {reason}" if reason else "")
+        )
     return found
 
 
@@ -297,12 +302,15 @@ def _prompt_problems(config: Config, scale: Scale, where: str) -> Iterator[str]:
         chosen = prompt_set(scale.prompts[role])
         for task in experiment.tasks:
             for reward in config.tasks[task].rewards:
+                needed = f"{where}.{role}: the reward {reward!r} of task {task!r} needs"
                 key = METRICS[reward].metadata
                 if key and key not in chosen.metadata:
                     yield (
-                        f"{where}.{role}: the reward {reward!r} of task {task!r} needs GenEval's "
-                        f"metadata; give prompts that have it, as a .jsonl file with {key!r}"
+                        f"{needed} GenEval's metadata; give prompts that have it, as a .jsonl file "
+                        f"with {key!r}"
                     )
+                if METRICS[reward].quotes and not chosen.quotes:
+                    yield f"{needed} a text in double quotes in every prompt; give such prompts"
         count = scale.evaluation.correlation_prompts
         if experiment.kind == "correlation" and chosen.files:
             known = len(chosen.prompts("train", Path))

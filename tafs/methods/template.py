@@ -1,11 +1,10 @@
-"""`python -m tafs.methods.template NAME` writes baselines/NAME.py, a method that runs as it is."""
+"""`tafs new method NAME` writes baselines/NAME.py, a method that runs as it is."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from tafs.common import errors, stubs
+from tafs.common import stubs
 from tafs.methods import registry
 from tafs.runtime import run_dir
 
@@ -67,14 +66,3 @@ def create(name: str) -> str:
         f"  python -m pytest tests/methods -k {name}\n"
         f"  snakemake compare --config method={name} scale=smoke"
     )
-
-
-def main() -> None:
-    if len(sys.argv) != 2:
-        print("usage: python -m tafs.methods.template NAME", file=sys.stderr)
-        sys.exit(errors.BAD_INPUT)
-    errors.run_cli("tafs.methods.template", lambda: print(create(sys.argv[1])))
-
-
-if __name__ == "__main__":
-    main()

@@ -123,6 +123,46 @@ SD35_LARGE = replace(
         "dual_attention_layers": (),
     },
 )
+HIDREAM = Architecture(
+    title="HiDream-I1",
+    transformer={
+        "patch_size": 2,
+        "in_channels": 16,
+        "num_layers": 16,
+        "num_single_layers": 32,
+        "attention_head_dim": 128,
+        "num_attention_heads": 20,
+        "caption_channels": (4096, 4096),
+        "text_emb_dim": 2048,
+        "num_routed_experts": 4,
+        "num_activated_experts": 2,
+        "axes_dims_rope": (64, 32, 32),
+        "llama_layers": (*range(32), *(31,) * 16),
+    },
+    vae=vae(**PUBLISHED_VAE, latents=FLUX_LATENTS),
+    scheduler=SD3_SCHEDULER,
+    tokens=128,
+)
+SANA = Architecture(
+    title="SANA-1.5 1.6B",
+    transformer={
+        "patch_size": 1,
+        "in_channels": 32,
+        "num_layers": 20,
+        "attention_head_dim": 32,
+        "num_attention_heads": 70,
+        "cross_attention_dim": 2240,
+        "cross_attention_head_dim": 112,
+        "num_cross_attention_heads": 20,
+        "caption_channels": 2304,
+        "mlp_ratio": 2.5,
+        "qk_norm": "rms_norm_across_heads",
+        "guidance_embeds": False,
+    },
+    vae={"encoder_block_out_channels": (128, 256, 512, 512, 1024, 1024)},
+    scheduler=SD3_SCHEDULER,
+    tokens=300,
+)
 # By the `resource` of a catalogue entry.
 PUBLISHED = {
     "flux-dev": FLUX_DEV,
@@ -136,6 +176,14 @@ PUBLISHED = {
     "sd35-medium": SD35_MEDIUM,
     "sd35-large": SD35_LARGE,
     "sd35-large-turbo": replace(SD35_LARGE, title="SD3.5-Large-Turbo"),
+    "hidream-full": HIDREAM,
+    "hidream-fast": HIDREAM,
+    "sana-1.5": SANA,
+    "sana-sprint": replace(
+        SANA,
+        title="SANA-Sprint 1.6B",
+        transformer={**SANA.transformer, "guidance_embeds": True},
+    ),
 }
 
 
@@ -184,10 +232,33 @@ def size(
         resolution: of the images, in pixels.
         lora_rank: None: no adapter.
     """
-    config = architecture.transformer
-    latent = resolution // 2 ** (len(architecture.vae["block_out_channels"]) - 1)
-    found = SIZES[model.pipeline](config, latent, architecture.tokens, lora_rank or 0)
+    latent = _latent(architecture, resolution)
+    config, text = architecture.transformer, architecture.tokens
+    found = SIZES[model.pipeline](config, latent, text, lora_rank or 0)
     return replace(found, forward=found.forward * evaluations(model))
+
+
+def forward(
+    architecture: Architecture, model: catalog.Model, resolution: int, lora_rank: int | None
+) -> float | None:
+    """Return the FLOPs of one evaluation of one image, guidance included; None: not known.
+
+    The arguments are those of `size`; models of the pipelines in `COMPARED` have no adapter.
+    """
+    if model.pipeline in SIZES:
+        return size(architecture, model, resolution, lora_rank).forward
+    if model.pipeline not in COMPARED:
+        return None
+    latent = _latent(architecture, resolution)
+    found = COMPARED[model.pipeline](architecture.transformer, latent, architecture.tokens)
+    return evaluations(model) * found
+
+
+def _latent(architecture: Architecture, resolution: int) -> int:
+    """The side of an image's latents."""
+    vae = architecture.vae
+    stages = vae.get("block_out_channels") or vae["encoder_block_out_channels"]
+    return resolution // 2 ** (len(stages) - 1)
 
 
 def evaluations(model: catalog.Model) -> int:
@@ -279,10 +350,58 @@ def _sd3(config: Mapping[str, Any], latent: int, text: int, rank: int) -> Size:
     return Size(forward, adapter, weights, matrices, largest=(9 if dual else 6) * d**2)
 
 
+def _hidream(config: Mapping[str, Any], latent: int, text: int) -> float:
+    d = config["num_attention_heads"] * config["attention_head_dim"]
+    double, single = config["num_layers"], config["num_single_layers"]
+    patch = config["patch_size"] ** 2
+    image = (latent // config["patch_size"]) ** 2
+    # Tokens of T5 and of Llama's last layer, and in every block those of one more of its layers.
+    prompt = 3 * text
+    tokens = image + prompt
+
+    def gated(hidden: int) -> int:
+        """Of a token: a gated feed-forward layer, of two thirds of `hidden`."""
+        return 2 * 3 * d * 256 * -(-int(2 * hidden / 3) // 256)
+
+    # Of a token: some of the experts, the one that all tokens share, and the choice.
+    experts = config["num_activated_experts"] * gated(4 * d) + gated(2 * d)
+    experts += 2 * d * config["num_routed_experts"]
+    attention = 2 * tokens * 4 * d**2 + _attention(tokens, d)
+    blocks = double * (attention + image * experts + prompt * gated(4 * d) + 2 * 12 * d**2)
+    blocks += single * (attention + tokens * experts + 2 * 6 * d**2)
+    t5, llama = config["caption_channels"]
+    ends = 2 * text * d * ((double + single) * llama + t5)
+    ends += 2 * image * patch * d * 2 * config["in_channels"]
+    embeddings = TIME_CHANNELS + d + config["text_emb_dim"] + d + 2 * d
+    return float(blocks + ends + 2 * embeddings * d)
+
+
+def _sana(config: Mapping[str, Any], latent: int, text: int) -> float:
+    head = config["attention_head_dim"]
+    d = config["num_attention_heads"] * head
+    hidden = int(config["mlp_ratio"] * d)
+    channels, context = config["in_channels"], config["caption_channels"]
+    image = latent**2
+    # Per image token: queries, keys, values and output of an attention that is linear in the
+    # number of tokens; queries and output of one to the text; a gated layer with convolutions.
+    layers = 2 * 4 * d**2 + 4 * d * (head + 1) + 2 * 2 * d**2
+    layers += 2 * (2 * d * hidden + 2 * 9 * hidden + hidden * d)
+    block = image * layers + 2 * text * 2 * config["cross_attention_dim"] * d + 4 * image * text * d
+    ends = 2 * (image * 2 * channels * d + text * (context + d) * d)
+    embeddings = (2 if config["guidance_embeds"] else 1) * (TIME_CHANNELS + d) + 6 * d
+    return float(config["num_layers"] * block + ends + 2 * embeddings * d)
+
+
 # Pipelines whose guidance evaluates the network twice.
-GUIDED = ("Flux2KleinPipeline", "StableDiffusion3Pipeline")
+GUIDED = ("Flux2KleinPipeline", "HiDreamImagePipeline", "SanaPipeline", "StableDiffusion3Pipeline")
 SIZES: Mapping[str, Callable[[Mapping[str, Any], int, int, int], Size]] = {
     "Flux2KleinPipeline": _flux2_klein,
     "FluxPipeline": _flux,
     "StableDiffusion3Pipeline": _sd3,
+}
+# Of the pipelines that are only compared: the FLOPs of one evaluation.
+COMPARED: Mapping[str, Callable[[Mapping[str, Any], int, int], float]] = {
+    "HiDreamImagePipeline": _hidream,
+    "SanaPipeline": _sana,
+    "SanaSprintPipeline": _sana,
 }

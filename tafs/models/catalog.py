@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tafs.common import yaml_files
 from tafs.common.plugins import Group
+from tafs.data.prompt_sets import Assets
 from tafs.models.base import Backbone
 
 FILE = Path(__file__).parent / "models.yaml"
@@ -40,7 +41,7 @@ class Model(_Strict):
 
     title: str
     short: str = ""
-    assets: Literal["shapes", "hub"] = "hub"
+    assets: Assets = "hub"
     resource: Resource
     pipeline: ClassName
     lora: Adapter | None = None

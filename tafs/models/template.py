@@ -1,4 +1,4 @@
-"""`python -m tafs.models.template NAME` writes a model plug-in that runs as it is.
+"""`tafs new model NAME` writes a model plug-in that runs as it is.
 
 The file tafs/models/plugins/NAME.py adds an entry to the catalogue; for a pipeline class that no
 backbone trains yet it also holds a backbone.
@@ -6,7 +6,6 @@ backbone trains yet it also holds a backbone.
 
 from __future__ import annotations
 
-import argparse
 import re
 from pathlib import Path
 
@@ -138,15 +137,3 @@ def create(name: str, pipeline: str = PIPELINE) -> str:
         f"  2. python -m pytest tests/models -k {file.stem}\n"
         f"  3. Set it in config.yaml: scales, model_roles."
     )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser("python -m tafs.models.template")
-    parser.add_argument("name", metavar="NAME", help="of the model: lower-case, with hyphens")
-    parser.add_argument("--pipeline", default=PIPELINE, help="diffusers class (%(default)s)")
-    options = parser.parse_args()
-    errors.run_cli("tafs.models.template", lambda: print(create(options.name, options.pipeline)))
-
-
-if __name__ == "__main__":
-    main()

@@ -137,7 +137,7 @@ class Graph:
             "describe_evaluation": ("evaluation.json",),
             "train": ("adapter.safetensors", "journal.jsonl", "snapshots"),
             "evaluate": ("scores.parquet", "samples.safetensors", "samplers.json"),
-            "trajectory_rewards": ("trajectory_rewards.parquet",),
+            "trajectory_rewards": ("trajectory_rewards.parquet", "trajectories.safetensors"),
             "score_served": ("served_scores.parquet",),
             "fetch": (job.target,),
             "check_rewards": ("reward_check.json",),
@@ -184,7 +184,7 @@ class Graph:
             "describe_evaluation": ("evaluation.json",),
             "train": ("journal.jsonl",),
             "evaluate": ("scores.parquet", "samples.safetensors", "samplers.json"),
-            "trajectory_rewards": ("trajectory_rewards.parquet",),
+            "trajectory_rewards": ("trajectory_rewards.parquet", "trajectories.safetensors"),
             "score_served": ("served_scores.parquet",),
         }
         return {
@@ -318,12 +318,12 @@ class Graph:
         return text.replace("{", "{{").replace("}", "}}")  # Snakemake formats shell.prefix
 
     def resources(self, stage: str) -> dict[str, Any]:
-        """Snakemake's resources of a stage; only training uses several processes.
+        """Snakemake's resources of a stage; only training uses several nodes.
 
         They decide nothing about what runs again.
         """
         scale = self.scale
-        processes, nodes = (scale.processes, scale.nodes) if stage == "train" else (1, 1)
+        processes, nodes = scale.processes_of(stage), scale.nodes if stage == "train" else 1
         memory = scale.memory_mb * processes // nodes
 
         def growing(wildcards: Any, attempt: int) -> int:
@@ -332,6 +332,8 @@ class Graph:
         found: dict[str, Any] = {"mem_mb": growing}
         if stage == "train":
             found |= {"train_processes": processes, "train_nodes": nodes}
+        if stage == "evaluate":
+            found |= {"evaluate_processes": processes}
         if self.device == "cuda":
             gpus = processes // nodes
             # Without a number of nodes Slurm may spread the GPUs over several.

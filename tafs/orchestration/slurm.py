@@ -1,4 +1,4 @@
-"""Corrections of Snakemake's Slurm executor: lost jobs, refused jobs and orphans.
+"""Corrections of Snakemake's Slurm executor: lost jobs, failed nodes, refused jobs and orphans.
 
 The executor stops polling jobs whose state it cannot get during an outage of Slurm, and keeps
 waiting for jobs that end in a state that it does not know, such as PREEMPTED. Jobs of a workflow
@@ -32,13 +32,15 @@ ALIVE = frozenset(
     ]
 )
 GRACE = 150.0  # s outside ALIVE after which a job is lost; Slurm requeues a job within 120 s
-FORGIVEN = 2  # losses of a job that use up no retry
+FORGIVEN = 2  # losses of a job, with or without its node, that use up no retry
 QUERY_TIMEOUT = 60  # s
 CANCEL_TIMEOUT = 300.0  # s for cancelled jobs to end
 # sbatch's messages when it cannot reach the controller; it has then waited for some seconds.
 UNREACHABLE = ("Unable to contact slurm controller", "Socket timed out", "Connection refused")
 # The executor's report of an sbatch that failed: sbatch's own message, then the whole command.
 REFUSED = re.compile(r"SLURM sbatch failed\. The error message was '(.*?)'\.\n", re.DOTALL)
+# Its report of a job whose node failed, or did not boot.
+NODE_FAILED = re.compile(r"failed due to a node failure|SLURM status is: 'BOOT_FAIL'")
 # Its report of a job that it cannot describe to sbatch, which it has printed already.
 INVALID = "Job submission failed with exception: "
 
@@ -87,13 +89,17 @@ class Watch:
                 yield job
                 continue
             # It may have succeeded and been forgotten by Slurm. The next job finds its work done.
-            key = id(job.job)
-            if self._forgiven[key] < FORGIVEN:
-                self._forgiven[key] += 1
-                self.retries.expect(job.job, Verdict.CONTINUE)
+            self._forgive(job)
             message = f"Slurm has lost job {job.external_jobid}"
             self.retries.table.say(message)
             self._report_error(job, msg=message)
+
+    def _forgive(self, job: Any) -> None:
+        """Let a failure that is not the job's own use up no retry, unless it repeats."""
+        key = id(job.job)
+        if self._forgiven[key] < FORGIVEN:
+            self._forgiven[key] += 1
+            self.retries.expect(job.job, Verdict.CONTINUE)
 
     def _run(self, jobs: Sequence[Any]) -> None:
         """Submit jobs; the logs of earlier attempts are deleted, as on one machine."""
@@ -107,7 +113,11 @@ class Watch:
 
     def _error(self, job: Any, msg: str | None = None, **fields: Any) -> None:
         self._reported[id(job)] = job
-        if msg:
+        if msg and NODE_FAILED.search(msg):
+            self._forgive(job)
+            msg = f"the node of Slurm job {job.external_jobid} has failed"
+            self.retries.table.say(msg)
+        elif msg:
             refused = REFUSED.search(msg)
             said = refused.group(1) if refused else msg
             invalid = msg.startswith(INVALID)

@@ -255,15 +255,25 @@ def remove_rate_limit(workflow: Any) -> None:
 
 
 def slurm_executor(workflow: Any) -> Any | None:
-    """The workflow's executor if it is Slurm's, which then asks for GPUs as `gpus_once` says.
+    """The workflow's executor if it is Slurm's, with two corrections.
 
-    `slurm.Watch` replaces some of its methods.
+    It asks for GPUs as `gpus_once` says, and excludes only the nodes that the user excludes: Slurm
+    gives no job to a failed node, and one that is up again is needed. `slurm.Watch` replaces some
+    of its methods.
     """
     executor = workflow.scheduler._executor
     if type(executor).__module__ != SLURM:
         return None
+    executor._failed_nodes = GivenNodes(executor._failed_nodes)
     sys.modules[SLURM].set_gres_string = gpu_options  # type: ignore[attr-defined]
     return executor
+
+
+class GivenNodes(set[str]):
+    """The nodes that the user excludes."""
+
+    def add(self, node: str) -> None:
+        """Leave out a node that has failed."""
 
 
 def gpu_options(job: Any) -> str:

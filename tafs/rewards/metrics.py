@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Protocol, Self
 
 from tafs.common.plugins import Group
-from tafs.data.prompt_sets import Folder
+from tafs.data.prompt_sets import Folder, PromptSet
 from tafs.data.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -51,6 +51,12 @@ class Metric:
     scale: float = 1.0  # published score per unit of the training score; negative: lower is better
     metadata: str = ""  # an entry of a prompt's metadata that it needs, such as GenEval's "include"
     optional: bool = False  # evaluations compute it only where a scale, task or protocol names it
+    quotes: bool = False  # needs prompts with a text in double quotes
+
+    def fits(self, prompts: PromptSet) -> bool:
+        """Whether a prompt set has what the metric needs."""
+        has_metadata = not self.metadata or self.metadata in prompts.metadata
+        return has_metadata and (prompts.quotes or not self.quotes)
 
     def record(self) -> dict[str, str]:
         """What the provenance of a result says about it."""

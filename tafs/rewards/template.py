@@ -1,12 +1,10 @@
-"""`python -m tafs.rewards.template NAME` writes the plug-in NAME.py, a reward that works."""
+"""`tafs new reward NAME` writes the plug-in NAME.py, a reward that works."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from tafs.common import stubs
-from tafs.common.errors import run_cli
 from tafs.rewards.metrics import PLUGINS
 
 FOLDER = Path(__file__).parent / "plugins"
@@ -76,14 +74,3 @@ def create(name: str) -> str:
         f"  python -m pytest tests/rewards/test_contract.py -k {name}\n"
         "  snakemake all --config scale=smoke"
     )
-
-
-def main() -> None:
-    if len(sys.argv) != 2:
-        print("usage: python -m tafs.rewards.template NAME", file=sys.stderr)
-        sys.exit(2)
-    run_cli("tafs.rewards.template", lambda: print(create(sys.argv[1])))
-
-
-if __name__ == "__main__":
-    main()

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from tafs.common import errors
-from tafs.runtime import gpus
+from tafs.runtime import gpus, memory
 from tafs.runtime.deadline import Deadline
 from tafs.runtime.run_dir import RunDir
 
 Work = Callable[[RunDir, Deadline], None]
+PR_SET_PDEATHSIG = 1  # of prctl(2) on Linux
+
+
+def end_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
+    """Ask the kernel to send this process a signal when its parent ends (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def limit_threads() -> None:
@@ -25,24 +33,18 @@ def limit_threads() -> None:
     torch.set_num_threads(1)
 
 
-@contextmanager
-def memory(remedy: str) -> Iterator[None]:
-    """Report a GPU without free memory in one line."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise errors.RunFailed(
-            f"out of GPU memory; {remedy} ({str(error).splitlines()[0]})"
-        ) from None
-
-
-def run_stage(stage: str, work: Work) -> None:
+def run_stage(stage: str, work: Work, options: argparse.Namespace | None = None) -> None:
     """Run one stage of the run that the command line names, as the only process in that stage.
+
+    Args:
+        options: of a parser that `arguments` returned; by default those of the command line. A GPU
+            is claimed for each of its `processes`.
 
     An expected failure is one line, an exit code and the run's failure note. In a process that
     `tafs.runtime.launch` started, the launcher reports the failure instead.
     """
-    options = arguments(stage).parse_args()
+    if options is None:
+        options = arguments(stage).parse_args()
     run = RunDir(options.run_dir)
     deadline = Deadline(60.0 * options.minutes or None, options.started)
     rank = os.environ.get("RANK", "0")
@@ -50,8 +52,8 @@ def run_stage(stage: str, work: Work) -> None:
     def within_memory() -> None:
         # The launcher has claimed the GPUs of a training.
         if stage != "train" and run.device == "cuda":
-            gpus.claim(1)
-        with memory("use gradient_checkpointing, a lower resolution or a larger GPU"):
+            gpus.claim(getattr(options, "processes", 1))
+        with memory.reported("use gradient_checkpointing, a lower resolution or a larger GPU"):
             work(run, deadline)
 
     def alone() -> None:

@@ -1,4 +1,4 @@
-"""Smaller batches for a stage that ran out of GPU memory."""
+"""GPUs that run out of memory: one line, or smaller batches."""
 
 from __future__ import annotations
 
@@ -15,6 +15,20 @@ from tafs.runtime.run_dir import RunDir
 
 class Reduced(errors.ToBeContinued):
     """A stage ran out of GPU memory; the same command continues it with smaller batches."""
+
+
+@contextmanager
+def reported(remedy: str) -> Iterator[None]:
+    """Report a GPU without free memory in one line.
+
+    Raises:
+        RunFailed: the memory did not suffice; with the remedy.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        raise errors.RunFailed(f"out of GPU memory; {remedy} ({reason})") from None
 
 
 def kept(run: RunDir, stage: str) -> Path:

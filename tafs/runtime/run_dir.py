@@ -37,6 +37,7 @@ class RunDir:
         self.images = folder / "images.zip"
         self.served_scores = folder / "served_scores.parquet"
         self.trajectory_rewards = folder / "trajectory_rewards.parquet"
+        self.trajectory_images = folder / "trajectories.safetensors"
         self.snapshots = folder / "snapshots"
         self.eval_state = folder / ".eval_state"
         self.state = folder / ".state"

@@ -26,7 +26,7 @@ BASES = {
     "single layers, packed latents, a guidance input that was always 1 in training, a CLIP text "
     "encoder, a T5, two tokenizers, AutoencoderKL, flow-matching scheduler with dynamic shift)",
 }
-REPRODUCE = "Reproduce with `make shapes-weights`; the last digits depend on the processor."
+USE = "24 x 24 images of glyphs and the words of the shipped captions"
 
 
 def write(root: Path = weights.ROOT) -> None:
@@ -42,7 +42,7 @@ def write(root: Path = weights.ROOT) -> None:
 
 def _vae(folder: Path) -> str:
     facts = weights.read_facts(folder)
-    return _card(
+    return card(
         "vae",
         folder,
         "The autoencoder of the embedded models (diffusers' AutoencoderKL): 24 x 24 pixels to "
@@ -66,7 +66,7 @@ def _base(name: str, layout: str, folder: Path) -> str:
             cells = [f"{scores[task]:.3f}" for task in ("overall", *TASKS)]
             rows.append(f"| {steps} | {SAMPLERS[sampler].title} | " + " | ".join(cells) + " |")
     full, few = (max(more[steps].values()) for steps in ("28", "4"))
-    return _card(
+    return card(
         name,
         folder,
         f"An embedded base model: a diffusers pipeline with {layout}.",
@@ -102,7 +102,7 @@ def _scorer(name: str, text: str, folder: Path) -> str:
     training = (
         f"{data[0].upper()}{data[1:]}. Cycles: {cycles} ({seconds / 60:.0f} minutes on one core)."
     )
-    return _card(name, folder, text, training, result)
+    return card(name, folder, text, training, result)
 
 
 def _cycle(cycle: dict[str, Any], data: str) -> str:
@@ -111,12 +111,22 @@ def _cycle(cycle: dict[str, Any], data: str) -> str:
     return f"{recipe['steps']:,} steps from {recipe['lr']:g} on {learned_from}"
 
 
-def _card(name: str, folder: Path, what: str, training: str, result: str) -> str:
+def card(
+    name: str,
+    folder: Path,
+    what: str,
+    training: str,
+    result: str,
+    use: str = USE,
+    target: str = "shapes-weights",
+) -> str:
+    """A model card; `target` of make trains the model, and `use` is all that it is for."""
     count, size = _size(folder)
     return (
         f"# {name}\n\n{what} {count:,} parameters, {size / 2**20:.1f} MiB in float16.\n\n"
-        f"**Training.** {training} {REPRODUCE}\n\n**Held out.** {result}\n\n"
-        "**Use.** Only for 24 x 24 images of glyphs and the words of the shipped captions. Files "
+        f"**Training.** {training} Reproduce with `make {target}`; the last digits depend on the "
+        f"processor.\n\n**Held out.** {result}\n\n"
+        f"**Use.** Only for {use}. Files "
         "are verified against `manifest.json` before they are loaded. Licence: that of this "
         "repository.\n"
     )

@@ -10,8 +10,9 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import tafs.common.torchvision_patch  # noqa: F401  # isort: skip
@@ -26,6 +27,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from torch import Tensor, nn
+from transformers import CLIPTokenizer, T5Tokenizer
 
 from tafs.common import seeding
 from tafs.data import prompts
@@ -70,7 +72,6 @@ class Recipe:
     seed: int = 0
 
 
-VAE_STEPS = 4000
 SETTINGS: Any = {
     "resolution": IMAGE_SIZE,
     "guidance": 1.0,
@@ -81,7 +82,7 @@ SHIFT = 3.0  # time shift of the sampling grid towards noise; Stable Diffusion 3
 
 def scheduler(name: str) -> FlowMatchEulerDiscreteScheduler:
     """The scheduler of a base model."""
-    if name == "shapes-sd3":
+    if name.endswith("-sd3"):
         return FlowMatchEulerDiscreteScheduler(shift=SHIFT)
     # Like FLUX.1-dev: the shift depends on the number of image tokens.
     return FlowMatchEulerDiscreteScheduler(
@@ -93,9 +94,22 @@ def scheduler(name: str) -> FlowMatchEulerDiscreteScheduler:
     )
 
 
-def build_sd3(autoencoder: AutoencoderKL, width: int = 128, layers: int = 5) -> SD3Backbone:
-    """An untrained `shapes-sd3` around a trained autoencoder."""
-    tokenizer, t5_tokenizer = text.clip_tokenizer(), text.t5_tokenizer()
+Tokenizers = Callable[[], tuple[CLIPTokenizer, T5Tokenizer]]
+
+
+def tokenizers() -> tuple[CLIPTokenizer, T5Tokenizer]:
+    """The tokenizers of the shapes' captions."""
+    return text.clip_tokenizer(), text.t5_tokenizer()
+
+
+def build_sd3(
+    autoencoder: AutoencoderKL,
+    width: int = 128,
+    layers: int = 5,
+    tokenizers: Tokenizers = tokenizers,
+) -> SD3Backbone:
+    """An untrained pipeline in Stable Diffusion 3's layout around a trained autoencoder."""
+    tokenizer, t5_tokenizer = tokenizers()
     latent_size = IMAGE_SIZE // 2 ** (len(autoencoder.config.block_out_channels) - 1)
     transformer = SD3Transformer2DModel(
         sample_size=latent_size,
@@ -126,10 +140,14 @@ def build_sd3(autoencoder: AutoencoderKL, width: int = 128, layers: int = 5) -> 
 
 
 def build_flux(
-    autoencoder: AutoencoderKL, width: int = 128, layers: int = 5, single_layers: int = 4
+    autoencoder: AutoencoderKL,
+    width: int = 128,
+    layers: int = 5,
+    single_layers: int = 4,
+    tokenizers: Tokenizers = tokenizers,
 ) -> FluxBackbone:
-    """An untrained `shapes-flux` around a trained autoencoder."""
-    tokenizer, t5_tokenizer = text.clip_tokenizer(), text.t5_tokenizer()
+    """An untrained pipeline in FLUX.1's layout around a trained autoencoder."""
+    tokenizer, t5_tokenizer = tokenizers()
     transformer = FluxTransformer2DModel(
         in_channels=4 * vae.LATENT_CHANNELS,
         num_layers=layers,
@@ -153,12 +171,13 @@ def build_flux(
     return FluxBackbone(pipeline, **SETTINGS)
 
 
-def draw_scenes(count: int, seed: int, layout: str) -> tuple[list[str], Tensor]:
-    """Captions and images [count, 3, H, W] of random scenes of the training prompts."""
-    rng = np.random.default_rng(seed)
+def draw_scenes(recipe: Recipe) -> tuple[list[str], Tensor]:
+    """Captions and images [N, 3, H, W] of random scenes of the training prompts."""
+    rng = np.random.default_rng(recipe.seed)
     rows = prompts.read(FOLDER / "train.jsonl")
-    drawn = prompts.draw(rows, count, rng, TASK_SHARES)
-    return [p.text for p in drawn], render([sample_scene(p.row, rng, layout) for p in drawn])
+    drawn = prompts.draw(rows, recipe.scenes, rng, TASK_SHARES)
+    scenes = [sample_scene(p.row, rng, recipe.layout) for p in drawn]
+    return [p.text for p in drawn], render(scenes)
 
 
 @torch.no_grad()
@@ -173,10 +192,18 @@ def encode_images(autoencoder: AutoencoderKL, images: Tensor, chunk: int = 512) 
     return torch.cat(parts)
 
 
-def train(backbone: Backbone, recipe: Recipe, log_every: int = 200) -> dict[str, float]:
-    """Train the transformer, and the text encoders if the recipe says so; keep the EMA weights."""
+Draw = Callable[[Recipe], tuple[list[str], Tensor]]
+
+
+def train(
+    backbone: Backbone, recipe: Recipe, draw: Draw = draw_scenes, log_every: int = 200
+) -> dict[str, float]:
+    """Train the transformer, and the text encoders if the recipe says so; keep the EMA weights.
+
+    `draw` returns the captions and images [N, 3, H, W] that a recipe learns from.
+    """
     torch.manual_seed(recipe.seed)
-    captions, images = draw_scenes(recipe.scenes, recipe.seed, recipe.layout)
+    captions, images = draw(recipe)
     latents = encode_images(backbone.pipeline.vae, images)
     del images
     components = backbone.pipeline.components
@@ -240,6 +267,22 @@ def _cosine(step: int, recipe: Recipe) -> float:
 
 
 @torch.no_grad()
+def sample(backbone: Backbone, texts: Sequence[str], sampler: str, steps: int, seed: int) -> Tensor:
+    """An image of each text, [B, 3, H, W] in [0, 1]; `seed` is that of the noise."""
+    cond = backbone.encode(texts)
+    images = [(image,) for image in range(len(texts))]
+    start, noise = (seeding.generators(seed, name, images=images) for name in ("start", "step"))
+    chosen = sampling.SAMPLERS[sampler]
+    x = sampling.integrate(
+        lambda x, t: backbone.velocity(x, t, cond),
+        start.randn(backbone.latent_shape),
+        sampling.uniform_grid(steps) if chosen.uniform else backbone.time_grid(steps),
+        chosen.step,
+        noise,
+    )
+    return backbone.decode(x)
+
+
 def strict_geneval(
     backbone: Backbone,
     sampler: str,
@@ -257,36 +300,29 @@ def strict_geneval(
         seed: of the noise.
     """
     judged = prompts.read(FOLDER / "test.jsonl")
-    cond = backbone.encode([p.text for p in judged]).repeat_interleave(images_per_prompt)
-    images = [(image,) for image in range(len(judged) * images_per_prompt)]
-    start, noise = (seeding.generators(seed, name, images=images) for name in ("start", "step"))
-    chosen = sampling.SAMPLERS[sampler]
-    x = sampling.integrate(
-        lambda x, t: backbone.velocity(x, t, cond),
-        start.randn(backbone.latent_shape),
-        sampling.uniform_grid(steps) if chosen.uniform else backbone.time_grid(steps),
-        chosen.step,
-        noise,
-    )
+    judged = [prompt for prompt in judged for _ in range(images_per_prompt)]
+    images = sample(backbone, [p.text for p in judged], sampler, steps, seed)
     verdicts: dict[str, list[bool]] = {task: [] for task in TASKS}
-    for i, detections in enumerate(detect(backbone.decode(x))):
-        prompt = judged[i // images_per_prompt]
+    for prompt, detections in zip(judged, detect(images), strict=True):
         verdicts[prompt.tag].append(geneval_verdict(detections, prompt.row).correct)
     scores = {task: sum(v) / len(v) for task, v in verdicts.items()}
     return {"overall": sum(scores.values()) / len(scores), **scores}
 
 
-def pretrain_vae() -> None:
-    start = time.monotonic()
-    autoencoder = vae.train(VAE_STEPS)
-    weights.save_module(autoencoder, weights.ROOT / weights.VAE)
-    facts = {
-        "steps": VAE_STEPS,
-        "seconds": round(time.monotonic() - start),
-        "reconstruction_accuracy": vae.reconstruction_accuracy(autoencoder),
+def scene_scores(backbone: Backbone) -> dict[str, Any]:
+    """Strict GenEval accuracy of a base model with all samplers."""
+    scores = {
+        str(steps): {name: strict_geneval(backbone, name, steps) for name in sampling.SAMPLERS}
+        for steps in (28, 8, 4, 2)
     }
-    weights.write_facts(weights.ROOT / weights.VAE, facts)
-    print(json.dumps(facts))
+    more = {
+        str(steps): {
+            name: strict_geneval(backbone, name, steps, images_per_prompt=10, seed=12345)["overall"]
+            for name in sampling.SAMPLERS
+        }
+        for steps in (28, 4)
+    }
+    return {"strict_geneval": scores, "strict_geneval_other_noise": more}
 
 
 @dataclass(frozen=True)
@@ -313,14 +349,66 @@ BASES = {
 }
 
 
-def pretrain_base(name: str, cycle: int, given: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class World:
+    """An embedded world: what its autoencoder and base models learn from, and their scores.
+
+    Args:
+        root: the folder of its weights.
+        autoencoder: the folder of its autoencoder in it.
+        vae_steps: of its training.
+        bases: its base models.
+        batches: the images that the autoencoder learns from.
+        draw: the captions and images that a base model learns from.
+        reconstruction: the share of images that the autoencoder keeps.
+        scores: the scores of a base model, for its card.
+    """
+
+    root: Path
+    autoencoder: str
+    vae_steps: int
+    bases: Mapping[str, Base]
+    batches: vae.Batches
+    draw: Draw
+    reconstruction: Callable[[AutoencoderKL], float]
+    scores: Callable[[Backbone], dict[str, Any]]
+
+
+SHAPES = World(
+    weights.ROOT,
+    weights.VAE,
+    4000,
+    BASES,
+    vae.scene_batches,
+    draw_scenes,
+    vae.reconstruction_accuracy,
+    scene_scores,
+)
+
+
+def pretrain_vae(world: World) -> None:
+    """Train a world's autoencoder."""
+    start = time.monotonic()
+    autoencoder = vae.train(world.vae_steps, batches=world.batches)
+    folder = world.root / world.autoencoder
+    weights.save_module(autoencoder, folder)
+    facts = {
+        "steps": world.vae_steps,
+        "seconds": round(time.monotonic() - start),
+        "reconstruction_accuracy": world.reconstruction(autoencoder),
+    }
+    weights.write_facts(folder, facts)
+    print(json.dumps(facts))
+
+
+def pretrain_base(world: World, name: str, cycle: int, given: dict[str, Any]) -> None:
     """Train one cycle of a base model, from scratch or from the weights of the previous cycle.
 
     Raises:
         ValueError: the weights of the previous cycle are missing.
     """
-    recipe = replace(BASES[name].recipes[cycle], **given)
-    folder = weights.ROOT / name
+    recipe = replace(world.bases[name].recipes[cycle], **given)
+    folder = world.root / name
     if cycle:
         done = weights.read_facts(folder)["cycles"]
         if len(done) < cycle:
@@ -331,41 +419,31 @@ def pretrain_base(name: str, cycle: int, given: dict[str, Any]) -> None:
         done = []
         torch.manual_seed(recipe.seed)
         autoencoder = AutoencoderKL.from_pretrained(
-            weights.ROOT / weights.VAE, local_files_only=True, dtype=torch.float32
+            world.root / world.autoencoder, local_files_only=True, dtype=torch.float32
         )
-        backbone = BASES[name].build(autoencoder)
-    facts = train(backbone, recipe)
+        backbone = world.bases[name].build(autoencoder)
+    facts = train(backbone, recipe, world.draw)
     weights.save_pipeline(backbone.pipeline, folder)
     weights.write_facts(folder, {"cycles": [*done, {**facts, "recipe": asdict(recipe)}]})
-    score_base(name)
+    score_base(world, name)
 
 
-def score_base(name: str) -> None:
+def score_base(world: World, name: str) -> None:
     """Add the scores of the shipped (rounded) weights to the facts."""
-    folder = weights.ROOT / name
+    folder = world.root / name
     scheduler(name).save_pretrained(folder / "scheduler")
-    shipped = loading.load(folder, **SETTINGS)
-    scores = {
-        str(steps): {name: strict_geneval(shipped, name, steps) for name in sampling.SAMPLERS}
-        for steps in (28, 8, 4, 2)
-    }
-    more = {
-        str(steps): {
-            name: strict_geneval(shipped, name, steps, images_per_prompt=10, seed=12345)["overall"]
-            for name in sampling.SAMPLERS
-        }
-        for steps in (28, 4)
-    }
-    found = {"strict_geneval": scores, "strict_geneval_other_noise": more}
+    found = world.scores(loading.load(folder, **SETTINGS))
     weights.write_facts(folder, {**weights.read_facts(folder), **found})
-    print(json.dumps(scores, indent=1))
+    print(json.dumps(found, indent=1))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "target", choices=("vae", *BASES, *pretrain_rewards.NAMES, "score", "cards", "all")
-    )
+def run(world: World, description: str, others: Sequence[str] = ()) -> argparse.Namespace:
+    """Train the parts of a world that the command line names, and return what it says.
+
+    `others` are further targets, which are the caller's.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("target", choices=("vae", *world.bases, *others, "score", "cards", "all"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--cycle", type=int, default=0, help="first cycle of a model's recipes")
     for name, default in asdict(Recipe()).items():
@@ -374,12 +452,19 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.target in ("vae", "all"):
-        pretrain_vae()
+        pretrain_vae(world)
     given = {n: v for n in asdict(Recipe()) if (v := getattr(args, n, None)) is not None}
-    for name, base in BASES.items():
+    for name, base in world.bases.items():
         if args.target in (name, "all"):
             for cycle in range(args.cycle, len(base.recipes)):
-                pretrain_base(name, cycle, given)
+                pretrain_base(world, name, cycle, given)
+        if args.target == "score":
+            score_base(world, name)
+    return args
+
+
+def main() -> None:
+    args = run(SHAPES, __doc__.splitlines()[0], pretrain_rewards.NAMES)
     # The first cycle of the others starts from that of `clip`.
     cycles = max(map(len, pretrain_rewards.RECIPES.values()))
     for cycle in range(args.cycle, cycles):
@@ -387,8 +472,6 @@ def main() -> None:
             if args.target in (name, "all") and cycle < len(recipes):
                 found = pretrain_rewards.pretrain(name, cycle)
                 print(name, cycle, json.dumps(found), flush=True)
-    for name in BASES if args.target == "score" else ():
-        score_base(name)
     if args.target in ("score", "cards", "all"):
         cards.write()
 

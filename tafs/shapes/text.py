@@ -6,6 +6,7 @@ tokenizer's merges join the letters of each word from left to right; the T5 piec
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import tafs.common.torchvision_patch  # noqa: F401  # isort: skip
@@ -32,12 +33,19 @@ def words() -> list[str]:
     return sorted(captions.words())
 
 
-def clip_tokenizer() -> CLIPTokenizer:
-    """A byte-pair tokenizer in which each word is one token."""
+def clip_tokenizer(
+    vocabulary: Sequence[str] | None = None, max_tokens: int = MAX_TOKENS
+) -> CLIPTokenizer:
+    """A byte-pair tokenizer in which each word of the vocabulary is one token.
+
+    Args:
+        vocabulary: by default `words()`; where it has single characters only, each is one token.
+        max_tokens: of a caption, with its start and end.
+    """
     start, end = "<|startoftext|>", "<|endoftext|>"
     pieces: dict[str, None] = {}
     ranks: dict[tuple[str, str], int] = {}
-    for word in words():
+    for word in words() if vocabulary is None else vocabulary:
         letters = [*word[:-1], word[-1] + "</w>"]
         pieces.update(dict.fromkeys([*word, *letters]))
         # Merges of earlier words apply first; the remaining parts are joined by new merges of lower
@@ -50,7 +58,7 @@ def clip_tokenizer() -> CLIPTokenizer:
     vocab = {piece: index for index, piece in enumerate([*pieces, start, end])}
     # transformers' annotation is wrong: it reads pairs.
     merges: Any = list(ranks)
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_tokens)
 
 
 def _merge(parts: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
@@ -66,11 +74,17 @@ def _merge(parts: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
         parts[at : at + 2] = ["".join(best)]
 
 
-def t5_tokenizer() -> T5Tokenizer:
-    """A Unigram tokenizer whose pieces are the words."""
+def t5_tokenizer(pieces: Sequence[str] | None = None, max_tokens: int = MAX_TOKENS) -> T5Tokenizer:
+    """A Unigram tokenizer.
+
+    Args:
+        pieces: by default `words()`; "▁" stands for the space before a word.
+        max_tokens: of a caption, with its end.
+    """
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    vocab += [("▁" + word, -1.0) for word in words()]
-    return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=MAX_TOKENS)
+    known = ["▁" + word for word in words()] if pieces is None else pieces
+    vocab += [(piece, -1.0) for piece in known]
+    return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=max_tokens)
 
 
 def clip_text_config(tokenizer: CLIPTokenizer, width: int = CLIP_WIDTH) -> CLIPTextConfig:
@@ -80,7 +94,7 @@ def clip_text_config(tokenizer: CLIPTokenizer, width: int = CLIP_WIDTH) -> CLIPT
         intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=MAX_TOKENS,
+        max_position_embeddings=tokenizer.model_max_length,
         projection_dim=width,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import tafs.common.torchvision_patch  # noqa: F401  # isort: skip
 import numpy as np
@@ -43,29 +43,38 @@ def build(block_out_channels: tuple[int, ...] = (8, 24, 48)) -> AutoencoderKL:
     )
 
 
+# (size, seed) -> endless batches of images [size, 3, H, W] in [0, 1]
+Batches = Callable[[int, int], Iterator[Tensor]]
+
+
 def scene_batches(
-    rows: list[prompts.Prompt], size: int, seed: int, layout: str
+    size: int, seed: int, split: str = "train", layout: str = "roomy"
 ) -> Iterator[Tensor]:
-    """Endless batches of scenes [size, 3, H, W] in [0, 1]; all tasks are equally likely."""
+    """Endless batches of scenes of a split's captions; all tasks are equally likely."""
+    rows = prompts.read(FOLDER / f"{split}.jsonl")
     rng = np.random.default_rng(seed)
     while True:
         drawn = prompts.draw(rows, size, rng)
         yield render([sample_scene(p.row, rng, layout) for p in drawn])
 
 
-def train(steps: int, seed: int = 0, vae: AutoencoderKL | None = None) -> AutoencoderKL:
+def train(
+    steps: int,
+    seed: int = 0,
+    vae: AutoencoderKL | None = None,
+    batches: Batches = scene_batches,
+) -> AutoencoderKL:
     """Train with L1 and L2 loss and a small KL term; set scaling_factor and shift_factor."""
     torch.manual_seed(seed)
     vae = vae or build()
     vae.train()
-    rows = prompts.read(FOLDER / "train.jsonl")
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2.5e-3, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=2.5e-3, total_steps=steps, pct_start=0.05
     )
-    batches = scene_batches(rows, BATCH, seed, "roomy")
+    targets = batches(BATCH, seed)
     for step in range(steps):
-        target = next(batches) * 2 - 1
+        target = next(targets) * 2 - 1
         posterior = vae.encode(target).latent_dist
         output = vae.decode(posterior.sample()).sample
         loss = (
@@ -82,7 +91,7 @@ def train(steps: int, seed: int = 0, vae: AutoencoderKL | None = None) -> Autoen
             print(f"vae step {step + 1}/{steps} loss {loss.item():.4f}", flush=True)
     vae.eval()
     with torch.no_grad():
-        images = next(scene_batches(rows, 2048, seed + 1, "roomy"))
+        images = next(batches(2048, seed + 1))
         latents = vae.encode(images * 2 - 1).latent_dist.sample()
     vae.register_to_config(
         scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item()
@@ -93,8 +102,7 @@ def train(steps: int, seed: int = 0, vae: AutoencoderKL | None = None) -> Autoen
 @torch.no_grad()
 def reconstruction_accuracy(vae: AutoencoderKL, images: int = 1000, seed: int = 99) -> float:
     """Share of held-out scenes in which the detector finds the same objects and colours."""
-    rows = prompts.read(FOLDER / "test.jsonl")
-    originals = next(scene_batches(rows, images, seed, "dense"))
+    originals = next(scene_batches(images, seed, "test", "dense"))
     latents = vae.encode(originals * 2 - 1).latent_dist.mode()
     decoded = (vae.decode(latents).sample + 1) / 2
     pairs = zip(detect(originals), detect(decoded), strict=True)

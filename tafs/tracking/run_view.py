@@ -96,19 +96,21 @@ def sample_images(view: RunView) -> Iterator[tuple[str, np.ndarray, int, int]]:
     """Yield key, image (uint8 [height, width, 3]), iteration and time (ms) of sample images.
 
     The keys are `samples/SAMPLER-NFE/prompt_INDEX`: MLflow's image grid compares the runs' images
-    of one prompt.
+    of one prompt, and its slider shows those of the snapshots.
     """
     if view.samples is None:
         return
-    iteration = max((point.step for point in view.scores), default=0)
+    last = max((point.step for point in view.scores), default=0)
     with safe_open(view.samples, "numpy") as stored:
         prompts = stored.get_tensor("prompts")
         # Prompts are sorted by tag: every so many of them, so that each tag is shown.
         rows = range(0, len(prompts), math.ceil(len(prompts) / SHOWN_PROMPTS) or 1)
         for name in sorted(set(stored.keys()) - {"prompts"}):
             images = stored.get_slice(name)
+            setting, _, after = name.partition("@")
+            iteration = int(after) if after else last
             for row in rows:
-                key = valid_key(f"samples/{name}/prompt_{prompts[row]}").replace(":", "_")
+                key = valid_key(f"samples/{setting}/prompt_{prompts[row]}").replace(":", "_")
                 yield key, images[row], iteration, _modified_ms(view.samples)
 
 

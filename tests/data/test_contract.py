@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from support import packages, tiny_hub
@@ -43,7 +44,7 @@ def test_the_digest_is_stable(prompt_set, folder):
 
 
 def test_the_description_is_complete(prompt_set, folder):
-    assert prompt_set.assets and set(prompt_set.assets) <= {"shapes", "hub"}
+    assert prompt_set.assets and set(prompt_set.assets) <= {*get_args(prompt_sets.Assets)}
     assert set(prompt_set.resources) <= set(lockfile.read(ROOT / "resources.yaml"))
     assert not prompt_set.resources or prompt_set.assets == ("hub",)
     tags = {prompt.tag for prompt in prompt_set.train(folder)}
@@ -56,6 +57,9 @@ def test_the_description_is_complete(prompt_set, folder):
         for split in ("train", "test"):
             for prompt in prompt_set.prompts(split, folder):
                 assert not geneval_verdict([], prompt.row).correct and prompt.tag
+    if prompt_set.quotes:
+        everything = [*prompt_set.train(folder), *prompt_set.test(folder)]
+        assert all(prompts.quoted(prompt.text) for prompt in everything)
 
 
 def test_an_unknown_prompt_set_is_refused_with_those_available():

@@ -16,7 +16,7 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
-from support import tiny_hub
+from support import packages, tiny_hub
 from support.checkpoints import EMBEDDED, embedded
 
 from tafs import cli, experiment
@@ -241,6 +241,7 @@ def test_every_value_changes_the_sha256_but_title_and_batch(key, tmp_path):
     if key == "assets":  # judges other models with other metrics
         assert {protocol.read(name).content.assets for name in protocol.names()} == {
             "shapes",
+            "words",
             "hub",
         }
         return
@@ -265,9 +266,40 @@ def test_prompts_and_weights_of_metrics_change_the_sha256(tmp_path, monkeypatch)
     assert protocol.read(chosen).sha256 not in (before, other)
 
 
+@pytest.mark.parametrize("value", ["FILE", "YAML(typ='safe').load(FILE)"])
+def test_a_protocol_of_an_installed_package_has_the_sha256_of_its_values(value, tmp_path):
+    text = "from pathlib import Path\n\nfrom ruamel.yaml import YAML\n\n"
+    text += f"FILE = Path(__file__).with_name('shapes.yaml')\nPROTOCOL = {value}\n"
+    files = {"theirs.py": text}
+    files["shapes.yaml"] = (protocol.FOLDER / "shapes.yaml").read_text()
+    groups = {"tafs.protocols": {"their_protocol": "their_package.theirs"}}
+    with packages.installed(tmp_path, files, groups):
+        found = protocol.read("their_protocol")
+        assert "their_protocol" in protocol.names()
+        assert (found.name, found.sha256) == ("their_protocol", protocol.read("shapes").sha256)
+    with pytest.raises(ConfigError, match="unknown protocol 'their_protocol'"):
+        protocol.read("their_protocol")
+
+
+@pytest.mark.parametrize(
+    "name, value, said",
+    [
+        ("shapes", "{}", "protocol 'shapes' is defined twice, by .*shapes.yaml and by .*theirs.py"),
+        ("theirs", "3", "theirs.py is neither the path of a YAML file nor its content; define one"),
+        ("theirs", "{'assets': 'shapes'}", "theirs.py: missing key 'dtype'; add it"),
+    ],
+)
+def test_a_wrong_protocol_of_an_installed_package_is_named(name, value, said, tmp_path):
+    files = {"theirs.py": f"PROTOCOL = {value}\n"}
+    groups = {"tafs.protocols": {name: "their_package.theirs"}}
+    with packages.installed(tmp_path, files, groups), pytest.raises(ConfigError, match=said):
+        protocol.read(name)
+
+
 def test_the_shipped_protocols_are_those_of_config_yaml():
     for name, scale, role, table in (
         ("shapes", "shapes", "preference", "table2"),
+        ("words", "words", "text", "words"),
         ("paper", "paper", "preference", "table2"),
         ("paper-composition", "paper", "composition", "table1"),
         ("one-gpu", "one-gpu", "preference", "table2"),
@@ -308,6 +340,7 @@ def test_the_models_of_one_card_are_judged_with_an_adapter(name, tiny, tmp_path,
     monkeypatch.setattr(HubAssets, "_file_digests", digests)
     monkeypatch.setattr(HubAssets, "random", lambda *_: [])
     monkeypatch.setattr(HubAssets, "golden_scores", None)
+    monkeypatch.setattr(cache, "home", lambda: tmp_path)
     shipped = YAML(typ="safe").load(protocol.FOLDER / "one-gpu.yaml")
     metrics = {"clip": shipped["metrics"]["clip"]}
     content = shipped | SMALL | {"metrics": metrics, "resolution": 64}
@@ -329,6 +362,12 @@ def test_the_models_of_one_card_are_judged_with_an_adapter(name, tiny, tmp_path,
     base, adapted = (pd.read_parquet(run.scores)["value"] for run in found.runs)
     assert len(base) == 2 and base.notna().all() and adapted.notna().all()
     assert not np.array_equal(base, adapted)
+    # The prompts', the validation prompts' and the negative prompt's embeddings are read again.
+    [stored] = (tmp_path / "embeddings").iterdir()
+    assert len(list(stored.iterdir())) >= 2
+    model = checkpoint.target(name, chosen).load()
+    model.prepare([prompt.text for prompt in chosen.prompts])
+    assert model.pipeline.text_encoder is None
 
 
 def test_models_of_the_hub_share_the_embeddings_of_the_same_weights(tiny, tmp_path, monkeypatch):

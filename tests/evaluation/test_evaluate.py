@@ -14,16 +14,25 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from support import toy
 from support.evaluated import BATCH, copied, write
 from support.killable_training import Process, flip_bit, stage
 
 from tafs.assets.sources import ShapesAssets
 from tafs.common import errors
-from tafs.evaluation import check_rewards, evaluate, generate, image_archive, sample, scores
+from tafs.evaluation import (
+    check_rewards,
+    evaluate,
+    generate,
+    image_archive,
+    sample,
+    scores,
+    scoring,
+)
 from tafs.experiment import needs, run_inputs
 from tafs.experiment.specs import BEST, PIPELINE, EvalSetting, RunSpec
 from tafs.rewards import golden
-from tafs.runtime import checkpoint, receipts
+from tafs.runtime import checkpoint, gpus, receipts
 from tafs.runtime.run_dir import RunDir
 
 KEY = ["iteration", "sampler", "nfe", "prompt", "image"]
@@ -153,20 +162,22 @@ def test_images_that_two_settings_share_are_drawn_once(ready, tmp_path, monkeypa
     assert best == common
 
 
-def test_samples_hold_the_final_models_images_with_their_captions(uninterrupted):
+def test_samples_hold_the_images_of_every_setting_with_their_captions(uninterrupted):
     samples = load_file(uninterrupted.samples)
-    final = [s for s in settings(uninterrupted) if s.iteration is None]
-    assert set(samples) == {"prompts", *(s.name for s in final)}
+    judged = settings(uninterrupted)
+    assert set(samples) == {"prompts", *(s.images for s in judged)}
+    assert len(samples) == 1 + len(judged) and any("@" in name for name in samples)
     with safe_open(uninterrupted.samples, "pt") as file:
         captions = json.loads(file.metadata()["captions"])
     known, shown = prompts(uninterrupted), samples["prompts"].tolist()
     assert captions == [known[index].text for index in shown]
     archive = {k: p for keys, part in image_archive.read(uninterrupted.images, 8)
                for k, p in zip(keys, part, strict=True)}  # fmt: skip
-    for setting in final:
-        kept = samples[setting.name].permute(0, 3, 1, 2).float() / 255
+    for setting in judged:
+        kept = samples[setting.images].permute(0, 3, 1, 2).float() / 255
         for index, image in zip(shown, kept, strict=True):
-            key = image_archive.Key(2, setting.sampler, setting.nfe, index, 0)
+            after = 2 if setting.iteration is None else setting.iteration
+            key = image_archive.Key(after, setting.sampler, setting.nfe, index, 0)
             assert torch.equal(archive[key], image)
 
 
@@ -243,6 +254,41 @@ def test_a_killed_evaluation_continues_from_its_saved_scores(ready, uninterrupte
     evaluate.evaluate(run)
     assert {file: file.stat().st_mtime_ns for file in saved} == saved
     assert outcome(run) == outcome(uninterrupted)
+
+
+def test_two_processes_continue_the_evaluation_of_one_with_the_same_files(
+    ready, uninterrupted, tmp_path
+):
+    run = copied(ready, tmp_path)
+    assert evaluating(run, killed_after=2).wait() == -signal.SIGKILL
+    evaluate.evaluate(run, processes=2)
+    assert outcome(run) == outcome(uninterrupted)
+    assert choices(run) == choices(uninterrupted)
+
+
+@pytest.mark.parametrize(
+    "make, error, said",
+    [
+        (os.abort, errors.RunFailed, "process 0 of 1 has ended with exit code -6; "),
+        (toy.exhausted, torch.OutOfMemoryError, "CUDA out of memory"),
+        (list, errors.RunFailed, "AttributeError: 'list' object has no attribute 'score'"),
+    ],
+)
+def test_the_failure_of_a_process_is_that_of_the_evaluation(make, error, said):
+    work = scoring.Work(EvalSetting(sampler="ode", nfe=1, images_per_prompt=1), ["a"], 1, 0)
+    shared = scoring.Shared(make, 1)
+    with pytest.raises(error, match=said):
+        list(shared.score(work))
+    shared.close()
+
+
+def test_every_process_sees_its_own_gpu_and_the_batches_come_in_their_order(monkeypatch):
+    monkeypatch.setenv(gpus.VARIABLE, "3,GPU-5")
+    setting = EvalSetting(sampler="ode", nfe=1, images_per_prompt=1)
+    with scoring.scorer(toy.Seeing, 2) as scorer:
+        found = [scored.files for scored in scorer.score(scoring.Work(setting, "abcde", 2, 0))]
+    assert found == [[b"3"], [b"GPU-5"], [b"3"]]
+    assert os.environ[gpus.VARIABLE] == "3,GPU-5"
 
 
 @pytest.mark.parametrize("pattern", ["*/0*/" + checkpoint.TENSORS, "*/*.zip"])

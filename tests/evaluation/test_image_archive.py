@@ -18,7 +18,7 @@ def pictures() -> torch.Tensor:
 def write(file) -> bytes:
     with image_archive.writing(file) as archive:
         for key, pixels in zip(KEYS, image_archive.pixels(pictures()), strict=True):
-            archive.add(key, pixels)
+            archive.add(key, image_archive.encode(pixels))
     return file.read_bytes()
 
 

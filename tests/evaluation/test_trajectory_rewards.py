@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from support.evaluated import copied, write
 from support.toy import ToyBackbone, streams, toy_rewards
 from torch import Tensor, nn
@@ -61,6 +64,7 @@ def run(ready, tmp_path, monkeypatch) -> RunDir:
     """A run with six trajectories of three steps, of the toy model and rewards."""
     monkeypatch.setattr(generate, "load_model", lambda *_: toy())
     monkeypatch.setattr(ShapesAssets, "rewards", lambda *_: toy_rewards())
+    monkeypatch.setattr(trajectory_rewards, "pixels", lambda images: images)  # they are latents
     run = copied(ready, tmp_path)
     write(run, batch=4, trajectories=TrajectorySpec(nfe=3, prompts=6))
     return run
@@ -99,6 +103,12 @@ def test_each_value_is_the_reward_of_its_image_and_prompt(run, monkeypatch):
     ]
     for prompt, step, _, value in table.itertuples(index=False):
         assert value == pytest.approx(images[step - 1, prompt, 0].item())
+    kept = load_file(run.trajectory_images)
+    shown = kept["prompts"].tolist()
+    assert torch.equal(kept["images"], images[:, shown].transpose(0, 1))
+    with safe_open(run.trajectory_images, "pt") as file:
+        captions = json.loads(file.metadata()["captions"])
+    assert captions == [[text for texts, _ in drawn for text in texts][p] for p in shown]
 
 
 def test_every_training_prompt_can_be_drawn_but_no_more(run):

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import pytest
 
 from tafs import experiment
-from tafs.common.yaml_files import load_yaml
+from tafs.common.yaml_files import ConfigError, load_yaml
 from tafs.experiment import EvalSpec, Plan, ReportSpec, RunSpec, TableSpec
 from tafs.experiment.schema import FIGURES, Evaluation, Kind
 from tafs.experiment.specs import EvalSetting
@@ -38,7 +38,7 @@ def shapes() -> Plan:
 
 
 @pytest.mark.parametrize(
-    "scale", ["smoke", "shapes", "shapes-long", "one-gpu", "paper", "paper-trial"]
+    "scale", ["smoke", "shapes", "shapes-long", "words", "one-gpu", "paper", "paper-trial"]
 )
 def test_every_scale_expands_into_consistent_specs(scale: str, tmp_path: Path) -> None:
     plan = experiment.load({"scale": scale}, SHIPPED)
@@ -60,6 +60,14 @@ def test_every_scale_expands_into_consistent_specs(scale: str, tmp_path: Path) -
                 assert (run.variant, run.task) == (row.variant, row.task)
         # A label belongs to one system.
         assert len({row.label for row in found.rows}) == len({row.runs for row in found.rows})
+
+
+@pytest.mark.parametrize("method", ["rg_lcd", "reward_instruct", "draft_k"])
+def test_the_words_refuse_a_method_that_differentiates_rewards_by_name(method: str) -> None:
+    assert experiment.load({"scale": "words"}, SHIPPED).tables[0].rows
+    message = f"method={method}: .*'{method}' needs the rewards' gradients, but 'ocr' is not diff"
+    with pytest.raises(ConfigError, match=message):
+        experiment.load({"scale": "words", "method": method}, SHIPPED)
 
 
 def test_runs_are_named_by_method_task_backbone_and_seed(shapes: Plan) -> None:

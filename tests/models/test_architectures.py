@@ -1,17 +1,24 @@
 """Sizes computed from a configuration equal those counted on the network."""
 
+from dataclasses import replace
+
+import diffusers
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from tafs.models import architectures, catalog, flops
 from tafs.models.architectures import PUBLISHED
 from tafs.shapes import weights
 
-SHAPES = ["shapes-flux", "shapes-sd3"]
+MODELS = catalog.read().items()
+SIZED = [n for n, m in MODELS if m.pipeline in architectures.SIZES and n == m.resource]
+COMPARED = [n for n, m in MODELS if m.pipeline in architectures.COMPARED]
 
 
-@pytest.mark.parametrize("name", [*SHAPES, *PUBLISHED])
+@pytest.mark.parametrize("name", SIZED)
 def test_a_size_is_that_of_the_network(name):
     model = catalog.read()[name]
     embedded = model.assets == "shapes"
@@ -35,6 +42,34 @@ def test_a_size_is_that_of_the_network(name):
     linear = [m for name, m in inside if isinstance(m, nn.Linear) and "lora_" not in name]
     assert found.matrices == sum(m.weight.numel() for m in linear)
     assert found.largest == max(m.weight.numel() for m in linear)
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_an_evaluation_of_a_compared_network_has_the_counted_flops(name):
+    """HiDream-I1 smaller and on the CPU: which experts a token takes depends on numbers."""
+    model = catalog.read()[name]
+    known = PUBLISHED[model.resource]
+    hidream = model.pipeline == "HiDreamImagePipeline"
+    if hidream:
+        layers = {"num_layers": 1, "num_single_layers": 2, "llama_layers": (0, 1, 1)}
+        sizes = {"num_attention_heads": 2, "caption_channels": (48, 64), "text_emb_dim": 32}
+        known = replace(known, transformer={**known.transformer, **layers, **sizes})
+    kind = diffusers.HiDreamImageTransformer2DModel if hidream else diffusers.SanaTransformer2DModel
+    with torch.device("cpu" if hidream else "meta"):
+        network, time, text = kind(**known.transformer).eval(), torch.ones(1), known.tokens
+        if hidream:
+            x = torch.ones(1, 16, 32, 32)
+            given = [time, torch.ones(1, text, 48), torch.ones(2, 1, text, 64), torch.ones(1, 32)]
+        else:
+            x, given = torch.ones(1, 32, 8, 8), [torch.ones(1, text, 2304), time]
+            given += [time] if model.pipeline == "SanaSprintPipeline" else []
+        counter = FlopCounterMode(display=False)
+        # The kernel of the CPU's default attention is not counted.
+        with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            network(x, *given)
+    counted = counter.get_total_flops() * architectures.evaluations(model)
+    assert architectures.forward(known, model, 256, None) == counted
+    assert architectures.evaluations(model) == (2 if name in ("hidream-full", "sana-1-5") else 1)
 
 
 @pytest.mark.parametrize(

@@ -56,18 +56,24 @@ def test_without_a_server_the_metric_that_it_scores_is_neither_downloaded_nor_ch
     assert {job.target for job in one_gpu.jobs() if job.rule == "fetch"}.isdisjoint(served - none)
 
 
-def test_training_takes_all_gpus_of_its_nodes_and_other_stages_one(paper):
+def test_trainings_and_evaluations_take_all_gpus_of_a_node_and_other_stages_one(paper):
     train = paper.resources("train")
     assert (train["gpu"], train["nodes"], train["train_processes"]) == (8, 1, 8)
     assert [train["mem_mb"](None, attempt) for attempt in (1, 2, 3)] == [480_000, 720_000, 960_000]
-    assert paper.resources("evaluate")["gpu"] == 1
-    assert "train_processes" not in paper.resources("evaluate")
+    evaluate = paper.resources("evaluate")
+    assert (evaluate["gpu"], evaluate["nodes"], evaluate["evaluate_processes"]) == (8, 1, 8)
+    assert evaluate["mem_mb"](None, 1) == 480_000
+    assert paper.resources("score_served")["gpu"] == 1
+    evaluation = paper.scale.evaluation.model_copy(update={"processes": 2})
+    assert with_scale(paper, evaluation=evaluation).resources("evaluate")["gpu"] == 2
 
 
 def test_training_on_several_nodes_asks_for_gpus_per_node(paper):
-    train = with_scale(paper, processes=16, nodes=2).resources("train")
+    two = with_scale(paper, processes=16, nodes=2)
+    train, evaluate = two.resources("train"), two.resources("evaluate")
     assert train["gres"] == "gpu:8" and "gpu" not in train
     assert train.items() >= {"mpi": "srun", "nodes": 2, "tasks": 2}.items()
+    assert (evaluate["gpu"], evaluate["nodes"]) == (8, 1) and "mpi" not in evaluate
 
 
 def test_the_servers_command_reaches_the_jobs_quoted(paper):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from support import project_copy
 
 from tafs.orchestration import snakemake_hooks as hooks
 
-FOR_ONE_GPU = {"evaluate", "trajectory_rewards", "score_served", "check_rewards"}
+FOR_ONE_GPU = {"trajectory_rewards", "score_served", "check_rewards"}
 WITHOUT_GPU = {"check_base", "compare", "track"}
 LOCAL = {"all", "describe", "describe_evaluation", "fetch", "report_spec"}
 GPU_OPTION = re.compile(r"--(?:gres|gpus|ntasks-per-gpu|cpus-per-gpu)\b.*")
@@ -76,13 +77,14 @@ def gpu_options(options: list[str]) -> list[str]:
 )
 def test_a_profiles_gpu_model_reaches_the_jobs_with_gpus_once(submitted, nodes, training):
     found = submitted(nodes)
-    assert set(found) == {"train", *FOR_ONE_GPU, *WITHOUT_GPU}
+    assert set(found) == {"train", "evaluate", *FOR_ONE_GPU, *WITHOUT_GPU}
+    assert gpu_options(found["evaluate"]) == ["--cpus-per-gpu=8", f"--gpus=h100:{8 // nodes}"]
     assert gpu_options(found["train"]) == training
     assert f"--nodes={nodes}" in found["train"]
     assert ("--ntasks=2" in found["train"]) == (nodes == 2)
     for rule in FOR_ONE_GPU:
         assert gpu_options(found[rule]) == ["--cpus-per-gpu=8", "--gpus=h100:1"], rule
-        assert "--nodes=1" in found[rule]
+    assert all("--nodes=1" in found[rule] for rule in {"evaluate", *FOR_ONE_GPU})
     for rule in WITHOUT_GPU:
         assert gpu_options(found[rule]) == [], rule
         assert {"--ntasks=1", "--cpus-per-task=2"} <= set(found[rule])
@@ -97,6 +99,18 @@ def test_a_setting_of_one_rule_reaches_only_its_jobs(submitted):
     assert " -t 60 -C ib --qos=urgent --mem 7000 " in shlex.join(found.pop("train"))
     for rule, options in found.items():
         assert not {"--qos=urgent", "--cpus-per-gpu=4", "60", "7000"} & set(options), rule
+
+
+def test_a_node_that_has_failed_is_not_excluded_but_those_of_the_user_are():
+    kind = type("Executor", (), {"_failed_nodes": {"h100-0"}, "__module__": hooks.SLURM})
+    workflow = SimpleNamespace(scheduler=SimpleNamespace(_executor=kind()))
+    executor = hooks.slurm_executor(workflow)
+    executor._failed_nodes.add("h100-1")
+    job = SimpleNamespace(resources=ResourceList(fromdict={}), threads=1, is_group=lambda: False)
+    command = get_submit_command(
+        job, dict.fromkeys(OTHERS, ""), failed_nodes=executor._failed_nodes
+    )
+    assert command.endswith(" --exclude=h100-0") or " --exclude=h100-0 " in command
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,24 @@ def test_a_job_that_slurm_has_lost_is_submitted_again_twice_without_using_up_a_r
     assert retries.expected == [(job.job, Verdict.CONTINUE)] * slurm.FORGIVEN
 
 
+@pytest.mark.parametrize(
+    "report",
+    [
+        "failed due to a node failure, SLURM status is: 'NODE_FAIL'. Failed nodes will be "
+        "excluded from future job submissions.",
+        "failed, SLURM status is: 'BOOT_FAIL'.",
+    ],
+)
+def test_a_job_whose_node_fails_is_submitted_again_twice_without_using_up_a_retry(watched, report):
+    executor, retries = watched
+    job = submitted("1")
+    for _ in range(slurm.FORGIVEN + 1):
+        executor.report_job_error(job, msg=f"SLURM-job '1' {report}")
+    assert retries.expected == [(job.job, Verdict.CONTINUE)] * slurm.FORGIVEN
+    said = "the node of Slurm job 1 has failed"
+    assert executor.ended == [("1", said)] * 3 and retries.said == [said] * 3
+
+
 @pytest.mark.parametrize("answer", ["echo '1 PENDING'", "exit 1"])
 def test_a_job_that_is_pending_or_unknown_during_an_outage_is_not_lost(
     watched, squeue, clock, answer

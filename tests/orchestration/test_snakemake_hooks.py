@@ -50,6 +50,8 @@ RELIED_ON: list[tuple[Any, str]] = [
     ),
     (AbstractExecutor, "def report_job_success(self, job_info: SubmittedJobInfo)"),
     (Executor, "self.run_uuid = "),
+    (Executor, "self._failed_nodes.add(node)"),
+    (Executor, '"node failure, SLURM status is: "'),  # slurm.NODE_FAILED
     (Executor, "f\"The error message was '{e.output.strip()}'.\\n\""),  # slurm.REFUSED
     (cli.main, "parser, args = parse_args(argv)"),
     # Content decides what runs.

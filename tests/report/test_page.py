@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import importlib.util
 import json
 import re
 import shutil
@@ -316,27 +317,41 @@ def url(root: Path, opened: browser.Page) -> Iterator[str]:
     assert [r for r in opened.requests if not r.startswith((folder, "data:", "about:"))] == []
 
 
+def moved(opened: browser.Page, slider: str, value: int) -> None:
+    """Move a slider."""
+    opened.run(
+        f"(() => {{ const s = document.querySelector({json.dumps(slider)}); s.focus();"
+        f" s.value = {value}; s.dispatchEvent(new Event('input'));"
+        " s.dispatchEvent(new Event('change')); })()"
+    )
+
+
 def texts(page: browser.Page, selector: str) -> list[str]:
     """The texts of the visible elements of a selector."""
     script = f"[...document.querySelectorAll({json.dumps(selector)})]"
     return list(page.run(f"{script}.filter((e) => e.checkVisibility()).map((e) => e.innerText)"))
 
 
+SHOWN = {  # a view, and what it has
+    "overview": "#compute-chart svg",
+    "leaderboard": "#matrix td.sure, #steps svg",
+    "leaderboard?budget=compute": "#budget svg",
+    "leaderboard?budget=target": "#budget svg",
+    "leaderboard?table=scores": "#pareto svg",
+    "gallery": "#gallery-body .cell",
+    "gallery?mode=trajectory": "#gallery-body .cell",
+    "gallery?mode=wins": "#gallery-body .pair",
+    "gallery?mode=vote": "#gallery-body .vote",
+    "damage": "#damage-body svg",
+    "runs": "#runs-body tbody tr",
+    "runs?run=tafs_grpo-1": "#run-detail pre",
+    "cards": "#cards .card",
+}
+AXE = importlib.util.find_spec("axe_playwright_python")
+
+
 @in_browser
-@pytest.mark.parametrize(
-    ("view", "selector"),
-    [
-        ("overview", "#compute-chart svg"),
-        ("leaderboard", "#matrix td.sure, #steps svg"),
-        ("gallery", "#gallery-body .cell"),
-        ("gallery?mode=wins", "#gallery-body .pair"),
-        ("gallery?mode=vote", "#gallery-body .vote"),
-        ("damage", "#damage-body svg"),
-        ("runs", "#runs-body tbody tr"),
-        ("runs?run=tafs_grpo-1", "#run-detail pre"),
-        ("cards", "#cards .card"),
-    ],
-)
+@pytest.mark.parametrize(("view", "selector"), SHOWN.items())
 @pytest.mark.parametrize("width", [1280, 390])
 def test_every_view_opens(
     opened: browser.Page, url: str, view: str, selector: str, width: int
@@ -347,6 +362,41 @@ def test_every_view_opens(
     assert opened.run(f"document.querySelectorAll({json.dumps(selector)}).length") > 0
     assert texts(opened, "[data-section] > h1") == texts(opened, f"#{view.partition('?')[0]} > h1")
     assert opened.run("document.documentElement.scrollWidth") <= width
+
+
+@in_browser
+@pytest.mark.skipif(AXE is None, reason="no axe-core: make setup")
+@pytest.mark.parametrize(
+    ("theme", "width", "rules"),
+    [
+        ("light", 1280, {}),
+        ("dark", 390, {"runOnly": ["color-contrast", "scrollable-region-focusable"]}),
+    ],
+)
+def test_every_view_is_accessible(
+    opened: browser.Page, url: str, theme: str, width: int, rules: dict[str, Any]
+) -> None:
+    assert AXE is not None and AXE.submodule_search_locations is not None
+    (folder,) = AXE.submodule_search_locations
+    axe = (Path(folder) / "axe.min.js").read_text("utf-8")
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    opened.call("Emulation.setDeviceMetricsOverride", **size)
+    scheme = [{"name": "prefers-color-scheme", "value": theme}]
+    opened.call("Emulation.setEmulatedMedia", features=scheme)
+    opened.open(url)
+    opened.run(f"{axe}; 0")
+    options = json.dumps({"resultTypes": ["violations"], **rules})
+    for view in SHOWN:
+        opened.run(
+            "new Promise((done) => { addEventListener('hashchange', () => setTimeout(done));"
+            f" location.hash = {json.dumps(view)}; }})"
+        )
+        found = opened.run(
+            f"axe.run(document, {options}).then(({{violations}}) =>"
+            " violations.map(({id, nodes}) => `${id}: ${nodes[0].html}`))"
+        )
+        assert found == [], view
+    opened.call("Emulation.setEmulatedMedia", features=[])
 
 
 @in_browser
@@ -381,6 +431,38 @@ def test_rows_are_sorted_and_filtered_and_the_address_keeps_it(
 
 
 @in_browser
+def test_a_budget_ranks_the_methods_and_a_target_has_its_cost(
+    opened: browser.Page, url: str, shown: Read
+) -> None:
+    points = shown.data["compute"]["compute"]["clip"]
+    opened.open(f"{url}#leaderboard?budget=compute&quality=clip")
+
+    def names() -> list[str]:
+        labels = "[...document.querySelectorAll('#budget svg g[text-anchor=end] text')]"
+        found = list(opened.run(f"{labels}.map((label) => label.textContent)"))
+        return [text for text in found if not text.endswith("→")]  # the axis's own label
+
+    costs = sorted({x for values in points.values() for x, *_ in values if x > 0})
+    for place in (0, len(costs) - 1):
+        moved(opened, "[data-key=at]", place)
+        last = {
+            shown.data["systems"][key]["name"]: [v for x, v, *_ in values if x <= costs[place]][-1]
+            for key, values in points.items()
+        }
+        assert names() == sorted(last, key=lambda name: -last[name])
+        assert opened.run("document.activeElement.dataset.key") == "at"
+    opened.open(f"{url}#leaderboard?budget=target&quality=clip")
+    best = max(v for values in points.values() for _, v, *_ in values)
+    moved(opened, "[data-key=target]", 40)
+    reached = [
+        shown.data["systems"][key]["name"]
+        for key, values in points.items()
+        if any(v >= float(f"{best:.3g}") for _, v, *_ in values)
+    ]
+    assert names() == reached
+
+
+@in_browser
 def test_images_load_when_they_are_looked_at_and_the_slider_changes_their_steps(
     opened: browser.Page, url: str
 ) -> None:
@@ -388,13 +470,31 @@ def test_images_load_when_they_are_looked_at_and_the_slider_changes_their_steps(
     assert not [r for r in opened.requests if r.endswith(".webp")]
     opened.open(f"{url}#gallery")
     opened.wait("document.querySelector('.cell').style.backgroundImage.includes('-4.webp')")
-    opened.run(
-        "(() => { const s = document.getElementById('steps-slider'); s.value = 0;"
-        " s.dispatchEvent(new Event('input')); s.dispatchEvent(new Event('change')); })()"
-    )
+    moved(opened, "#gallery [data-key=nfe]", 0)
     opened.wait("document.querySelector('.cell').style.backgroundImage.includes('-1.webp')")
     assert "nfe=1" in opened.run("location.hash")
     opened.wait_for_request("-1.webp")
+
+
+@in_browser
+def test_snapshots_and_steps_of_trajectories_are_shown(
+    opened: browser.Page, url: str, root: Path, shown: Read
+) -> None:
+    trained, base = "tafs_grpo-0", "base-0"
+    sheets = shown.data["images"]["runs"][trained]["sheets"]
+    snapshots = sorted(int(name.partition("@")[2]) for name in sheets if "@" in name)
+    opened.open(f"{url}#gallery?systems={shown.data['runs'][-1]['system']}")
+    for place, sheet in enumerate((base, *(f"@{after}." for after in snapshots), "anneal-4.")):
+        moved(opened, "[data-key=after]", place)
+        address = opened.run("document.querySelector('#gallery-body .cell').dataset.sheet")
+        assert sheet in opened.run(f"decodeURIComponent({json.dumps(address)})")
+    found = shown.data["images"]["trajectories"][base]
+    opened.open(f"{url}#gallery?mode=trajectory&metric=clip")
+    cells = opened.run("document.querySelectorAll('#gallery-body .cell').length")
+    assert cells == found["steps"] * len(found["captions"])
+    rewards = results.load(root).tables[-1].results[0].trajectory_rewards
+    of = rewards[(rewards["metric"] == "clip") & (rewards["prompt"] == 1)].sort_values("step")
+    assert found["scores"]["clip"][1] == pytest.approx(list(of["value"]), rel=1e-4)
 
 
 @in_browser

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 PROGRAM = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
-SECONDS = 20  # for an answer
+SECONDS = 60  # for an answer, on a busy machine too
 KEY_CODES = {"ArrowLeft": 37, "ArrowRight": 39, "ArrowDown": 40, "u": 85}
 OPTIONS = (
     "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "

@@ -103,7 +103,8 @@ def copied(folder: Path, results: Path) -> Project:
         else:
             ignored = shutil.ignore_patterns("__pycache__", "weights")
             shutil.copytree(ROOT / name, folder / name, ignore=ignored)
-    (folder / "tafs/shapes/weights").symlink_to(ROOT / "tafs/shapes/weights")
+    for weights in ("tafs/shapes/weights", "tafs/words/weights"):
+        (folder / weights).symlink_to(ROOT / weights)
     return Project(folder, results)
 
 

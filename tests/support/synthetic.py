@@ -213,9 +213,10 @@ def _write_samples(
     disc = (y - centre[:, 0]) ** 2 + (x - centre[:, 1]) ** 2 < 30
     clean = np.where(disc[..., None], colour, 25)
     samples = {
-        s.name: np.clip(clean + own.normal(size=clean.shape) * 120 / s.nfe, 0, 255).astype(np.uint8)
+        s.images: np.clip(clean + own.normal(size=clean.shape) * 120 / s.nfe, 0, 255).astype(
+            np.uint8
+        )
         for s in evaluation.settings
-        if s.iteration is None
     }
     save_file(
         {"prompts": np.array(kept), **samples},
@@ -235,6 +236,14 @@ def _write_trajectory_rewards(folder: Path, prompts: int, own: np.random.Generat
         tables.append(pd.DataFrame({**index, "metric": metric, "value": value.ravel()}))
     table = pd.concat(tables, ignore_index=True).astype({"metric": "category"})
     table.to_parquet(folder / "trajectory_rewards.parquet", index=False)
+    shown = np.arange(4)
+    images = own.integers(0, 256, (len(shown), FEW, 24, 24, 3), dtype=np.uint8)
+    texts = {"captions": [f"prompt {i}" for i in shown], "tags": tags(len(shown))}
+    save_file(
+        {"prompts": shown, "images": images},
+        folder / "trajectories.safetensors",
+        {key: json.dumps(values) for key, values in texts.items()},
+    )
 
 
 def _write_journal(

@@ -61,7 +61,9 @@ EVALUATION: Mapping[str, Any] = {
     "base_nfe": 6,
     "curve_nfe": [1, 4],
     "correlation_prompts": 12,
+    "validation_prompts": 2,  # of three samplers, at every number of steps
     "batch": 6,
+    "processes": 1,  # each loads all models, which takes longer than scoring a few images
     "resolution": 64,
 }
 SERVER = [sys.executable, str(ROOT / "tests" / "support" / "chat_server.py"), "{port}"]
@@ -179,15 +181,22 @@ def write(folder: Path) -> Path:
 
 
 def configure(
-    file: Path, experiments: Sequence[str], methods: Sequence[str] = (), name: str = "paper"
+    file: Path,
+    experiments: Sequence[str],
+    methods: Sequence[str] = (),
+    name: str = "paper",
+    **judged: Any,
 ) -> str:
-    """The text of config.yaml with a small scale `name` and some experiments and methods."""
+    """The text of config.yaml with a small scale `name` and some experiments and methods.
+
+    `judged` are further keys of its `evaluation`.
+    """
     content = yaml_files.load_yaml(file, dict)
     scale = content["scales"][name]
     scale |= SCALE | {"processes": min(scale["processes"], PROCESSES)}
     scale["methods"].setdefault("mix_grpo", {})["interval"] = 1  # fewer than the iterations
     evaluation = scale["evaluation"]
-    evaluation |= EVALUATION | ({"server": SERVER} if "server" in evaluation else {})
+    evaluation |= EVALUATION | ({"server": SERVER} if "server" in evaluation else {}) | judged
     if experiments:
         scale["experiments"] = list(experiments)
     if methods:
@@ -208,11 +217,12 @@ def project(
     experiments: Sequence[str] = (),
     methods: Sequence[str] = (),
     name: str = "paper",
+    **judged: Any,
 ) -> Path:
     """Copy the project with a small scale `name`; see `configure`."""
     copy(folder)
     file = folder / "config.yaml"
-    file.write_text(configure(file, experiments, methods, name))
+    file.write_text(configure(file, experiments, methods, name, **judged))
     file = folder / "tafs" / "models" / "models.yaml"
     models = yaml_files.load_yaml(file, dict)
     for model in models.values():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from tafs.assets.sources import AssetSettings
 from tafs.common import seeding
 from tafs.data import prompts
 from tafs.data.plugins.shapes import FOLDER
+from tafs.evaluation.scoring import Scored, Work
 from tafs.experiment.schema import Lora
 from tafs.experiment.specs import RunSpec, TrainingSpec
 from tafs.methods import GroupRelative, PolicyGradient
@@ -20,6 +22,7 @@ from tafs.methods.registry import method_class
 from tafs.models import Conditioning
 from tafs.rewards.metrics import Metric
 from tafs.rewards.registry import Reward, RewardSet
+from tafs.runtime import gpus
 from tafs.runtime.distributed import ALONE, Processes
 from tafs.training.trainer import Trainer
 
@@ -157,3 +160,16 @@ def toy_run(
         hyperparameters={"learning_rate": 0.02, **clipping, **hyperparameters},
         sampler="ode",
     )
+
+
+def exhausted() -> None:
+    """What a model that does not fit on a GPU does when it is loaded."""
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+class Seeing:
+    """Scores a batch by the GPUs that its process sees."""
+
+    def score(self, work: Work, share: tuple[int, int]) -> Iterator[Scored]:
+        for _ in range(work.batches)[share[0] :: share[1]]:
+            yield Scored([], {}, {}, [os.environ[gpus.VARIABLE].encode()], {})

@@ -40,8 +40,9 @@ def snakemake(folder: Path, *arguments: str, **environment: str) -> subprocess.C
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory) -> Path:
-    """`snakemake all` has run here for two tables and one method."""
-    folder = tiny_hub.project(tmp_path_factory.mktemp("paper"), ["table2", "table7"], ["tafs_grpo"])
+    """`snakemake all` has run here for two tables and one method, judged by two processes."""
+    folder = tmp_path_factory.mktemp("paper")
+    tiny_hub.project(folder, ["table2", "table7"], ["tafs_grpo"], processes=2)
     with Hub(tiny_hub.write(folder / "hub")) as hub:
         around = tiny_hub.environment(folder, hub)
         lock = ["python", "-m", "tafs.assets.download", "lock", "--random-weights"]

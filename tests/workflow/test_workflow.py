@@ -48,7 +48,8 @@ def test_every_output_exists_and_is_not_empty(project):
     expected += [f"runs/{run}/{name}" for run in TRAINED for name in trained]
     judged = ("run.json", "evaluation.json", "scores.parquet", "samples.safetensors")
     expected += [f"runs/{run}/{name}" for run in (BASE, *TRAINED) for name in judged]
-    expected += [f"runs/{BASE}/trajectory_rewards.parquet"]
+    trajectories = ("trajectory_rewards.parquet", "trajectories.safetensors")
+    expected += [f"runs/{BASE}/{name}" for name in trajectories]
     expected += ["report_spec.json", "claims.md", "claims.json", "benchmarks/compare.tsv"]
     expected += [f"benchmarks/train/{FLOW}.tsv"]
     files = [project.smoke / name for name in expected]
@@ -86,6 +87,9 @@ def test_trajectory_rewards_hold_every_step_of_every_prompt(project):
     assert not scores.duplicated(["prompt", "step", "metric"]).any()
     assert set(scores["step"]) == set(range(1, asked.nfe + 1))
     assert len(scores) == asked.nfe * asked.prompts * len(METRICS)
+    kept = load_file(folder.trajectory_images)
+    assert kept["images"].shape == (len(kept["prompts"]), asked.nfe, 24, 24, 3)
+    assert 0 < len(kept["prompts"]) <= asked.prompts
 
 
 @pytest.mark.parametrize("run", [FLOW, TAFS])

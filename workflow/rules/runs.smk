@@ -72,11 +72,13 @@ rule evaluate:
         GRAPH.group
     conda:
         "../../environment.yml"
+    threads: GRAPH.scale.processes_of("evaluate")
     resources:
         **GRAPH.resources("evaluate"),
         runtime=0,  # minutes; 0: no limit, unless a profile sets one
     shell:
         'python -m tafs.evaluation.evaluate "$(dirname {input.run:q})" '
+        "--processes {resources.evaluate_processes} "
         "--minutes {resources.runtime} --started $(date +%s) > {log:q} 2>&1"
 
 
@@ -86,6 +88,7 @@ rule trajectory_rewards:
         others=lambda wildcards: GRAPH.input_files("trajectory_rewards", wildcards.run),
     output:
         f"{ROOT}/runs/{{run}}/trajectory_rewards.parquet",
+        f"{ROOT}/runs/{{run}}/trajectories.safetensors",
     log:
         f"{ROOT}/logs/trajectory_rewards/{{run}}.log",
     benchmark:

@@ -23,11 +23,11 @@ from tafs.methods import GroupRelative, registry
 from tafs.models import architectures, catalog
 from tafs.orchestration.graph import Graph, Job
 from tafs.runtime import journal, receipts, run_dir
-from tafs.shapes import weights
 
 # Sustained FLOP/s where nothing is measured, not counting blocks that are computed again. On an
 # H100, the shares of its peak that TAFS-GRPO's iterations of FLUX.1-dev reach with compiled blocks
-# and without (results/reference/gpu/); on one core, with networks of the embedded models' size.
+# and without, as in evaluations (results/reference/gpu/); other models are assumed to reach the
+# same. On one core, with networks of the embedded models' size.
 PEAK = 989e12
 COMPILED, EAGER = 0.47, 0.35
 CPU_RATE = 45e9
@@ -78,11 +78,22 @@ class Disk:
         return self.adapters + self.samples
 
 
-def assumed_rate(scale: Scale) -> float:
-    """FLOP/s of one of a scale's devices."""
+@dataclass(frozen=True)
+class Rates:
+    """FLOP/s of a device."""
+
+    training: float
+    judging: float
+
+    def of(self, stage: str) -> float:
+        return self.training if stage == "train" else self.judging
+
+
+def assumed_rates(scale: Scale) -> Rates:
+    """The rates of a scale's devices; only trainings compile the network's blocks."""
     if scale.device != "cuda":
-        return CPU_RATE
-    return PEAK * (COMPILED if scale.compile else EAGER)
+        return Rates(CPU_RATE, CPU_RATE)
+    return Rates(PEAK * (COMPILED if scale.compile else EAGER), PEAK * EAGER)
 
 
 def training_flops(spec: RunSpec, forward: float) -> float:
@@ -114,25 +125,29 @@ class Workload:
     def architecture(self, name: str) -> architectures.Architecture | None:
         """The architecture of a model; None if it is not known."""
         model = catalog.read()[name]
-        if model.pipeline not in architectures.SIZES:
+        if model.pipeline not in {*architectures.SIZES, *architectures.COMPARED}:
             return None
-        if model.assets == "shapes":
-            return architectures.of_folder(weights.verify(model.resource), model)
+        if model.assets != "hub":
+            return architectures.of_folder(self.graph.source.pipeline_folder(model), model)
         return architectures.PUBLISHED.get(model.resource)
 
     @cache  # noqa: B019 - one object per plan
     def network(self, name: str, resolution: int) -> architectures.Size | None:
-        """The size of a model's network; None if its architecture is not known."""
+        """The size of a network that can be trained; None if its architecture is not known."""
+        model, architecture = catalog.read()[name], self.architecture(name)
+        if architecture is None or model.pipeline not in architectures.SIZES:
+            return None
+        rank = self.graph.scale.lora.rank
+        return architectures.size(architecture, model, model.resolution or resolution, rank)
+
+    @cache  # noqa: B019 - one object per plan
+    def forward(self, name: str, resolution: int) -> float | None:
+        """FLOPs of one network evaluation of one image; None if they are not known."""
         model, architecture = catalog.read()[name], self.architecture(name)
         if architecture is None:
             return None
         rank = self.graph.scale.lora.rank if model.trainable else None
-        return architectures.size(architecture, model, model.resolution or resolution, rank)
-
-    def forward(self, name: str, resolution: int) -> float | None:
-        """FLOPs of one network evaluation of one image; None if they are not known."""
-        network = self.network(name, resolution)
-        return network.forward if network else None
+        return architectures.forward(architecture, model, model.resolution or resolution, rank)
 
     @cache  # noqa: B019 - one object per plan
     def prompt_counts(self, prompt_set: str, per_tag: int | None) -> tuple[int, int]:
@@ -158,7 +173,7 @@ class Workload:
             run=spec.name,
             variant=spec.variant,
             backbone=spec.backbone,
-            devices=self.graph.scale.processes if training else 1,
+            devices=self.graph.scale.processes_of(job.rule),
             flops=self.flops(job.rule, spec),
             scoring=self.scoring(job.rule, spec),
             left=1 - done if to_run else 0.0,
@@ -205,10 +220,10 @@ class Workload:
             images += chosen * len(evaluation.samplers) * evaluation.validation_prompts
         return images * each
 
-    def modelled(self, stage: str, spec: RunSpec, rate: float) -> float | None:
-        """Seconds of one device that a stage of a run takes at `rate`; None: not modelled."""
+    def modelled(self, stage: str, spec: RunSpec, rates: Rates) -> float | None:
+        """Seconds of one device that a stage of a run takes; None: not modelled."""
         flops = self.flops(stage, spec)
-        return None if flops is None else flops / rate + self.scoring(stage, spec)
+        return None if flops is None else flops / rates.of(stage) + self.scoring(stage, spec)
 
     def _trained_share(self, spec: RunSpec) -> float:
         """The share of a training that its resume state has done."""
@@ -228,13 +243,12 @@ class Workload:
         evaluation = self.evaluations[spec.name]
         count, shown = self.prompt_counts(spec.prompts, evaluation.prompts_per_tag)
         pixels = 3 * evaluation.resolution**2
-        finals = sum(setting.iteration is None for setting in evaluation.settings)
         images = sum(setting.images_per_prompt for setting in evaluation.settings) * count
         network = self.network(spec.backbone, spec.resolution) if spec.trained else None
         adapter = FLOAT_BYTES * network.adapter if network else 0
         return Disk(
             adapters=adapter * (1 + len(spec.snapshots)),
-            samples=shown * finals * pixels,
+            samples=shown * len(evaluation.settings) * pixels,
             state=STATE_COPIES * adapter,
             images=int(PNG_RATIO * images * pixels) if evaluation.served else 0,
         )
@@ -248,12 +262,12 @@ class Speed:
     """The time that jobs take.
 
     Args:
-        rate: FLOP/s of a device.
+        rates: of a device.
         start_up: s before a job begins to compute.
         ratios: measured time divided by modelled time.
     """
 
-    rate: float
+    rates: Rates
     start_up: float
     ratios: Mapping[Key, float]
 
@@ -273,7 +287,8 @@ class Speed:
         """Seconds that the whole job computes; 0 if it is not modelled."""
         if job.flops is None:
             return 0.0
-        return (job.flops / self.rate + job.scoring) / job.devices * self.ratio(job)[0]
+        seconds = job.flops / self.rates.of(job.stage) + job.scoring
+        return seconds / job.devices * self.ratio(job)[0]
 
     def left(self, job: DeviceJob) -> float:
         """Seconds that the rest of a job takes, with its start-up."""
@@ -284,7 +299,7 @@ class Speed:
         return self.start_up + self.computing(job)
 
 
-def measured(work: Workload, rate: float) -> dict[Key, float]:
+def measured(work: Workload, rates: Rates) -> dict[Key, float]:
     """The ratios of measured to modelled time, from the files of the scale's runs.
 
     For training, the median over all iterations of all seeds; for evaluation, over runs.
@@ -300,14 +315,14 @@ def measured(work: Workload, rate: float) -> dict[Key, float]:
             continue
         spec = run_inputs.run_spec(run)  # what was run; config.yaml may have changed since
         key = (spec.variant, spec.backbone)
-        whole = work.modelled("train", spec, rate) if spec.trained else None
+        whole = work.modelled("train", spec, rates) if spec.trained else None
         file = next((f for f in (run.state / "journal.jsonl", run.journal) if f.is_file()), None)
         if file is not None and whole:
             modelled = whole / (processes * spec.iterations)
             seconds = [record["seconds"]["total"] for record in journal.iterations(file)]
             found.setdefault(("train", *key), []).extend(s / modelled for s in seconds)
         spent = _evaluation_seconds(Path(work.graph.root) / "logs" / "evaluate" / f"{name}.log")
-        whole = work.modelled("evaluate", planned, rate) if spent is not None else None
+        whole = work.modelled("evaluate", planned, rates) if spent is not None else None
         if spent is not None and whole:
             found.setdefault(("evaluate", *key), []).append(spent / whole)
     return {key: statistics.median(ratios) for key, ratios in found.items() if ratios}

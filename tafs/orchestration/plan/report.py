@@ -12,23 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from tafs.experiment.schema import Scale
-from tafs.models.memory import RESERVED
+from tafs.models.memory_model import RESERVED
 from tafs.orchestration import graph as graphs
 from tafs.orchestration import verdicts
 from tafs.orchestration.graph import Graph, Job
-from tafs.orchestration.plan import memory
+from tafs.orchestration.plan import micro_batches
 from tafs.orchestration.plan.estimate import (
     GB,
     HOUR,
     MODELLED,
-    PEAK,
     PNG_RATIO,
     START_UP,
     DeviceJob,
     Disk,
+    Rates,
     Speed,
     Workload,
-    assumed_rate,
+    assumed_rates,
     downloads,
     measured,
 )
@@ -44,7 +44,7 @@ ORDER = ("describe", "describe_evaluation", *STAGES, "report_spec", "compare", "
 # stage -> the stage of the same run that it waits for
 AFTER = {"evaluate": "train", "trajectory_rewards": "train", "score_served": "evaluate"}
 ASSUMPTION = {
-    "cuda": "{:.0f} % of an H100's 989 in dense bfloat16, measured with FLUX.1-dev",
+    "cuda": "measured with FLUX.1-dev at 512 pixels, on an H100; assumed of other models and sizes",
     "cpu": "one core, small networks, assumed",
 }
 
@@ -65,7 +65,7 @@ def report(
         nodes: number of machines with the scale's `processes` / `nodes` devices each. None: the
             number that one training takes; at scales without GPUs, all cores of this machine.
         price: of a device for an hour.
-        tflops: sustained rate of a device. None: `assumed_rate`.
+        tflops: sustained rate of a device. None: `assumed_rates`.
         gpu_memory: GB of a GPU, for the largest micro-batches that fit.
         verbose: list every job with its reason.
 
@@ -84,6 +84,7 @@ def record(
     nodes: int | None = None,
     price: float | None = None,
     tflops: float | None = None,
+    gpu_memory: float | None = None,
 ) -> dict[str, Any]:
     """The same as JSON values: times in hours of a device or in seconds, sizes in bytes.
 
@@ -98,11 +99,16 @@ def record(
         "device": page.unit,
         "methods": [asdict(total) for total in page.totals()],
         "total": asdict(page.total("total", "", page.jobs)),
+        "memory": [asdict(need) for need in page.needs(gpu_memory)],
         "hours_left": page.hours_left,
         "cost_left": None if price is None else price * page.hours_left,
         "downloads": {"bytes": downloaded, "resources": fetched, "source": source},
         "wall_time": {"nodes": nodes, "seconds": seconds},
-        "rate": {"flops": page.speed.rate, "assumed": page.assumed},
+        "rate": {
+            "flops": page.speed.rates.training,
+            "evaluation_flops": page.speed.rates.judging,
+            "assumed": page.assumed,
+        },
         "to_run": [
             {"rule": one.job.rule, "target": one.job.target, "reason": one.reason}
             for one in page.pending
@@ -114,7 +120,7 @@ def record(
 def _page(overrides: Mapping[str, Any], price: float | None, tflops: float | None) -> Page:
     graph = graphs.read(overrides)
     work = Workload(graph)
-    rate = tflops * 1e12 if tflops else assumed_rate(graph.scale)
+    rates = Rates(tflops * 1e12, tflops * 1e12) if tflops else assumed_rates(graph.scale)
     every, pending = list(graph.jobs()), verdicts.pending(graph)
     return Page(
         graph=graph,
@@ -122,7 +128,7 @@ def _page(overrides: Mapping[str, Any], price: float | None, tflops: float | Non
         every=every,
         pending=pending,
         jobs=work.jobs(every, (one.job for one in pending)),
-        speed=Speed(rate, START_UP[graph.device], measured(work, rate)),
+        speed=Speed(rates, START_UP[graph.device], measured(work, rates)),
         price=price,
         assumed=tflops is None,
     )
@@ -149,6 +155,21 @@ class Total:
     hours: float
     cost: float | None
     disk: int  # bytes that are kept
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """The memory of a GPU that the trainings of a method take; micro-batches are in images."""
+
+    method: str
+    task: str
+    model: str
+    micro_batch: int
+    bytes: int
+    when: str  # the phase that takes most
+    # What fits in the memory that the user named, which None stands for otherwise; 0: nothing.
+    fitting_with_checkpointing: int | None
+    fitting_without_checkpointing: int | None
 
 
 @dataclass(frozen=True)
@@ -250,31 +271,47 @@ class Page:
             size(total.disk),
         ]
 
-    def memory(self, given: float | None) -> list[str]:
-        """The memory that each training takes on a GPU, and what fits in `given` GB."""
-        found: dict[tuple[str, str, str], memory.TrainingMemory] = {}
+    @cached_property
+    def trainings(self) -> dict[tuple[str, str, str], micro_batches.TrainingMemory]:
+        """The memory of each training on a GPU, by (method, task, model)."""
+        found: dict[tuple[str, str, str], micro_batches.TrainingMemory] = {}
         for spec in self.graph.plan.runs.values() if self._on_gpus else ():
-            one = memory.of_run(self.work, spec)
+            one = micro_batches.of_run(self.work, spec)
             if one is not None:
                 found.setdefault((spec.variant, spec.task, spec.backbone), one)
+        return dict(sorted(found.items()))
+
+    def needs(self, given: float | None) -> list[MemoryNeed]:
+        """What each training takes, and the largest micro-batches that fit in `given` GB."""
+        needs = []
+        for key, one in self.trainings.items():
+            phase, most = one.largest()
+            fits: list[int | None] = [None, None]
+            if given is not None:
+                available = (1 - RESERVED) * given * GB
+                fits = [one.fitting(available, checkpointing=on) for on in (True, False)]
+            needs.append(MemoryNeed(*key, one.setting.micro_batch, round(most), phase, *fits))
+        return needs
+
+    def memory(self, given: float | None) -> list[str]:
+        """The lines of `needs`, and the keys to set."""
+        found = self.trainings
         if not found:
             return []
         head = ["memory", "task", "model", "batch", "GB", "when"]
         head += [] if given is None else ["with", "without"]
         rows = []
-        for key, one in sorted(found.items()):
-            phase, most = one.largest()
-            rows.append([*key, str(one.setting.micro_batch), amount(most / GB), phase])
-            if given is not None:
-                available = (1 - RESERVED) * given * GB
-                fits = [one.fitting(available, checkpointing=on) for on in (True, False)]
-                rows[-1] += [str(count) if count else "none" for count in fits]
+        for need in self.needs(given):
+            row = [need.method, need.task, need.model, str(need.micro_batch)]
+            fits = (need.fitting_with_checkpointing, need.fitting_without_checkpointing)
+            row += [amount(need.bytes / GB), need.when]
+            rows.append(row + ([] if given is None else [str(n) if n else "none" for n in fits]))
         lines = ["", *table([head, *rows], left=(0, 1, 2, 5))]
         if given is None:
             return lines
         available = (1 - RESERVED) * given * GB
-        fitting = {key: one for key, one in found.items() if memory.fits(one, available)}
-        keys = memory.choose(list(fitting.values()), available)
+        fitting = {key: one for key, one in found.items() if micro_batches.fits(one, available)}
+        keys = micro_batches.choose(list(fitting.values()), available)
         where = f"scales.{self.graph.plan.config.scale}"
         return [
             *lines,
@@ -378,7 +415,11 @@ class Page:
         nodes, seconds = self.makespan(given)
         per_node = self.graph.scale.processes // self.graph.scale.nodes
         where = f"{nodes} node{'s' * (nodes > 1)} of {per_node} {self.unit}{'s' * (per_node > 1)}"
-        return ["", f"Wall time on {where}: {duration(seconds)}."]
+        line = f"Wall time on {where}: {duration(seconds)}"
+        train, evaluate = map(self.graph.scale.processes_of, ("train", "evaluate"))
+        if train > 1:
+            line += f"; a training takes {train} {self.unit}s, an evaluation {evaluate}"
+        return ["", f"{line}."]
 
     def decide(self) -> list[str]:
         """What `snakemake decide` adds to the jobs of `snakemake all` at most."""
@@ -399,14 +440,14 @@ class Page:
     def assumptions(self) -> list[str]:
         """Where the figures come from."""
         bases = Counter(self.speed.ratio(job)[1] for job in self.jobs if job.stage == "train")
-        share = 100 * self.speed.rate / PEAK
-        rate = ASSUMPTION[self.graph.device].format(share) if self.assumed else "given"
+        rates = [rate / 1e12 for rate in (self.speed.rates.training, self.speed.rates.judging)]
+        source = ASSUMPTION[self.graph.device] if self.assumed else "given"
         lines = [
             "",
             "Sources of these figures:",
-            "  modelled  network evaluations x FLOPs of a forward pass / "
-            f"{self.speed.rate / 1e12:.3g} TFLOP/s per {self.unit}",
-            f"            ({rate});",
+            f"  modelled  network evaluations x FLOPs of a forward pass / TFLOP/s per {self.unit}:",
+            f"            {rates[0]:.3g} in training, {rates[1]:.3g} in evaluations, not compiled,",
+            f"            {source};",
             f"            {self.speed.start_up:.0f} s start-up per job, assumed",
             "  measured  median time in journals and in the logs of evaluations",
             "  scaled    modelled x median of measured / modelled of other methods on this model",

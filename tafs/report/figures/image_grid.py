@@ -126,6 +126,12 @@ def _opened(file: Path) -> Iterator[Any]:
         raise ValueError(f"{file}: not a safetensors file ({error})") from None
 
 
+def kept(result: Result) -> set[str]:
+    """The settings whose images are kept; see `EvalSetting.images`."""
+    with _opened(result.run.samples) as stored:
+        return set(stored.keys()) - {"prompts"}
+
+
 def captions(result: Result) -> dict[int, str]:
     """The texts of the prompts whose images are kept, by the prompt's number."""
     with _opened(result.run.samples) as stored:
@@ -149,3 +155,16 @@ def samples(result: Result, key: str, shown: Sequence[int]) -> np.ndarray:
             raise ValueError(f"{file}: has no prompt {missing[0]}")
         part = stored.get_slice(key)
         return np.concatenate([part[place[p] : place[p] + 1] for p in shown])
+
+
+def trajectories(result: Result) -> tuple[np.ndarray, list[int], list[str], list[str]]:
+    """The kept trajectories of annealed sampling.
+
+    Returns:
+        (images, uint8 [prompts, steps, H, W, 3]; the prompts' numbers, texts and tags).
+    """
+    with _opened(result.run.trajectory_images) as stored:
+        texts = stored.metadata() or {}
+        prompts = [int(p) for p in stored.get_tensor("prompts")]
+        captions_, tags = (json.loads(texts[key]) for key in ("captions", "tags"))
+        return stored.get_tensor("images"), prompts, captions_, tags

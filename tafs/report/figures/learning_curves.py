@@ -14,13 +14,16 @@ from tafs.report.results import LoadedTable, Result, System
 from tafs.report.stats import Array
 from tafs.rewards.metrics import METRICS
 
+FEW_SEEDS = 4  # the lines of more would hide each other
+
 
 def draw(table: LoadedTable) -> Figure:
     """Each training reward of the final image against iterations and against compute time.
 
-    Thin lines are the seeds; thick lines are their means and bands their ranges, of running means
-    over an eighth of the iterations, because every iteration draws other prompts. Compute time
-    counts every iteration at the median time, as the tables do, because runs disturb one another.
+    Thin lines are the seeds, if they are few; thick lines are their means and bands their ranges,
+    of running means over an eighth of the iterations, because every iteration draws other prompts.
+    Compute time counts every iteration at the median time, as the tables do, because runs disturb
+    one another.
 
     Raises:
         ValueError: no run is trained, or an input is missing or broken; names it.
@@ -85,7 +88,7 @@ def _seeds(
 ) -> None:
     """Draw every seed, and the mean and range of their running means where all have values."""
     smooth = [_running_mean(values, window) for values in y]
-    if len(x) > 1 or window > 1:
+    if (len(x) > 1 or window > 1) and len(x) <= FEW_SEEDS:
         for times, values in zip(x, y, strict=True):
             axes.plot(times, values, color=colour, linewidth=0.5, alpha=0.35)
     if len(x) > 1:
@@ -94,7 +97,7 @@ def _seeds(
         curves = np.stack(
             [np.interp(grid, times, values) for times, values in zip(x, smooth, strict=True)]
         )
-        axes.fill_between(grid, curves.min(0), curves.max(0), color=colour, alpha=0.15, linewidth=0)
+        axes.fill_between(grid, curves.min(0), curves.max(0), color=colour, alpha=0.12, linewidth=0)
     else:
         grid, curves = x[0], smooth[0][None]
     single = "o" if len(grid) == 1 else None  # a line needs two points

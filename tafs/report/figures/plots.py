@@ -224,5 +224,5 @@ def _band(
 ) -> None:
     """Draw values as a line, and their intervals as a band."""
     low, high = [e.low for e in estimates], [e.high for e in estimates]
-    axes.fill_between(x, low, high, color=look.colour, alpha=0.15, linewidth=0)
+    axes.fill_between(x, low, high, color=look.colour, alpha=0.08, linewidth=0)
     axes.plot(x, [e.value for e in estimates], **line(look), label=label)

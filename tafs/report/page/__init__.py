@@ -25,7 +25,16 @@ from tafs.report.tables import Line, Table
 
 HERE = Path(__file__).parent
 SCRIPTS = ("vendor/d3.min.js", "vendor/plot.min.js")
-OWN = ("core", "leaderboard", "charts", "gallery", "votes", "runs", "main")  # in this order
+OWN = (
+    "core",
+    "leaderboard",
+    "budget",
+    "charts",
+    "gallery",
+    "votes",
+    "runs",
+    "main",
+)  # in this order
 VIEWS = ("overview", "leaderboard", "gallery", "damage", "runs", "cards")
 
 

@@ -85,7 +85,7 @@ def _metric(name: str, results: Sequence[Result]) -> dict[str, Any]:
     rewards = [r.spec.title for r in results if name in r.spec.rewards]
     facts = {
         "Shown as": f"{metric.unit}, {'higher' if metric.higher_is_better else 'lower'} is better",
-        "Reward of": ", ".join(dict.fromkeys(rewards)) or "no run; held out",
+        "Reward of": "; ".join(dict.fromkeys(rewards)) or "no run; held out",
         "Licence": OWN if embedded else "",
         **({} if embedded else {"Version": metric.version, **_published(metric.resources)}),
         "SHA-256": ", ".join(sorted(digests)),

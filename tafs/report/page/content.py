@@ -174,6 +174,14 @@ def _rows(
     rows = []
     for name, line, own, dots in zip(names, lines, cells, seeds, strict=True):
         spec, system = line.row.spec, line.row.system
+        parts = [
+            *([spec.backbone] if several["backbone"] and _trained(line) else []),
+            *([system.spec.task] if several["task"] and _trained(line) else []),
+            *([] if _trained(line) else ["untrained"]),
+            *([] if spec.iteration is None else [f"{spec.iteration} iterations"]),
+            ", ".join(dict.fromkeys(samplers_of(line.row))),
+        ]
+        shown = (part.replace("_", " ") for part in parts)
         rows.append(
             {
                 "name": name,
@@ -182,15 +190,7 @@ def _rows(
                 "task": system.spec.task,
                 "model": spec.backbone,
                 "nfe": spec.nfe,
-                "detail": " · ".join(
-                    [
-                        *([spec.backbone] if several["backbone"] and _trained(line) else []),
-                        *([system.spec.task] if several["task"] and _trained(line) else []),
-                        *([] if _trained(line) else ["untrained"]),
-                        *([] if spec.iteration is None else [f"{spec.iteration} iterations"]),
-                        ", ".join(dict.fromkeys(samplers_of(line.row))),
-                    ]
-                ).replace("_", " "),
+                "detail": " · ".join(part for part in shown if part not in name.split(" · ")),
                 "seeds": len(system.results),
                 "rule": spec.rule,
                 "cells": [
@@ -346,7 +346,9 @@ def facts(report: Report) -> dict[str, Any]:
         "runs": len(results),
         "trained": len(trained),
         "methods": len({result.spec.method for result in trained}),
-        "seeds": sorted({len(s.results) for t in report.tables for s in t.distinct}),
+        "seeds": sorted(
+            {len(s.results) for t in report.tables for s in t.distinct if s.spec.trained}
+        ),
         "models": sorted({result.spec.backbone for result in results.values()}),
         "duration": duration(sum(sum(result.seconds()) for result in trained)),
         "device": "GPU" if any(origin.get("gpu") for origin in origins) else "CPU",

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from tafs.experiment.specs import EvalSetting
 from tafs.report.figures import image_grid
 from tafs.report.page.content import number
 from tafs.report.page.systems import Systems
@@ -21,6 +22,7 @@ from tafs.report.results import Report, Result
 from tafs.rewards.metrics import METRICS
 
 FOLDER = "images"
+TRAJECTORIES = "trajectories"  # in place of a setting in a sheet's name
 BUDGET = 45e6  # bytes of all sheets
 PER_PIXEL = 0.25  # bytes, at QUALITY
 PER_EXACT_PIXEL = 1.5  # without loss
@@ -56,14 +58,21 @@ def write(report: Report, systems: Systems, folder: Path) -> tuple[dict[str, Any
             {"captions": list(captions.values()), "tags": [tags[p] for p in captions]},
         )
         sheets = {}
-        for name in _settings(result):
-            images = image_grid.samples(result, name, list(captions))
-            file = folder / FOLDER / f"{result.spec.name}.{name}.webp"
-            _save(images, side, exact, file)
+        for setting in _settings(result):
+            images = image_grid.samples(result, setting.images, list(captions))
+            file = folder / FOLDER / f"{result.spec.name}.{setting.images}.webp"
+            _save(images, _columns(len(images)), side, exact, file)
             files.append(file)
-            sheets[name] = {"scores": _scores(result, name, list(captions))}
+            sheets[setting.images] = {"scores": _scores(result, setting, list(captions))}
         runs[result.spec.name] = {"set": list(sets.values()).index(of), "sheets": sheets}
+    trajectories = {}
+    for result in results:
+        if result.run.trajectory_images.is_file():
+            file = folder / FOLDER / f"{result.spec.name}.{TRAJECTORIES}.webp"
+            trajectories[result.spec.name] = _trajectories(result, side, exact, file)
+            files.append(file)
     record = {
+        "trajectories": trajectories,
         "sets": [{**of, "columns": _columns(len(of["tags"]))} for of in sets.values()],
         "runs": runs,
         "exact": exact,
@@ -71,9 +80,34 @@ def write(report: Report, systems: Systems, folder: Path) -> tuple[dict[str, Any
     return record, files
 
 
-def _settings(result: Result) -> list[str]:
-    """The settings of the final model, whose images are kept."""
-    return [s.name for s in result.evaluation.settings if s.iteration is None]
+def _settings(result: Result) -> list[EvalSetting]:
+    """The settings of the final model, and those of snapshots whose images are kept."""
+    kept = image_grid.kept(result)
+    return [s for s in result.evaluation.settings if s.iteration is None or s.images in kept]
+
+
+def _trajectories(result: Result, side: int, exact: bool, file: Path) -> dict[str, Any]:
+    """Write the sheet of a run's trajectories, a row per prompt; return what the scripts need."""
+    images, prompts, captions, tags = image_grid.trajectories(result)
+    steps = images.shape[1]
+    _save(images.reshape(-1, *images.shape[2:]), steps, side, exact, file)
+    rewards = result.trajectory_rewards
+    found = rewards[rewards["prompt"].isin(prompts)].pivot_table(
+        index=["metric", "prompt"], columns="step", values="value", observed=True, dropna=False
+    )
+    return {
+        "steps": steps,
+        "captions": captions,
+        "tags": tags,
+        "scores": {
+            metric: [
+                [number(METRICS[metric].factor * float(x)) for x in found.loc[(metric, p)]]
+                for p in prompts
+            ]
+            for metric in METRICS
+            if metric in found.index.get_level_values("metric")
+        },
+    }
 
 
 def _tags(result: Result) -> dict[int, str]:
@@ -93,9 +127,8 @@ def _resolution(results: Sequence[Result]) -> tuple[int, bool]:
     return min(native, math.isqrt(int(BUDGET / PER_PIXEL / max(count, 1))), LARGEST), False
 
 
-def _save(images: np.ndarray, side: int, exact: bool, file: Path) -> None:
-    """A sheet of images, uint8 [prompts, H, W, 3], each in a square cell."""
-    columns = _columns(len(images))
+def _save(images: np.ndarray, columns: int, side: int, exact: bool, file: Path) -> None:
+    """A sheet of images, uint8 [n, H, W, 3], each in a square cell."""
     sheet = Image.new("RGB", (columns * side, -(-len(images) // columns) * side))
     for place, pixels in enumerate(images):
         cell = Image.fromarray(pixels)
@@ -107,15 +140,17 @@ def _save(images: np.ndarray, side: int, exact: bool, file: Path) -> None:
     sheet.save(file, "WEBP", lossless=exact, quality=QUALITY, method=4)
 
 
-def _scores(result: Result, setting: str, prompts: Sequence[int]) -> dict[str, list[float | None]]:
+def _scores(
+    result: Result, setting: EvalSetting, prompts: Sequence[int]
+) -> dict[str, list[float | None]]:
     """The score of each shown image, the first one of its prompt, on the shown scale."""
     scores = result.scores
     place = {prompt: i for i, prompt in enumerate(scores.prompts)}
     at = [place[prompt] for prompt in prompts]
-    sampler, _, nfe = setting.rpartition("-")
+    after = result.spec.iterations if setting.iteration is None else setting.iteration
     found = {}
     for metric in scores.metrics():
-        values = scores.values.get((sampler, int(nfe), metric, result.spec.iterations))
+        values = scores.values.get((setting.sampler, setting.nfe, metric, after))
         if values is not None:
             found[metric] = [number(METRICS[metric].factor * float(x)) for x in values[at, 0]]
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
@@ -53,6 +54,9 @@ class Systems:
             spec = system.spec
             main = first.setdefault(spec.title, system).spec
             apart = [getattr(spec, k) for k in kinds if getattr(spec, k) != getattr(main, k)]
+            if spec.variant in apart:  # tafs_n_adv_2 of tafs_grpo: "n adv 2"
+                shared = os.path.commonprefix([spec.variant, main.variant]).rpartition("_")
+                apart[0] = spec.variant.removeprefix("".join(shared[:2]))
             if system is not first[spec.title] and not apart:
                 apart = [f"seeds {', '.join(str(r.spec.seed) for r in system.results)}"]
             named[runs] = " · ".join(

@@ -14,7 +14,7 @@ views.overview = () => {
     legend(Object.keys(points)),
     plot("", {
       width: fitting("compute-chart", 1100), height: 340,
-      x: { type: "symlog", constant: whole / 4, label: "Training compute (forward passes per image)", ticks: [0, whole / 4, whole, 4 * whole], tickFormat: "d" },
+      x: { type: "symlog", constant: whole / 4, label: "Training compute (forward passes per image)", ticks: [0, whole / 4, whole, 4 * whole], tickFormat: "d", insetRight: 6 },
       y: { label, domain: d3.extent(Object.values(points).flatMap((list) => [...list.map((point) => point[1]), ...list.at(-1).slice(2)]).filter((value) => value !== null)), nice: true },
       clip: true,
       marks: [
@@ -49,7 +49,7 @@ function gainCharts(gains) {
   if (!known.length) return [h("p", { class: "note" }, "No gains: the base model's scores do not vary over the prompts.")];
   const titles = (metrics) => metrics.map(titleOf).join(", ");
   const scatter = plot("Trained against held out", {
-    width: fitting("damage-body", 460), height: 380,
+    width: fitting("damage-body", 560), height: 380, inset: 8,
     x: { label: "Gain on trained rewards", nice: true }, y: { label: "Gain on held-out metrics", nice: true },
     marks: [
       Plot.ruleX([0], { strokeOpacity: 0.35 }), Plot.ruleY([0], { strokeOpacity: 0.35 }),
@@ -67,7 +67,7 @@ function gainCharts(gains) {
   const extent = d3.extent(cells.flatMap((cell) => [cell.low, cell.high, 0]).filter((x) => x !== null));
   const panels = order.map((metric) => plot(`${titleOf(metric)}${gains.trained.includes(metric) ? " (trained)" : " (held out)"}`, {
     width: 360, height: 30 + 26 * systems.length, marginLeft: nameMargin(systems), marginBottom: 30,
-    x: { label: null, domain: extent }, y: { label: null, domain: systems.map((system) => DATA.systems[system].name) },
+    x: { label: null, domain: extent, inset: 6 }, y: { label: null, domain: systems.map((system) => DATA.systems[system].name) },
     marks: [
       Plot.ruleX([0], { strokeOpacity: 0.6 }),
       Plot.ruleY(cells.filter((cell) => cell.metric === metric && cell.low !== null), { y: "name", x1: "low", x2: "high", stroke: (cell) => colourOf(cell.system), strokeWidth: 2 }),
@@ -76,7 +76,7 @@ function gainCharts(gains) {
   }));
   return [
     h("p", { class: "note" }, `Gains on the base model at the same few steps, in standard deviations of its prompts. Trained: ${titles(gains.trained)}. Held out: ${titles(gains.others)}. Small dots are seeds; below the dotted diagonal a method gains more on what it was trained on.`),
-    h("div", { class: "two" }, scatter, h("div", {}, h("h3", {}, "Systems"), legend(systems))),
+    legend(systems), scatter,
     h("h2", {}, "Gain on each metric"), h("p", { class: "note" }, "With 95 % intervals; left of the line, training made the metric worse."),
     h("div", { class: "charts" }, panels),
   ];
@@ -114,24 +114,25 @@ function systemsChart(heading, { title, systems }, width) {
 
 /** Signs of damage over training, from the journals. */
 function trainingCharts() {
-  const shown = { kl: "KL divergence from the base model", reward_std: "Spread of rewards within a group", clip_fraction: "Clipped share of the objective", grad_norm: "Norm of the gradient" };
+  const shown = ["kl", "reward_std", "clip_fraction", "grad_norm"];
   const chosen = mainSystems(Object.keys(DATA.systems).filter((system) => DATA.systems[system].trained));
   const drawn = DATA.runs.filter((run) => chosen.includes(run.system));
-  const figures = Object.entries(shown).flatMap(([key, title]) => {
+  const figures = shown.flatMap((key) => {
     const runs = drawn.filter((run) => run.curves[key]);
-    return runs.length ? [curveChart(title, runs, key)] : [];
+    return runs.length ? [curveChart(JOURNAL[key], runs, key)] : [];
   });
   if (!figures.length) return [];
-  return [h("h2", {}, "During training"), h("p", { class: "note" }, "A line per run; the view of runs has the other systems."), legend(chosen), h("div", { class: "charts" }, figures)];
+  return [h("h2", {}, "During training"), h("p", { class: "note" }, "Thick lines are means over seeds, thin ones are runs; the view of runs has the other systems."), legend(chosen), h("div", { class: "charts" }, figures)];
 }
 
-/** A number of the journals against iterations, a line per run. */
+/** A number of the journals against iterations: a thin line per run, and a thick one of each system's mean. */
 function curveChart(title, runs, key, options = {}) {
   const rows = runs.flatMap((run) => run.curves[key].map((value, i) => ({ run: run.name, system: run.system, seed: run.seed, x: run.curves.iteration[i], value }))).filter((row) => row.value !== null);
   return plot(title, {
-    x: { label: "Iteration" }, y: { label: null },
+    x: { label: "Iteration" }, y: { label: null, nice: true },
     marks: [
-      ...runs.map((run) => Plot.lineY(rows.filter((row) => row.run === run.name), { x: "x", y: "value", stroke: colourOf(run.system), strokeWidth: 1.3, strokeOpacity: 0.8 })),
+      Plot.lineY(rows, { x: "x", y: "value", z: "run", stroke: (row) => colourOf(row.system), strokeWidth: 0.8, strokeOpacity: 0.35 }),
+      Plot.lineY(rows, Plot.groupX({ y: "mean" }, { x: "x", y: "value", z: "system", stroke: (row) => colourOf(row.system), strokeWidth: 2 })),
       Plot.tip(rows, Plot.pointer({ x: "x", y: "value", title: (row) => `${DATA.systems[row.system].name}, seed ${row.seed}\niteration ${row.x}\n${row.value}` })),
     ],
     ...options,

@@ -20,6 +20,10 @@ function h(tag, attributes = {}, ...children) {
 const at = (id) => document.getElementById(id);
 const unique = (values) => [...new Set(values)];
 const titleOf = (name) => (name === TOGETHER ? "All metrics" : METRICS.get(name)?.title ?? name);
+const JOURNAL = {
+  kl: "KL divergence from the base model", clip_fraction: "Clipped share of the objective", reward_std: "Spread of rewards within a group",
+  grad_norm: "Norm of the gradient", ratio_deviation: "Largest deviation of a ratio from 1", images_per_s: "Images per second", distillation: "Distillation loss",
+};
 const words = (name) => name.replaceAll("_", " ");
 
 function digits(metric, value) {
@@ -39,8 +43,9 @@ function readAddress() {
 
 const get = (key, otherwise = "") => state.values.get(key) ?? otherwise;
 
-/** Change the state, and show the view again. */
+/** Change the state, and show the view again; a control that is drawn anew keeps the focus. */
 function set(changes) {
+  const { key, value: pressed } = document.activeElement?.dataset ?? {};
   for (const [key, value] of Object.entries(changes)) {
     if (value === "" || value === null) state.values.delete(key);
     else state.values.set(key, value);
@@ -48,6 +53,9 @@ function set(changes) {
   const query = state.values.toString();
   history.replaceState(null, "", `#${state.view}${query ? `?${query}` : ""}`);
   show();
+  if (!key) return;
+  const same = [...document.querySelectorAll(`#${state.view} [data-key="${key}"]`)].find((control) => control.dataset.value === pressed);
+  same?.focus({ preventScroll: true });
 }
 
 const views = {}; // by name: a function that draws the view
@@ -89,12 +97,14 @@ function chips(label, key, names, chosen) {
     const on = chosen.includes(name);
     const next = on ? chosen.filter((other) => other !== name) : names.filter((other) => chosen.includes(other) || other === name);
     return h("button", {
-      type: "button", class: "key", style: { "--c": DATA.systems[name].colour }, "aria-pressed": String(on),
+      type: "button", class: "key", "data-key": key, "data-value": name, style: { "--c": DATA.systems[name].colour }, "aria-pressed": String(on),
       onclick: () => set({ [key]: next.join(" ") || "none" }),
     }, DATA.systems[name].name);
   });
-  return h("div", { class: "field", style: { "flex-basis": "100%" } }, label, h("span", { class: "chips" }, items));
+  return h("details", { class: "field chosen", open: chips.open, style: { "flex-basis": "100%" }, ontoggle: (event) => { chips.open = event.target.open; } },
+    h("summary", {}, `${label}: ${chosen.length} of ${names.length}`), h("span", { class: "chips" }, items));
 }
+chips.open = innerWidth > 720; // and then as the reader leaves it
 
 function copyButton(text, content) {
   const button = h("button", { type: "button" }, text);
@@ -134,11 +144,16 @@ function plot(caption, options) {
   const { width = 380, height = 240, ...others } = options;
   const svg = Plot.plot({
     width, height, marginLeft: 48, marginBottom: 36, style: { background: "transparent", fontSize: "12px", fontFamily: "inherit" },
-    grid: true, className: "chart-of-plot", ...others,
+    grid: true, className: "chart-of-plot", ariaLabel: caption || [others.y?.label, others.x?.label].filter(Boolean).join(" against "), ...others,
   });
   svg.classList.add("plot");
+  svg.setAttribute("role", "img");
+  for (const mark of svg.querySelectorAll("g[aria-label]")) mark.removeAttribute("aria-label"); // Plot names groups by their kind
   return h("figure", {}, caption ? h("figcaption", {}, caption) : null, svg);
 }
+
+/** Content that scrolls by itself, with the keyboard too. */
+const scrolling = (label, content, kind = "") => h("div", { class: `scroll ${kind}`, tabindex: 0, role: "region", "aria-label": label }, content);
 
 /** The width of a chart in an element, which may be narrower than the chart should be. */
 const fitting = (id, width) => Math.min(width, at(id).clientWidth || width);

@@ -38,18 +38,23 @@ for (const table of RESULTS) {
 }
 
 const OF_KIND = (kind) => Object.keys(DATA.tables).filter((name) => DATA.tables[name].kind === kind);
-const BUDGETS = { iterations: "Equal iterations", compute: "Equal compute" };
+const BUDGETS = { iterations: "Equal iterations", compute: "Equal compute", target: "Time to target" };
 
 views.leaderboard = () => {
   const budget = get("budget", "iterations");
-  const known = budget === "compute" ? OF_KIND("compute") : Object.keys(DATA.tables).filter((name) => DATA.tables[name].kind !== "compute");
+  const known = budget !== "iterations" ? OF_KIND("compute") : Object.keys(DATA.tables).filter((name) => DATA.tables[name].kind !== "compute");
   const first = known.find((name) => DATA.gains[name]) ?? known[0];
   const chosen = known.includes(get("table")) ? get("table") : first;
-  for (const sheet of document.querySelectorAll(".sheet")) sheet.hidden = sheet.dataset.sheet !== chosen;
+  for (const sheet of document.querySelectorAll(".sheet")) sheet.hidden = sheet.dataset.sheet !== chosen || budget === "target";
   const table = RESULTS.find((one) => one.dataset.table === chosen && one.id !== "headline");
   const rows = [...table.tBodies[0].rows];
   const filters = ["task", "model", "nfe"];
   for (const row of rows) row.hidden = filters.some((key) => get(key) && (row.dataset[key] || "untrained") !== get(key));
+  const domains = DATA.gains[chosen] ? { trained: DATA.gains[chosen].others, others: DATA.gains[chosen].trained } : {};
+  const without = domains[get("domain")] ?? [];
+  [...table.tHead.rows[0].cells].forEach((head, place) => {
+    for (const row of table.rows) row.cells[place].hidden = without.includes(head.dataset.sort);
+  });
   if (get("sort")) sortTable(table, get("sort"), get("order") !== "up");
   const values = (key) => unique(rows.map((row) => row.dataset[key] || "untrained")).sort((a, b) => a - b || a.localeCompare(b));
   const titles = { task: "Task", model: "Model", nfe: "Steps" };
@@ -57,13 +62,17 @@ views.leaderboard = () => {
   at("leaderboard-controls").replaceChildren(...[
     OF_KIND("compute").length ? buttons("Training budget", "budget", Object.entries(BUDGETS), budget) : null,
     choice("Table", "table", known.map((name) => [name, DATA.tables[name].title]), chosen),
-    ...filters.map((key) => choice(titles[key], key, [["", "all"], ...values(key).map((value) => [value, words(value)])], get(key))),
-    files.tex ? copyButton("Copy LaTeX", () => files.tex) : null,
-    files.csv ? copyButton("Copy CSV", () => files.csv) : null,
-    copyButton("Copy link", () => location.href),
+    ...(budget === "target" ? [] : filters).map((key) => choice(titles[key], key, [["", "all"], ...values(key).map((value) => [value, words(value)])], get(key))),
+    choice("Metrics", "domain", Object.keys(domains).length ? [["", "all"], ["trained", "trained on"], ["others", "held out"]] : [], get("domain")),
+    h("div", { class: "field" }, "Copy", h("span", { class: "group" },
+      files.tex && budget !== "target" ? copyButton("LaTeX", () => files.tex) : null,
+      files.csv && budget !== "target" ? copyButton("CSV", () => files.csv) : null,
+      copyButton("Link", () => location.href))),
   ].filter(Boolean));
-  drawMatrix(chosen);
+  drawBudget(budget, chosen);
+  drawMatrix(budget === "target" ? "" : chosen);
   drawSteps(chosen);
+  drawPareto(chosen);
 };
 
 /** Who beats whom: the share of prompts that a row improves over a column. */
@@ -96,7 +105,7 @@ function drawMatrix(name) {
     h("h2", {}, "Who beats whom"),
     h("p", { class: "note" }, "Percent of prompts on which the row's images score higher than the column's, ties counting half. Framed: the difference from 50 % is significant at 5 % after Holm's correction for all pairs, and both systems have several seeds."),
     h("div", { class: "controls" }, choice("Metric", "metric", Object.keys(matrix.wins).map((one) => [one, titleOf(one)]), metric)),
-    h("div", { class: "scroll" }, h("table", { class: "matrix" }, head, body)),
+    scrolling("Who beats whom", h("table", { class: "matrix" }, head, body)),
   );
 }
 

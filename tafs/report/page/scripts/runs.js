@@ -12,15 +12,16 @@ views.runs = () => {
   const keys = unique(drawn.flatMap((run) => Object.keys(run.curves))).filter((key) => key !== "iteration" && new Set(drawn.flatMap((run) => run.curves[key] ?? [])).size > 1);
   const rank = (key) => (key.startsWith("reward ") ? 0 : PREFERRED.includes(key) ? 1 + PREFERRED.indexOf(key) : key.startsWith("seconds ") ? 20 : 10);
   const ordered = keys.sort((a, b) => rank(a) - rank(b));
-  const titles = (key) => (key.startsWith("reward ") ? `Reward: ${titleOf(key.slice(7))}` : key.startsWith("seconds ") ? `Seconds: ${key.slice(8)}` : key === "kl" ? "KL divergence from the base model" : words(key)[0].toUpperCase() + words(key).slice(1));
+  const titles = (key) => (key.startsWith("reward ") ? `Reward: ${titleOf(key.slice(7))}` : key.startsWith("seconds ") ? `Seconds of an iteration: ${key.slice(8)}` : JOURNAL[key] ?? words(key)[0].toUpperCase() + words(key).slice(1));
   const opened = runOf(get("run"));
   at("runs-body").replaceChildren(...[
     opened ? runDetail(opened) : null,
     drawn.length ? h("h2", {}, "Learning curves") : null,
+    drawn.length ? h("p", { class: "note" }, "Thick lines are means over seeds, thin ones are runs.") : null,
     drawn.length ? legend(unique(drawn.map((run) => run.system))) : null,
     drawn.length ? h("div", { class: "charts" }, ordered.map((key) => curveChart(titles(key), drawn.filter((run) => run.curves[key]), key))) : null,
     h("h2", {}, "All runs"),
-    h("div", { class: "scroll" }, h("table", { class: "plain list" },
+    scrolling("All runs", h("table", { class: "plain list" },
       h("thead", {}, h("tr", {}, ["Run", "System", "Seed", "Iterations", "Started (UTC)", "Seconds", "Commit"].map((title, i) => h("th", { scope: "col", class: [2, 3, 5].includes(i) ? "n" : null }, title)))),
       h("tbody", {}, runs.map((run) => h("tr", {},
         h("td", {}, h("a", { href: runLink(run) }, run.name)),
@@ -45,7 +46,7 @@ function runDetail(run) {
     inner && typeof inner === "object" && !Array.isArray(inner) ? flat(inner, `${prefix}${key}.`) : [[prefix + key, inner]]);
   const rows = (entries) => h("table", { class: "plain" }, h("tbody", {}, entries.map(([key, value]) =>
     h("tr", {}, h("td", {}, key), h("td", {}, h("code", {}, Array.isArray(value) ? JSON.stringify(value) : String(value ?? "–")))))));
-  const part = (title, content, open = false) => h("details", { class: "notes", open }, h("summary", {}, title), h("div", { class: "scroll" }, content));
+  const part = (title, content, open = false) => h("details", { class: "notes", open }, h("summary", {}, title), scrolling(title, content));
   const choices = run.samplers.map(([nfe, after, name]) => [`${nfe} steps, after ${after} iterations`, name]);
   const stages = run.spec.training ? ["training.train", "evaluation.evaluate"] : ["evaluation.evaluate"];
   return h("article", { class: "detail", id: "run-detail" },

@@ -54,7 +54,7 @@ function drawVote({ controls, body, systems, chosen, kept }) {
   body.replaceChildren(h("div", { class: "vote" },
     h("p", { class: "caption" }, `“${kept.captions[pair.place]}”`),
     h("div", { class: "sides" }, side("left"), side("right")),
-    h("p", { class: "note", style: { "max-width": "none" } }, h("kbd", {}, "←"), " left is better   ", h("kbd", {}, "→"), " right is better   ", h("kbd", {}, "↓"), " equal   ", h("kbd", {}, "U"), " undo"),
+    h("p", { class: "note", style: { "max-width": "none" } }, h("kbd", {}, "←"), " left is better   ", h("kbd", {}, "→"), " right is better   ", h("kbd", {}, "↓"), " equal   ", h("kbd", {}, "U"), " undo; or press the better image"),
     h("p", { id: "votes-count", style: { "max-width": "none" } }, `${count} vote${count === 1 ? "" : "s"}`),
     h("span", { class: "group" },
       h("button", { type: "button", id: "votes-save", disabled: !count, onclick: saveVotes }, "Save votes"),

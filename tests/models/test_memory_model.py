@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel
 
-from tafs.models import architectures, catalog, flops, memory
+from tafs.models import architectures, catalog, flops, memory_model
 from tafs.models.architectures import FLUX2_KLEIN_BASE_4B, FLUX_DEV, PUBLISHED, SD35_MEDIUM
-from tafs.models.memory import Setting
+from tafs.models.memory_model import Setting
 from tafs.shapes import weights
 
 CPU = torch.device("cpu")
@@ -108,7 +108,7 @@ def test_a_graph_holds_what_its_derivative_needs(name, dtype, checkpointing):
         weight_bytes=dtype.itemsize,
         kept_images=3,
     )
-    parts = memory.phases(architecture, model, setting)["sampling"]
+    parts = memory_model.phases(architecture, model, setting)["sampling"]
     assert parts["kept graphs"] == pytest.approx(found, rel=0.04)
 
 
@@ -120,7 +120,7 @@ def test_the_decoder_saves_what_its_derivative_needs(checkpointing):
         vae.enable_gradient_checkpointing()
     x = torch.randn(1, 16, 32, 32, requires_grad=True)
     found = saved(lambda: vae.decode(x), vae)
-    predicted = memory.decoder(config, resolution=64, conv_bytes=4)
+    predicted = memory_model.decoder(config, resolution=64, conv_bytes=4)
     if checkpointing:
         shared = 4 * 8 * 64**2  # in float32 the last block's output is not copied for the norm
         assert predicted.given + predicted.ends - shared == pytest.approx(found, rel=0.08)
@@ -139,7 +139,7 @@ def test_a_vision_transformer_saves_what_its_derivative_needs(activation, quick)
     images = torch.randn(1, 3, 64, 64, requires_grad=True)
     model.requires_grad_(False)
     found = saved(lambda: model.get_image_features(pixel_values=images), model)
-    assert memory.tower(32, 6, 257, quick_gelu=quick) == pytest.approx(found, rel=0.08)
+    assert memory_model.tower(32, 6, 257, quick_gelu=quick) == pytest.approx(found, rel=0.08)
 
 
 @pytest.mark.parametrize("name", ["shapes-flux", "flux-dev", "flux2-klein-base-4b"])
@@ -151,25 +151,25 @@ def test_the_autoencoder_has_the_parameters_of_its_configuration(name):
     with flops.made_on(flops.META, torch.float32):
         kind = "AutoencoderKLFlux2" if "flux2" in name else "AutoencoderKL"
         vae = getattr(diffusers, kind)(**config)
-    assert memory.autoencoder_weights(config) == sum(p.numel() for p in vae.parameters())
+    assert memory_model.autoencoder_weights(config) == sum(p.numel() for p in vae.parameters())
 
 
 def peak(name: str, **settings) -> dict[str, float]:
     common = {"resolution": 512, "lora_rank": 32, "micro_batch": 12, "gradient_checkpointing": True}
-    found = memory.phases(PUBLISHED[name], catalog.read()[name], Setting(**common | settings))
+    found = memory_model.phases(PUBLISHED[name], catalog.read()[name], Setting(**common | settings))
     return {phase: sum(parts.values()) for phase, parts in found.items()}
 
 
 def test_the_peak_is_that_of_the_phase_that_takes_most():
-    found = memory.phases(
+    found = memory_model.phases(
         PUBLISHED["flux-dev"], catalog.read()["flux-dev"], Setting(512, 32, 12, True)
     )
-    assert memory.peak(found) == sum(found["scoring"].values())
+    assert memory_model.peak(found) == sum(found["scoring"].values())
 
 
 def test_images_that_are_decoded_in_parts_take_the_memory_of_a_part():
     whole, part = peak("flux-dev"), peak("flux-dev", decoded=4)
-    one = memory.decoder(PUBLISHED["flux-dev"].vae, 512).forward
+    one = memory_model.decoder(PUBLISHED["flux-dev"].vae, 512).forward
     assert whole["scoring"] - part["scoring"] == pytest.approx(8 * one)
     rewarded = {"reward_activations": 0.8e9}
     whole, part = peak("flux-dev", **rewarded), peak("flux-dev", **rewarded, decoded=4)
@@ -193,7 +193,7 @@ def test_quantised_weights_take_less_except_while_one_is_restored(chosen, saved)
     """In squares of its width, FLUX.2-klein has 5 blocks of 26 and 20 of 13; one layer has 9."""
     name, setting = "flux2-klein-base-4b", Setting(512, 32, 4, True)
     whole, quantized = (
-        memory.phases(PUBLISHED[name], catalog.read()[name], one)["update"]
+        memory_model.phases(PUBLISHED[name], catalog.read()[name], one)["update"]
         for one in (setting, replace(setting, quantize=chosen))
     )
     assert whole["network"] - quantized["network"] == 390 * 3072**2 * saved

@@ -9,20 +9,20 @@ from typing import get_args
 from tafs.assets import lockfile
 from tafs.experiment.specs import RunSpec
 from tafs.methods import registry
-from tafs.models import architectures, catalog, memory
+from tafs.models import architectures, catalog, memory_model
 from tafs.models.base import decoded_together
-from tafs.models.memory import Setting
+from tafs.models.memory_model import Setting
 from tafs.models.quantization import Quantization
 from tafs.orchestration.plan.estimate import GB, Workload
 from tafs.rewards import metrics
 
-WEIGHT_BYTES = {"float32": memory.FLOAT, "bfloat16": memory.HALF}
+WEIGHT_BYTES = {"float32": memory_model.FLOAT, "bfloat16": memory_model.HALF}
 # The rewards whose gradients are modelled: ViT-H/14 or ViT-L/14 at 224 pixels.
 # Those of other rewards count as nothing.
 TOWERS: Mapping[str, float] = {
-    "pickscore": memory.tower(1280, 32, 257),
-    "hpsv2": memory.tower(1280, 32, 257),
-    "clip": memory.tower(1024, 24, 257, quick_gelu=True),
+    "pickscore": memory_model.tower(1280, 32, 257),
+    "hpsv2": memory_model.tower(1280, 32, 257),
+    "clip": memory_model.tower(1024, 24, 257, quick_gelu=True),
 }
 
 
@@ -37,7 +37,7 @@ class TrainingMemory:
 
     def largest(self) -> tuple[str, float]:
         """(the phase that takes most, its bytes)."""
-        found = memory.phases(self.architecture, self.model, self.setting)
+        found = memory_model.phases(self.architecture, self.model, self.setting)
         totals = {phase: sum(parts.values()) for phase, parts in found.items()}
         phase = max(totals, key=totals.__getitem__)
         return phase, totals[phase]
@@ -55,7 +55,7 @@ class TrainingMemory:
         largest = 0
         for batch in range(1, self.most + 1):
             changed = replace(setting, micro_batch=batch)
-            found = memory.phases(self.architecture, self.model, changed)
+            found = memory_model.phases(self.architecture, self.model, changed)
             # Where text encoders do not fit beside them, these wait in host memory.
             waiting = ("network", "autoencoder")
             found["encoding"] = {k: v for k, v in found["encoding"].items() if k not in waiting}
@@ -113,7 +113,7 @@ def of_run(work: Workload, spec: RunSpec) -> TrainingMemory | None:
     training, architecture = spec.training, work.architecture(spec.backbone)
     model = catalog.read()[spec.backbone]
     network = work.network(spec.backbone, spec.resolution)
-    known_model = model.assets == "hub" and model.pipeline in memory.BLOCKS
+    known_model = model.assets == "hub" and model.pipeline in memory_model.BLOCKS
     if training is None or architecture is None or network is None or not known_model:
         return None
     method = registry.create(spec.method, spec.hyperparameters)
@@ -121,7 +121,9 @@ def of_run(work: Workload, spec: RunSpec) -> TrainingMemory | None:
     share = images // method.updates
     known = lockfile.read()
     used = [name for reward in spec.rewards for name in metrics.plugin(reward).metric.resources]
-    published = memory.HALF * (network.weights + memory.autoencoder_weights(architecture.vae))
+    published = memory_model.HALF * (
+        network.weights + memory_model.autoencoder_weights(architecture.vae)
+    )
     setting = Setting(
         resolution=spec.resolution,
         lora_rank=training.lora.rank,
