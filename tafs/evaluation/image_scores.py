@@ -28,7 +28,7 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 BATCH = 64  # images of one size that are scored at once
 
 
-# The metric of sets of images that `diversity` computes; no metric of each image.
+# The metric of sets of images that `diversity` computes; it is not in METRICS.
 VENDI = "vendi"
 
 

@@ -83,7 +83,7 @@ def vendi_score(features: np.ndarray) -> float:
 
     exp of the entropy of the eigenvalues of K / n, where K holds the cosines of all pairs of rows
     (Friedman and Dieng, 2023, arXiv 2210.02410): 1 if all are alike, n if no two are. It is a score
-    of a set of images and not of each, so it is no metric of METRICS and cannot be trained on.
+    of a set of images and not of each, so it is not in METRICS and cannot be trained on.
     """
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
     # K is unit unit^T, so the eigenvalues of K / n are these squares.

@@ -438,6 +438,24 @@ def test_a_wrong_protocol_is_one_line(changes, said, tmp_path, capsys):
     assert said in line and "small" in line and line.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("  geneval2: ", "  unifiedreward: a\n  geneval2: ", "geneval2: needs a server, as unifie"),
+        (
+            "prompts: geneval2",
+            "prompts: pickapic",
+            "geneval2: needs prompts with the metadata 'vqa",
+        ),
+    ],
+)
+def test_a_protocol_has_one_served_metric_and_prompts_that_it_can_judge(old, new, said, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text((protocol.FOLDER / "geneval2.yaml").read_text().replace(old, new))
+    with pytest.raises(ConfigError, match=f"metrics.{said}"):
+        protocol.read(str(file))
+
+
 def test_a_served_metric_joins_the_others_and_the_images_are_deleted(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     metrics = SMALL["metrics"] | {"unifiedreward": "UnifiedReward-7b-v1.5"}
