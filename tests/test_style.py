@@ -149,8 +149,9 @@ def test_every_source_path_in_documents_and_comments_exists() -> None:
         for path in pattern.findall(text_of(file))
         if path == path.lower()
         and not (ROOT / path).exists()
-        # Guides name the files that their `make new-... NAME=` commands write.
-        and Path(path).stem not in re.findall(r"NAME=([\w-]+)", text_of(file).replace("-", "_"))
+        # Guides name the files that their `tafs new KIND NAME` commands write.
+        and Path(path).stem
+        not in re.findall(r"tafs new \w+ (\w+)", text_of(file).replace("-", "_"))
     }
     assert broken == set()
 

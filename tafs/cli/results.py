@@ -165,14 +165,19 @@ def report(
     return 0
 
 
-@command(app, ["tafs votes votes.json"])
+@command(app, ["tafs votes votes.json", "tafs votes mine.json yours.json --json"])
 def votes(
     files: Annotated[
         list[Path], typer.Argument(metavar="FILE...", help="That the report's gallery saved.")
     ],
+    json_wanted: JsonOption = False,
 ) -> int:
     """Show win rates from the gallery's blind votes."""
     from tafs.report import votes as cast
 
-    print(cast.summary(files))
+    found = cast.record(files)
+    if json_wanted:
+        output.as_json(found)
+    else:
+        print(cast.summary(found))
     return 0

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -82,8 +82,8 @@ def win_rate(votes: Sequence[Vote], system: str) -> Estimate:
     return found._replace(low=low, high=high)
 
 
-def summary(files: Sequence[Path]) -> str:
-    """Win rates of every system and of every pair, in percent.
+def record(files: Sequence[Path]) -> dict[str, Any]:
+    """Win rates of every system and of every pair, as shares; the best systems come first.
 
     Raises:
         FileNotFoundError, ValueError: see `read`; or the files are of several scales.
@@ -98,21 +98,41 @@ def summary(files: Sequence[Path]) -> str:
     votes = [vote for found in read_files.values() for vote in found.votes]
     systems = sorted({name for vote in votes for name in (vote.left, vote.right)})
     of = {s: [v for v in votes if s in (v.left, v.right)] for s in systems}
-    rates = {system: win_rate(of[system], system) for system in systems}
-    ranked = sorted(systems, key=lambda system: -rates[system].value)
-    lines = [f"{len(votes)} votes on {len({v.prompt for v in votes})} prompts; ties count half"]
-    lines += [
-        f"{one_line(system)}: {_percent(rates[system], len(of[system]))}" for system in ranked
-    ]
+    rates = {system: _rate(of[system], system) for system in systems}
+    ranked = sorted(systems, key=lambda system: -rates[system]["rate"])
+    pairs = []
     for place, one in enumerate(ranked):
         for other in ranked[place + 1 :]:
             if both := [vote for vote in of[one] if other in (vote.left, vote.right)]:
-                rate = _percent(win_rate(both, one), len(both))
-                lines.append(f"  {one_line(one)} over {one_line(other)}: {rate}")
+                pairs.append({"system": one, "over": other, **_rate(both, one)})
+    return {
+        "scale": scales.pop(),
+        "votes": len(votes),
+        "prompts": len({vote.prompt for vote in votes}),
+        "systems": [{"system": system, **rates[system]} for system in ranked],
+        "pairs": pairs,
+    }
+
+
+def _rate(votes: Sequence[Vote], system: str) -> dict[str, Any]:
+    found = win_rate(votes, system)
+    known = np.isfinite(found.low)
+    low, high = (found.low, found.high) if known else (None, None)
+    return {"votes": len(votes), "rate": found.value, "low": low, "high": high}
+
+
+def summary(found: Mapping[str, Any]) -> str:
+    """The text of a `record`, in percent."""
+    lines = [f"{found['votes']} votes on {found['prompts']} prompts; ties count half"]
+    lines += [f"{one_line(one['system'])}: {_percent(one)}" for one in found["systems"]]
+    lines += [
+        f"  {one_line(one['system'])} over {one_line(one['over'])}: {_percent(one)}"
+        for one in found["pairs"]
+    ]
     return "\n".join(lines)
 
 
-def _percent(rate: Estimate, votes: int) -> str:
-    known = np.isfinite(rate.low)
-    interval = f" [{100 * rate.low:.0f}, {100 * rate.high:.0f}]" if known else ""
-    return f"{100 * rate.value:.0f} %{interval} of {votes} vote{'s' * (votes != 1)}"
+def _percent(found: Mapping[str, Any]) -> str:
+    rate, low, high, votes = (found[key] for key in ("rate", "low", "high", "votes"))
+    interval = "" if low is None else f" [{100 * low:.0f}, {100 * high:.0f}]"
+    return f"{100 * rate:.0f} %{interval} of {votes} vote{'s' * (votes != 1)}"

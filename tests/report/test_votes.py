@@ -47,6 +47,11 @@ def test_votes_of_several_people_become_win_rates(
     ]
     assert "c: 100 % of 1 vote" in lines  # no interval of one prompt
     assert lines[2].startswith("a: 70 % [") and lines[2].endswith("] of 10 votes")
+    assert run(*files, Path("--json")) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["votes"], found["prompts"]) == (11, 8)
+    assert found["systems"][0] == {"system": "c", "votes": 1, "rate": 1, "low": None, "high": None}
+    assert [(one["system"], one["over"]) for one in found["pairs"]] == [("c", "b"), ("a", "b")]
 
 
 def test_the_interval_is_that_of_prompts() -> None:

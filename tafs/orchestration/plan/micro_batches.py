@@ -146,3 +146,32 @@ def of_run(work: Workload, spec: RunSpec) -> TrainingMemory | None:
         text_encoders=max(0.0, known[model.resource].gigabytes * GB - published),
     )
     return TrainingMemory(architecture, model, setting, share)
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """The memory of a GPU that the trainings of a method take; micro-batches are in images."""
+
+    method: str
+    task: str
+    model: str
+    micro_batch: int
+    bytes: int
+    when: str  # the phase that takes most
+    # What fits in the memory that the user named; None: the user named none, 0: nothing fits.
+    fitting_with_checkpointing: int | None
+    fitting_without_checkpointing: int | None
+
+
+def needs(
+    found: Mapping[tuple[str, str, str], TrainingMemory], available: float | None
+) -> list[MemoryNeed]:
+    """What trainings take, by (method, task, model), and what fits in the available bytes."""
+    records = []
+    for key, one in found.items():
+        phase, most = one.largest()
+        fits: list[int | None] = [None, None]
+        if available is not None:
+            fits = [one.fitting(available, checkpointing=on) for on in (True, False)]
+        records.append(MemoryNeed(*key, one.setting.micro_batch, round(most), phase, *fits))
+    return records

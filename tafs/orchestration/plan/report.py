@@ -158,21 +158,6 @@ class Total:
 
 
 @dataclass(frozen=True)
-class MemoryNeed:
-    """The memory of a GPU that the trainings of a method take; micro-batches are in images."""
-
-    method: str
-    task: str
-    model: str
-    micro_batch: int
-    bytes: int
-    when: str  # the phase that takes most
-    # What fits in the memory that the user named, which None stands for otherwise; 0: nothing.
-    fitting_with_checkpointing: int | None
-    fitting_without_checkpointing: int | None
-
-
-@dataclass(frozen=True)
 class Page:
     """The parts of the text, a list of lines each."""
 
@@ -281,17 +266,10 @@ class Page:
                 found.setdefault((spec.variant, spec.task, spec.backbone), one)
         return dict(sorted(found.items()))
 
-    def needs(self, given: float | None) -> list[MemoryNeed]:
+    def needs(self, given: float | None) -> list[memory.MemoryNeed]:
         """What each training takes, and the largest micro-batches that fit in `given` GB."""
-        needs = []
-        for key, one in self.trainings.items():
-            phase, most = one.largest()
-            fits: list[int | None] = [None, None]
-            if given is not None:
-                available = (1 - RESERVED) * given * GB
-                fits = [one.fitting(available, checkpointing=on) for on in (True, False)]
-            needs.append(MemoryNeed(*key, one.setting.micro_batch, round(most), phase, *fits))
-        return needs
+        available = None if given is None else (1 - RESERVED) * given * GB
+        return memory.needs(self.trainings, available)
 
     def memory(self, given: float | None) -> list[str]:
         """The lines of `needs`, and the keys to set."""

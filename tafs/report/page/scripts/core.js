@@ -43,7 +43,7 @@ function readAddress() {
 
 const get = (key, otherwise = "") => state.values.get(key) ?? otherwise;
 
-/** Change the state, and show the view again; a control that is drawn anew keeps the focus. */
+/** Change the state, and show the view again; a control that is drawn again keeps the focus. */
 function set(changes) {
   const { key, value: pressed } = document.activeElement?.dataset ?? {};
   for (const [key, value] of Object.entries(changes)) {

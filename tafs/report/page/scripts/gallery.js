@@ -131,7 +131,7 @@ function drawTrajectory({ controls, body }) {
   const metrics = Object.keys(scores);
   const metric = metrics.includes(get("metric")) ? get("metric") : metrics[0];
   controls.push(choice("Run", "run", runs, run), choice("Score below", "metric", metrics.map((one) => [one, titleOf(one)]), metric));
-  const grid = h("div", { class: "grid", style: { "grid-template-columns": `minmax(96px, 190px) repeat(${steps}, clamp(60px, ${Math.floor(66 / steps)}vw, 132px))` } });
+  const grid = h("div", { class: "grid", style: { "grid-template-columns": `minmax(88px, 190px) repeat(${steps}, clamp(56px, ${Math.floor(60 / steps)}vw, 132px))` } });
   grid.append(h("div", { class: "head" }), ...d3.range(steps).map((step) => h("div", { class: "head" }, `Step ${step + 1}`)));
   captions.forEach((caption, prompt) => {
     grid.append(h("div", { class: "said" }, caption, h("br"), h("small", {}, words(tags[prompt]))));
