@@ -23,7 +23,7 @@ from tafs.data import prompts
 from tafs.data.plugins.words import FOLDER
 from tafs.models import sampling
 from tafs.models.base import Backbone
-from tafs.shapes import pretrain, text
+from tafs.shapes import pipelines, pretrain, text
 from tafs.shapes.pretrain import Base, Recipe, World
 from tafs.words import ROOT, captions, cards, rewards
 from tafs.words.render import CHARACTERS, COLORS, render, sample_sign
@@ -118,9 +118,9 @@ WORDS = World(
     "words-sd3/vae",
     2500,
     {
-        "words-sd3": Base(partial(pretrain.build_sd3, layers=4, tokenizers=tokenizers), (RECIPE,)),
+        "words-sd3": Base(partial(pipelines.build_sd3, layers=4, tokenizers=tokenizers), (RECIPE,)),
         "words-flux": Base(
-            partial(pretrain.build_flux, layers=3, single_layers=3, tokenizers=tokenizers),
+            partial(pipelines.build_flux, layers=3, single_layers=3, tokenizers=tokenizers),
             (replace(RECIPE, seed=1),),
         ),
     },
