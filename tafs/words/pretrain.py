@@ -110,18 +110,19 @@ def ocr_scores(backbone: Backbone, images_per_prompt: int = 4, seed: int = 7) ->
 
 
 # Short, so that the models spell with errors that a reward can mend.
-RECIPE = Recipe(
-    steps=1500, batch=64, scenes=40_000, warmup=150, ema=0.995, prompt_dropout=0.0, layout=""
+FIRST = Recipe(
+    steps=2000, batch=64, scenes=40_000, warmup=150, ema=0.995, prompt_dropout=0.0, layout=""
 )
+RECIPES = (FIRST, replace(FIRST, steps=1000, lr=1e-3, seed=2))
 WORDS = World(
     ROOT,
     "words-sd3/vae",
     2500,
     {
-        "words-sd3": Base(partial(pipelines.build_sd3, layers=4, tokenizers=tokenizers), (RECIPE,)),
+        "words-sd3": Base(partial(pipelines.build_sd3, layers=4, tokenizers=tokenizers), RECIPES),
         "words-flux": Base(
             partial(pipelines.build_flux, layers=3, single_layers=3, tokenizers=tokenizers),
-            (replace(RECIPE, seed=1),),
+            RECIPES,
         ),
     },
     sign_batches,
