@@ -3,7 +3,7 @@
     python benchmarks/clean_renders.py
     python benchmarks/clean_renders.py --prompts 30
 
-Every caption of both splits is rendered in every font, on one background and in one place each,
+Every caption of both splits is rendered in every font, on one background and in one row each,
 and scored by the metric `ocr`. The table has the share of images whose whole text is read, by font
 and tag.
 """

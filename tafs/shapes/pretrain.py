@@ -18,16 +18,8 @@ from typing import Any
 import tafs.common.torchvision_patch  # noqa: F401  # isort: skip
 import numpy as np
 import torch
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-)
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
-from transformers import CLIPTokenizer, T5Tokenizer
 
 from tafs.common import seeding
 from tafs.data import prompts
@@ -35,13 +27,12 @@ from tafs.data.geneval_rows import TASKS
 from tafs.data.plugins.shapes import FOLDER
 from tafs.models import loading, sampling
 from tafs.models.base import Backbone
-from tafs.models.plugins.flux import FluxBackbone
-from tafs.models.plugins.sd3 import SD3Backbone
 from tafs.rewards.geneval import geneval_verdict
-from tafs.shapes import cards, pretrain_rewards, text, vae, weights
+from tafs.shapes import cards, pretrain_rewards, vae, weights
 from tafs.shapes.detector import detect
+from tafs.shapes.pipelines import SETTINGS, build_flux, build_sd3, scheduler
 from tafs.shapes.render import render
-from tafs.shapes.scenes import IMAGE_SIZE, sample_scene
+from tafs.shapes.scenes import sample_scene
 
 # Harder tasks are drawn more often.
 TASK_SHARES = {
@@ -70,105 +61,6 @@ class Recipe:
     layout: str = "roomy"  # of the scenes
     text_encoders: bool = True  # whether they are trained too
     seed: int = 0
-
-
-SETTINGS: Any = {
-    "resolution": IMAGE_SIZE,
-    "guidance": 1.0,
-    "max_sequence_length": text.MAX_TOKENS,
-}
-SHIFT = 3.0  # time shift of the sampling grid towards noise; Stable Diffusion 3's
-
-
-def scheduler(name: str) -> FlowMatchEulerDiscreteScheduler:
-    """The scheduler of a base model."""
-    if name.endswith("-sd3"):
-        return FlowMatchEulerDiscreteScheduler(shift=SHIFT)
-    # Like FLUX.1-dev: the shift depends on the number of image tokens.
-    return FlowMatchEulerDiscreteScheduler(
-        use_dynamic_shifting=True,
-        base_image_seq_len=9,
-        max_image_seq_len=4096,
-        base_shift=math.log(SHIFT),
-        max_shift=math.log(SHIFT) + 1,
-    )
-
-
-Tokenizers = Callable[[], tuple[CLIPTokenizer, T5Tokenizer]]
-
-
-def tokenizers() -> tuple[CLIPTokenizer, T5Tokenizer]:
-    """The tokenizers of the shapes' captions."""
-    return text.clip_tokenizer(), text.t5_tokenizer()
-
-
-def build_sd3(
-    autoencoder: AutoencoderKL,
-    width: int = 128,
-    layers: int = 5,
-    tokenizers: Tokenizers = tokenizers,
-) -> SD3Backbone:
-    """An untrained pipeline in Stable Diffusion 3's layout around a trained autoencoder."""
-    tokenizer, t5_tokenizer = tokenizers()
-    latent_size = IMAGE_SIZE // 2 ** (len(autoencoder.config.block_out_channels) - 1)
-    transformer = SD3Transformer2DModel(
-        sample_size=latent_size,
-        patch_size=1,
-        in_channels=vae.LATENT_CHANNELS,
-        out_channels=vae.LATENT_CHANNELS,
-        num_layers=layers,
-        attention_head_dim=32,
-        num_attention_heads=width // 32,
-        joint_attention_dim=text.T5_WIDTH,
-        caption_projection_dim=width,
-        pooled_projection_dim=2 * text.CLIP_WIDTH,
-        pos_embed_max_size=latent_size,
-        qk_norm="rms_norm",
-    )
-    pipeline = StableDiffusion3Pipeline(
-        transformer=transformer,
-        scheduler=scheduler("shapes-sd3"),
-        vae=autoencoder,
-        text_encoder=text.clip_text_encoder(tokenizer),
-        tokenizer=tokenizer,
-        text_encoder_2=text.clip_text_encoder(tokenizer),
-        tokenizer_2=tokenizer,
-        text_encoder_3=text.t5_encoder(t5_tokenizer),
-        tokenizer_3=t5_tokenizer,
-    )
-    return SD3Backbone(pipeline, **SETTINGS)
-
-
-def build_flux(
-    autoencoder: AutoencoderKL,
-    width: int = 128,
-    layers: int = 5,
-    single_layers: int = 4,
-    tokenizers: Tokenizers = tokenizers,
-) -> FluxBackbone:
-    """An untrained pipeline in FLUX.1's layout around a trained autoencoder."""
-    tokenizer, t5_tokenizer = tokenizers()
-    transformer = FluxTransformer2DModel(
-        in_channels=4 * vae.LATENT_CHANNELS,
-        num_layers=layers,
-        num_single_layers=single_layers,
-        attention_head_dim=32,
-        num_attention_heads=width // 32,
-        joint_attention_dim=text.T5_WIDTH,
-        pooled_projection_dim=text.CLIP_WIDTH,
-        guidance_embeds=True,
-        axes_dims_rope=(8, 12, 12),
-    )
-    pipeline = FluxPipeline(
-        transformer=transformer,
-        scheduler=scheduler("shapes-flux"),
-        vae=autoencoder,
-        text_encoder=text.clip_text_encoder(tokenizer, projected=False),
-        tokenizer=tokenizer,
-        text_encoder_2=text.t5_encoder(t5_tokenizer),
-        tokenizer_2=t5_tokenizer,
-    )
-    return FluxBackbone(pipeline, **SETTINGS)
 
 
 def draw_scenes(recipe: Recipe) -> tuple[list[str], Tensor]:

@@ -23,7 +23,7 @@ from tafs.data import prompts
 from tafs.data.plugins.words import FOLDER
 from tafs.models import sampling
 from tafs.models.base import Backbone
-from tafs.shapes import pretrain, text
+from tafs.shapes import pipelines, pretrain, text
 from tafs.shapes.pretrain import Base, Recipe, World
 from tafs.words import ROOT, captions, cards, rewards
 from tafs.words.render import CHARACTERS, COLORS, render, sample_sign
@@ -110,18 +110,19 @@ def ocr_scores(backbone: Backbone, images_per_prompt: int = 4, seed: int = 7) ->
 
 
 # Short, so that the models spell with errors that a reward can mend.
-RECIPE = Recipe(
-    steps=1500, batch=64, scenes=40_000, warmup=150, ema=0.995, prompt_dropout=0.0, layout=""
+FIRST = Recipe(
+    steps=2000, batch=64, scenes=40_000, warmup=150, ema=0.995, prompt_dropout=0.0, layout=""
 )
+RECIPES = (FIRST, replace(FIRST, steps=1000, lr=1e-3, seed=2))
 WORDS = World(
     ROOT,
     "words-sd3/vae",
     2500,
     {
-        "words-sd3": Base(partial(pretrain.build_sd3, layers=4, tokenizers=tokenizers), (RECIPE,)),
+        "words-sd3": Base(partial(pipelines.build_sd3, layers=4, tokenizers=tokenizers), RECIPES),
         "words-flux": Base(
-            partial(pretrain.build_flux, layers=3, single_layers=3, tokenizers=tokenizers),
-            (replace(RECIPE, seed=1),),
+            partial(pipelines.build_flux, layers=3, single_layers=3, tokenizers=tokenizers),
+            RECIPES,
         ),
     },
     sign_batches,

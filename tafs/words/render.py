@@ -1,7 +1,6 @@
 """Renderer: up to four capitals or digits in an open font, each in a cell of its own.
 
-A text stands in one of three rows and begins in any cell from which it fits, so that a model that
-averages over places draws unreadable texts.
+A text stands in one of three rows, so that a model that averages over them draws unreadable texts.
 
 The fonts are those that matplotlib ships: DejaVu and STIX, whose licences allow any use. Their
 letters are narrowed to the cells, so that four of them fill the image.
@@ -41,24 +40,22 @@ WIDEST = 0.95  # the widest letter's
 
 @dataclass(frozen=True)
 class Sign:
-    """A text, its font, the name of its colour, the colour of its background, and its place."""
+    """A text, its font, the name of its colour, the colour of its background, and its row."""
 
     text: str
     font: str
     color: str
     background: tuple[float, float, float]
-    cell: int = 0  # the first
     row: int = 0  # of ROWS
 
 
 def sample_sign(text: str, color: str, rng: np.random.Generator) -> Sign:
-    """Draw a font, a background and a place for a text."""
+    """Draw a font, a background and a row for a text."""
     return Sign(
         text,
         FONTS[rng.integers(len(FONTS))],
         color,
         BACKGROUNDS[rng.integers(len(BACKGROUNDS))],
-        int(rng.integers(CELLS - len(text) + 1)),
         ROWS[rng.integers(len(ROWS))],
     )
 
@@ -92,7 +89,7 @@ def render(signs: Sequence[Sign]) -> Tensor:
     """Images of the signs, [N, 3, IMAGE_SIZE, IMAGE_SIZE] in [0, 1], float32."""
     coverage = torch.zeros(len(signs), 1, IMAGE_SIZE, IMAGE_SIZE)
     for image, sign in zip(coverage, signs, strict=True):
-        for place, character in enumerate(sign.text, start=sign.cell):
+        for place, character in enumerate(sign.text):
             image += _masks(sign.font)[CHARACTERS.index(character), place].roll(sign.row, 0)
     coverage.clamp_(max=1)
     color = torch.tensor([COLORS[sign.color] for sign in signs]).view(-1, 3, 1, 1)
