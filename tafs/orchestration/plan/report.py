@@ -266,10 +266,10 @@ class Page:
                 found.setdefault((spec.variant, spec.task, spec.backbone), one)
         return dict(sorted(found.items()))
 
-    def needs(self, given: float | None) -> list[memory.MemoryNeed]:
+    def needs(self, given: float | None) -> list[micro_batches.MemoryNeed]:
         """What each training takes, and the largest micro-batches that fit in `given` GB."""
         available = None if given is None else (1 - RESERVED) * given * GB
-        return memory.needs(self.trainings, available)
+        return micro_batches.needs(self.trainings, available)
 
     def memory(self, given: float | None) -> list[str]:
         """The lines of `needs`, and the keys to set."""
