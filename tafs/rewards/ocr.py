@@ -103,7 +103,7 @@ class OCR:
     def read(self, image: np.ndarray) -> str:
         """The text of an image, uint8 [H, W, 3] in RGB; its lines are joined."""
         bgr = np.ascontiguousarray(image[..., ::-1])  # as OpenCV reads files
-        found = self.engine(bgr, use_det=self.line is None, use_cls=False, use_rec=True)
+        found: Any = self.engine(bgr, use_det=self.line is None, use_cls=False, use_rec=True)
         return "".join(found.txts or ())
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
