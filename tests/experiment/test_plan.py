@@ -264,7 +264,11 @@ def test_one_gpu_trains_all_methods_in_one_process_and_no_server_scores_their_im
     assert {row.nfe for row in untrained} == {8, 40, 50}  # few, and each model's own
 
 
-@pytest.mark.parametrize("key", sorted({*Evaluation.model_fields} - {"server", "judge", "judges"}))
+# These say who computes the scores, and not which.
+RUNNERS = {"server", "judge", "judges", "processes"}
+
+
+@pytest.mark.parametrize("key", sorted({*Evaluation.model_fields} - RUNNERS))
 def test_settings_of_the_evaluation_change_no_training(shapes: Plan, key: str) -> None:
     evaluation = dict(load_yaml(SHIPPED, dict)["scales"]["shapes"]["evaluation"])
     value = evaluation.get(key)
