@@ -63,8 +63,8 @@ def _base(name: str, layout: str, folder: Path) -> str:
         folder,
         f"An embedded base model: a diffusers pipeline with {layout}.",
         f"Flow matching on {recipes[0]['scenes']:,} rendered texts of the training captions and "
-        f"random strings per cycle, batch size {recipes[0]['batch']}, AdamW, {len(cycles)} cosine "
-        f"cycles: {taken}; the weights are averaged ({seconds / 60:.0f} minutes).",
+        f"random strings per cycle, batch size {recipes[0]['batch']}, AdamW, a cosine "
+        f"cycle each: {taken}; the weights are averaged ({seconds / 60:.0f} minutes).",
         "Text accuracy (`ocr`) of the shipped weights on held-out captions, four images each; "
         "`exact` is the share of images whose text is read without an error:\n\n" + "\n".join(rows),
     )
