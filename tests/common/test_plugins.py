@@ -56,5 +56,5 @@ def test_a_broken_plugin_is_named_with_its_package_in_one_line(install, name, va
 def test_an_unknown_name_is_refused_with_a_suggestion():
     with pytest.raises(ValueError, match="unknown method 'flowgrpo'; did you mean 'flow_grpo'"):
         SHIPPED.load("flowgrpo")
-    with pytest.raises(ValueError, match="unknown method 'x' .available: awm, dance_grpo, diff"):
+    with pytest.raises(ValueError, match="unknown method 'x' .available: awm, branch_grpo, dance"):
         SHIPPED.source("x")

@@ -83,7 +83,7 @@ def changed(tmp_path: Path, **changes) -> Path:
             "unknown key 'flux.lora.scales'; did you mean 'scale'",
         ),
         ({"pipeline": "Flux Pipeline"}, "flux.pipeline: "),
-        ({"assets": "disk"}, "flux.assets: .*'shapes' or 'hub'"),
+        ({"assets": "disk"}, "flux.assets: .*'words' or 'hub'"),
         ({"steps": None}, "missing key 'flux.steps'"),
         ({"steps": 0}, "flux.steps: .*greater than or equal to 1"),
         ({"guidance": -1}, "flux.guidance: "),

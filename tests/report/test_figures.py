@@ -16,13 +16,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from safetensors.numpy import load_file, save_file
 from support import synthetic
+from support.paper_metrics import METRICS
 from support.synthetic import change_scores
 
 from tafs.experiment.schema import FIGURES
 from tafs.report import figures, stats
 from tafs.report.figures import style
 from tafs.report.results import LoadedTable
-from tafs.rewards.metrics import METRICS
 
 GAINS = ("hacking", "profiles", "pareto", "compute")  # measured from the base model
 

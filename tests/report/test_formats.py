@@ -13,11 +13,11 @@ from typing import Any
 import pandas as pd
 import pytest
 from support import synthetic
+from support.paper_metrics import METRICS
 from support.synthetic import change_scores
 
 from tafs.experiment.specs import TableSpec
 from tafs.report import formats, table_kinds, tables
-from tafs.rewards.metrics import METRICS
 
 SPECIAL = r"""[a] *b* 100% \x {y}_z & ~u^ |v| <i>"w"</i> `c` $d$ #e --"""
 

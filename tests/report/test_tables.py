@@ -13,11 +13,11 @@ import pandas as pd
 import pytest
 from scipy.stats import pearsonr
 from support import synthetic
+from support.paper_metrics import METRICS
 from support.synthetic import change_scores
 
 from tafs.report import stats, table_kinds, tables
 from tafs.report.tables import Cell, Line
-from tafs.rewards.metrics import METRICS
 
 SMALL: dict[str, Any] = {"prompts": 18, "images": 2, "iterations": 6, "nfe": (4, 8)}
 

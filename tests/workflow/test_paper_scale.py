@@ -14,10 +14,10 @@ from diffusers import FluxPipeline
 from safetensors import safe_open
 from support import tiny_hub
 from support.hub import Hub
+from support.paper_metrics import METRICS
 
 from tafs import experiment
 from tafs.assets import cache, lockfile
-from tafs.rewards.metrics import METRICS
 from tafs.runtime import journal
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,10 +8,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from safetensors.torch import load_file
+from support.paper_metrics import METRICS
 from support.project_copy import NEEDED, Project, copied, states
 
 from tafs.experiment import run_inputs
-from tafs.rewards.metrics import METRICS
 from tafs.runtime import journal
 from tafs.runtime.run_dir import RunDir
 
