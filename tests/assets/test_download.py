@@ -314,7 +314,7 @@ def test_the_projects_own_resources_are_complete():
         *("hidream-full", "hidream-fast", "llama-3.1-8b-instruct"),
         *("pickscore", "clip-vit-h-14", "clip-vit-l-14", "hpsv2", "imagereward"),
         *("bert-base-uncased", "mask2former", "unifiedreward", "siglip", "pickapic"),
-        *("unifiedreward-2", "qwen2-vl-7b", "qwen3-vl-8b"),
+        *("unifiedreward-2", "qwen2-vl-7b", "qwen3-vl-8b", "hpsv3", "geneval2"),
     }
     pickled = {f for e in entries.values() for f in e.files if f.endswith((".pt", ".bin"))}
     assert pickled == {"HPS_v2.1_compressed.pt", "ImageReward.pt"}  # there are no others of these
