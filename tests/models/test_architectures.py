@@ -12,7 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tafs.models import architectures, catalog, flops
 from tafs.models.architectures import PUBLISHED
 from tafs.shapes import weights
+from tafs.words import ROOT as WORDS
 
+ROOTS = {"shapes": weights.ROOT, "words": WORDS}
 MODELS = catalog.read().items()
 SIZED = [n for n, m in MODELS if m.pipeline in architectures.SIZES and n == m.resource]
 COMPARED = [n for n, m in MODELS if m.pipeline in architectures.COMPARED]
@@ -21,8 +23,8 @@ COMPARED = [n for n, m in MODELS if m.pipeline in architectures.COMPARED]
 @pytest.mark.parametrize("name", SIZED)
 def test_a_size_is_that_of_the_network(name):
     model = catalog.read()[name]
-    embedded = model.assets == "shapes"
-    folder = weights.verify(name) if embedded else None
+    embedded = model.assets in ROOTS
+    folder = weights.verify(name, ROOTS[model.assets]) if embedded else None
     known = architectures.of_folder(folder, model) if folder else PUBLISHED[name]
     resolution, rank = (24, 4) if embedded else (512, 32 if model.trainable else None)
     backbone = flops.build(
