@@ -312,6 +312,8 @@ class Expansion:
                     if "steps" in table.figures or "pareto" in table.figures:
                         for nfe in evaluation.curve_nfe:
                             wanted.setdefault((row.sampler, nfe, None), curve)
+                    if "images" in table.figures:
+                        wanted.setdefault((row.sampler, table.few_nfe, None), curve)
                     if "compute" in table.figures:
                         for iteration in run.snapshots:
                             wanted.setdefault((row.sampler, table.few_nfe, iteration), curve)

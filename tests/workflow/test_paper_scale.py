@@ -72,6 +72,10 @@ def test_the_rehearsal_of_a_scale_has_its_experiments_and_methods(scale, tmp_pat
     assert small.config.active.device == "cpu"
     for name, evaluation in small.evaluations.items():
         assert evaluation.served == real.evaluations[name].served
+    # Figures of images show every system at few steps, which are not on the small curve.
+    for row, few in [(r, t.few_nfe) for t in small.tables if "images" in t.figures for r in t.rows]:
+        settings = small.evaluations[row.runs[0]].settings
+        assert (row.sampler, few) in {(setting.sampler, setting.nfe) for setting in settings}
 
 
 def test_only_what_the_jobs_read_was_downloaded(done):
