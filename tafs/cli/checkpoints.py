@@ -11,7 +11,7 @@ import typer
 
 from tafs.cli import output
 from tafs.cli.app import AGAIN, app, command
-from tafs.cli.options import JsonOption, ResultsOption, ScaleOption, above_zero, overrides
+from tafs.cli.options import JsonOption, ResultsOption, ScaleOption, above_zero, count, overrides
 
 if TYPE_CHECKING:
     from tafs.assets.sources import AssetSettings
@@ -60,6 +60,10 @@ def evaluate(
         Path | None,
         typer.Option("--out", metavar="DIR", help="Default: a folder in RESULTS/evaluations."),
     ] = None,
+    processes: Annotated[
+        int | None,
+        count("--processes", "N", "That share the images, with a GPU each; default: all GPUs."),
+    ] = None,
     json_wanted: JsonOption = False,
 ) -> int:
     """Judge a model or an adapter under a pinned protocol."""
@@ -75,7 +79,7 @@ def evaluate(
     chosen = protocols.read(protocol, assets)
     _prepare()
     with output.working(json_wanted):
-        found = checkpoint.judge(model, chosen, folder, adapter)
+        found = checkpoint.judge(model, chosen, folder, adapter, processes)
     to = out or folder / "evaluations" / found.runs[-1].name
     printed = judged.write(found, to)
     if json_wanted:
@@ -256,14 +260,8 @@ def _assets(scale: str | None, results: str | None) -> tuple[AssetSettings, Path
 
 def _prepare() -> None:
     """Set up this process as the stages of a run are."""
-    import tafs.common.torchvision_patch  # noqa: F401  # isort: skip
-    from diffusers.utils import logging as of_diffusers
-    from transformers.utils import logging as of_transformers
-
+    from tafs.models import loading
     from tafs.runtime.main import limit_threads
 
-    # It reports the parts of a model that an adapter leaves alone.
-    of_diffusers.set_verbosity_error()
-    of_diffusers.disable_progress_bar()
-    of_transformers.disable_progress_bar()
+    loading.quiet()
     limit_threads()

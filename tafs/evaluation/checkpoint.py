@@ -7,6 +7,7 @@ of its adapters, and an interrupted evaluation continues.
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
 import json
@@ -14,7 +15,6 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ class Target:
     settings: Mapping[str, JsonValue]
     random_weights: tuple[str, ...]
     published_steps: int | None
-    load: Callable[[], Any]  # a Backbone or a ReferencePipeline
+    load: Callable[[], Any]  # a Backbone or a ReferencePipeline; can be pickled
 
     @property
     def sha256(self) -> str:
@@ -78,28 +78,30 @@ def target(given: str, protocol: Protocol) -> Target:
                 f"{suggestion(given, list(catalog.read()))}"
             )
         return _folder(Path(given), protocol)
-    source, content = protocol.source, protocol.content
+    content = protocol.content
     if entry.assets != content.assets:
         raise ConfigError(
             f"--model {given}: its assets are {entry.assets!r}, but those of protocol "
             f"{protocol.name} are {content.assets!r}; choose another protocol"
         )
-    published, files = not entry.trainable, source.digests([given])
-
-    def load() -> Any:
-        if published:
-            return source.model(given, content.resolution)
-        return _backbone(source.pipeline_folder(entry), entry.pipeline, files, protocol)
-
+    published, files = not entry.trainable, protocol.source.digests([given])
     return Target(
         name=given,
         title=entry.title,
         files=files,
         settings=entry.settings() if published else {"pipeline": entry.pipeline},
-        random_weights=tuple(source.random([given])),
+        random_weights=tuple(protocol.source.random([given])),
         published_steps=entry.steps if published else None,
-        load=load,
+        load=functools.partial(_known, given, files, protocol),
     )
+
+
+def _known(name: str, files: Mapping[str, str], protocol: Protocol) -> Any:
+    """Load a model of the catalogue."""
+    entry, source = catalog.read()[name], protocol.source
+    if not entry.trainable:
+        return source.model(name, protocol.content.resolution)
+    return _backbone(source.pipeline_folder(entry), entry.pipeline, files, protocol)
 
 
 def _folder(folder: Path, protocol: Protocol) -> Target:
@@ -118,7 +120,7 @@ def _folder(folder: Path, protocol: Protocol) -> Target:
         settings={"pipeline": kind},
         random_weights=(),
         published_steps=None,
-        load=lambda: _backbone(folder, kind, files, protocol),
+        load=functools.partial(_backbone, folder, kind, files, protocol),
     )
 
 
@@ -171,7 +173,7 @@ class Judged:
             name = ".".join([BASE, *parts])
         return RunDir(self.results / "evaluations" / "runs" / name)
 
-    @cached_property
+    @functools.cached_property
     def label(self) -> str:
         """What tables call the judged model."""
         return self.target.title if self.adapter is None else label_of(self.adapter.path)
@@ -182,13 +184,21 @@ class Judged:
         return [self.run(adapted) for adapted in (False, True)[: 2 if self.adapter else 1]]
 
 
-def judge(given: str, protocol: Protocol, results: Path, adapter: Path | None = None) -> Judged:
+def judge(
+    given: str,
+    protocol: Protocol,
+    results: Path,
+    adapter: Path | None = None,
+    processes: int | None = None,
+) -> Judged:
     """Score a model and, with an adapter, its base model, unless their scores exist already.
 
     Args:
         given: the name of a model of the catalogue, or a folder with a diffusers pipeline.
         results: the folder under which scores are kept.
         adapter: a LoRA adapter, see `adapters.read`; None: the model itself is judged.
+        processes: that share the images, with a GPU each; they decide no result. None: one for each
+            visible GPU, or one on a CPU.
 
     Raises:
         ValueError, FileNotFoundError: wrong input; one line that names it.
@@ -209,13 +219,12 @@ def judge(given: str, protocol: Protocol, results: Path, adapter: Path | None = 
         if not _done(found.run(adapted), "evaluate", found.needs(adapted))
     ]
     unserved = [run for run in found.runs if protocol.served and not _is_served(run)]
+    count = processes or 1
     if (stale or unserved) and protocol.source.settings.device == "cuda":
-        gpus.claim(1)
-    if stale:
-        with memory.reported("use a larger GPU"):
-            _score(found, stale)
-        gc.collect()
-        torch.cuda.empty_cache()  # the server may need the memory
+        count = gpus.claim(processes if stale else 1)
+    with memory.reported("use a larger GPU"):
+        for adapted in stale:
+            _score(found, adapted, count)
     for run in found.runs if protocol.served else ():
         if not _is_served(run):
             served.score_served(run)
@@ -223,38 +232,60 @@ def judge(given: str, protocol: Protocol, results: Path, adapter: Path | None = 
     return found
 
 
-def _score(found: Judged, stale: Sequence[bool]) -> None:
-    """Score the base model first, then the adapted one, with one loaded model.
+def _score(found: Judged, adapted: bool, processes: int) -> None:
+    """Score the adapted model or its base model."""
+    protocol, run, needed = found.protocol, found.run(adapted), found.needs(adapted)
+    own = [name for name in protocol.metrics if name not in protocol.served]
+    given = found.adapter and (found.adapter.path, found.adapter.sha256)
+    to = run.adapter if adapted and given else None
+    make = functools.partial(_local, protocol, found.target, own, given, to)
+
+    def attempt() -> None:
+        """With models of its own: their memory is free after it."""
+        with scoring.scorer(make, processes) as scorer:
+            judge_run(run, needed, scorer, own, seeds=protocol.seeds)
+
+    _describe(found, run, adapted)
+    with run.alone("evaluate"):
+        while not _done(run, "evaluate", needed):  # by another process
+            try:
+                attempt()
+            except memory.Reduced as reduced:
+                print(reduced, flush=True)
+            gc.collect()
+            torch.cuda.empty_cache()
+        if not protocol.served:
+            checkpoint.clear(run.eval_state)
+
+
+def _local(
+    protocol: Protocol,
+    target: Target,
+    metrics: Sequence[str],
+    adapter: tuple[Path, str] | None,
+    to: Path | None,
+) -> scoring.Local:
+    """The metrics and the model in this process.
 
     Args:
-        stale: whether the model is adapted, of the runs that have no scores.
+        adapter: its path and SHA-256; refused here, before hours of work for the base model.
+        to: where the converted adapter is written; None: the base model is judged.
     """
-    protocol = found.protocol
-    own = [name for name in protocol.metrics if name not in protocol.served]
-    rewards = verified_rewards(protocol.source, own)
+    loading.quiet()
+    rewards = verified_rewards(protocol.source, metrics)
     records = [METRICS[name].record() for name in protocol.served]
     protocol.check_versions([*(reward.record() for reward in rewards.rewards), *records])
-    model = found.target.load()
-    converted = None
-    if found.adapter is not None:  # refused before hours of work for the base model
-        converted = adapters.convert(found.adapter, model.pipeline)
-    scorer = scoring.Local(rewards, lambda _: model)
-    for adapted in stale:
-        run = found.run(adapted)
-        _describe(found, run, adapted)
-        if adapted and converted is not None:
-            adapters.write(converted, run.adapter)
-            model.load_adapter(run.adapter)
-        with run.alone("evaluate"):
-            while not _done(run, "evaluate", found.needs(adapted)):  # by another process
-                try:
-                    needed = found.needs(adapted)
-                    judge_run(run, needed, scorer, own, seeds=protocol.seeds)
-                except memory.Reduced as reduced:
-                    print(reduced, flush=True)
-                    torch.cuda.empty_cache()
-            if not protocol.served:
-                checkpoint.clear(run.eval_state)
+    model = target.load()
+    if adapter is not None:
+        path, digest = adapter
+        content = adapters.read(path)
+        if content.sha256 != digest:
+            raise ValueError(f"{path}: has changed since the evaluation began; start it again")
+        converted = adapters.convert(content, model.pipeline)
+        if to is not None:
+            adapters.write(converted, to)
+            model.load_adapter(to)
+    return scoring.Local(rewards, lambda _: model)
 
 
 def _describe(found: Judged, run: RunDir, adapted: bool) -> None:

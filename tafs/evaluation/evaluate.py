@@ -7,10 +7,10 @@ annealed sampler has its own stream. Outputs in RUN_DIR:
 - samples.safetensors: the first image of a few prompts of each tag, for every setting, with the
   prompts' texts;
 - samplers.json: the sampler of every number of steps, and what its choice was based on;
-- images.zip: all images, if a server scores them too (`tafs.evaluation.served`).
+- images.json: where all images are, if a server scores them too (`tafs.evaluation.served`).
 
-Scores are saved to RUN_DIR/.eval_state every few minutes, so that a job that was killed or has
-reached its time limit continues. The folder is deleted after the report, or the server's scores,
+Scores and these images are saved to RUN_DIR/.eval_state every few minutes, so that a job that was
+killed or has reached its time limit continues. The folder is deleted after the report, or the server's scores,
 have been written. With `--processes N` as many processes, with a GPU each, share the batches of
 every setting (`tafs.evaluation.scoring`); the results are the same.
 """

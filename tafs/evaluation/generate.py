@@ -62,8 +62,13 @@ def sample(
     done = first
     for part, images in of(model, texts, setting, seed, batches):
         done += len(part)
-        progress.tell(f"{setting.sampler}, {setting.nfe} steps", done, len(keys))
+        progress.tell(label(setting), done, len(keys))
         yield part, images
+
+
+def label(setting: EvalSetting) -> str:
+    """What the progress of sampling is called."""
+    return f"{setting.sampler}, {setting.nfe} steps"
 
 
 def _of_pipeline(

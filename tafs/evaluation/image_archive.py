@@ -1,8 +1,14 @@
-"""Generated images in a zip of PNG files, for rewards that score them in another process."""
+"""Generated images in zips of PNG files, for rewards that score them in another process.
+
+An evaluation writes an archive with each saved state. They stay where they are: a list of them stands
+for all images, so that no image is on the disk twice.
+"""
 
 from __future__ import annotations
 
 import io
+import itertools
+import json
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -67,46 +73,70 @@ def writing(file: Path) -> Iterator[Archive]:
         yield archive
 
 
-def join(archives: Sequence[Path], file: Path) -> None:
-    """Write one archive with the images of several, in their order."""
-    with writing(file) as joined:
-        for archive in archives:
-            with zipfile.ZipFile(archive) as part:
-                for member in part.infolist():
-                    joined.writestr(member, part.read(member))
+def write_list(file: Path, archives: Sequence[Path]) -> None:
+    """List the archives, which are below the file's folder; it stands for all of their images."""
+    names = [archive.relative_to(file.parent).as_posix() for archive in archives]
+    files.atomic_text(file, json.dumps(names, indent=1) + "\n")
 
 
 def read(file: Path, batch: int, first: int = 0) -> Iterator[tuple[list[Key], Tensor]]:
     """Read the images from number `first` on in batches, in the order in which they were written.
 
+    Args:
+        file: the list of their archives; see `write_list`.
+
     Yields:
         (keys, images [b, 3, H, W] in [0, 1]).
 
     Raises:
-        FileNotFoundError, ValueError: the file is missing or not an archive of images; names it.
+        FileNotFoundError: there is no list.
+        ValueError: it is not a list, or what it lists is no archive of images; names the file.
     """
+    images = _images(file, first)
+    while part := list(itertools.islice(images, batch)):
+        try:
+            stacked = torch.from_numpy(np.stack([pixels for _, pixels in part]))
+        except ValueError as error:
+            raise _refused(file, file, "images of one size", error) from None
+        yield [key for key, _ in part], stacked.permute(0, 3, 1, 2).float() / 255
+
+
+def keys(file: Path) -> list[Key]:
+    """The keys of all images, in the order in which they were written."""
+    found: list[Key] = []
+    for archive in _archives(file):
+        with zipfile.ZipFile(archive) as content:
+            found += map(Key.of, content.namelist())
+    return found
+
+
+def _archives(file: Path) -> list[Path]:
     if not file.is_file():
         raise FileNotFoundError(
             f"{file}: not found; `python -m tafs.evaluation.evaluate` writes it"
         )
     try:
-        with zipfile.ZipFile(file) as archive:
-            members = archive.namelist()
-            for low in range(first, len(members), batch):
-                part = members[low : low + batch]
-                decoded = (Image.open(io.BytesIO(archive.read(member))) for member in part)
-                stacked = np.stack([np.asarray(image.convert("RGB")) for image in decoded])
-                tensor = torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 255
-                yield [Key.of(member) for member in part], tensor
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno:  # from the disk; Pillow's have no errno
-            raise
-        raise ValueError(
-            f"{file}: not an archive of images ({error}); delete it and evaluate the run again"
-        ) from None
+        return [file.parent / name for name in json.loads(file.read_bytes())]
+    except (ValueError, TypeError) as error:
+        raise _refused(file, file, "a list of archives", error) from None
 
 
-def keys(file: Path) -> list[Key]:
-    """The keys of all images, in the order in which they were written."""
-    with zipfile.ZipFile(file) as archive:
-        return [Key.of(member) for member in archive.namelist()]
+def _images(file: Path, first: int) -> Iterator[tuple[Key, np.ndarray]]:
+    """The images [H, W, 3], uint8, from number `first` on."""
+    for path in _archives(file):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                members = archive.namelist()
+                for member in members[first:]:
+                    image = Image.open(io.BytesIO(archive.read(member)))
+                    yield Key.of(member), np.asarray(image.convert("RGB"))
+                first = max(0, first - len(members))
+        except (zipfile.BadZipFile, OSError, ValueError) as error:
+            # Errors of the disk have an errno, those of Pillow have none.
+            if getattr(error, "errno", None) and not isinstance(error, FileNotFoundError):
+                raise
+            raise _refused(file, path, "an archive of images", error) from None
+
+
+def _refused(file: Path, path: Path, what: str, error: Exception) -> ValueError:
+    return ValueError(f"{path}: not {what} ({error}); delete {file} and evaluate the run again")

@@ -51,6 +51,9 @@ class PartialScores:
                 sampler, metric = place.split("/")
                 self.validation.setdefault(sampler, {})[metric] = tensor
         self.archives: dict[str, str] = {} if state is None else state.values["archives"]
+        for left in self.folder.glob("*.zip"):  # by a kill, or of other settings
+            if left.name not in self.archives:
+                left.unlink()
         self.seconds: dict[str, float] = (
             {"choose": 0.0, "sample": 0.0, "reward": 0.0}
             if state is None
@@ -106,7 +109,7 @@ def write(
     found: Sequence[PartialScores],
     metrics: Sequence[str],
 ) -> None:
-    """Write scores.parquet, samples.safetensors, samplers.json, and images.zip if it is kept.
+    """Write scores.parquet, samples.safetensors, samplers.json, and images.json if images are kept.
 
     samples.safetensors holds the first image of SAMPLES_PER_TAG prompts of each tag for every
     setting, the indices of these prompts, and their texts in its metadata.
@@ -120,7 +123,7 @@ def write(
         samples[scored.setting.images] = torch.stack([scored.first[p] for p in shown])
     archives = [scored.folder / name for scored in found for name in scored.archives]
     if archives:
-        image_archive.join(archives, run.images)
+        image_archive.write_list(run.images, archives)
     write_table(run, spec, run.scores, pd.concat(tables, ignore_index=True))
     metadata = {CAPTIONS: json.dumps([prompts[p].text for p in shown])}
     files.atomic_write(run.samples, lambda path: save_file(samples, path, metadata))

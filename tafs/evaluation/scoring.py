@@ -27,7 +27,7 @@ from tafs.data.prompts import Prompt
 from tafs.evaluation import generate, image_archive
 from tafs.experiment.specs import EvalSetting
 from tafs.rewards.registry import RewardSet
-from tafs.runtime import deadline, gpus
+from tafs.runtime import deadline, gpus, progress
 from tafs.runtime.main import end_with_parent, limit_threads
 
 ENCODERS = 4  # threads that encode a batch's images
@@ -173,8 +173,12 @@ class Shared:
         count = len(self._workers)
         for rank in range(count):
             self._send(rank, (work, (rank, count)))
+        done, setting = work.first, work.setting
         for number in range(work.batches):
-            yield self._receive(number % count)
+            found = self._receive(number % count)
+            done += len(found.keys)
+            progress.tell(generate.label(setting), done, work.total)  # nobody hears the workers
+            yield found
 
     def _send(self, rank: int, message: Any) -> None:
         try:

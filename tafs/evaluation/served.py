@@ -1,4 +1,4 @@
-"""Scores from a chat server: `python -m tafs.evaluation.served RUN_DIR` scores images.zip.
+"""Scores from a chat server: `python -m tafs.evaluation.served RUN_DIR` scores a run's images.
 
 The server's command comes from the environment variable TAFS_SERVER: a JSON list of strings, or one
 for each metric. The server is started on a

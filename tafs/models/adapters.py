@@ -356,8 +356,9 @@ def _foreign(file: Path, stem: str, pipeline: Any) -> ValueError:
 
 
 def write(state: Mapping[str, Tensor], file: Path) -> None:
-    """Write a converted adapter atomically."""
-    files.atomic_write(file, lambda path: save_file(dict(state), path))
+    """Write a converted adapter atomically; several processes may write the same one."""
+    with files.atomic(file, shared=True) as temporary:
+        save_file(dict(state), temporary)
 
 
 def components(file: Path) -> list[str]:

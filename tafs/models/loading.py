@@ -28,6 +28,17 @@ def pipeline_class(folder: Path) -> str:
         raise ValueError(f"{index}: names no pipeline class; download the folder again") from None
 
 
+def quiet() -> None:
+    """Let diffusers and transformers print errors only: they report every part that they load."""
+    import tafs.common.torchvision_patch  # noqa: F401  # isort: skip
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    of_diffusers.set_verbosity_error()
+    of_diffusers.disable_progress_bar()
+    of_transformers.disable_progress_bar()
+
+
 def load(path: Path, **settings: Any) -> Backbone:
     """Load the backbone of a diffusers pipeline folder.
 

@@ -76,7 +76,7 @@ class Graph:
     @property
     def images(self) -> list[str]:
         """The images that a server scores later, as a pattern of `run`."""
-        return [f"{self.folder('{run}')}/images.zip"] if self.scale.evaluation.served else []
+        return [f"{self.folder('{run}')}/images.json"] if self.scale.evaluation.served else []
 
     @property
     def searched_methods(self) -> list[str]:
@@ -216,7 +216,7 @@ class Graph:
                 trained = of(run, "train", *names) if self.runs[run].trained else {}
                 return described(run) | trained | marks(self.fetched(run, judging=True)) | check
             case "score_served":
-                images = of(run, "evaluate", "images.zip")
+                images = of(run, "evaluate", "images.json")
                 return described(run) | images | marks(self.served_inputs) | check
             case "check_rewards":
                 return described(self.check_run) | marks(self.check_inputs)

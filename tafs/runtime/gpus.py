@@ -27,8 +27,14 @@ NAME = re.compile(r"\d{1,4}|(GPU|MIG)-[\w/.-]+", re.ASCII)  # in VARIABLE
 LISTED = re.compile(r"\s*(GPU|MIG) .*\(UUID: ((?:GPU|MIG)-[^)\s]+)\)")  # by nvidia-smi
 
 
-def claim(count: int) -> None:
+def claim(count: int | None) -> int:
     """Wait for `count` free GPUs, reserve them for this process and its children, hide the others.
+
+    Args:
+        count: None: all that are visible; of MIG slices, one.
+
+    Returns:
+        The number of GPUs.
 
     Raises:
         ValueError: CUDA_VISIBLE_DEVICES is not a list of this machine's GPUs.
@@ -47,6 +53,8 @@ def claim(count: int) -> None:
             ) from None
         listing = None  # some containers have GPUs, but no nvidia-smi
     known = visible(given, listing)
+    if count is None:
+        count = 1 if any(name.startswith("MIG-") for name in known) else max(1, len(known))
     require(known, count)
     job = os.environ.get("SLURM_JOB_ID", "")
     folder = Path(tempfile.gettempdir()) / f"tafs-gpus-{os.getuid()}{job and f'-{job}'}"
@@ -62,6 +70,7 @@ def claim(count: int) -> None:
         time.sleep(random.uniform(0.5, 1.5))  # random, so that two waiting jobs avoid a livelock
         taken = _take(folder, known, count)
     os.environ[VARIABLE] = ",".join(taken)
+    return count
 
 
 def _take(folder: Path, known: list[str], count: int) -> list[str]:
@@ -128,13 +137,13 @@ def require(known: Sequence[str], count: int) -> None:
     if len(known) < count:
         raise RunFailed(
             f"the job needs {count} GPUs, and this machine shows {len(known)} "
-            f"({', '.join(known) or 'none'}); lower the scale's `processes`, or show more of them "
-            f"in {VARIABLE}"
+            f"({', '.join(known) or 'none'}); lower `processes`, or show more of them in "
+            f"{VARIABLE}"
         )
     if count > 1 and any(name.startswith("MIG-") for name in known):
         raise RunFailed(
             f"the job needs {count} whole GPUs, and this machine shows MIG slices, of which CUDA "
-            "joins none; set the scale's `processes` to 1"
+            "joins none; set `processes` to 1"
         )
 
 

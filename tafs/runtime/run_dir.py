@@ -34,7 +34,7 @@ class RunDir:
         self.scores = folder / "scores.parquet"
         self.samples = folder / "samples.safetensors"
         self.samplers = folder / "samplers.json"
-        self.images = folder / "images.zip"
+        self.images = folder / "images.json"
         self.served_scores = folder / "served_scores.parquet"
         self.trajectory_rewards = folder / "trajectory_rewards.parquet"
         self.trajectory_images = folder / "trajectories.safetensors"

@@ -182,6 +182,22 @@ def test_a_base_model_is_scored_once_and_a_second_call_scores_nothing(judged_zer
     assert other.runs[0].scores.stat().st_mtime_ns == written
 
 
+def test_two_processes_write_the_same_files_as_one(judged_zero, tmp_path, capsys):
+    folder = judged_zero[0]
+    file = kohya_file("shapes-flux", folder / "shared")
+    chosen = protocol.read(str(folder / "small.yaml"))
+    base, alone = checkpoint.judge("shapes-flux", chosen, folder, file).runs
+    shutil.copytree(base.folder, tmp_path / base.folder.relative_to(folder))
+    given = ("--model", "shapes-flux", "--protocol", folder / "small.yaml", "--adapter", file)
+    code, printed, _ = run(
+        capsys, "evaluate", *given, "--results", tmp_path, "--processes", 2, "--json"
+    )
+    assert code == 0 and json.loads(printed)["metrics"]["clip"]["difference"]["value"] != 0
+    shared = tmp_path / alone.folder.relative_to(folder)
+    for path in (alone.adapter, alone.scores, alone.samples, alone.samplers):
+        assert (shared / path.name).read_bytes() == path.read_bytes()
+
+
 def test_every_file_and_every_printed_number_has_the_protocols_sha256(judged_zero, capsys):
     folder, file, out = judged_zero
     sha256 = protocol.read(str(folder / "small.yaml")).sha256

@@ -40,7 +40,10 @@ KEY = ["iteration", "sampler", "nfe", "prompt", "image"]
 
 def outcome(run: RunDir) -> list[bytes]:
     assert not any(run.folder.glob(".tmp-*"))
-    return [file.read_bytes() for file in (run.scores, run.samples, run.images)]
+    listed = json.loads(run.images.read_bytes())
+    assert len(listed) == len(list(run.folder.rglob("*.zip")))  # no image is there twice
+    batches = [f"{k} {x.tolist()}".encode() for k, x in image_archive.read(run.images, 4)]
+    return [run.scores.read_bytes(), run.samples.read_bytes(), *batches]
 
 
 def settings(run: RunDir) -> tuple[EvalSetting, ...]:

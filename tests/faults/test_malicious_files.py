@@ -147,13 +147,20 @@ def loads_of_a_run(run: RunDir, base: RunDir) -> Iterator[tuple[Path, Any]]:
     yield run.folder / "run.json", lambda: run_inputs.run_spec(run)
     yield run.folder / "evaluation.json", lambda: run_inputs.eval_spec(run)
     yield run.journal, lambda: journal.read(run.journal)
+    archive = run.folder / "0.zip"
     yield run.images, lambda: list(image_archive.read(run.images, 4))
+    yield archive, lambda: list(image_archive.read(listed(run, archive), 4))
     yield run.folder / "report_spec.json", lambda: results.load(run.folder)
     shown = run.folder / progress.FOLDER / "train.json"
     shown.parent.mkdir()
     yield shown, lambda: progress.active(run.folder.parent, 0.0)
     stored = run.folder / "golden.json"
     yield stored, lambda: golden._read(stored)
+
+
+def listed(run: RunDir, archive: Path) -> Path:
+    image_archive.write_list(run.images, [archive])
+    return run.images
 
 
 def test_no_file_of_a_run_is_unpickled(run, base, trials):
@@ -166,10 +173,10 @@ def test_no_file_of_a_run_is_unpickled(run, base, trials):
 def test_no_image_of_an_archive_is_unpickled_and_none_is_unpacked(run):
     marker = run.folder / "marker"
     for member in ("0/ode/4/0/0.png", "../../0/ode/4/0/0.png"):
-        with zipfile.ZipFile(run.images, "w") as archive:
+        with zipfile.ZipFile(run.folder / "0.zip", "w") as archive:
             archive.writestr(member, raw(marker))
-        with pytest.raises(ValueError, match="not an archive of images"):
-            list(image_archive.read(run.images, 4))
+        with pytest.raises(ValueError, match="0.zip: not an archive of images"):
+            list(image_archive.read(listed(run, run.folder / "0.zip"), 4))
     assert not marker.exists()
 
 

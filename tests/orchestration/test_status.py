@@ -152,7 +152,7 @@ def test_a_run_is_in_the_stage_that_is_locked(tmp_path, scale, name, stage, stat
         (folder / "journal.jsonl").touch()
         finish(graph, Job("train", name))
     finish(graph, Job("evaluate", name))
-    (folder / "images.zip").touch()
+    (folder / "images.json").touch()
     with working(folder, stage):
         found = look(graph, name)
     assert (found.state, found.stages) == (state, stages)

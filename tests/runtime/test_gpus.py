@@ -22,7 +22,7 @@ import os, sys, time
 from tafs.common import errors
 from tafs.runtime import gpus
 
-errors.run_cli("claim", lambda: gpus.claim(int(sys.argv[1])))
+errors.run_cli("claim", lambda: gpus.claim(int(sys.argv[1]) or None))
 print(os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
 time.sleep(600)
 """
@@ -166,10 +166,15 @@ def test_any_list_gives_different_gpus_or_one_line(given, listing) -> None:
         assert all(gpus.NAME.fullmatch(name) for name in names)
 
 
+def test_a_job_of_no_given_number_takes_all_gpus_but_one_slice_only(start: Start) -> None:
+    assert said(start(0)) == ["0", "3", "GPU-7f"]
+    assert said(start(0, CUDA_VISIBLE_DEVICES="MIG-1,MIG-2")) == ["MIG-1"]
+
+
 def test_a_job_that_needs_more_gpus_than_there_are_is_refused() -> None:
     gpus.require(["0", "1"], 2)
     gpus.require(["MIG-1", "MIG-2"], 1)
-    few = r"needs 4 GPUs, and this machine shows 2 \(0, 1\); lower the scale's `processes`, or show"
+    few = r"needs 4 GPUs, and this machine shows 2 \(0, 1\); lower `processes`, or show"
     with pytest.raises(errors.RunFailed, match=few):
         gpus.require(["0", "1"], 4)
     with pytest.raises(errors.RunFailed, match=r"needs 1 GPUs, and this machine shows 0 \(none\)"):
