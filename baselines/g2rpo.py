@@ -50,7 +50,10 @@ class G2rpo(Branching):
         return range(self.trained)
 
     def suffixes(self, grid: Tensor, n: int) -> Sequence[Tensor]:
-        """Return the thinned times; an interval that does not fit is cut short at 0."""
+        """As in `Branching`: after grid[n + 1] and grid[n + 2], every k-th time, k up to granularities.
+
+        The last time of each is 0, so that an interval that does not fit is cut short.
+        """
         found = []
         for size in range(1, self.granularities + 1):
             times = torch.cat([grid[n + 1 : n + 2], grid[n + 2 :: size]])
