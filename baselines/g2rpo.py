@@ -50,9 +50,9 @@ class G2rpo(Branching):
         return range(self.trained)
 
     def suffixes(self, grid: Tensor, n: int) -> Sequence[Tensor]:
-        """As in `Branching`: after grid[n + 1] and grid[n + 2], every k-th time, k up to granularities.
+        """Return grid[n + 1] and every k-th time from grid[n + 2], for k = 1 to `granularities`.
 
-        The last time of each is 0, so that an interval that does not fit is cut short.
+        The last time is 0, so that an interval that does not fit is cut short.
         """
         found = []
         for size in range(1, self.granularities + 1):
