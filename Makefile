@@ -36,16 +36,16 @@ setup: $(STAMP)  ## Install the locked dependencies and this project into .venv
 all: $(STAMP)  ## Run the whole workflow; pass options of snakemake with ARGS='-n'
 	$(RUN) snakemake all $(ARGS)
 
-reference: $(STAMP)  ## Run the embedded scale with more seeds (hours); update results/reference/
-	$(RUN) snakemake all --config scale=shapes-seeds $(ARGS)
+reference: $(STAMP)  ## Run the embedded scale longer, with more seeds (hours); update results/reference/
+	$(RUN) snakemake all --config scale=shapes-long $(ARGS)
 	mkdir -p results/reference
 	set -e; for kept in tables figures provenance; do \
-		rm -rf results/reference/$$kept; cp -R results/shapes-seeds/$$kept results/reference/; \
+		rm -rf results/reference/$$kept; cp -R results/shapes-long/$$kept results/reference/; \
 	done
-	cp results/shapes-seeds/claims.md results/shapes-seeds/claims.json results/reference/
+	cp results/shapes-long/claims.md results/shapes-long/claims.json results/reference/
 	rm -rf results/reference/report
-	kb=$$(du -sk results/shapes-seeds/report | cut -f1); if [ "$$kb" -lt 5120 ]; then \
-		cp -R results/shapes-seeds/report results/reference/; echo "results/reference/report/: copied, $$kb KB"; \
+	kb=$$(du -sk results/shapes-long/report | cut -f1); if [ "$$kb" -lt 5120 ]; then \
+		cp -R results/shapes-long/report results/reference/; echo "results/reference/report/: copied, $$kb KB"; \
 	else echo "results/reference/report/: not copied, $$kb KB; only a page under 5120 KB is kept"; fi
 
 # The tests of one file share fixtures, so they run in one process.

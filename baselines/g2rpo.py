@@ -50,7 +50,10 @@ class G2rpo(Branching):
         return range(self.trained)
 
     def suffixes(self, grid: Tensor, n: int) -> Sequence[Tensor]:
-        """Return the thinned times; an interval that does not fit is cut short at 0."""
+        """Return grid[n + 1] and every k-th time from grid[n + 2], for k = 1 to `granularities`.
+
+        The last time is 0, so that an interval that does not fit is cut short.
+        """
         found = []
         for size in range(1, self.granularities + 1):
             times = torch.cat([grid[n + 1 : n + 2], grid[n + 2 :: size]])

@@ -79,7 +79,8 @@ class Comparison:
 
     def __init__(self) -> None:
         plan = experiment.load({"scale": "paper"}, ROOT / "config.yaml")
-        self.roles = plan.config.active.model_roles
+        self.roles = plan.config.active.model_roles | {"klein": "flux2-klein-base-4b"}
+        self.architectures = {**FULL.backbones, "klein": architectures.FLUX2_KLEIN_BASE_4B}
         self.trained = {run.method: run for run in plan.runs.values() if run.trained}
         self.rewards, self.activations = reward_weights(), reward_activations()
 
@@ -101,17 +102,19 @@ class Prediction:
 
     def __init__(self, comparison: Comparison, line: Mapping[str, Any], *, former: bool) -> None:
         self.line, self.what = line, line["what"]
-        self.architecture = FULL.backbones[line["net"]]
+        self.architecture = comparison.architectures[line["net"]]
         self.model = catalog.read()[comparison.roles[line["net"]]]
         self.peft = former or self.what.startswith("peft")
         if "128 tokens" in self.what:
             self.architecture = replace(self.architecture, tokens=128)
+        alone = "int8" in self.what  # without reward models
         self.setting = Setting(
             resolution=FULL.resolution,
             lora_rank=RANK,
             micro_batch=line.get("m", 0),
             gradient_checkpointing=line.get("ck", True),
-            rewards=comparison.rewards,
+            quantize="int8" if alone else "none",
+            rewards=0 if alone else comparison.rewards,
             reward_activations=comparison.activations,
         )
         if "method" in line:
@@ -147,6 +150,8 @@ class Prediction:
         details = ["no checkpointing"] * (not self.setting.gradient_checkpointing)
         details += ["graphs kept"] * bool(self.setting.kept_images)
         details += ["compiled"] * ("compiled" in self.what)
+        details += ["decoder too"] * ("decoder too" in self.what)
+        details += ["int8 weights"] * (self.setting.quantize == "int8")
         details += ["bfloat16 adapter"] * ("adapter in bf16" in self.what)
         details += ["128 tokens"] * (self.architecture.tokens == 128)
         details += ["peft's layer"] * (self.peft and self.line.get("grad", False))
@@ -156,8 +161,8 @@ class Prediction:
 
     def _call(self, images: str) -> tuple[str, float]:
         """A single call: its name, and its bytes beside the weights."""
-        if self.what in DECODED:
-            resolution, count = DECODED[self.what]
+        if self.what.startswith("decode"):
+            resolution, count = DECODED.get(self.what, (FULL.resolution, self.setting.micro_batch))
             decoded = count * memory_model.decoder(self.architecture.vae, resolution).forward
             return f"{self.what}, {count} images", decoded
         if self.what == "direction":

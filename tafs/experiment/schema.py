@@ -208,7 +208,7 @@ class Scale(_Strict):
     experiments: tuple[Name, ...]  # that `snakemake all` builds
     micro_batch: Count
     keep_graphs: bool = False  # until the first update, which then evaluates nothing again
-    compile: bool = False  # the network's blocks in training, on GPUs
+    compile: bool = False  # blocks and decoder in training, on GPUs
     tf32: bool = False  # float32 products in training, which are mostly the rewards'; on GPUs
     checkpoint_every: Count
     lora: Lora

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -169,14 +169,16 @@ class Backbone:
         return backbone
 
     def compile(self) -> None:
-        """Compile the network's blocks at their first use with each shape of their input.
+        """Compile the network's blocks and the decoder at first use with each shape of their input.
 
         Evaluations with and without gradients are compiled separately and round differently.
+        Decoding with gradients is not compiled.
         """
         # Besides shapes, the adapter's state and gradient checkpointing count as variants.
         torch._dynamo.config.recompile_limit = 64
         for block in self.blocks:
             block.compile()
+        self.pipeline.vae.decoder.compile()
         self.compiled = True
 
     @property
@@ -342,7 +344,11 @@ class Backbone:
         `dtype` is the precision of the decoder's convolutions; by default that of its weights.
         """
         vae, latents = self.pipeline.vae, self.scaled(x_0.float())
-        with torch.autocast(latents.device.type, dtype, enabled=dtype is not None):
+        eager = self.compiled and torch.is_grad_enabled()
+        with (
+            torch.compiler.set_stance("force_eager") if eager else nullcontext(),
+            torch.autocast(latents.device.type, dtype, enabled=dtype is not None),
+        ):
             decoded = [
                 vae.decode(part.to(vae.dtype), return_dict=False)[0]
                 for part in latents.split(decoded_together(self.resolution))

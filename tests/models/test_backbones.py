@@ -280,13 +280,32 @@ def test_checkpointing_recomputes_blocks_and_changes_neither_outputs_nor_gradien
         torch.testing.assert_close(results[1][name], gradient, atol=1e-6, rtol=1e-4)
 
 
-def test_blocks_are_compiled_on_request(checkpoint):
+def test_blocks_and_the_decoder_are_compiled_on_request(checkpoint):
     for choice in (False, True):
         backbone = checkpoint.load()
         if choice:
             backbone.compile()
-        assert {block._compiled_call_impl is not None for block in backbone.blocks} == {choice}
+        modules = [*backbone.blocks, backbone.pipeline.vae.decoder]
+        assert {module._compiled_call_impl is not None for module in modules} == {choice}
         assert backbone.compiled == choice
+
+
+def test_only_decoding_without_gradients_is_compiled(checkpoint):
+    def compiling(graph, inputs):
+        compiled.append(torch.is_grad_enabled())
+        return graph.forward
+
+    backbone, compiled = checkpoint.load(), []
+    backbone.compile()
+    decoder = backbone.pipeline.vae.decoder
+    decoder.compile(backend=compiling)
+    x_0 = noise_for(backbone).requires_grad_()
+    expected = backbone.decode(x_0)
+    assert expected.requires_grad
+    assert not compiled
+    with torch.no_grad():
+        torch.testing.assert_close(backbone.decode(x_0), expected.detach())
+    assert set(compiled) == {False}
 
 
 @on_a_gpu
