@@ -1,12 +1,14 @@
-"""Time the paper's training iterations at full size, on one GPU and without downloads.
+"""Time training iterations of the published models at full size, on one GPU, without downloads.
 
     python benchmarks/rehearse.py --backbone flux --out flux.md
     python benchmarks/rehearse.py --backbone flux --compile --micro-batch 24 --out compiled.md
+    python benchmarks/rehearse.py --backbone klein --task composition --resolution 1024
 
-The network and autoencoder of FLUX.1-dev or SD3.5-M and the preference task's reward models have
-random weights, which take as long as trained ones. The training loop runs one iteration of every
-method on them, with config.yaml's scale `paper`. Text encoders are not built, because an iteration
-finds its prompts' embeddings ready; embeddings and tokens are drawn at random.
+The network and autoencoder of FLUX.1-dev, SD3.5-M or FLUX.2-klein-base-4B and the task's reward
+models have random weights, which take as long as trained ones. The training loop runs one iteration
+of every method on them, with config.yaml's scale `paper`, or `one-gpu` for FLUX.2-klein. An
+iteration finds its prompts' embeddings ready, so these and the tokens are drawn at random; the text
+encoders are timed alone, and freed before the network is built.
 
 Timed single calls of the models determine how many images the iterations have, so that all methods
 end within --time-limit. The report in Markdown is rewritten after every method. A method that runs
@@ -22,8 +24,9 @@ import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +36,9 @@ import diffusers
 import pandas as pd
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
-from rehearse_models import SIZES, Rehearsed, build, reward_models
-from rehearse_report import Row, Setting, render
+from rehearse_models import MODELS, SIZES, Encoder, Rehearsed, Size, build, prompt, reward_models
+from rehearse_report import Row, Setting, number, render
+from torch import Tensor
 
 from tafs import experiment
 from tafs.common import errors, files
@@ -45,16 +49,21 @@ from tafs.methods.base import Method
 from tafs.methods.group_relative import GroupRelative
 from tafs.models import catalog, flops
 from tafs.models.base import fast_dtype
+from tafs.rewards.metrics import METRICS
 from tafs.rewards.registry import RewardSet
 from tafs.runtime.main import limit_threads
 from tafs.training.trainer import AHEAD, Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 SCALE, TASK, TABLE = "paper", "preference", "table2"
+SCALES = {"klein": "one-gpu"}  # of the backbones that SCALE does not have
 TIMED = "flux"  # the role of the backbone whose iteration times the paper publishes
 GIB = 2**30
 RESERVE = 0.15  # of the time left, for what single calls do not show
-OUT_OF_MEMORY = "out of GPU memory; give a smaller --micro-batch, or leave out --no-checkpointing"
+OUT_OF_MEMORY = (
+    "out of GPU memory; give a smaller --micro-batch, or leave out --no-checkpointing and "
+    "--keep-graphs"
+)
 
 # Peak of dense bfloat16 products in TFLOP/s, by a pattern of the GPU's name. Other boards with the
 # same chip, and parts of a GPU, are slower and do not match.
@@ -67,7 +76,7 @@ class Calls:
 
     forward: float
     trained: float  # forward and backward
-    reward: float  # decoding and scoring, with gradients
+    reward: float  # decoding and scoring, with gradients if all rewards have them
 
 
 def clock(device: torch.device) -> float:
@@ -85,6 +94,26 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     return clock(device) - start
 
 
+@torch.no_grad()
+def encoding_seconds(encoders: Iterable[Encoder], device: torch.device) -> float | None:
+    """Seconds of encoding a prompt; None: the GPU's memory does not suffice."""
+    total = 0.0
+    try:
+        for encoder in encoders:
+            with flops.made_on(device, torch.bfloat16):
+                model = encoder.kind(encoder.config).eval().requires_grad_(False)
+            tokens = torch.randint(encoder.config.vocab_size, (1, encoder.tokens), device=device)
+            encode = partial(model, input_ids=tokens, output_hidden_states=True)
+            total += seconds_of(encode, device)
+            del model, encode  # its memory is free before the next one is built
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return total
+
+
 def time_calls(backbone: Rehearsed, rewards: RewardSet, prompt: Prompt, micro_batch: int) -> Calls:
     cond = backbone.encode([prompt.text] * micro_batch)
     x = torch.randn(micro_batch, *backbone.latent_shape, device=backbone.device)
@@ -97,10 +126,17 @@ def time_calls(backbone: Rehearsed, rewards: RewardSet, prompt: Prompt, micro_ba
     def trained() -> None:
         backbone.velocity(x, t, cond).square().mean().backward()
 
+    differentiable = all(reward.differentiable for reward in rewards.rewards)
+    prompts = [prompt] * micro_batch
+
     def reward() -> None:
-        images = backbone.decode(x.clone().requires_grad_(), fast_dtype(backbone.device))
-        scores = rewards.differentiate(images, [prompt] * micro_batch)
-        torch.stack(list(scores.values())).sum().backward()
+        with torch.set_grad_enabled(differentiable):
+            images = backbone.decode(x.clone().requires_grad_(), fast_dtype(backbone.device))
+            if not differentiable:
+                rewards.score(images, prompts)
+                return
+            scores = rewards.differentiate(images, prompts)
+            torch.stack(list(scores.values())).sum().backward()
 
     with backbone.reference():
         forward()  # the network without its adapter is compiled separately
@@ -136,9 +172,19 @@ def affordable(seconds: Mapping[str, float], available: float, most: int) -> int
 
 
 class Rehearsal(Trainer):
-    """A trainer that counts the evaluations of each phase."""
+    """A trainer that counts each phase's evaluations and keeps the metrics' largest values."""
 
     backbone: Rehearsed
+
+    def _update(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        self._maxima: list[float] = []
+        learned = super()._update(*args, **kwargs)
+        self.largest = dict(zip(learned, self._maxima, strict=False))  # without the last, the norm
+        return learned
+
+    def _mean(self, values: Tensor) -> float:  # called for the metrics, in their order
+        self._maxima.append(values.max().item())
+        return super()._mean(values)
 
     def iterate(self, iteration: int) -> dict[str, Any]:
         self.counts: list[Counter[bool]] = []
@@ -206,6 +252,7 @@ def rehearse(
         update=mean * seconds["update"] / images,
         kl=kl,
         peak=torch.cuda.max_memory_allocated(backbone.device) / GIB if on_gpu else None,
+        deviation=trainer.largest.get("ratio_deviation"),
     )
 
 
@@ -214,13 +261,17 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--backbone", choices=sorted(SIZES["full"].backbones), default="flux")
     add("--size", choices=SIZES, default="full")
-    add("--methods", nargs="+", metavar="METHOD", help=f"default: those of config.yaml's {TABLE}")
-    add("--micro-batch", type=int, help="default: the paper scale's")
+    add("--resolution", type=int, help="of the images, in pixels; default: the scale's")
+    add("--task", choices=("preference", "composition"), default=TASK, help="default: %(default)s")
+    fit = f"default: those of config.yaml's {TABLE} that fit the task's rewards"
+    add("--methods", nargs="+", metavar="METHOD", help=fit)
+    add("--micro-batch", type=int, help="default: the scale's")
     add("--images", type=int, help="maximum per method; default: one GPU's share")
     add("--no-checkpointing", action="store_true", help="no gradient checkpointing")
-    add("--keep-graphs", action="store_true", help="of the rollout, until the update")
+    kept = "of all images, until the update; a training keeps those of its first update"
+    add("--keep-graphs", action="store_true", help=kept)
     add("--tf32", action="store_true", help="reward models compute their products in TF32")
-    add("--compile", action="store_true", help="compile the network's blocks")
+    add("--compile", action="store_true", help="compile the network's blocks and the decoder")
     backends = [backend.value for backend in AttentionBackendName]
     add("--attention", choices=backends, metavar="BACKEND", help="one of diffusers' backends")
     add("--time-limit", type=float, default=540.0, help="in seconds")
@@ -230,9 +281,11 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(given)
 
 
-def runs_of(plan: Plan, wanted: Sequence[str] | None) -> list[RunSpec]:
-    """The methods' runs on the task, the reference method first."""
+def runs_of(plan: Plan, wanted: Sequence[str] | None, task: str = TASK) -> list[RunSpec]:
+    """The methods' runs with the task's rewards, the reference method first."""
     config = plan.config
+    rewards = config.tasks[task].rewards
+    rigid = [name for name in rewards if not METRICS[name].differentiable]
     model = config.active.model_roles[TIMED]
     known = {
         run.variant: run
@@ -243,7 +296,17 @@ def runs_of(plan: Plan, wanted: Sequence[str] | None) -> list[RunSpec]:
     for name in names:
         if name not in known:
             raise ValueError(f"--methods: unknown {name!r} (available: {', '.join(sorted(known))})")
-    return [known[name] for name in sorted(names, key=lambda n: n != config.compute_reference)]
+    runs = []
+    for run in (known[name] for name in names):
+        method = methods.create(run.method, run.hyperparameters)
+        if not rigid or not method.needs_reward_gradients:
+            runs.append(run.model_copy(update={"task": task, "rewards": rewards}))
+        elif wanted:
+            raise ValueError(
+                f"--methods: {run.variant} needs the rewards' gradients, and {rigid[0]} has none; "
+                "leave it out"
+            )
+    return sorted(runs, key=lambda run: run.variant != config.compute_reference)
 
 
 def peak_of(name: str, given: float | None) -> float | None:
@@ -261,10 +324,17 @@ def published_times() -> dict[str, float]:
 
 
 def setting_of(
-    options: argparse.Namespace, command: str, plan: Plan, share: int, device: torch.device
+    options: argparse.Namespace,
+    command: str,
+    plan: Plan,
+    size: Size,
+    share: int,
+    device: torch.device,
 ) -> Setting:
-    scale, size = plan.config.active, SIZES[options.size]
-    model = catalog.read()[scale.model_roles[options.backbone]]
+    scale = plan.config.active
+    model = catalog.read()[MODELS[options.backbone]]
+    as_published = (options.backbone, options.task) == (TIMED, TASK)
+    as_published &= size.resolution == SIZES[options.size].resolution
     architecture = size.backbones[options.backbone]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     peak = peak_of(name, options.peak_tflops)
@@ -281,25 +351,26 @@ def setting_of(
             f"gradient checkpointing: {checkpointing}; compiled blocks: {options.compile}; graphs "
             f"kept: {options.keep_graphs}; rewards in TF32: {options.tf32}; "
             f"attention backend: {options.attention or 'default'}",
+            f"rewards: {', '.join(plan.config.tasks[options.task].rewards)}",
             "one iteration of each method, with as many images as were predicted to fit in "
             f"{options.time_limit:g} s for all",
         ),
         network=flops.describe(build(options.backbone, size, plan, flops.META)),
         peak=peak,
         share=share,
-        iteration=f"{scale.prompts_per_iteration} prompts x {scale.group_size} images on "
+        iteration=f"scale {plan.config.scale}: {scale.prompts_per_iteration} prompts x {scale.group_size} images on "
         f"{scale.processes} GPUs",
         ahead=AHEAD,
         reference=plan.config.compute_reference,
-        published=published_times() if options.backbone == TIMED else {},
+        published=published_times() if as_published else {},
     )
 
 
 def models_of(
-    options: argparse.Namespace, plan: Plan, device: torch.device
+    options: argparse.Namespace, plan: Plan, size: Size, device: torch.device
 ) -> tuple[Rehearsed, RewardSet]:
     """Backbone and rewards on the device, with the options' settings."""
-    size, scale = SIZES[options.size], plan.config.active
+    scale = plan.config.active
     checkpointing = scale.gradient_checkpointing and not options.no_checkpointing
     backbone = build(options.backbone, size, plan, device, checkpointing=checkpointing)
     torch.backends.cuda.matmul.allow_tf32 = options.tf32  # the network computes in bfloat16
@@ -307,7 +378,7 @@ def models_of(
         backbone.transformer.set_attention_backend(options.attention)
     if options.compile:
         backbone.compile()
-    return backbone, reward_models(list(plan.config.tasks[TASK].rewards), size, device)
+    return backbone, reward_models(list(plan.config.tasks[options.task].rewards), size, device)
 
 
 def work(options: argparse.Namespace, command: str) -> None:
@@ -315,8 +386,9 @@ def work(options: argparse.Namespace, command: str) -> None:
     start = time.perf_counter()
     limit_threads()
     torch.manual_seed(0)
-    plan = experiment.load({"scale": SCALE}, ROOT / "config.yaml")
-    scale = plan.config.active
+    plan = experiment.load({"scale": SCALES.get(options.backbone, SCALE)}, ROOT / "config.yaml")
+    scale, size = plan.config.active, SIZES[options.size]
+    size = replace(size, resolution=options.resolution or size.resolution)
     share = scale.prompts_per_iteration * scale.group_size // scale.processes
     batch = options.micro_batch = options.micro_batch or scale.micro_batch
     most = min(options.images or share, share)
@@ -327,11 +399,16 @@ def work(options: argparse.Namespace, command: str) -> None:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device: this machine has no GPU; leave the option out or give cpu")
-    runs = runs_of(plan, options.methods)
-    setting = setting_of(options, command, plan, share, device)
-    prompts = [Prompt(f"prompt {n}", {}) for n in range(scale.prompts_per_iteration)]
+    runs = runs_of(plan, options.methods, options.task)
+    setting = setting_of(options, command, plan, size, share, device)
+    encoders = size.encoders[options.backbone]
+    encoding = number(encoding_seconds(encoders, device))
+    names = ", ".join(encoder.name for encoder in encoders)
+    fact = f"text encoding, seconds per prompt: {encoding} ({names}, bfloat16)"
+    setting = replace(setting, facts=(*setting.facts, fact))
+    prompts = [prompt(n) for n in range(scale.prompts_per_iteration)]
     try:
-        backbone, rewards = models_of(options, plan, device)
+        backbone, rewards = models_of(options, plan, size, device)
         backbone.prepare([prompt.text for prompt in prompts])
         calls = time_calls(backbone, rewards, prompts[0], batch)
     except torch.OutOfMemoryError:

@@ -23,6 +23,7 @@ class Row:
     update: float
     kl: float  # seconds per iteration of the journal's KL divergence
     peak: float | None  # GiB; None: the device does not report it
+    deviation: float | None  # the largest |ratio - 1| of an image; None: the method has no ratio
 
     @property
     def total(self) -> float:
@@ -39,8 +40,8 @@ class Setting:
     facts: Sequence[str]  # lines about the machine and the options
     network: Network
     peak: float | None  # FLOP/s of the GPU
-    share: int  # images of one GPU in the paper's iteration
-    iteration: str  # describes the paper's iteration
+    share: int  # images of one GPU in the scale's iteration
+    iteration: str  # describes an iteration of the scale
     ahead: int  # iterations whose prompts are encoded together
     reference: str  # the variant that the others are compared with
     published: Mapping[str, float]  # seconds of the paper's iteration, by title
@@ -57,7 +58,7 @@ class Setting:
 
 
 NOTES = """\
-- s/iteration: {share} images, one GPU's share of the paper's iteration ({iteration}), at the
+- s/iteration: {share} images, one GPU's share of an iteration ({iteration}), at the
   measured seconds per image. Not included: the exchange between GPUs ({adapter:.3g} MiB of
   gradients per optimiser step), the text encoders, which run once in {ahead} iterations, and the
   KL divergence in the journal (up to {kl:.3g} s per iteration).
@@ -68,6 +69,8 @@ NOTES = """\
 - computed: the update's MFU with the FLOPs that are computed. The base weights are frozen and need
   no gradients, so an evaluation with gradients costs {trained:.2f} forward passes.
 - peak GiB: the maximum of allocated tensors in the iteration.
+- max abs(ratio - 1): over images and trained steps, before the optimiser's step. It is 0 where the
+  update rounds as sampling did.
 - A method that draws its number of steps is scaled from the drawn number to the mean."""
 
 
@@ -100,6 +103,7 @@ def cells(row: Row, setting: Setting, reference: Row | None) -> dict[str, str]:
         "published s": number(published),
         "ratio": number(row.total / reference.total if reference else None),
         "published ratio": number(published / compared if published and compared else None),
+        "max abs(ratio - 1)": number(row.deviation),
     }
 
 

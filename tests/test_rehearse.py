@@ -33,11 +33,13 @@ def test_full_models_have_the_published_sizes_and_precisions():
     full = {name: models.build(name, size, PLAN, META) for name in size.backbones}
     sizes = {name: rehearse.flops.describe(backbone) for name, backbone in full.items()}
     assert sizes["flux"].parameters == 11_901_408_320
-    # SD3.5-M's file size is published: 4.94 GB in 16 bits, including the position embeddings.
+    # File sizes are published: 7.75 GB in 16 bits, and 4.94 GB with the position embeddings.
+    assert 2 * sizes["klein"].parameters == pytest.approx(7.75e9, rel=0.001)
     positions = sum(b.numel() for b in full["sd3"].transformer.buffers())
     assert 2 * (sizes["sd3"].parameters + positions) == pytest.approx(4.94e9, rel=0.001)
     for name, backbone in full.items():
-        assert sum(p.numel() for p in backbone.pipeline.vae.parameters()) == 83_819_683
+        decoder = sum(p.numel() for p in backbone.pipeline.vae.parameters())
+        assert decoder == (84_046_115 if name == "klein" else 83_819_683)
         # Frozen weights need no gradients: about one product in the backward pass.
         assert 2 < sizes[name].trained / sizes[name].forward < 2.2
         adapter = {id(p) for p in backbone.lora_parameters().values()}
@@ -45,19 +47,48 @@ def test_full_models_have_the_published_sizes_and_precisions():
         assert base == {torch.bfloat16}
         assert {p.dtype for p in backbone.lora_parameters().values()} == {torch.float32}
         assert {p.dtype for p in backbone.pipeline.vae.parameters()} == {torch.float32}
-    flux, sd3 = (full[name].embed([""]) for name in ("flux", "sd3"))
+    flux, sd3, klein = (full[name].embed([""]) for name in ("flux", "sd3", "klein"))
     assert (flux.embeds.shape, flux.pooled.shape) == ((1, 512, 4096), (1, 768))
     assert (sd3.embeds.shape, sd3.pooled.shape) == ((1, 333, 4096), (1, 2048))
+    assert (klein.embeds.shape, klein.pooled.shape) == ((1, 512, 7680), (1, 0))
 
 
-@pytest.mark.parametrize("name, parameters", [("clip", 427_616_513), ("pickscore", 986_109_441)])
+@pytest.mark.parametrize(
+    "name, parameters",
+    [
+        ("clip", 427_616_513),
+        ("pickscore", 986_109_441),
+        ("hpsv2", 986_109_441),
+        ("geneval", pytest.approx(69e6, rel=0.01)),  # as printed in Mask2Former's Table 2
+    ],
+)
 def test_full_reward_models_have_the_published_sizes(name, parameters):
     [reward] = models.reward_models([name], models.SIZES["full"], META).rewards
     assert reward.name == name
-    assert sum(p.numel() for p in reward.scorer.model.parameters()) == parameters
+    scorer = reward.scorer.detector if name == "geneval" else reward.scorer
+    assert sum(p.numel() for p in scorer.model.parameters()) == parameters
 
 
-@pytest.mark.parametrize("name", ["flux", "sd3"])
+def test_full_text_encoders_have_the_published_sizes():
+    found = {}
+    for name, encoders in models.SIZES["full"].encoders.items():
+        with META:
+            built = [encoder.kind(encoder.config) for encoder in encoders]
+        found[name] = {
+            encoder.name: (sum(p.numel() for p in model.parameters()), encoder.tokens)
+            for encoder, model in zip(encoders, built, strict=True)
+        }
+    t5 = 4_762_310_656
+    assert found["flux"] == {"CLIP-L": (123_060_480, 77), "T5-XXL": (t5, 512)}
+    assert found["sd3"] == {
+        "CLIP-L": (123_060_480 + 768**2, 77),  # with its projection
+        "CLIP-G": (694_659_840, 77),
+        "T5-XXL": (t5, 256),
+    }
+    assert found["klein"] == {"Qwen3-4B": (4_022_468_096, 512)}
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3", "klein"])
 def test_a_network_with_weights_computes_the_counted_flops(name):
     counted = rehearse.flops.describe(models.build(name, TINY, PLAN, META))
     backbone = models.build(name, TINY, PLAN, CPU)
@@ -114,10 +145,12 @@ def test_evaluations_are_counted_once_in_sampling_and_once_in_the_update(compile
     spec = rehearse.one_iteration(run, micro_batch=2, images=2, keep_graphs=keep_graphs)
     found = rehearse.rehearse(spec, backbone, rewards, [rehearse.Prompt("a", {})])
     assert (found.nfe_old, found.nfe_theta, found.others) == (4, 3, 0)
+    assert found.deviation == 0  # the update rounds as sampling did
 
 
 def row(variant: str, title: str, **values: Any) -> Any:
     shared = {"images": 24, "others": 0.0, "reward": 0.1, "kl": 0.5, "peak": 61.25}
+    shared["deviation"] = 2e-3
     return report.Row(variant=variant, title=title, **shared | values)
 
 
@@ -155,7 +188,7 @@ def test_the_rows_hold_the_derived_figures():
         "50.0 %",  # 4 x 25 TFLOP in 0.2 s, of 1000 TFLOP/s
         "45.0 %",  # 3 x 3 x 25 TFLOP in 0.5 s
         "30.0 %",  # 2 x 3 x 25 TFLOP
-        *("61.25", "115.2", "116", "1", "1"),
+        *("61.25", "115.2", "116", "1", "1", "0.002"),
     ]
     assert (second["s/iteration"], second["published s"]) == ("230.4", "248")
     assert (second["ratio"], second["published ratio"]) == ("2", "2.138")
@@ -200,6 +233,33 @@ def test_a_tiny_run_reports_its_measurements(backbone, tmp_path, capsys):
         assert found["images"] == "4" and found["peak GiB"] == "-"
 
 
+def test_composition_of_another_size_is_rehearsed_with_flux2_klein(capsys):
+    options = ("--backbone", "klein", "--task", "composition", "--resolution", "24")
+    rehearse.main([*OPTIONS[:-1], "2", *options, "--methods", "tafs_grpo"])
+    text = capsys.readouterr().out
+    [found] = table_of(text)
+    assert (found["NFE_old"], found["NFE_theta"], found["published s"]) == ("4", "3", "-")
+    assert found["max abs(ratio - 1)"] == "0"
+    assert re.search(r"- text encoding, seconds per prompt: [\d.e-]+ \(Qwen3-4B, bfloat16\)", text)
+    assert "- rewards: geneval, pickscore, clip, hpsv2\n" in text
+    assert "- 24 x 24 pixels, 8 tokens per prompt, guidance 4," in text
+    assert "(scale one-gpu: 8 prompts x 12 images on 1 GPUs)" in text
+
+
+def test_by_default_the_methods_are_those_that_can_learn_from_the_rewards():
+    assert [run.variant for run in rehearse.runs_of(PLAN, None, "composition")] == [
+        *("tafs_grpo", "dance_grpo", "mix_grpo", "flow_grpo"),
+    ]
+
+
+def test_text_encoders_that_do_not_fit_are_not_timed(monkeypatch):
+    def failing(*_: Any) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(rehearse, "seconds_of", failing)
+    assert rehearse.encoding_seconds(TINY.encoders["sd3"], CPU) is None
+
+
 def test_a_method_out_of_memory_does_not_stop_the_others(monkeypatch, capsys):
     measure = rehearse.rehearse
 
@@ -225,6 +285,11 @@ def test_a_method_out_of_memory_does_not_stop_the_others(monkeypatch, capsys):
         (("--micro-batch", "150"), "--micro-batch: 150 does not divide the 4 images"),
         (("--images", "5"), "--micro-batch: 2 does not divide the 5 images"),
         (("--methods", "ppo"), "--methods: unknown 'ppo' (available: dance_grpo, "),
+        (("--resolution", "17"), "resolution: 17 is not a multiple of 4"),
+        (
+            ("--task", "composition", "--methods", "rg_lcd"),
+            "--methods: rg_lcd needs the rewards' gradients, and geneval has none; leave it out",
+        ),
         (("--time-limit", "0.001"), "--time-limit: one micro-batch of each method takes about "),
     ],
 )

@@ -10,9 +10,9 @@ annealed sampler has its own stream. Outputs in RUN_DIR:
 - images.json: where all images are, if a server scores them too (`tafs.evaluation.served`).
 
 Scores and these images are saved to RUN_DIR/.eval_state every few minutes, so that a job that was
-killed or has reached its time limit continues. The folder is deleted after the report, or the server's scores,
-have been written. With `--processes N` as many processes, with a GPU each, share the batches of
-every setting (`tafs.evaluation.scoring`); the results are the same.
+killed or has reached its time limit continues. The folder is deleted after the report, or the
+server's scores, have been written. With `--processes N` as many processes, with a GPU each, share
+the batches of every setting (`tafs.evaluation.scoring`); the results are the same.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Generated images in zips of PNG files, for rewards that score them in another process.
 
-An evaluation writes an archive with each saved state. They stay where they are: a list of them stands
-for all images, so that no image is on the disk twice.
+An evaluation writes an archive with each saved state. They stay where they are: a list of them
+stands for all images, so that no image is on the disk twice.
 """
 
 from __future__ import annotations
@@ -89,8 +89,7 @@ def read(file: Path, batch: int, first: int = 0) -> Iterator[tuple[list[Key], Te
         (keys, images [b, 3, H, W] in [0, 1]).
 
     Raises:
-        FileNotFoundError: there is no list.
-        ValueError: it is not a list, or what it lists is no archive of images; names the file.
+        FileNotFoundError, ValueError: the list or an archive is missing or damaged; names it.
     """
     images = _images(file, first)
     while part := list(itertools.islice(images, batch)):
@@ -124,6 +123,10 @@ def _archives(file: Path) -> list[Path]:
 def _images(file: Path, first: int) -> Iterator[tuple[Key, np.ndarray]]:
     """The images [H, W, 3], uint8, from number `first` on."""
     for path in _archives(file):
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path}: not found; delete {file.name}, and the run is evaluated again"
+            )
         try:
             with zipfile.ZipFile(path) as archive:
                 members = archive.namelist()
@@ -132,11 +135,12 @@ def _images(file: Path, first: int) -> Iterator[tuple[Key, np.ndarray]]:
                     yield Key.of(member), np.asarray(image.convert("RGB"))
                 first = max(0, first - len(members))
         except (zipfile.BadZipFile, OSError, ValueError) as error:
-            # Errors of the disk have an errno, those of Pillow have none.
-            if getattr(error, "errno", None) and not isinstance(error, FileNotFoundError):
+            if isinstance(error, OSError) and error.errno:  # from the disk; Pillow's have no errno
                 raise
             raise _refused(file, path, "an archive of images", error) from None
 
 
 def _refused(file: Path, path: Path, what: str, error: Exception) -> ValueError:
-    return ValueError(f"{path}: not {what} ({error}); delete {file} and evaluate the run again")
+    return ValueError(
+        f"{path}: not {what} ({error}); delete {file.name}, and the run is evaluated again"
+    )

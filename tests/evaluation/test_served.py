@@ -121,6 +121,11 @@ def run(uninterrupted, tmp_path, monkeypatch) -> RunDir:
 
 
 def test_served_scores_join_the_other_scores(run, capsys):
+    true = {
+        tuple(key): brightness_grade((image.permute(1, 2, 0) * 255).round().byte().numpy())
+        for part, images in image_archive.read(run.images, 8)
+        for key, image in zip(part, images, strict=True)
+    }
     served.score_served(run)
     table, others = pd.read_parquet(run.served_scores), pd.read_parquet(run.scores)
     assert set(table["metric"]) == {"unifiedreward"}
@@ -128,11 +133,6 @@ def test_served_scores_join_the_other_scores(run, capsys):
     keys = ["run", "method", "seed", "iteration", "sampler", "nfe", "prompt", "tag", "image"]
     own = others[others["metric"] == "clip"]
     assert len(table.merge(own, on=keys, validate="one_to_one")) == len(table) == len(own)
-    true = {
-        tuple(key): brightness_grade((image.permute(1, 2, 0) * 255).round().byte().numpy())
-        for part, images in image_archive.read(run.images, 8)
-        for key, image in zip(part, images, strict=True)
-    }
     fields = list(image_archive.Key._fields)
     for *key, value in table[[*fields, "value"]].itertuples(index=False):
         assert value == pytest.approx(true[tuple(key)], abs=0.02)  # the client resizes the image
