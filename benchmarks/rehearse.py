@@ -348,7 +348,7 @@ def setting_of(
             f"{name}{speed}; torch {torch.__version__}, diffusers {diffusers.__version__}",
             f"{size.resolution} x {size.resolution} pixels, {architecture.tokens} tokens per "
             f"prompt, guidance {model.guidance:g}, micro-batches of {options.micro_batch}",
-            f"gradient checkpointing: {checkpointing}; compiled blocks: {options.compile}; graphs "
+            f"gradient checkpointing: {checkpointing}; compiled: {options.compile}; graphs "
             f"kept: {options.keep_graphs}; rewards in TF32: {options.tf32}; "
             f"attention backend: {options.attention or 'default'}",
             f"rewards: {', '.join(plan.config.tasks[options.task].rewards)}",
@@ -358,8 +358,8 @@ def setting_of(
         network=flops.describe(build(options.backbone, size, plan, flops.META)),
         peak=peak,
         share=share,
-        iteration=f"scale {plan.config.scale}: {scale.prompts_per_iteration} prompts x {scale.group_size} images on "
-        f"{scale.processes} GPUs",
+        iteration=f"scale {plan.config.scale}: {scale.prompts_per_iteration} prompts x "
+        f"{scale.group_size} images on {scale.processes} GPUs",
         ahead=AHEAD,
         reference=plan.config.compute_reference,
         published=published_times() if as_published else {},
@@ -374,6 +374,7 @@ def models_of(
     checkpointing = scale.gradient_checkpointing and not options.no_checkpointing
     backbone = build(options.backbone, size, plan, device, checkpointing=checkpointing)
     torch.backends.cuda.matmul.allow_tf32 = options.tf32  # the network computes in bfloat16
+    torch.backends.cudnn.allow_tf32 = options.tf32
     if options.attention:
         backbone.transformer.set_attention_backend(options.attention)
     if options.compile:
