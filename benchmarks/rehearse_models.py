@@ -166,7 +166,7 @@ def _encoders(
             Encoder(
                 "Qwen3-4B",
                 Qwen3ForCausalLM,
-                Qwen3Config(tie_word_embeddings=True, **qwen),
+                Qwen3Config(tie_word_embeddings=True, use_cache=False, **qwen),
                 FLUX2_KLEIN_BASE_4B.tokens,
             ),
         ),

@@ -236,7 +236,7 @@ def _score(found: Judged, adapted: bool, processes: int) -> None:
     """Score the adapted model or its base model."""
     protocol, run, needed = found.protocol, found.run(adapted), found.needs(adapted)
     own = [name for name in protocol.metrics if name not in protocol.served]
-    given = found.adapter and (found.adapter.path, found.adapter.sha256)
+    given = None if found.adapter is None else (found.adapter.path, found.adapter.sha256)
     to = run.adapter if adapted and given else None
     make = functools.partial(_local, protocol, found.target, own, given, to)
 

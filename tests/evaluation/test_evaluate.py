@@ -254,6 +254,7 @@ def test_a_killed_evaluation_continues_from_its_saved_scores(ready, uninterrupte
     assert evaluating(run, killed_after=3).wait() == -signal.SIGKILL
     saved = {file: file.stat().st_mtime_ns for file in run.eval_state.glob("*/*.zip")}
     assert len(saved) == 2
+    next(iter(saved)).with_name("99.zip").touch()  # that a kill left before its state was saved
     evaluate.evaluate(run)
     assert {file: file.stat().st_mtime_ns for file in saved} == saved
     assert outcome(run) == outcome(uninterrupted)
