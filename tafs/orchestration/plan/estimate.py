@@ -25,11 +25,12 @@ from tafs.orchestration.graph import Graph, Job
 from tafs.runtime import journal, receipts, run_dir
 
 # Sustained FLOP/s where nothing is measured, not counting blocks that are computed again. On an
-# H100, the shares of its peak that TAFS-GRPO's iterations of FLUX.1-dev reach with compiled blocks
-# and without, as in evaluations (results/reference/gpu/); other models are assumed to reach the
-# same. On one core, with networks of the embedded models' size.
+# H100, the shares of its peak that sampling and update of TAFS-GRPO's iterations of FLUX.1-dev
+# reach with compiled blocks, with these and without gradient checkpointing, and eagerly, as in
+# evaluations (results/reference/gpu/); other models are assumed to reach the same. On one core,
+# with networks of the embedded models' size.
 PEAK = 989e12
-COMPILED, EAGER = 0.47, 0.35
+COMPILED, COMPILED_UNCHECKED, EAGER = 0.47, 0.56, 0.35
 CPU_RATE = 45e9
 # Seconds on an H100 of decoding a pixel (512 px in bfloat16 as in training, compiled and not, and
 # 1024 px in float32 as in evaluations) and of scoring an image by PickScore and CLIP
@@ -93,7 +94,8 @@ def assumed_rates(scale: Scale) -> Rates:
     """The rates of a scale's devices; only trainings compile the network's blocks."""
     if scale.device != "cuda":
         return Rates(CPU_RATE, CPU_RATE)
-    return Rates(PEAK * (COMPILED if scale.compile else EAGER), PEAK * EAGER)
+    compiled = COMPILED if scale.gradient_checkpointing else COMPILED_UNCHECKED
+    return Rates(PEAK * (compiled if scale.compile else EAGER), PEAK * EAGER)
 
 
 def training_flops(spec: RunSpec, forward: float) -> float:
