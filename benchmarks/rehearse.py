@@ -1,7 +1,7 @@
 """Time training iterations of the published models at full size, on one GPU, without downloads.
 
     python benchmarks/rehearse.py --backbone flux --out flux.md
-    python benchmarks/rehearse.py --backbone flux --compile --micro-batch 24 --out compiled.md
+    python benchmarks/rehearse.py --compile --checkpointing --micro-batch 24 --out compiled.md
     python benchmarks/rehearse.py --backbone klein --task composition --resolution 1024
 
 The network and autoencoder of FLUX.1-dev, SD3.5-M or FLUX.2-klein-base-4B and the task's reward
@@ -61,8 +61,7 @@ TIMED = "flux"  # the role of the backbone whose iteration times the paper publi
 GIB = 2**30
 RESERVE = 0.15  # of the time left, for what single calls do not show
 OUT_OF_MEMORY = (
-    "out of GPU memory; give a smaller --micro-batch, or leave out --no-checkpointing and "
-    "--keep-graphs"
+    "out of GPU memory; give a smaller --micro-batch or --checkpointing, or leave out --keep-graphs"
 )
 
 # Peak of dense bfloat16 products in TFLOP/s, by a pattern of the GPU's name. Other boards with the
@@ -267,7 +266,8 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     add("--methods", nargs="+", metavar="METHOD", help=fit)
     add("--micro-batch", type=int, help="default: the scale's")
     add("--images", type=int, help="maximum per method; default: one GPU's share")
-    add("--no-checkpointing", action="store_true", help="no gradient checkpointing")
+    either = argparse.BooleanOptionalAction
+    add("--checkpointing", action=either, help="of gradients; default: the scale's")
     kept = "of all images, until the update; a training keeps those of its first update"
     add("--keep-graphs", action="store_true", help=kept)
     add("--tf32", action="store_true", help="reward models compute their products in TF32")
@@ -339,7 +339,6 @@ def setting_of(
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     peak = peak_of(name, options.peak_tflops)
     speed = "" if peak is None else f" ({peak / 1e12:g} TFLOP/s of dense bfloat16 products)"
-    checkpointing = scale.gradient_checkpointing and not options.no_checkpointing
     return Setting(
         command=command,
         title=architecture.title,
@@ -348,7 +347,7 @@ def setting_of(
             f"{name}{speed}; torch {torch.__version__}, diffusers {diffusers.__version__}",
             f"{size.resolution} x {size.resolution} pixels, {architecture.tokens} tokens per "
             f"prompt, guidance {model.guidance:g}, micro-batches of {options.micro_batch}",
-            f"gradient checkpointing: {checkpointing}; compiled: {options.compile}; graphs "
+            f"gradient checkpointing: {options.checkpointing}; compiled: {options.compile}; graphs "
             f"kept: {options.keep_graphs}; rewards in TF32: {options.tf32}; "
             f"attention backend: {options.attention or 'default'}",
             f"rewards: {', '.join(plan.config.tasks[options.task].rewards)}",
@@ -370,9 +369,7 @@ def models_of(
     options: argparse.Namespace, plan: Plan, size: Size, device: torch.device
 ) -> tuple[Rehearsed, RewardSet]:
     """Backbone and rewards on the device, with the options' settings."""
-    scale = plan.config.active
-    checkpointing = scale.gradient_checkpointing and not options.no_checkpointing
-    backbone = build(options.backbone, size, plan, device, checkpointing=checkpointing)
+    backbone = build(options.backbone, size, plan, device, checkpointing=options.checkpointing)
     torch.backends.cuda.matmul.allow_tf32 = options.tf32  # the network computes in bfloat16
     torch.backends.cudnn.allow_tf32 = options.tf32
     if options.attention:
@@ -392,6 +389,8 @@ def work(options: argparse.Namespace, command: str) -> None:
     size = replace(size, resolution=options.resolution or size.resolution)
     share = scale.prompts_per_iteration * scale.group_size // scale.processes
     batch = options.micro_batch = options.micro_batch or scale.micro_batch
+    if options.checkpointing is None:
+        options.checkpointing = scale.gradient_checkpointing
     most = min(options.images or share, share)
     if not 1 <= batch <= most or most % batch:
         raise ValueError(

@@ -216,10 +216,12 @@ def test_a_tiny_run_reports_its_measurements(backbone, tmp_path, capsys):
     out = tmp_path / "new" / "report.md"
     options = [*OPTIONS, "--backbone", backbone, "--methods", "reward_instruct", "tafs_grpo"]
     options += ["--peak-tflops", "0.01", "--out", str(out)]
+    options += ["--checkpointing"] if backbone == "sd3" else []
     rehearse.main(options)
     printed = capsys.readouterr().out
     assert out.read_text() == printed
     assert f"`python benchmarks/rehearse.py {' '.join(options)}`" in printed
+    assert f"- gradient checkpointing: {backbone == 'sd3'}; compiled: False" in printed
     [flops] = re.findall(r"; (\S+) TFLOP per evaluation", printed)
     rows = table_of(printed)
     assert [r["method"] for r in rows] == ["TAFS-GRPO", "Reward-Instruct"]
