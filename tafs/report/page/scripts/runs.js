@@ -22,7 +22,7 @@ views.runs = () => {
     drawn.length ? h("div", { class: "charts" }, ordered.map((key) => curveChart(titles(key), drawn.filter((run) => run.curves[key]), key))) : null,
     h("h2", {}, "All runs"),
     scrolling("All runs", h("table", { class: "plain list" },
-      h("thead", {}, h("tr", {}, ["Run", "System", "Seed", "Iterations", "Started (UTC)", "Seconds", "Commit"].map((title, i) => h("th", { scope: "col", class: [2, 3, 5].includes(i) ? "n" : null }, title)))),
+      h("thead", {}, h("tr", {}, ["Run", "System", "Seed", "Iterations", "Started (UTC)", "Seconds", "Commit", "MLflow"].map((title, i) => h("th", { scope: "col", class: [2, 3, 5].includes(i) ? "n" : null }, title)))),
       h("tbody", {}, runs.map((run) => h("tr", {},
         h("td", {}, h("a", { href: runLink(run) }, run.name)),
         h("td", {}, h("span", { class: "key", style: { "--c": DATA.systems[run.system].colour } }, DATA.systems[run.system].name)),
@@ -30,12 +30,16 @@ views.runs = () => {
         h("td", { class: "n" }, run.spec.training ? String(run.spec.training.iterations) : "–"),
         h("td", {}, run.started || "–"),
         h("td", { class: "n" }, run.seconds ? run.seconds.toFixed(1) : "–"),
-        h("td", {}, h("code", {}, (run.origin.provenance?.git_commit ?? "–").slice(0, 12))))))))].filter(Boolean));
+        h("td", {}, h("code", {}, (run.origin.provenance?.git_commit ?? "–").slice(0, 12))),
+        h("td", {}, h("a", { href: trackedLink(run), "aria-label": `${run.name} in MLflow` }, "open")))))))].filter(Boolean));
 };
 
 function runLink(run) {
   return `#runs?${new URLSearchParams({ ...(get("system") ? { system: get("system") } : {}), run: run.name })}`;
 }
+
+/** The page of the workflow's copy in MLflow, which knows the ids and the server's address. */
+const trackedLink = (run) => `../tracked.html#${encodeURIComponent(run.name)}`;
 
 function runDetail(run) {
   const folder = `../runs/${encodeURIComponent(run.name)}/`;
@@ -53,6 +57,7 @@ function runDetail(run) {
     h("h2", {}, run.name),
     h("p", { class: "note" }, `${DATA.systems[run.system].name}, seed ${run.seed}${origin.git_commit ? `, commit ${origin.git_commit}${origin.git_changed ? " with changes" : ""}` : ""}`),
     h("pre", {}, stages.map((stage) => `python -m tafs.${stage} results/${DATA.scale}/runs/${run.name}`).join("\n")),
+    h("p", {}, h("a", { href: trackedLink(run) }, "This run in MLflow"), h("span", { class: "note" }, ": after ", h("code", {}, "tafs run"), " or ", h("code", {}, "tafs sync"), " has copied it; the page says how to start MLflow.")),
     part("Files", h("table", { class: "plain list" }, h("tbody", {}, Object.entries(run.files).map(([name, [bytes, digest]]) =>
       h("tr", {}, h("td", {}, link(name)), h("td", { class: "n" }, size(bytes)), h("td", {}, h("code", {}, digest)))))), true),
     part("Configuration (run.json)", rows(flat(run.spec))),
