@@ -25,7 +25,7 @@ from tafs.experiment.claims import Claim, read
 from tafs.experiment.schema import FIGURES
 from tafs.experiment.specs import ReportSpec
 from tafs.report import build, page, results, stats
-from tafs.report.page import content, diversity, sprites
+from tafs.report.page import charts, content, diversity, sprites
 from tafs.rewards import statistics
 from tafs.rewards.metrics import METRICS
 from tafs.runtime import receipts
@@ -295,6 +295,12 @@ def test_long_curves_are_means_of_neighbours() -> None:
     assert {*found} == {"iteration", "kl", "reward clip", "seconds total"}
 
 
+@pytest.mark.parametrize("comparisons", [1, 66, 500])
+def test_any_number_of_comparisons_can_have_a_significant_one(comparisons: int) -> None:
+    smallest = 2 / (1 + charts._resampling(comparisons).resamples)
+    assert stats.holm([smallest] + [1.0] * (comparisons - 1))[0] <= (1 - stats.LEVEL) / 2
+
+
 # -- in a browser ----------------------------------------------------------------------------------
 
 in_browser = pytest.mark.skipif(
@@ -342,6 +348,7 @@ SHOWN = {  # a view, and what it has
     "leaderboard?table=scores": "#pareto svg",
     "gallery": "#gallery-body .cell",
     "gallery?mode=trajectory": "#gallery-body .cell",
+    "gallery?mode=absent": "#gallery-body .cell",
     "gallery?mode=wins": "#gallery-body .pair",
     "gallery?mode=vote": "#gallery-body .vote",
     "damage": "#damage-body svg",
