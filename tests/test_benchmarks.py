@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from support import browser
+
+from tafs.report.page import VIEWS
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {
@@ -22,6 +25,7 @@ TESTED = {
     "cpu_share.py",
     "interval_coverage.py",
     "memory_model.py",
+    "page_opening.py",
     "rehearse.py",
     "same_results.py",
     "tracking.py",
@@ -53,6 +57,18 @@ def test_the_recogniser_reads_clean_renders_in_every_font():
     header, *rows = printed("clean_renders.py", "--prompts", 5).splitlines()
     assert header.split() == ["font", "all", "numbers", "short", "long"]
     assert len(rows) == 3 and all(float(row.split()[1]) >= 0.9 for row in rows)
+
+
+@pytest.mark.skipif(browser.PROGRAM is None, reason="no chromium on the PATH")
+def test_page_opening_prints_sizes_and_the_seconds_of_every_view(tmp_path):
+    (tmp_path / "index.html").write_bytes(b"<title>page</title>".ljust(200_000))
+    size, header, *rows = printed("page_opening.py", tmp_path, "--repeats", 1).splitlines()
+    assert size == "0.2 MB page, 0.2 MB with all images"
+    assert header.split() == ["view", "seconds", "CPU", "s", "images"]
+    assert [row.split()[0] for row in rows] == list(VIEWS)
+    for row in rows:
+        _, seconds, cpu, images = row.split()
+        assert float(cpu) > 0 and 0 < float(seconds) < 60 and images == "0"
 
 
 def test_training_loop_compares_the_methods_of_a_scale():

@@ -204,4 +204,5 @@ def sync(
     options = ["--store", store or f"{found.results}/mlflow"]
     options += ["--server", server] if server is not None else []
     options += ["--every", str(every)] if every else []
+    options += [] if run_dirs else ["--page", f"{found.root}/tracked.html"]
     return cli.main(["sync", *options, *(run_dirs or ["--runs", str(runs)])])

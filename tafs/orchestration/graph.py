@@ -57,10 +57,6 @@ class Graph:
     def folder(self, run: str) -> str:
         return f"{self.root}/runs/{run}"
 
-    @property
-    def trained(self) -> list[str]:
-        return [name for name, run in self.plan.runs.items() if run.trained]
-
     @cached_property
     def tables(self) -> list[str]:
         return [table.name for table in self.plan.tables]
@@ -144,7 +140,7 @@ class Graph:
             "check_base": ("base_check.json",),
             "report_spec": ("report_spec.json",),
             "decide_spec": ("decide_spec.json",),
-            "track": ("tracked",),
+            "track": ("tracked.html",),
         }
         match job.rule:
             case "all" | "decide":

@@ -156,7 +156,7 @@ def job_needs(graph: Graph, job: Job) -> Needs:
         case "compare":
             return needs.report(root, plan.report)
         case "track":
-            return needs.tracking(root, graph.trained)
+            return needs.tracking(root, plan.runs)
         case look if look in graph.looks and plan.decide:
             return needs.look(root, plan.decide, 1 + graph.looks.index(look))
         case _:

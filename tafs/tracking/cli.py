@@ -17,8 +17,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from tafs.tracking import ENVIRONMENT, mlflow_mirror
-from tafs.tracking.mlflow_mirror import ARTIFACTS, DATABASE, DEFAULT_STORE, Seen, Summary
+from tafs.tracking import ENVIRONMENT, index_page, mlflow_mirror
+from tafs.tracking.mlflow_mirror import ARTIFACTS, DATABASE, DEFAULT_STORE, Copies, Seen, Summary
 
 HOST = "127.0.0.1"
 # Requests execute and call nothing, and no other page can embed the server's.
@@ -123,6 +123,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     sync.add_argument("--server", type=_url, metavar="URL", help="a running MLflow server")
     sync.add_argument("--every", type=float, metavar="SECONDS", help="repeat until interrupted")
     sync.add_argument("--receipt", type=Path, metavar="FOLDER", help="note a success there")
+    sync.add_argument("--page", type=Path, metavar="FILE", help="write a page of links there")
     sync.add_argument("--best-effort", action="store_true", help="a failure is not an error")
     ui = commands.add_parser("ui", help=f"browse the store on {HOST}")
     ui.add_argument("--port", type=int, default=5000)
@@ -144,11 +145,21 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; return 1 after an error, or 0 with --best-effort."""
     given = _parse(arguments)
     seen: Seen = {}
+    copies: Copies = {}
 
     def sync() -> Summary:
         inside = given.runs.glob("*/run.json") if given.runs else []
-        found = [*given.run_dirs, *sorted(file.parent for file in inside)]
-        return mlflow_mirror.sync(list(dict.fromkeys(found)), given.store, given.server, seen)
+        found = list(dict.fromkeys([*given.run_dirs, *sorted(file.parent for file in inside)]))
+        problem = ""
+        try:
+            return mlflow_mirror.sync(found, given.store, given.server, seen, copies)
+        except Exception as error:
+            problem = mlflow_mirror.brief(error)
+            raise
+        finally:
+            if given.page:
+                names = [folder.name for folder in found]
+                index_page.write(given.page, names, copies, given.store, given.server, problem)
 
     try:
         if given.command == "ui":

@@ -28,7 +28,7 @@ from typing import Any
 from alembic.util import CommandError
 from filelock import FileLock
 from mlflow.db import commands
-from mlflow.entities import Param, Run, RunTag
+from mlflow.entities import Param, Run, RunInfo, RunTag
 from mlflow.tracking import MlflowClient
 
 from tafs.common.errors import one_line
@@ -86,16 +86,22 @@ class Summary:
 
 Signature = tuple[object, ...]
 Seen = dict[Path, Signature]  # runs as they were mirrored
+Copies = dict[str, RunInfo]  # the MLflow runs, by the names of the run folders
 
 
 def sync(
-    run_dirs: Sequence[Path], store: Path, server: str | None = None, seen: Seen | None = None
+    run_dirs: Sequence[Path],
+    store: Path,
+    server: str | None = None,
+    seen: Seen | None = None,
+    copies: Copies | None = None,
 ) -> Summary:
     """Bring the store, or the server, up to date with the runs. A failed run stops no other.
 
     Args:
         store: with a server, only its lock is used.
         seen: runs to skip while they are unchanged; the runs of this sync are added.
+        copies: the MLflow runs of this sync are added, also if others fail.
     """
     seen = {} if seen is None else seen
     # Taken before the files are read: later changes are left to the next sync.
@@ -108,7 +114,7 @@ def sync(
         mirror = Mirror(store, server)
         for folder in changed:
             try:
-                view, new = mirror.update(folder)
+                view, copy, new = mirror.update(folder)
             except UnavailableError:
                 seen.clear()  # it may come back with less in it
                 raise
@@ -116,6 +122,8 @@ def sync(
                 failures.append(f"{folder}: {brief(error)}")
                 continue
             seen[folder] = signatures[folder]
+            if copy and copies is not None:
+                copies[folder.name] = copy
             views += [view] if view else []
             points += new
     if failures:
@@ -180,8 +188,8 @@ class Mirror:
         except Exception as error:
             raise UnavailableError(f"{self._place}: {unusable(error, self._remedy)}") from None
 
-    def update(self, folder: Path) -> tuple[RunView | None, int]:
-        """Mirror a run; return its view (None if nothing has started) and its new points."""
+    def update(self, folder: Path) -> tuple[RunView | None, RunInfo | None, int]:
+        """Mirror a run; return its view, MLflow run (None if nothing has started), new points."""
         for _ in range(ATTEMPTS - 1):
             try:
                 return self._update(folder)
@@ -189,12 +197,12 @@ class Mirror:
                 self._check()
         return self._update(folder)
 
-    def _update(self, folder: Path) -> tuple[RunView | None, int]:
+    def _update(self, folder: Path) -> tuple[RunView | None, RunInfo | None, int]:
         view = read_run(folder)
-        return view, self.put(view)[1] if view else 0
+        return (view, *self.put(view)) if view else (None, None, 0)
 
-    def put(self, view: RunView) -> tuple[str, int]:
-        """Mirror what a view shows; return the id of its MLflow run and its new points."""
+    def put(self, view: RunView) -> tuple[RunInfo, int]:
+        """Mirror what a view shows; return its MLflow run and its new points."""
         run = self._find_or_create(view)
         run_id, known = run.info.run_id, run.data.tags
         # A resumed training repeats iterations at other times: new are steps after a curve's last.
@@ -215,7 +223,7 @@ class Mirror:
         self._log(run_id, tags=[RunTag(k, v) for k, v in tags.items() if known.get(k) != v])
         if view.ended_ms is not None and run.info.status != "FINISHED":
             self._client.set_terminated(run_id, "FINISHED", end_time=view.ended_ms)
-        return run_id, len(points)
+        return run.info, len(points)
 
     def _log(self, run_id: str, **entities: list[Any]) -> None:
         for kind, values in entities.items():

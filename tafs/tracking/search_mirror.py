@@ -57,7 +57,7 @@ def sync(store: Path, search: Search) -> None:
         mirror = Mirror(store, None)
         parent, _ = mirror.put(_search_view(search))
         for trial in search.trials:
-            mirror.put(_trial_view(search, trial, parent))
+            mirror.put(_trial_view(search, trial, parent.run_id))
 
 
 def _search_view(search: Search) -> RunView:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mlflow.entities import RunInfo
 from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -24,10 +25,11 @@ from tafs.experiment.claims import Claim, read
 from tafs.experiment.schema import FIGURES
 from tafs.experiment.specs import ReportSpec
 from tafs.report import build, page, results, stats
-from tafs.report.page import content, diversity, sprites
+from tafs.report.page import charts, content, diversity, sprites
 from tafs.rewards import statistics
 from tafs.rewards.metrics import METRICS
 from tafs.runtime import receipts
+from tafs.tracking import index_page
 
 ROOT = Path(__file__).resolve().parents[2]
 CLAIMS = """
@@ -293,6 +295,12 @@ def test_long_curves_are_means_of_neighbours() -> None:
     assert {*found} == {"iteration", "kl", "reward clip", "seconds total"}
 
 
+@pytest.mark.parametrize("comparisons", [1, 66, 500])
+def test_any_number_of_comparisons_can_have_a_significant_one(comparisons: int) -> None:
+    smallest = 2 / (1 + charts._resampling(comparisons).resamples)
+    assert stats.holm([smallest] + [1.0] * (comparisons - 1))[0] <= (1 - stats.LEVEL) / 2
+
+
 # -- in a browser ----------------------------------------------------------------------------------
 
 in_browser = pytest.mark.skipif(
@@ -340,6 +348,7 @@ SHOWN = {  # a view, and what it has
     "leaderboard?table=scores": "#pareto svg",
     "gallery": "#gallery-body .cell",
     "gallery?mode=trajectory": "#gallery-body .cell",
+    "gallery?mode=absent": "#gallery-body .cell",
     "gallery?mode=wins": "#gallery-body .pair",
     "gallery?mode=vote": "#gallery-body .vote",
     "damage": "#damage-body svg",
@@ -474,6 +483,29 @@ def test_images_load_when_they_are_looked_at_and_the_slider_changes_their_steps(
     opened.wait("document.querySelector('.cell').style.backgroundImage.includes('-1.webp')")
     assert "nfe=1" in opened.run("location.hash")
     opened.wait_for_request("-1.webp")
+
+
+@in_browser
+def test_a_run_leads_to_its_copy_in_mlflow_at_any_address(
+    opened: browser.Page, url: str, root: Path, tmp_path: Path
+) -> None:
+    names = [run.name for run in (root / "runs").iterdir()]
+    opened.open(f"{url}#runs")
+    links = "[...document.querySelectorAll('#runs-body td:last-child a')].map((a) => a.href)"
+    tracked = (root / "tracked.html").as_uri()
+    assert set(opened.run(links)) == {f"{tracked}#{name}" for name in names}
+    name, *others = names
+    copy = RunInfo("c0ffee", "7", "me", "FINISHED", 0, None, "active")
+    index_page.write(tmp_path / "tracked.html", names, {name: copy}, Path("results/mlflow"))
+    opened.open(f"{(tmp_path / 'tracked.html').as_uri()}#{name}")
+    assert texts(opened, ":target td") == [name, "open"]
+    assert texts(opened, "td:last-child").count("not copied") == len(others)
+    for typed, start in (("", None), ("http://there:8/mlflow/", "http://there:8/mlflow")):
+        address = f"Object.assign(document.getElementById('address'), {{value: {typed!r}}})"
+        opened.run(f"{address}.dispatchEvent(new Event('input'))")
+        found = opened.run("document.querySelector('[data-path]').getAttribute('href')")
+        assert found == (start and f"{start}/#/experiments/7/runs/c0ffee")
+    opened.requests.clear()  # of a page elsewhere
 
 
 @in_browser

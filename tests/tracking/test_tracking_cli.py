@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 import signal
 import socket
@@ -71,6 +73,32 @@ def test_a_broken_run_is_named_and_the_others_are_mirrored(
     assert len(runs(tmp_path / "store", "whole")) == 1
     # A workflow's copy must not fail the workflow.
     assert line([*sync, "--best-effort"], capsys, code=0) == said
+
+
+def test_a_page_leads_to_the_copy_of_each_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, file = tmp_path / "store", tmp_path / "tracked.html"
+    hostile, missing = tmp_path / "runs" / "<b>&'\"", tmp_path / "runs" / "missing"
+    trained_run(hostile)
+    sync = ["sync", hostile, missing, "--store", store, "--page", file, "--best-effort"]
+    line(sync, capsys, code=0)  # the page is written also if a run fails
+    text = file.read_text("utf-8")
+    [info] = [run.info for run in runs(store, hostile.name)]
+    path = f"#/experiments/{info.experiment_id}/runs/{info.run_id}"
+    [(found, address)] = re.findall(r'data-path="(.*?)" href="(.*?)"', text)
+    assert (found, address) == (path, f"http://127.0.0.1:5000/{path}")
+    assert "<b>&'" not in text and 'id="missing"><td>missing</td><td>not copied</td>' in text
+    assert "The last copy is incomplete:</b> 1 of 2 runs failed: " in text
+    assert f"python -m tafs.tracking.cli ui --store {store}" in text
+    # Its policy admits its own script and style alone.
+    for kind, tag in (("script", "script"), ("style", "style")):
+        [inside] = re.findall(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
+        assert f"{kind}-src &#39;sha256-{digest}&#39;;" in text
+    server = "http://127.0.0.1:9"
+    assert cli.main([*map(str, sync), "--server", server]) == 0
+    assert f'value="{server}"' in file.read_text("utf-8")
 
 
 def refuse(server: socket.socket) -> None:

@@ -238,7 +238,7 @@ METHOD = FlowGrpo
 def test_a_failed_copy_to_mlflow_is_reported_and_does_not_fail_the_workflow(project, tmp_path):
     other = Project(project.folder, tmp_path / "results")
     shutil.copytree(project.smoke, other.smoke)
-    (other.smoke / "tracked").unlink()
+    (other.smoke / "tracked.html").unlink()
     (other.results / "mlflow").write_text("a file instead of the store")
     done = other.snakemake("all")
     assert done.returncode == 0

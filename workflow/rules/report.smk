@@ -71,7 +71,7 @@ rule track:
     input:
         GRAPH.input_files("track"),
     output:
-        touch(f"{ROOT}/tracked"),
+        f"{ROOT}/tracked.html",
     log:
         f"{ROOT}/logs/track.log",
     conda:
@@ -80,7 +80,7 @@ rule track:
         mem_mb=lambda wildcards, attempt: 1000 * (1 + attempt),
     params:
         store=f"{GRAPH.results}/mlflow",
-        runs=[GRAPH.folder(run) for run in GRAPH.trained],
+        runs=[GRAPH.folder(run) for run in GRAPH.plan.runs],
     shell:
         "python -m tafs.tracking.cli sync --best-effort --store {params.store:q} "
-        '--receipt "$(dirname {output:q})" {params.runs:q} > {log:q} 2>&1'
+        '--receipt "$(dirname {output:q})" --page {output:q} {params.runs:q} > {log:q} 2>&1'

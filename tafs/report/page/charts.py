@@ -41,6 +41,14 @@ def matrices(
     return found
 
 
+def _resampling(comparisons: int) -> stats.Resampling:
+    """Resamples that let Holm's correction find something in any number of comparisons.
+
+    The smallest p-value is 2 / (1 + resamples), and the correction multiplies it.
+    """
+    return stats.Resampling(max(stats.RESAMPLES, round(5 / (1 - stats.LEVEL)) * comparisons))
+
+
 def _matrix(table: LoadedTable, rows: Sequence[Row]) -> dict[str, Any]:
     pairs = [(i, j) for i in range(len(rows)) for j in range(i + 1, len(rows))]
     values = {metric: [row.quality(metric) for row in rows] for metric in table.metrics}
@@ -49,7 +57,10 @@ def _matrix(table: LoadedTable, rows: Sequence[Row]) -> dict[str, Any]:
     for name, chosen in [(TOGETHER, table.metrics), *((m, [m]) for m in table.metrics)]:
         estimates = [
             stats.probability_of_improvement(
-                [values[m][i] for m in chosen], [values[m][j] for m in chosen], tags
+                [values[m][i] for m in chosen],
+                [values[m][j] for m in chosen],
+                tags,
+                by=_resampling(len(pairs)),
             )
             for i, j in pairs
         ]

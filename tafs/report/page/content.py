@@ -182,6 +182,7 @@ def _rows(
             ", ".join(dict.fromkeys(samplers_of(line.row))),
         ]
         shown = (part.replace("_", " ") for part in parts)
+        said = re.split(r" · | \+ ", name)
         rows.append(
             {
                 "name": name,
@@ -190,7 +191,7 @@ def _rows(
                 "task": system.spec.task,
                 "model": spec.backbone,
                 "nfe": spec.nfe,
-                "detail": " · ".join(part for part in shown if part not in name.split(" · ")),
+                "detail": " · ".join(part for part in shown if part not in said),
                 "seeds": len(system.results),
                 "rule": spec.rule,
                 "cells": [

@@ -144,7 +144,7 @@ function plot(caption, options) {
   const { width = 380, height = 240, ...others } = options;
   const svg = Plot.plot({
     width, height, marginLeft: 48, marginBottom: 36, style: { background: "transparent", fontSize: "12px", fontFamily: "inherit" },
-    grid: true, className: "chart-of-plot", ariaLabel: caption || [others.y?.label, others.x?.label].filter(Boolean).join(" against "), ...others,
+    marginTop: others.y?.label ? 26 : 10, grid: true, className: "chart-of-plot", ariaLabel: caption || [others.y?.label, others.x?.label].filter(Boolean).join(" against "), ...others,
   });
   svg.classList.add("plot");
   svg.setAttribute("role", "img");
@@ -160,7 +160,7 @@ const fitting = (id, width) => Math.min(width, at(id).clientWidth || width);
 
 function legend(systems) {
   return h("div", { class: "legend" }, systems.map((system) =>
-    h("span", { class: "key", style: { "--c": DATA.systems[system].colour } }, DATA.systems[system].name)));
+    h("span", { class: `key ${DATA.systems[system].dash ? "dashed" : ""}`, style: { "--c": DATA.systems[system].colour } }, DATA.systems[system].name)));
 }
 
 /** Lines with bands of {system: [[x, value, low, high]]}. */

@@ -50,10 +50,10 @@ function mainSystems(systems) {
 }
 
 views.gallery = () => {
-  const mode = get("mode", "grid");
   const every = Object.keys(DATA.systems).filter(hasImages);
   const modes = [["grid", "Side by side"], ["wins", "Wins and losses"], ["vote", "Blind vote"]];
   if (Object.keys(DATA.images.trajectories).length) modes.splice(1, 0, ["trajectory", "Step by step"]);
+  const mode = modes.some(([name]) => name === get("mode")) ? get("mode") : "grid";
   const controls = [buttons("Show", "mode", modes, mode)];
   const body = at("gallery-body");
   body.className = DATA.images.exact ? "exact" : "";
@@ -62,7 +62,7 @@ views.gallery = () => {
   const systems = every.filter((system) => setOf(system) === chosenSet);
   if (sets.length > 1) controls.push(choice("Prompts", "set", sets.map((one) => [one, `${DATA.images.sets[one].tags.length} prompts: ${DATA.images.sets[one].captions[0]} …`]), chosenSet));
   const chosen = get("systems") ? get("systems").split(" ").filter((one) => systems.includes(one)) : mainSystems(systems);
-  const draw = { grid: drawGrid, trajectory: drawTrajectory, wins: drawWins, vote: drawVote }[mode] ?? drawGrid;
+  const draw = { grid: drawGrid, trajectory: drawTrajectory, wins: drawWins, vote: drawVote }[mode];
   draw({ controls, body, systems, chosen, kept: DATA.images.sets[chosenSet] });
   at("gallery-controls").replaceChildren(...controls.filter(Boolean));
 };
@@ -176,7 +176,7 @@ function drawWins({ controls, body, systems, kept }) {
   const setting = (one) => `${DATA.systems[one].sampler}-${own.nfe}`;
   const pair = ({ place, difference }) => h("div", { class: "pair" },
     image(DATA.systems[own.base].runs[0], setting(own.base), place), image(DATA.systems[system].runs[0], setting(system), place),
-    h("p", {}, kept.captions[place], h("br"), h("small", {}, `${words(kept.tags[place])} · ${difference > 0 ? "+" : ""}${digits(metric, difference)}`)));
+    h("p", {}, kept.captions[place], h("br"), h("small", {}, `${words(kept.tags[place])} · ${difference > 0 ? "+" : "−"}${digits(metric, Math.abs(difference))}`)));
   const better = differences.filter((row) => up * row.difference > 0).slice(0, 12);
   const worse = differences.filter((row) => up * row.difference < 0).reverse().slice(0, 12);
   const list = (rows_, none) => (rows_.length ? h("div", { class: "pairs" }, rows_.map(pair)) : h("p", { class: "note" }, none));

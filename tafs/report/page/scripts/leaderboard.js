@@ -103,7 +103,7 @@ function drawMatrix(name) {
   const body = h("tbody", {}, matrix.rows.map((row, i) => h("tr", {}, h("th", { scope: "row" }, row), matrix.rows.map((_, j) => cell(i, j)))));
   at("matrix").replaceChildren(
     h("h2", {}, "Who beats whom"),
-    h("p", { class: "note" }, "Percent of prompts on which the row's images score higher than the column's, ties counting half. Framed: the difference from 50 % is significant at 5 % after Holm's correction for all pairs, and both systems have several seeds."),
+    h("p", { class: "note" }, "Percent of prompts on which the row's images score higher than the column's, ties counting half. Framed: the difference from 50 % is significant at 5 % after Holm's correction for all pairs, and neither system was trained with one seed alone."),
     h("div", { class: "controls" }, choice("Metric", "metric", Object.keys(matrix.wins).map((one) => [one, titleOf(one)]), metric)),
     scrolling("Who beats whom", h("table", { class: "matrix" }, head, body)),
   );

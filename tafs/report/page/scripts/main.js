@@ -9,7 +9,7 @@ try {
 
 function applyTheme() {
   ROOT.dataset.theme = theme === "auto" ? (prefersDark.matches ? "dark" : "light") : theme;
-  at("theme").textContent = { auto: "Auto", light: "Light", dark: "Dark" }[theme];
+  at("theme").replaceChildren(h("span", {}, "Theme: "), theme);
 }
 
 at("theme").addEventListener("click", () => {

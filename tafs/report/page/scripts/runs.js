@@ -14,15 +14,16 @@ views.runs = () => {
   const ordered = keys.sort((a, b) => rank(a) - rank(b));
   const titles = (key) => (key.startsWith("reward ") ? `Reward: ${titleOf(key.slice(7))}` : key.startsWith("seconds ") ? `Seconds of an iteration: ${key.slice(8)}` : JOURNAL[key] ?? words(key)[0].toUpperCase() + words(key).slice(1));
   const opened = runOf(get("run"));
-  at("runs-body").replaceChildren(...[
-    opened ? runDetail(opened) : null,
-    drawn.length ? h("h2", {}, "Learning curves") : null,
-    drawn.length ? h("p", { class: "note" }, "Thick lines are means over seeds, thin ones are runs.") : null,
-    drawn.length ? legend(unique(drawn.map((run) => run.system))) : null,
-    drawn.length ? h("div", { class: "charts" }, ordered.map((key) => curveChart(titles(key), drawn.filter((run) => run.curves[key]), key))) : null,
-    h("h2", {}, "All runs"),
+  const curves = drawn.length ? [
+    h("h2", {}, "Learning curves"),
+    h("p", { class: "note" }, "Thick lines are means over seeds, thin ones are runs."),
+    legend(unique(drawn.map((run) => run.system))),
+    h("div", { class: "charts" }, ordered.map((key) => curveChart(titles(key), drawn.filter((run) => run.curves[key]), key))),
+  ] : [];
+  const list = [
+    h("h2", {}, system ? "Its runs" : "All runs"),
     scrolling("All runs", h("table", { class: "plain list" },
-      h("thead", {}, h("tr", {}, ["Run", "System", "Seed", "Iterations", "Started (UTC)", "Seconds", "Commit"].map((title, i) => h("th", { scope: "col", class: [2, 3, 5].includes(i) ? "n" : null }, title)))),
+      h("thead", {}, h("tr", {}, ["Run", "System", "Seed", "Iterations", "Started (UTC)", "Seconds", "Commit", "MLflow"].map((title, i) => h("th", { scope: "col", class: [2, 3, 5].includes(i) ? "n" : null }, title)))),
       h("tbody", {}, runs.map((run) => h("tr", {},
         h("td", {}, h("a", { href: runLink(run) }, run.name)),
         h("td", {}, h("span", { class: "key", style: { "--c": DATA.systems[run.system].colour } }, DATA.systems[run.system].name)),
@@ -30,12 +31,20 @@ views.runs = () => {
         h("td", { class: "n" }, run.spec.training ? String(run.spec.training.iterations) : "–"),
         h("td", {}, run.started || "–"),
         h("td", { class: "n" }, run.seconds ? run.seconds.toFixed(1) : "–"),
-        h("td", {}, h("code", {}, (run.origin.provenance?.git_commit ?? "–").slice(0, 12))))))))].filter(Boolean));
+        h("td", {}, h("code", {}, (run.origin.provenance?.git_commit ?? "–").slice(0, 8))),
+        h("td", {}, h("a", { href: trackedLink(run), "aria-label": `${run.name} in MLflow` }, "open")))))))];
+  at("runs-body").replaceChildren(...[
+    opened ? runDetail(opened) : null,
+    ...(system ? [list, curves] : [curves, list]).flat(),
+  ].filter(Boolean));
 };
 
 function runLink(run) {
   return `#runs?${new URLSearchParams({ ...(get("system") ? { system: get("system") } : {}), run: run.name })}`;
 }
+
+/** The page of the workflow's copy in MLflow, which knows the ids and the server's address. */
+const trackedLink = (run) => `../tracked.html#${encodeURIComponent(run.name)}`;
 
 function runDetail(run) {
   const folder = `../runs/${encodeURIComponent(run.name)}/`;
@@ -53,6 +62,7 @@ function runDetail(run) {
     h("h2", {}, run.name),
     h("p", { class: "note" }, `${DATA.systems[run.system].name}, seed ${run.seed}${origin.git_commit ? `, commit ${origin.git_commit}${origin.git_changed ? " with changes" : ""}` : ""}`),
     h("pre", {}, stages.map((stage) => `python -m tafs.${stage} results/${DATA.scale}/runs/${run.name}`).join("\n")),
+    h("p", { class: "note" }, h("a", { href: trackedLink(run) }, "This run in MLflow"), ", once ", h("code", {}, "tafs run"), " or ", h("code", {}, "tafs sync"), " has copied it; the link's page says how to start MLflow."),
     part("Files", h("table", { class: "plain list" }, h("tbody", {}, Object.entries(run.files).map(([name, [bytes, digest]]) =>
       h("tr", {}, h("td", {}, link(name)), h("td", { class: "n" }, size(bytes)), h("td", {}, h("code", {}, digest)))))), true),
     part("Configuration (run.json)", rows(flat(run.spec))),
