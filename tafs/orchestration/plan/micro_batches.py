@@ -16,8 +16,8 @@ from tafs.models.quantization import Quantization
 from tafs.orchestration.plan.estimate import GB, Workload
 from tafs.rewards import metrics
 
-# With so many images, an update without gradient checkpointing is faster than one of any number with
-# it: by a quarter for FLUX.1-dev on an H100, compiled or not (results/reference/gpu/).
+# With so many images, an update without gradient checkpointing is faster than one of any number
+# with it: by a quarter for FLUX.1-dev on an H100, compiled or not (results/reference/gpu/).
 UNCHECKED = 4
 WEIGHT_BYTES = {"float32": memory_model.FLOAT, "bfloat16": memory_model.HALF}
 # The rewards whose gradients are modelled: ViT-H/14 or ViT-L/14 at 224 pixels.
