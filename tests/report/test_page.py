@@ -289,10 +289,16 @@ def test_long_curves_are_means_of_neighbours() -> None:
         {"iteration": i, "kl": float(i), "rewards": {"clip": [0.0, 2.0]}, "seconds": {"total": 1}}
         for i in range(4 * content.POINTS)
     ]
-    found = content._curves(iterations)
+    found = content._curves(iterations, trained_steps=1)
     assert {len(values) for values in found.values()} == {content.POINTS}
     assert found["kl"][:2] == [1.5, 5.5] and found["reward clip"][0] == 2.0
     assert {*found} == {"iteration", "kl", "reward clip", "seconds total"}
+
+
+def test_a_divergence_is_the_mean_of_the_iterations_that_measure_all_trained_steps() -> None:
+    iterations = [{"iteration": i, "kl": [0.0, 0.3, 0.9][i % 3]} for i in range(7)]
+    found = content._curves(iterations, trained_steps=3)
+    assert found["kl"] == pytest.approx([0.0, 0.15, 0.4, 0.4, 0.4, 0.4, 0.4])
 
 
 @pytest.mark.parametrize("comparisons", [1, 66, 500])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -403,14 +404,17 @@ def _run(result: Result, key: str) -> dict[str, Any]:
         "samplers": [[nfe, at, name] for (nfe, at), name in sorted(result.samplers.items())],
         "started": moment(times[0]) if times else "",
         "seconds": number(sum(result.seconds())),
-        "curves": _curves(result.iterations),
+        "curves": _curves(result.iterations, spec.nfe_theta or 1),
     }
 
 
-def _curves(iterations: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
+def _curves(
+    iterations: Sequence[Mapping[str, Any]], trained_steps: int
+) -> dict[str, list[float | None]]:
     """Every number that the journal has of each iteration, at most POINTS of them.
 
-    A reward is that of the last scored image.
+    A reward is that of the last scored image. The KL divergence is the mean of the last
+    `trained_steps` iterations, each of which measures another step.
     """
     columns: dict[str, list[float]] = {}
     for place, record in enumerate(iterations):
@@ -422,6 +426,11 @@ def _curves(iterations: Sequence[Mapping[str, Any]]) -> dict[str, list[float | N
             if isinstance(value, int | float) or value is None:
                 column = columns.setdefault(name, [math.nan] * len(iterations))
                 column[place] = math.nan if value is None else float(value)
+    if divergences := columns.get("kl"):
+        columns["kl"] = [
+            statistics.fmean(divergences[max(0, end - trained_steps) : end])
+            for end in range(1, len(divergences) + 1)
+        ]
     width = -(-len(iterations) // POINTS) or 1
     return {
         name: [_mean(values[i : i + width]) for i in range(0, len(values), width)]
