@@ -149,7 +149,7 @@ class Prediction:
             total += own
         details = ["no checkpointing"] * (not self.setting.gradient_checkpointing)
         details += ["graphs kept"] * bool(self.setting.kept_images)
-        details += ["compiled"] * ("compiled" in self.what)
+        details += ["compiled"] * ("compiled" in self.what and self.what not in case)
         details += ["decoder too"] * ("decoder too" in self.what)
         details += ["int8 weights"] * (self.setting.quantize == "int8")
         details += ["bfloat16 adapter"] * ("adapter in bf16" in self.what)

@@ -122,7 +122,10 @@ def test_interval_coverage_takes_the_variation_of_a_report(tmp_path):
 
 
 def test_the_memory_of_an_iteration_is_predicted_within_15_per_cent_of_measured_peaks():
-    """Within 5 % for the adapter layer that the project has, which replaced peft's."""
+    """Within 5 % for the adapter layer and the decoder that are predicted.
+
+    The others are peft's layer, and decoders that need less: compiled, or with bfloat16 weights.
+    """
     output = printed("memory_model.py")
     assert output in (ROOT / "results/reference/gpu/README.md").read_text()
     _, _, *rows = output.splitlines()
@@ -136,7 +139,8 @@ def test_the_memory_of_an_iteration_is_predicted_within_15_per_cent_of_measured_
         _, _, case, predicted, measured, difference, _ = map(str.strip, row.split("|"))
         largest = max(abs(float(predicted) / float(value) - 1) for value in measured.split(" to "))
         assert abs(float(difference.removesuffix(" %"))) / 100 == pytest.approx(largest, abs=0.01)
-        assert largest < (0.15 if "peft's layer" in case else 0.05), row
+        other = "peft's layer" in case or re.match("decode (bfloat16|.* compiled)", case)
+        assert largest < (0.15 if other else 0.05), row
 
 
 def test_same_results_names_the_files_that_differ(tmp_path):
