@@ -68,10 +68,18 @@ class Plan:
 
     @property
     def searched_methods(self) -> list[str]:
-        """The methods of the hyperparameter search that the scale trains on its task."""
+        """The methods of the hyperparameter search that the scale trains on one of its tasks."""
         tuning = self.config.tuning
-        trained = {(run.variant, run.task) for run in self.runs.values()}
-        return [m for m in tuning.methods if (m, tuning.task) in trained] if tuning else []
+        return [m for m in tuning.methods if self.searched_run(m)] if tuning else []
+
+    def searched_run(self, variant: str) -> RunSpec | None:
+        """A run of the method on the first task of the hyperparameter search that trains it."""
+        tuning = self.config.tuning
+        for task in tuning.tasks if tuning else ():
+            for run in self.runs.values():
+                if (run.variant, run.task) == (variant, task):
+                    return run
+        return None
 
     @cached_property
     def budget(self) -> Plan | None:

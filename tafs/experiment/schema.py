@@ -275,16 +275,17 @@ Searched = Annotated[
 ]
 
 
-def _distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
-    if len(set(seeds)) < len(seeds):
-        raise ValueError("should be different seeds")
-    return seeds
+def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError("should be different values")
+    return values
 
 
 class Tuning(_Strict):
     """The hyperparameter search: as many trials for every method, on seeds that no table uses."""
 
-    task: Name
+    # A method is searched on the first of them that the scale trains it on.
+    tasks: Annotated[tuple[Name, ...], Field(min_length=1), AfterValidator(_distinct)]
     trials: Count  # of each method; the first has the method's present values
     # Of each trial. Three at least, since the score of a trial includes their spread.
     seeds: Annotated[tuple[Seed, ...], Field(min_length=3), AfterValidator(_distinct)]

@@ -322,12 +322,18 @@ def _prompt_problems(config: Config, scale: Scale, where: str) -> Iterator[str]:
 
 
 def _tuning_problems(config: Config, tuning: Tuning) -> Iterator[str]:
-    trained = {v for e in config.experiments.values() if tuning.task in e.tasks for v in e.methods}
+    trained = {
+        variant
+        for experiment in config.experiments.values()
+        if not set(tuning.tasks).isdisjoint(experiment.tasks)
+        for variant in experiment.methods
+    }
     variants = Variants(config)
     for variant in tuning.methods:
         if variant not in trained:
             hint = suggestion(variant, sorted(trained))
-            yield f"tuning.methods: no experiment trains {variant!r} on {tuning.task!r}{hint}"
+            tasks = " or ".join(map(repr, tuning.tasks))
+            yield f"tuning.methods: no experiment trains {variant!r} on {tasks}{hint}"
             continue
         name, own = variants.resolve(variant)
         for key, searched in tuning.space(variant).items():

@@ -58,6 +58,9 @@ class Session:
         if ("decide", "") in asked and not self.graph.looks:
             line = f"config.yaml: scales.{scale}.decide: is not set; give {{seeds: [3, 5, 8]}}"
             self._exit(line, errors.BAD_INPUT)
+        if ("tune", "") in asked and not self.graph.searched_methods:
+            line = f"config.yaml: tuning: scale {scale!r} trains none of its methods on its tasks"
+            self._exit(f"{line}; choose another scale", errors.BAD_INPUT)
         self._deciding = ("decide", "") in asked
         found = verdicts.pending(self.graph, {Job(*key) for key in forced}, self.jobs)
         again = Counter(

@@ -53,7 +53,7 @@ class Search:
 
     def spec(self, number: int, seed: int, values: Mapping[str, Any]) -> RunSpec:
         """The training of a trial with one seed."""
-        name = f"{self.variant}.{self.tuning.task}.{self.first.backbone}.trial-{number}.{seed}"
+        name = f"{self.variant}.{self.first.task}.{self.first.backbone}.trial-{number}.{seed}"
         changes = {
             "name": name,
             "seed": seed,
@@ -251,7 +251,7 @@ class Search:
                     key=self.study.study_name,
                     scale=self.plan.config.scale,
                     settings={
-                        "task": self.tuning.task,
+                        "task": self.first.task,
                         "trials": self.tuning.trials,
                         **self.needs(),
                     },
@@ -287,11 +287,11 @@ def search_of(plan: Plan, tuning: Tuning, variant: str) -> Search:
         ConfigError: the scale does not train the method, or a present value is not in the space;
             names the key.
     """
-    wanted = (variant, tuning.task)
-    first = next((r for r in plan.runs.values() if (r.variant, r.task) == wanted), None)
+    first = plan.searched_run(variant)
     if first is None:
+        tasks = " or ".join(map(repr, tuning.tasks))
         raise ConfigError(
-            f"tuning: scale {plan.config.scale!r} does not train {variant!r} on {tuning.task!r}; "
+            f"tuning: scale {plan.config.scale!r} does not train {variant!r} on {tasks}; "
             "choose another scale"
         )
     space = Space(variant, tuning.space(variant), Variants(plan.config).method(variant))

@@ -129,7 +129,7 @@ def test_a_missing_library_is_one_line_when_a_scale_needs_it(changed, monkeypatc
         ("s: rg_lcd,", "s: tafs_n_adv_2, n_adv: x,", "methods.step_distillation: "),
         ("[1000, 1001, 1", "[2, 1001, 1", "tuning.seeds: 2 is one of the tables' seeds; choose"),
         ("1001, 1002]", "1001]", "tuning.seeds: tuple should have at least 3 items"),
-        ("1001, 1002]", "1001, 1001]", "tuning.seeds: should be different seeds"),
+        ("1001, 1002]", "1001, 1001]", "tuning.seeds: should be different values"),
         ("warmup: [0,", "warm_up: [0,", "tuning.common: tafs_grpo: unknown hyperparameter 'warm_"),
         ("warmup: [0,", "warmup: [0.5,", "tuning.common: tafs_grpo: warmup: input should be a va"),
         ("warmup: [0, 4, 12]", "warmup: []", "tuning.common.warmup: tuple should have at least 1"),
@@ -145,7 +145,7 @@ def test_a_missing_library_is_one_line_when_a_scale_needs_it(changed, monkeypatc
             "shapes.decide.seeds: [3, 3] should",
         ),
         ("decide: {seeds: [3, 5, 8]", "decide: {seeds: [1, 5]", "scales.shapes.decide.seeds.0: "),
-        ("  task: preference", "  task: clip_only", "no experiment trains 'flow_grpo' on 'clip_o"),
+        ("tasks: [preference, text]", "tasks: [clip_only]", "no experiment trains 'flow_grpo' on 'c"),
         (
             "methods: [step_distillation, tafs_grpo]",
             "methods: [reward_instruct]",

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from mlflow.tracking import MlflowClient
 from ruamel.yaml import YAML
+from support.project_copy import copied
 
 from tafs import experiment
 from tafs.common import errors
@@ -103,8 +104,29 @@ def test_a_scale_searches_the_methods_that_it_trains_whose_present_values_are_in
     assert field.searched_methods == list(tuning.methods)
     for method in tuning.methods:
         search_of(field, tuning, method)
-    with pytest.raises(ConfigError, match="scale 'smoke' does not train 'awm' on 'preference'"):
+    with pytest.raises(ConfigError, match="'smoke' does not train 'awm' on 'preference' or 'text'"):
         search(smoke, "awm")
+
+
+def test_a_method_is_searched_on_the_first_of_the_tasks_that_trains_it() -> None:
+    words, shapes = (experiment.load({"scale": scale}) for scale in ("words", "shapes"))
+    tuning = words.config.tuning
+    assert tuning is not None
+    assert tuning.tasks == ("preference", "text")
+    assert words.searched_methods == ["tafs_grpo", "flow_grpo", "mix_grpo", "dance_grpo"]
+    found = [search_of(plan, tuning, "flow_grpo").first.task for plan in (words, shapes)]
+    assert found == ["text", "preference"]
+
+
+def test_a_scale_that_trains_nothing_to_search_refuses_the_target_in_one_line(
+    tmp_path: Path,
+) -> None:
+    place = copied(tmp_path, tmp_path / "results")
+    experiments = "experiments: [table2, equal_compute, gains, one_sampler, table7]"
+    with place.edited("config.yaml", experiments, "experiments: [table7]"):
+        done = place.snakemake("tune", "--dry-run")
+    line = "config.yaml: tuning: scale 'smoke' trains none of its methods on its tasks; "
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (2, f"{line}choose another scale")
 
 
 def test_every_method_has_as_many_trials_and_begins_with_its_present_values(
