@@ -36,17 +36,26 @@ setup: $(STAMP)  ## Install the locked dependencies and this project into .venv
 all: $(STAMP)  ## Run the whole workflow; pass options of snakemake with ARGS='-n'
 	$(RUN) snakemake all $(ARGS)
 
-reference: $(STAMP)  ## Run the embedded scale longer, with more seeds (hours); update results/reference/
+reference: $(STAMP)  ## Run the kept embedded scales (hours); update results/reference/
 	$(RUN) snakemake all --config scale=shapes-long $(ARGS)
-	mkdir -p results/reference
-	set -e; for kept in tables figures provenance; do \
-		rm -rf results/reference/$$kept; cp -R results/shapes-long/$$kept results/reference/; \
-	done
+	$(call keep,shapes-long,results/reference)
 	cp results/shapes-long/claims.md results/shapes-long/claims.json results/reference/
-	rm -rf results/reference/report
-	kb=$$(du -sk results/shapes-long/report | cut -f1); if [ "$$kb" -lt 5120 ]; then \
-		cp -R results/shapes-long/report results/reference/; echo "results/reference/report/: copied, $$kb KB"; \
-	else echo "results/reference/report/: not copied, $$kb KB; only a page under 5120 KB is kept"; fi
+	$(RUN) snakemake all --config scale=field $(ARGS)
+	$(call keep,field,results/reference/field)
+	$(RUN) snakemake all --config scale=words $(ARGS)
+	$(call keep,words,results/reference/words)
+
+# Copy a scale's tables, figures, provenance and, if it is small, its page to a folder.
+define keep
+mkdir -p $(2)
+set -e; for kept in tables figures provenance; do \
+	rm -rf $(2)/$$kept; cp -R results/$(1)/$$kept $(2)/; \
+done
+rm -rf $(2)/report
+kb=$$(du -sk results/$(1)/report | cut -f1); if [ "$$kb" -lt 5120 ]; then \
+	cp -R results/$(1)/report $(2)/; echo "$(2)/report/: copied, $$kb KB"; \
+else echo "$(2)/report/: not copied, $$kb KB; only a page under 5120 KB is kept"; fi
+endef
 
 # The tests of one file share fixtures, so they run in one process.
 test: $(STAMP)  ## Run the tests in two processes; pass options of pytest with ARGS='-k NAME'
