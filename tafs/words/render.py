@@ -2,8 +2,8 @@
 
 A text stands in one of three rows, so that a model that averages over them draws unreadable texts.
 
-The fonts are those that matplotlib ships: DejaVu and STIX, whose licences allow any use. Their
-letters are narrowed to the cells, so that four of them fill the image.
+The fonts are DejaVu's files that matplotlib ships, whose licence allows any use. Their letters are
+narrowed to the cells, so that four of them fill the image.
 """
 
 from __future__ import annotations

@@ -119,6 +119,24 @@ def test_systems_differ_in_colour_and_trained_models_in_line_style(tmp_path: Pat
         assert (one.line, two.line) == ("-", "--")
 
 
+@pytest.mark.parametrize("width", [2.4, 3, 6, 12])
+@pytest.mark.parametrize("count", [1, 4, 7, 18])
+def test_a_legend_is_as_wide_as_its_figure_at_most(width: float, count: int) -> None:
+    figure = Figure(figsize=(width, 4), layout="constrained")
+    axes = figure.subplots()
+    for number in range(count):
+        axes.plot([0, 1], label=f"Method number {number}")
+    style.legend(figure, axes)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == count
+    extent = legend.get_window_extent()
+    assert 0 <= extent.x0 and extent.x1 <= figure.bbox.width
+    columns = {round(text.get_window_extent().x0) for text in legend.get_texts()}
+    if width == 12:
+        assert len(columns) == min(count, 4 if count == 7 else 5)
+
+
 @pytest.mark.parametrize("kind", ["steps", "curves", "compute"])
 def test_one_prompt_per_task_and_one_iteration_can_be_drawn(
     kind: str, tmp_path: Path, draw: Callable[..., Figure]

@@ -106,7 +106,7 @@ def pareto(table: LoadedTable) -> Figure:
     axes.set_xticks(list(nfe))
     axes.set_xlabel("Inference steps (NFE)")
     axes.set_ylabel("Gain on the base model,\nin standard deviations")
-    legend(figure, axes, columns=3)
+    legend(figure, axes)
     return figure
 
 
@@ -135,7 +135,7 @@ def hacking(table: LoadedTable) -> Figure:
     for set_label, metrics in ((axes.set_xlabel, inside), (axes.set_ylabel, outside)):
         titles = ", ".join(METRICS[metric].title for metric in metrics)
         set_label(textwrap.fill(f"Gain on {titles}", 44))
-    legend(figure, axes, columns=2)
+    legend(figure, axes)
     return figure
 
 
@@ -183,7 +183,7 @@ def profiles(table: LoadedTable) -> Figure:
     axes.set_xlabel("Gain on the base model, in standard deviations")
     axes.set_ylabel("Share of seeds and metrics above it")
     axes.set_ylim(-0.02, 1.02)
-    legend(figure, axes, columns=2)
+    legend(figure, axes)
     return figure
 
 

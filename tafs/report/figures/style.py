@@ -13,6 +13,7 @@ import matplotlib
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
@@ -46,6 +47,7 @@ OTHERS = (
     ("#6699cc", "s"),
 )
 LINES = ("-", "--", "-.", ":")
+COLUMNS = 5  # of a legend, at most
 STYLE: dict[str, Any] = {
     "font.family": fonts.BASE,
     "font.size": 8,
@@ -108,23 +110,26 @@ def looks(systems: Sequence[System]) -> dict[System, Look]:
     return found
 
 
-def legend(figure: Figure, *panels: Axes, columns: int = 5) -> None:
-    """One legend for all panels, above them."""
+def legend(figure: Figure, *panels: Axes) -> None:
+    """One legend for all panels, above them, in as few rows as fit the figure's width."""
     entries: dict[str, Artist] = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
-    if max(map(len, entries), default=0) > 20:
-        columns = min(columns, 3)  # more long labels would be wider than the panels
-    rows = -(-len(entries) // columns)
-    figure.legend(
-        list(entries.values()),
-        list(entries),
-        loc="outside upper center",
-        ncols=-(-len(entries) // rows),
-        handlelength=2.4,
-        columnspacing=1.4,
-    )
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    for rows in range(-(-len(entries) // COLUMNS), len(entries) + 1):
+        drawn = figure.legend(
+            list(entries.values()),
+            list(entries),
+            loc="outside upper center",
+            ncols=-(-len(entries) // rows),
+            handlelength=2.4,
+            columnspacing=1.4,
+        )
+        if drawn.get_window_extent(renderer).width <= figure.bbox.width:
+            return
+        if rows < len(entries):
+            drawn.remove()
 
 
 @contextmanager
