@@ -145,7 +145,11 @@ def test_a_missing_library_is_one_line_when_a_scale_needs_it(changed, monkeypatc
             "shapes.decide.seeds: [3, 3] should",
         ),
         ("decide: {seeds: [3, 5, 8]", "decide: {seeds: [1, 5]", "scales.shapes.decide.seeds.0: "),
-        ("tasks: [preference, text]", "tasks: [clip_only]", "no experiment trains 'flow_grpo' on 'c"),
+        (
+            "tasks: [preference, text]",
+            "tasks: [clip_only]",
+            "no experiment trains 'flow_grpo' on 'c",
+        ),
         (
             "methods: [step_distillation, tafs_grpo]",
             "methods: [reward_instruct]",
