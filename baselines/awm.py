@@ -1,7 +1,7 @@
 """AWM, advantage weighted matching (Xue et al., 2025, arXiv 2509.25050): GRPO on the training loss.
 
     x_t   = (1 - t) x_0 + t e
-    log p = -h(mean (v_theta(x_t, t) - (e - x_0))^2) t,  h(d) = (d + c)^p - c^p,  c = 1e-10
+    log p = -h(mean (v_theta(x_t, t) - (e - x_0))^2) t,  h(d) = ((d + c)^p - c^p) / p,  c = 1e-10
     r     = exp(log p_theta - log p_old),  with the same t and e
     loss  = -E min(r A, clip(r, 1 - eps, 1 + eps) A) + w E (v_theta - v_old)^2
 
@@ -9,11 +9,14 @@ The flow-matching loss stands for the log-likelihood of an image, so that any sa
 h is the generalised Huber loss of the public code with p = `power`, and A is scaled to [-1, 1].
 
 As published, with the settings of the public code, except:
+- The rollout takes Euler steps with the scale's guidance; the public code a second-order stochastic
+  solver (SA-Solver) without guidance.
 - The times are distinct ones of the rollout's grid; the public code draws one from each of six
-  equal parts of its first 90 %.
+  equal parts of its first 90 % (PickScore), or steps without the first and the last two.
 - The last term compares with the policy that sampled; the public code with an average of it that
   forgets all but 30 % in each iteration.
-- The distance to the base model (`beta`) has weight 0; 1e-4 or 1e-3 in the public code.
+- The distance to the base model (`beta`) has weight 0; 1e-4 to 3e-3 in the public code.
+- No average of the adapter is saved by default; the public code has one with `ema` 0.99.
 """
 
 from __future__ import annotations
@@ -66,7 +69,7 @@ class Awm(ForwardProcess):
         """Return log p of the images for a velocity at their copies, up to a constant, [b]."""
         distance = forward_process.mean_square(v - forward_process.target(trajectory, index))
         huber = (distance + SMALLEST) ** self.power - SMALLEST**self.power
-        return -huber * trajectory.t[index]
+        return -huber / self.power * trajectory.t[index]
 
 
 METHOD = Awm

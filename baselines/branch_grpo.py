@@ -13,8 +13,9 @@ As published, with the splits, grid and noise of the public code, except:
 - The first split has as many children as the group has images, and each later one two: an image of
   the group is a subtree with 2^`splits` leaves, and one without rewards is left out with it.
 - The ratio's density has the std sigma of the sample; the public code leaves b out of the density.
-- Pruned depths stay the same, while the public code moves them. Its pruning of paths and weights by
-  path probabilities, both off by default, are not included.
+- The last half of the steps is never trained. The public code trains all steps by default, with an
+  optimiser step after every 12 edges; its options leave out a few depths in a moving window, prune
+  paths, and weight by path probabilities.
 - The last step has no noise and is never trained, and stds are not Bessel-corrected.
 """
 

@@ -11,8 +11,10 @@ of the advantages over the granularities (the multi-granularity advantage integr
 
 As published, except:
 - The time grid is the model's own; the public code shifts a uniform grid by 3.
-- All trained steps share an optimiser step; the public code takes one for each of them.
-- Advantages are clamped before they are summed over rewards and granularities.
+- All trained steps share an optimiser step, as in the public code for HPS and CLIP; that for HPS
+  alone takes one for each of them.
+- Advantages are clamped before they are summed over rewards and granularities, and stds are not
+  Bessel-corrected.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ class G2rpo(Branching):
     def suffixes(self, grid: Tensor, n: int) -> Sequence[Tensor]:
         """Return grid[n + 1] and every k-th time from grid[n + 2], for k = 1 to `granularities`.
 
-        The last time is 0, so that an interval that does not fit is cut short.
+        The last time is 0, so that the last interval is longer where the size does not fit.
         """
         found = []
         for size in range(1, self.granularities + 1):

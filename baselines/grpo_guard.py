@@ -11,7 +11,7 @@ advantages are those of Flow-GRPO.
 
 As published, except:
 - Rollout and trained steps are those of this project's Flow-GRPO.
-- The clip range is that of the other methods by default; the paper chooses one for each task.
+- The clip range is the public code's for PickScore, 4e-6; it has 2e-6 for OCR and GenEval.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class GrpoGuard(PolicyGradient):
     updates: int = 2
     ema: float = 0.9
     ema_warmup: bool = True
-    global_std: bool = True
+    clip_range: float = 4e-6
     advantage_limit: float | None = 5.0
 
     TITLE: ClassVar[str] = "GRPO-Guard"

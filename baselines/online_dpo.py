@@ -1,15 +1,17 @@
 """Online DPO (Diffusion-DPO, Wallace et al., 2023, arXiv 2311.12908, on a flow model's own images).
 
-    d(x_0) = |v_theta - (e - x_0)|^2 - |v_base - (e - x_0)|^2  at x_t = (1 - t) x_0 + t e
+    d(x_0) = mean (v_theta - (e - x_0))^2 - mean (v_base - (e - x_0))^2  at x_t = (1 - t) x_0 + t e
     loss   = -E log sigmoid(-b / 2 (d(x_win) - d(x_lose)))
 
 The images of the largest and the smallest reward of each group are the pair, with the same t and e.
-The sums over an image's elements are means, as in the public code of Flow-GRPO's online DPO.
+The means are over an image's elements, as in the public code of Flow-GRPO's online DPO.
 
 As published, except:
 - The times are distinct ones of the rollout's grid; the public code draws them from a logit-normal
   distribution.
-- The reference is the base model throughout; the public code can replace it by the trained one.
+- The trained model samples, and the reference is the base model throughout; in the public code the
+  reference samples and can be replaced by the trained model.
+- A group without a preference is not trained; the public code trains an arbitrary pair of it.
 - The mean is over all images of an update, of which those outside the pairs add nothing.
 
 A micro-batch holds whole pairs, so at least two images.

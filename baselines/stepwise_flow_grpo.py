@@ -12,7 +12,7 @@ As published, except:
 - Gains are normalised over the images of a prompt at the same step, as in Eq. 9 of TAFS-GRPO.
 - Rollout and trained steps are those of this project's Flow-GRPO.
 
-`sampler: anneal` with `time_grid: uniform` and `trained: steps - 1` is TAFS-GRPO with this credit.
+TAFS-GRPO's `credit_reading: gain` is this credit.
 """
 
 from __future__ import annotations

@@ -12,8 +12,9 @@ As published, except:
 - One seed per prompt with as many branches as the group has images. The public code has four seeds
   with six branches each.
 - The weights are normalised by their mean over the trained steps; the public code multiplies sigma
-  by 2.25, which has that effect on its grid.
+  by 2.25 (SD3) or 1.73 (FLUX), which has that effect on its grid.
 - `beta` is 0 by default, as for the other methods here; the public code has 0.001 to 0.004.
+- The average is updated after each optimiser step; in the public code after every eighth.
 """
 
 from __future__ import annotations

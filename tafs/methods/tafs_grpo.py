@@ -13,7 +13,7 @@ As published, except where the paper is ambiguous:
   the image x0_hat^n. The printed p(x_0^n | x_t) has no density, because x0_hat^n is a deterministic
   function of x_t.
 - Eq. 10 credits each step with its own advantage, Algorithm 1 (line 18) with the sum of all.
-  `credit_reading` selects one of these, or `to_go` or `final`.
+  `credit_reading` selects one of these, or `to_go`, `final` or `gain`.
 - The paper does not give the clip range.
 
 Ablations of the paper: `sampler: flow_sde` with `credit_reading: final` is "w/o TAFS",
@@ -30,6 +30,10 @@ from torch import Tensor
 
 from tafs.methods import PolicyGradient, grpo
 
+# What a step adds to the reward of the image before it, as in Stepwise-Flow-GRPO.
+GAIN = "gain"
+CREDITS = (*grpo.CREDITS, GAIN)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TafsGrpo(PolicyGradient):
@@ -38,7 +42,7 @@ class TafsGrpo(PolicyGradient):
     steps: int = 4
     sampler: str = "anneal"
     time_grid: str = "uniform"
-    credit_reading: str = "step"  # one of grpo.CREDITS
+    credit_reading: str = "step"  # one of CREDITS
     n_adv: int | None = None  # how many of the last images are scored; None: all N - 1
 
     TITLE: ClassVar[str] = "TAFS-GRPO"
@@ -47,8 +51,8 @@ class TafsGrpo(PolicyGradient):
         super().__post_init__()
         if self.steps < 2:
             raise ValueError(f"steps: {self.steps} leaves no re-noising; at least 2 are needed")
-        if self.credit_reading not in grpo.CREDITS:
-            options = ", ".join(grpo.CREDITS)
+        if self.credit_reading not in CREDITS:
+            options = ", ".join(CREDITS)
             raise ValueError(
                 f"credit_reading: unknown {self.credit_reading!r} (available: {options})"
             )
@@ -59,12 +63,20 @@ class TafsGrpo(PolicyGradient):
         return range(self.steps - 1)
 
     def scored_steps(self) -> Sequence[int]:
-        """Return the last N_adv images' steps; the first image is not scored."""
+        """Return the last N_adv images' steps, and for gains the one before them.
+
+        Otherwise the first image is not scored.
+        """
         counted = 1 if self.credit_reading == "final" else self.n_adv or self.steps - 1
-        return range(self.steps - counted, self.steps)
+        return range(self.steps - counted - (self.credit_reading == GAIN), self.steps)
+
+    def advantages(self, rewards: Tensor) -> Tensor:
+        """Normalise the rewards, or their gains."""
+        return super().advantages(rewards.diff(dim=0) if self.credit_reading == GAIN else rewards)
 
     def assign_credit(self, advantages: Tensor, steps: int) -> Tensor:
-        return grpo.assign_credit(advantages, self.credit_reading, steps)
+        credit = "step" if self.credit_reading == GAIN else self.credit_reading
+        return grpo.assign_credit(advantages, credit, steps)
 
 
 METHOD = TafsGrpo

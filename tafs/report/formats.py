@@ -261,9 +261,9 @@ def notes_of(table: Table, lines: Sequence[Line]) -> list[str]:
     scored = any(isinstance(column, Score) for column in table.columns)
     if scored:
         scores = lines[0].row.system.scores
-        notes.append(
-            f"Per seed: {len(scores.prompts)} prompts, {len(scores.images)} images of each."
-        )
+        images = len(scores.images)
+        each = f"{images} images of each" if images > 1 else "one image of each"
+        notes.append(f"Per seed: {len(scores.prompts)} prompts, {each}.")
     cells = [cell for line in lines for cell in line.cells if cell.estimate]
     kinds = {cell.estimate.resampled for cell in cells if cell.estimate}
     if "seeds and prompts" in kinds or "prompts" in kinds:

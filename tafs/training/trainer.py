@@ -97,7 +97,7 @@ class Trainer:
         The record covers the images of all processes, except for the times, which are those of this
         process, and the KL divergence, which is estimated on this process's first group. Images
         without a finite reward are counted as `invalid` and left out of the recorded rewards; they
-        contribute only to the KL term of the loss, which does not depend on rewards.
+        contribute only to terms of the loss that do not depend on rewards.
 
         Raises:
             NonFinite: more images are invalid than `tolerated`, or any where the method

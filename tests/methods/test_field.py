@@ -2,15 +2,20 @@
 
 import itertools
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from support.toy import ToyBackbone, streams, toy_run, toy_trainer
 
+from tafs import experiment
+from tafs.experiment.variants import Variants
 from tafs.methods import Method, Trajectory, UpdateInputs, registry
 from tafs.methods.forward_process import VELOCITY, target
 from tafs.models import Conditioning, sampling
 
+ROOT = Path(__file__).resolve().parents[2]
 COND = Conditioning(torch.zeros(1, 1, 1), torch.zeros(1, 1))
 FIRST = (0, slice(0, 1))  # the first step of the first image
 
@@ -59,10 +64,12 @@ def test_the_forward_process_noises_the_odes_images_at_distinct_times_of_the_gri
         times = found.t[:, image].tolist()
         assert len(set(times)) == 4 and set(times) <= set(grid[:-1].tolist())
     assert len({tuple(found.t[:, image].tolist()) for image in range(5)}) > 1
+    draws = streams(5, 1)  # the ODE draws nothing
+    torch.testing.assert_close(found.t, grid[draws.rand([6]).argsort(1)[:, :4].T])
     for n in range(4):
-        e = found.x_s[n] + target(found, (n, slice(0, 5)))
-        expected = (1 - found.t[n, :, None]) * x + found.t[n, :, None] * e
-        torch.testing.assert_close(found.x_t[n], expected.detach())
+        e, t = draws.randn([2]), found.t[n, :, None]
+        torch.testing.assert_close(found.x_t[n], ((1 - t) * x + t * e).detach())
+        torch.testing.assert_close(target(found, (n, slice(0, 5))), (e - x).detach())
         assert len({tuple(row) for row in e.tolist()}) == 5  # not the noise of the rollout
         v = backbone.velocity(found.x_t[n], found.t[n], COND).detach()
         assert torch.equal(found.records[VELOCITY][n], v)
@@ -159,6 +166,15 @@ def test_a_branching_step_is_credited_with_the_sum_over_its_own_images_granulari
     torch.testing.assert_close(advantages, expected, atol=2e-4, rtol=0)
 
 
+def test_g2rpo_clamps_each_rewards_advantages_before_their_sum():
+    one = torch.zeros(2, 1, 64)  # two granularities of one step
+    one[..., 0] = 1  # (1 - 1 / 64) / sqrt(63 / 64^2) = 7.9 standard deviations
+    method = registry.create("g2rpo", {"steps": 4, "trained": 1})
+    advantages = method.compute_advantages({"clip": one, "hpsv2": one}, {"clip": 1, "hpsv2": 1})
+    assert advantages.shape == (1, 1, 64)
+    assert advantages[0, 0, 0].item() == pytest.approx(2 * 2 * 5)
+
+
 BRANCHES = {"steps": 5, "trained": 3, "splits": 2, "interval": 1, "shift": 2.0}
 
 
@@ -187,6 +203,13 @@ def test_branch_grpos_paths_share_their_states_before_each_split():
     assert len(found.scored) == 4 and len({leaf[0, 0].item() for leaf in found.scored}) == 4
 
 
+def test_branch_grpos_leaves_are_in_the_order_of_their_last_edges():
+    found = roll(registry.create("branch_grpo", {**BRANCHES, "trained": 4}), toy(0.1))
+    assert len(found.x_s) == 1 + 2 + 4 + 4
+    for leaf, x, t in zip(found.scored, found.x_s[7:], found.s[7:], strict=True):
+        torch.testing.assert_close(leaf, x / 2 + 0.1 * t[:, None])  # the last step has no noise
+
+
 def test_branch_grpo_has_the_split_noise_at_splits_only():
     method = registry.create("branch_grpo", {**BRANCHES, "splits": 1, "interval": 2, "trained": 4})
     found = roll(method, toy(0.1))
@@ -210,6 +233,21 @@ def test_branch_grpo_normalises_the_means_of_the_leaves_over_each_depth():
     torch.testing.assert_close(advantages, expected, atol=2e-4, rtol=0)
 
 
+def test_branch_grpos_nodes_have_the_means_of_their_own_leaves():
+    method = registry.create("branch_grpo", BRANCHES)
+    # Four leaves of each of two images, two below each node of step 1.
+    rewards = torch.tensor([[1.0, 3.0], [2.0, 4.0], [5.0, 6.0], [8.0, 7.0]])[:, None]
+    advantages = method.compute_advantages({"clip": rewards}, {"clip": 1.0})
+
+    def normalised(nodes: list[list[float]]) -> torch.Tensor:
+        values = torch.tensor(nodes)
+        return (values - values.mean()) / values.std(correction=0)
+
+    depths = [[[4.0, 5.0]], [[1.5, 3.5], [6.5, 6.5]], rewards[:, 0].tolist()]
+    expected = torch.cat([normalised(nodes) for nodes in depths])[:, None]
+    torch.testing.assert_close(advantages, expected, atol=2e-4, rtol=0)
+
+
 def test_tempflow_weighs_each_step_by_its_noise():
     method = registry.create("tempflow_grpo", {"steps": 4, "trained": 3, "clip_range": 0.2})
     found = roll(method, toy(), count=2)
@@ -229,11 +267,11 @@ def test_tempflow_weighs_each_step_by_its_noise():
     ("advantage", "clip_range", "objective"),
     [
         # The target is (2, -2). Mean squares 2 and, of the old velocity, 0.5; p = 1/2 and t = 1/2:
-        # the ratio is exp(-(sqrt(2) - sqrt(0.5)) / 2) = 0.702189.
-        (5.0, 1.0, 0.702189),
-        (-2.5, 1.0, -0.5 * 0.702189),
+        # the ratio is exp(-2 (sqrt(2) - sqrt(0.5)) / 2) = 0.493069.
+        (5.0, 1.0, 0.493069),
+        (-2.5, 1.0, -0.5 * 0.493069),
         (-5.0, 0.2, -0.8),
-        (5.0, 0.2, 0.702189),
+        (5.0, 0.2, 0.493069),
     ],
 )
 def test_awm_takes_the_flow_matching_loss_as_the_log_likelihood(advantage, clip_range, objective):
@@ -243,6 +281,28 @@ def test_awm_takes_the_flow_matching_loss_as_the_log_likelihood(advantage, clip_
     loss = method.loss(v, trajectory, FIRST, torch.tensor([advantage]))  # type: ignore[attr-defined]
     # The mean square of v - v_old = (2, -1) is 2.5.
     assert loss.item() == pytest.approx(-objective + 3 * 2.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["pref_grpo", "stepwise_flow_grpo", "grpo_guard"])
+def test_rivals_of_flow_grpo_train_its_first_steps(name):
+    method, backbone = registry.create(name, {"eta": 0.7}), toy(0.1)
+    found = roll(method, backbone)
+    torch.testing.assert_close(found.t[:, 0], torch.tensor([1.0, 0.9, 0.8, 0.7, 0.6, 0.5]))
+    draws = streams(5, 1)
+    for n in range(6):
+        x, t, s = found.x_t[n], found.t[n][:, None], found.s[n][:, None]
+        v = backbone.velocity(x, found.t[n], COND).detach()
+        # The first step has the noise level of the second time: that of t = 1 is infinite.
+        level = 0.7 * (t / (1 - torch.where(t == 1, s, t))).sqrt()
+        mean = x + (v + level**2 / (2 * t) * (x + (1 - t) * v)) * (s - t)
+        std = level * (t - s).sqrt()
+        torch.testing.assert_close(found.x_s[n], mean + std * draws.randn([2]))
+        normal = torch.distributions.Normal(mean, std)
+        torch.testing.assert_close(found.log_prob[n], normal.log_prob(found.x_s[n]).mean(1))
+        if n:
+            assert torch.equal(x, found.x_s[n - 1])
+        if name == "grpo_guard":
+            torch.testing.assert_close(found.records["mean"][n], mean)
 
 
 def test_pref_grpo_normalises_win_rates():
@@ -264,15 +324,31 @@ def test_the_gain_credits_a_step_with_what_it_adds_to_the_reward(hyperparameters
     method, backbone = registry.create("stepwise_flow_grpo", hyperparameters), toy(0.1)
     found = roll(method, backbone)
     assert len(found.scored) == scored
-    for n in range(2):  # the images before and after each trained step
-        v = backbone.velocity(found.x_t[n], found.t[n], COND).detach()
-        estimate = sampling.x0_estimate(found.x_t[n], v, found.t[n])
-        torch.testing.assert_close(found.scored[n], estimate)
+    # The images before and after each trained step: the toy model estimates x / 2 + 0.1 t.
+    states = [*zip(found.x_t[:2], found.t[:2], strict=True), (found.x_s[1], found.s[1])]
+    for image, (x, t) in zip(found.scored, states, strict=True):
+        torch.testing.assert_close(image, x / 2 + 0.1 * t[:, None])
     rewards = torch.tensor([[1.0, 5.0], [3.0, 6.0], [4.0, 9.0]])[:, None]
     # Gains (2, 1) and (1, 3), although the second image is the better one at every step.
     advantages = method.compute_advantages({"clip": rewards}, {"clip": 1.0})
     expected = torch.tensor([[[1.0, -1.0]], [[-1.0, 1.0]]])
     torch.testing.assert_close(advantages, expected, atol=3e-4, rtol=0)
+
+
+def test_tafs_grpo_with_gain_credit_differs_from_it_in_credit_alone():
+    plans = [
+        experiment.load({"scale": scale}, ROOT / "config.yaml") for scale in ("field", "paper")
+    ]
+    for method in (Variants(plan.config).method for plan in plans):
+        gain, plain = method("tafs_gain"), method("tafs_grpo")
+        assert replace(gain, credit_reading="step") == plain
+    found = roll(gain, toy(0.1))
+    assert len(found.scored) == 4  # the first image too
+    rewards = torch.tensor([[1.0, 5.0], [3.0, 6.0], [4.0, 9.0], [4.0, 8.0]])[:, None]
+    # Gains (2, 1), (1, 3) and (0, -1).
+    advantages = gain.compute_advantages({"clip": rewards}, {"clip": 1.0})
+    expected = torch.tensor([[1.0, -1.0], [-1.0, 1.0], [1.0, -1.0]])[:, None]
+    torch.testing.assert_close(advantages, expected, atol=4e-4, rtol=0)
 
 
 def test_grpo_guards_ratio_is_centred_and_scaled_and_its_loss_divided_by_the_steps_length():

@@ -18,7 +18,9 @@ FEW_SEEDS = 4  # the lines of more would hide each other
 
 
 def draw(table: LoadedTable) -> Figure:
-    """Each training reward of the final image against iterations and against compute time.
+    """Each training reward of the last scored image against iterations and against compute time.
+
+    It is the final image; of Stepwise-Flow-GRPO, the estimate after its last trained step.
 
     Thin lines are the seeds, if they are few; thick lines are their means and bands their ranges,
     of running means over an eighth of the iterations, because every iteration draws other prompts.
