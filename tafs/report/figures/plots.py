@@ -205,7 +205,9 @@ def _panels(metrics: Sequence[str], xlabel: str) -> tuple[Figure, list[Axes]]:
     """A panel per metric, with its title and unit."""
     columns = min(3, len(metrics))
     rows = -(-len(metrics) // columns)
-    figure = Figure(figsize=(2.35 * columns + 0.2, 2.0 * rows + 0.5), layout="constrained")
+    # A single panel is larger, so that its legend fits above it.
+    size = max(2.35 * columns + 0.2, 4.0), max(2.0 * rows + 0.5, 3.0)
+    figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False)
     for axes in panels.flat[len(metrics) :]:
         axes.set_visible(False)
