@@ -128,6 +128,7 @@ def legend(figure: Figure, *panels: Axes) -> None:
             handlelength=2.4,
             columnspacing=1.4,
         )
+        _choose_fonts(figure)  # they decide the width
         if drawn.get_window_extent(renderer).width <= figure.bbox.width:
             return
         if rows < len(entries):
