@@ -83,7 +83,7 @@ def test_a_missing_library_is_one_line_when_a_scale_needs_it(changed, monkeypatc
         ("      - sana-1-5", "      - sana-2", "scales.paper: unknown model 'sana-2'"),
         ("composition: geneval}", "composition: genevl}", "unknown prompt set 'genevl'"),
         ("preference: 1, comp", "pref: 1, comp", "images_per_prompt: no number for 'preference'"),
-        ("{extends:", "{method:", "step_distillation: 'method' is now called 'extends'; rename it"),
+        ("{extends:", "{method:", "tafs_gain: 'method' is now called 'extends'; rename it"),
         # Wrong values.
         ("iterations: 17", "iterations: -1", "scales.shapes.iterations: input should be greater"),
         ("iterations: 17", "iterations: many", "iterations: input should be a valid integer"),
