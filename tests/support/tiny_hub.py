@@ -59,7 +59,7 @@ EVALUATION: Mapping[str, Any] = {
     "images_per_prompt": 1,
     "prompts": 2,
     "base_nfe": 6,
-    "curve_nfe": [4, 8],  # what Tables 1 and 2 need
+    "curve_nfe": [1, 4],
     "correlation_prompts": 12,
     "validation_prompts": 2,  # of three samplers, at every number of steps
     "batch": 6,
