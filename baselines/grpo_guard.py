@@ -7,7 +7,7 @@
 The logarithm of the plain ratio has mean -m, so that positive advantages are rarely clipped, and a
 scale of 1 / sigma that differs between steps. r has neither (ratio normalisation), and division by
 the step's length gives all steps gradients of the same size (gradient reweighting). Rollout and
-advantages are those of Flow-GRPO.
+advantages are those of Flow-GRPO, with the std of each group, as in the public code.
 
 As published, except:
 - Rollout and trained steps are those of this project's Flow-GRPO.
