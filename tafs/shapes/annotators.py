@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import tafs.common.torchvision_patch  # noqa: F401  # isort: skip
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional
 
@@ -22,6 +20,9 @@ from tafs.data import prompts
 from tafs.rewards.geneval import Detection, geneval_verdict
 from tafs.shapes.render import render
 from tafs.shapes.scenes import COLORS, IMAGE_SIZE, RELATIONS, SHAPES, Scene, sample_scene
+
+if TYPE_CHECKING:  # model cards need only the tastes, and the import takes seconds
+    from diffusers import AutoencoderKL
 
 QUALITIES = ("alignment", "sharpness", "background", "purity", "composition")
 NUMBER_RANGE = (1, 4)

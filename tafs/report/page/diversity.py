@@ -22,7 +22,7 @@ from tafs.report.page.systems import Systems
 from tafs.report.results import LoadedTable
 from tafs.rewards import statistics
 from tafs.rewards.metrics import METRICS
-from tafs.shapes import scorers, weights
+from tafs.shapes import weights
 
 SIDE = 16  # of the pixel features
 
@@ -91,6 +91,8 @@ def _chart(
 
 def _clip() -> Features:
     """Embeddings by the embedded CLIP."""
+    from tafs.shapes import scorers  # its import takes seconds, and other scales do not need it
+
     encoder = scorers.DualEncoder.load(weights.verify("clip")).eval()
 
     @torch.inference_mode()
