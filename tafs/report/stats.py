@@ -312,23 +312,27 @@ POWER = 0.8
 MOST_SEEDS = 100  # beyond these, other seeds do not help
 
 
-def detectable(estimate: Estimate, n_seeds: int | None = None) -> float:
+def detectable(estimate: Estimate) -> float:
     """The smallest difference that the test shows with a probability of POWER.
 
-    Args:
-        estimate: of two or more seeds; NaN for others, because one seed tells nothing of another.
-        n_seeds: as if there were so many; None: its own.
+    NaN for an estimate of one seed, because one seed tells nothing of another.
     """
+    return float(_detectable(estimate, np.array(float(estimate.n_seeds))))
+
+
+def _detectable(estimate: Estimate, n_seeds: Array) -> Array:
+    """The same as if there were so many seeds."""
     own = estimate.n_seeds
-    n = own if n_seeds is None else n_seeds
-    if own < 2 or n < 2 or not np.isfinite(estimate.seeds_error):
-        return np.nan
-    error = estimate.seeds_error * np.sqrt(own / n)
-    freedom = estimate.seeds_freedom * (n - 1) / (own - 1) if error else np.inf
-    return sum(
-        float(np.hypot(stdtrit(freedom, share) * error, ndtri(share) * estimate.prompts_error))
+    if own < 2 or not np.isfinite(estimate.seeds_error):
+        return np.full(n_seeds.shape, np.nan)
+    error = estimate.seeds_error * np.sqrt(own / n_seeds)
+    degrees = estimate.seeds_freedom * (n_seeds - 1) / (own - 1)
+    freedom = np.where(error > 0, degrees, np.inf)
+    parts = [
+        np.hypot(stdtrit(freedom, share) * error, ndtri(share) * estimate.prompts_error)
         for share in ((1 + LEVEL) / 2, POWER)
-    )
+    ]
+    return np.sum(parts, axis=0)
 
 
 def seeds_to_show(estimate: Estimate) -> int | None:
@@ -336,10 +340,9 @@ def seeds_to_show(estimate: Estimate) -> int | None:
 
     None: more than MOST_SEEDS, or it is unknown (one seed).
     """
-    for n in range(2, MOST_SEEDS + 1):
-        if detectable(estimate, n) <= abs(estimate.value):
-            return n
-    return None
+    numbers = np.arange(2.0, MOST_SEEDS + 1)
+    enough = numbers[_detectable(estimate, numbers) <= abs(estimate.value)]
+    return int(enough[0]) if len(enough) else None
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

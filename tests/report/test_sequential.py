@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +88,9 @@ EQUIVALENCE = ONE.model_copy(
 )
 
 
+unread = functools.cache(Result)  # building a folder's paths takes longer than judging it
+
+
 @dataclass
 class Table:
     """A table of two methods whose runs are in memory."""
@@ -98,7 +103,7 @@ class Table:
         for row, system in self.template.systems.items():
             found = []
             for seed in range(seeds):
-                result = Result(f"{row.variant}-{seed}")
+                result = copy.copy(unread(f"{row.variant}-{seed}"))
                 result.spec = system.spec
                 result.scores = Scores(
                     file=Path("scores.parquet"),
