@@ -22,7 +22,8 @@ class Branching(PolicyGradient):
     The rollout walks the grid along the ODE. At each trained step a branch leaves it with one draw
     from `transition` and follows the ODE to its images, so that nothing but this draw distinguishes
     the images of a group that start from the same noise. A step learns from its own branch alone.
-    One evaluation at a branching state serves both the ODE and the branch.
+    One evaluation at a branching state serves the ODE and the branches of all images that are
+    there, in the rollout and in the update.
     """
 
     shared_noise: bool = True
@@ -51,6 +52,23 @@ class Branching(PolicyGradient):
         trained = self.trained_steps(0)
         return trained[-1] + 1 + sum(sum(self._lengths(n)) for n in trained)
 
+    def cost(self, group_size: int) -> float:
+        """All images of a group share their evaluations but those of their branches."""
+        branches = self.nfe_old - (self.trained_steps(0)[-1] + 1)
+        return branches + (self.forward_equivalents - branches) / group_size
+
+    def velocity(self, backbone: Backbone, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """Return the network's velocity at states, each of which is evaluated once."""
+        first = _first(x_t)
+        places = torch.zeros(len(x_t), dtype=torch.long, device=x_t.device)
+        places[first[1:]] = 1
+        return backbone.velocity(x_t[first], t[first], cond[first])[places.cumsum(0)]
+
+    def parts(self, x_t: Tensor, micro_batch: int) -> Sequence[slice]:
+        """Divide the states of a step into those of `micro_batch` evaluations."""
+        bounds = [*_first(x_t)[::micro_batch].tolist(), len(x_t)]
+        return [slice(low, high) for low, high in pairwise(bounds)]
+
     def rollout(
         self,
         backbone: Backbone,
@@ -69,7 +87,7 @@ class Branching(PolicyGradient):
         for n in range(trained[-1] + 1):
             t, s = grid[n].expand(len(x)), grid[n + 1].expand(len(x))
             with torch.set_grad_enabled(n in with_graph):
-                v = backbone.velocity(x, t, cond)
+                v = self.velocity(backbone, x, t, cond)
                 if keeps and n in trained:
                     kept.append(self.transition(x, v, t, s))
             v = v.detach()
@@ -98,3 +116,10 @@ class Branching(PolicyGradient):
             t = t.expand(len(x))
             x = sampling.ode(x, backbone.velocity(x, t, cond), t, s).mean
         return x
+
+
+def _first(states: Tensor) -> Tensor:
+    """Indices of the rows that differ from the row before; images of a group are neighbours."""
+    rows = states.flatten(1)
+    differs = (rows[1:] != rows[:-1]).any(1)
+    return torch.cat([differs.new_ones(1), differs]).nonzero()[:, 0]

@@ -102,6 +102,14 @@ class PolicyGradient(GroupRelative):
         old = trajectory.log_prob[index]
         return grpo.clipped_objective(log_prob, old, advantages, self.clip_range)
 
+    def velocity(self, backbone: Backbone, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """Return the network's velocity at states of a trajectory, [b, ...]."""
+        return backbone.velocity(x_t, t, cond)
+
+    def parts(self, x_t: Tensor, micro_batch: int) -> Sequence[slice]:
+        """Divide the states of a step, [B, ...], into those whose velocities need a micro-batch."""
+        return [slice(low, low + micro_batch) for low in range(0, len(x_t), micro_batch)]
+
     @property
     def keeps_graphs(self) -> bool:
         """Not if each image trains other steps: most evaluations would be kept for few images."""
@@ -175,14 +183,13 @@ class PolicyGradient(GroupRelative):
         """Yield the objective of every step, plus the weighted KL term if `beta` > 0."""
         steps, batch = inputs.advantages.shape
         for n in range(steps):
-            for low in range(0, batch, micro_batch):
-                part = slice(low, low + micro_batch)
+            for part in self.parts(trajectory.x_t[n], micro_batch):
                 x_t, t, s = trajectory.x_t[n, part], trajectory.t[n, part], trajectory.s[n, part]
                 cond = trajectory.cond[part]
                 if trajectory.kept:
                     transition = trajectory.kept[n]
                 else:
-                    transition = self.transition(x_t, backbone.velocity(x_t, t, cond), t, s)
+                    transition = self.transition(x_t, self.velocity(backbone, x_t, t, cond), t, s)
                 advantages = inputs.advantages[n, part]
                 objective = self.objective(transition, trajectory, (n, part), advantages)
                 loss = objective.loss
@@ -199,7 +206,7 @@ class PolicyGradient(GroupRelative):
         """Return the mean KL divergence of one trained step to the base model's step."""
         n = iteration % len(trajectory.x_t)
         x_t, t, s = trajectory.x_t[n], trajectory.t[n], trajectory.s[n]
-        v = backbone.velocity(x_t, t, trajectory.cond)
+        v = self.velocity(backbone, x_t, t, trajectory.cond)
         transition = self.transition(x_t, v, t, s)
         return self.kl(backbone, x_t, t, s, trajectory.cond, transition).mean().item()
 
@@ -214,5 +221,5 @@ class PolicyGradient(GroupRelative):
     ) -> Tensor:
         """Return the KL divergence of a step to the base model's step, [b]."""
         with torch.no_grad(), backbone.reference():
-            reference = self.transition(x_t, backbone.velocity(x_t, t, cond), t, s)
+            reference = self.transition(x_t, self.velocity(backbone, x_t, t, cond), t, s)
         return grpo.gaussian_kl(transition.mean, reference.mean, transition.std)

@@ -11,7 +11,7 @@ from support.toy import ToyBackbone, streams, toy_run, toy_trainer
 
 from tafs import experiment
 from tafs.experiment.variants import Variants
-from tafs.methods import Method, Trajectory, UpdateInputs, registry
+from tafs.methods import Branching, Method, Trajectory, UpdateInputs, registry
 from tafs.methods.forward_process import VELOCITY, target
 from tafs.models import Conditioning, sampling
 
@@ -151,6 +151,45 @@ def test_branches_leave_one_ode_trajectory_and_end_on_the_ode(name, suffixes):
     torch.testing.assert_close(found.scored, torch.stack(expected))
     evaluations = 3 + sum(len(times) - 1 for step in suffixes for times in step)
     assert (method.nfe_old, method.nfe_theta) == (evaluations, 3)
+    assert method.forward_equivalents == evaluations + 9
+    assert method.cost(4) == (evaluations - 3) + (3 + 9) / 4  # a group shares the ODE's states
+
+
+@pytest.mark.parametrize("name", ["tempflow_grpo", "g2rpo"])
+@pytest.mark.parametrize("micro_batch", [64, 5])  # whole groups, and parts of them
+def test_states_that_images_share_give_the_gradients_of_separate_evaluations(
+    name, micro_batch, monkeypatch
+):
+    def trained() -> list[torch.Tensor]:
+        run = toy_trainer(toy_run(name, training={"micro_batch": micro_batch}, beta=0.1))
+        for iteration in range(3):
+            run.iterate(iteration)
+        return [p.detach().clone() for p in run.parameters.values()]
+
+    shared = trained()
+    monkeypatch.delattr(Branching, "velocity")
+    monkeypatch.delattr(Branching, "parts")
+    assert all(p.any() for p in shared)
+    torch.testing.assert_close(shared, trained(), rtol=1e-4, atol=1e-6)
+
+
+def test_each_state_is_evaluated_once_with_its_own_time_and_prompt():
+    evaluated: list[list[float]] = []
+
+    class Network:
+        def velocity(self, x_t: torch.Tensor, t: torch.Tensor, cond: Conditioning) -> torch.Tensor:
+            evaluated.append(x_t[:, 0].tolist())
+            return x_t * t[:, None] + cond.pooled
+
+    states = torch.tensor([0, 0, 0, 1, 2, 2, 3])  # of each image
+    x_t, t, pooled = torch.tensor([[1.0, 3, 2, 1], [2, 1, 2, 1], [5, 6, 7, 8]])[:, states]
+    rows, cond = x_t[:, None].repeat(1, 2), Conditioning(torch.zeros(7, 1, 1), pooled[:, None])
+    method = registry.create("tempflow_grpo", {})
+    assert isinstance(method, Branching)
+    v = method.velocity(Network(), rows, t, cond)  # type: ignore[arg-type]
+    assert v[:, 0].tolist() == (x_t * t + pooled).tolist()
+    assert evaluated == [[1, 3, 2, 1]]
+    assert method.parts(rows, 3) == [slice(0, 6), slice(6, 7)]
 
 
 def test_a_branching_step_is_credited_with_the_sum_over_its_own_images_granularities():

@@ -12,7 +12,7 @@ import torch
 from support.toy import call_of, spoil, toy_run, toy_trainer
 
 from tafs.common import yaml_files
-from tafs.methods import GroupRelative, Method, PolicyGradient, registry
+from tafs.methods import Branching, GroupRelative, Method, PolicyGradient, registry
 from tafs.runtime import checkpoint
 from tafs.training.rewards import NonFinite, tolerated
 from tafs.training.trainer import Trainer
@@ -210,9 +210,13 @@ def test_evaluation_counts_are_those_of_the_rollout(name):
     calls = count(run)
     run.iterate(0)
     images = run.groups * run.group_size
-    kl = 2 * run.group_size  # of one group
-    assert calls["grad"] == run.method.nfe_theta * images
-    assert calls["free"] == run.method.nfe_old * images + kl
+    nfe_old, kl = run.method.nfe_old, 2 * run.group_size  # of one group
+    states, shared = images, 0
+    if isinstance(run.method, Branching):  # all images of a group are at the same states
+        states, kl = run.groups, 2
+        shared = run.method.trained_steps(0)[-1] + 1
+    assert calls["grad"] == run.method.nfe_theta * states
+    assert calls["free"] == (nfe_old - shared) * images + shared * states + kl
 
 
 @pytest.mark.parametrize(
