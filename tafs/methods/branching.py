@@ -53,7 +53,9 @@ class Branching(PolicyGradient):
         return trained[-1] + 1 + sum(sum(self._lengths(n)) for n in trained)
 
     def cost(self, group_size: int) -> float:
-        """All images of a group share their evaluations but those of their branches."""
+        """Images that start from the same noise share all evaluations but those of branches."""
+        if not self.shared_noise:
+            return self.forward_equivalents
         branches = self.nfe_old - (self.trained_steps(0)[-1] + 1)
         return branches + (self.forward_equivalents - branches) / group_size
 

@@ -153,6 +153,7 @@ def test_branches_leave_one_ode_trajectory_and_end_on_the_ode(name, suffixes):
     assert (method.nfe_old, method.nfe_theta) == (evaluations, 3)
     assert method.forward_equivalents == evaluations + 9
     assert method.cost(4) == (evaluations - 3) + (3 + 9) / 4  # a group shares the ODE's states
+    assert replace(method, shared_noise=False).cost(4) == evaluations + 9
 
 
 @pytest.mark.parametrize("name", ["tempflow_grpo", "g2rpo"])

@@ -278,7 +278,8 @@ def claims(verdicts: Sequence[Verdict]) -> dict[str, Any]:
     counts = Counter(verdict for _, verdict, _ in verdicts)
     return {
         "counts": {verdict: counts[verdict] for verdict in VERDICTS},
-        "claims": [_claim(verdict) for verdict in verdicts],
+        "tested": [_claim(one) for one in verdicts if one.verdict != NOT_TESTED],
+        "untested": [one.claim for one in verdicts if one.verdict == NOT_TESTED],
     }
 
 
