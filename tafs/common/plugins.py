@@ -66,16 +66,7 @@ class Group:
         Raises:
             ValueError: there is no such plug-in, or its module was not found; names it.
         """
-        plugin = self._plugin(name)
-        try:
-            spec = importlib.util.find_spec(plugin.module)  # imports the packages around it
-        except Exception as error:
-            raise self._broken(plugin, _location(plugin), error) from error
-        if spec is None or spec.origin is None:
-            raise ValueError(
-                f"{self.kind} {name!r}: {_location(plugin)} was not found; reinstall the package"
-            )
-        return Path(spec.origin)
+        return self._source(self._plugin(name))
 
     def load(self, name: str) -> Any:
         """Import the plug-in's module and return its object.
@@ -84,8 +75,8 @@ class Group:
             ValueError: there is no such plug-in, its module cannot be imported or does not define
                 the object; names the file or the module and the package.
         """
-        plugin, source = self._plugin(name), self.source(name)
-        where = f"{source} ({_origin(plugin)})"
+        plugin = self._plugin(name)
+        where = f"{self._source(plugin)} ({_origin(plugin)})"
         try:
             found: Any = importlib.import_module(plugin.module)
         except Exception as error:  # a plug-in's module may raise anything
@@ -105,6 +96,18 @@ class Group:
             hint = suggestion(name, sorted(available))
             raise ValueError(one_line(f"unknown {self.kind} {name!r}{hint}", 600))
         return available[name]
+
+    def _source(self, plugin: EntryPoint) -> Path:
+        try:
+            spec = importlib.util.find_spec(plugin.module)  # imports the packages around it
+        except Exception as error:
+            raise self._broken(plugin, _location(plugin), error) from error
+        if spec is None or spec.origin is None:
+            raise ValueError(
+                f"{self.kind} {plugin.name!r}: {_location(plugin)} was not found; reinstall the "
+                "package"
+            )
+        return Path(spec.origin)
 
     def _plugins(self) -> dict[str, EntryPoint]:
         group = f"tafs.{self.kind}s"

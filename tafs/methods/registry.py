@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -51,17 +52,27 @@ def create(name: str, hyperparameters: Mapping[str, Any]) -> Method:
             names it.
     """
     found = method_class(name)
-    known = [f.name for f in dataclasses.fields(found)]
-    types = get_type_hints(found)
+    types = _types(found)
     for key, value in hyperparameters.items():
-        if key not in known:
-            raise ValueError(f"unknown hyperparameter {shown(key)}{suggestion(str(key), known)}")
+        if key not in types:
+            hint = suggestion(str(key), list(types))
+            raise ValueError(f"unknown hyperparameter {shown(key)}{hint}")
         # Without this check `true` would pass as 1.
         try:
-            TypeAdapter(types[key], config=STRICT).validate_python(value)
+            types[key].validate_python(value)
         except ValidationError as error:
             problem = error.errors()[0]["msg"].replace("Input", "input", 1)
             raise ValueError(f"{key}: {problem} (got {shown(value)})") from None
         if isinstance(value, int) and abs(value) > LARGEST:
             raise ValueError(f"{key}: {value} is too large; the maximum is {LARGEST}")
     return found(**hyperparameters)
+
+
+@cache
+def _types(method: type[Method]) -> Mapping[str, TypeAdapter[Any]]:
+    """What checks the values of a method's hyperparameters, by name."""
+    types = get_type_hints(method)
+    return {
+        field.name: TypeAdapter(types[field.name], config=STRICT)
+        for field in dataclasses.fields(method)
+    }

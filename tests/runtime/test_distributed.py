@@ -1,6 +1,6 @@
 """Several processes train the same run as one process, whatever their number, and report failures.
 
-Started by the launcher or by torchrun, this file is one of the processes that the tests watch.
+Started by the launcher, this file is one of the processes that the tests watch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from support.toy import call_of, spoil, toy_run, toy_trainer
 
 from tafs.common import errors
 from tafs.rewards.registry import RewardSet
-from tafs.runtime import distributed, journal, main
+from tafs.runtime import distributed, journal
 from tafs.runtime.distributed import Processes
 from tafs.runtime.run_dir import RunDir, read_json
 from tafs.training import train
@@ -35,7 +35,7 @@ from tafs.training.trainer import Trainer
 ROOT = Path(__file__).resolve().parents[2]
 # Advantages within groups; one standard deviation over all groups; gradients of the rewards.
 VARIANTS = ("tafs_grpo", "flow_grpo", "reward_instruct", "rg_lcd")
-ITERATIONS = 3
+ITERATIONS = 2
 GROUP = 2
 HYPERPARAMETERS = {"updates": 2, "learning_rate": 3e-4}
 SETTINGS = {
@@ -86,10 +86,31 @@ def command(*arguments: str, mode: str = "") -> subprocess.CompletedProcess[str]
     )
 
 
-def launched(run: RunDir, mode: str) -> subprocess.CompletedProcess[str]:
-    """Launch two processes of this file instead of trainings."""
-    code = "from tafs.runtime import launch; launch.MODULE = 'runtime.test_distributed'"
+def launched(run: RunDir, module: str, mode: str = "") -> subprocess.CompletedProcess[str]:
+    """Launch two processes of a module instead of trainings."""
+    code = f"from tafs.runtime import launch; launch.MODULE = {module!r}"
     return command("-c", f"{code}; launch.main()", str(run.folder), "--processes=2", mode=mode)
+
+
+def in_processes(count: int, work: Callable[[Processes], object]) -> list[int | None]:
+    """Return the exit codes of connected processes that run `work`."""
+    port = free_port()
+
+    def run(rank: int) -> None:
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count}
+        server = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ |= {name: str(value) for name, value in (place | server).items()}
+        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
+        with distributed.connected() as processes:
+            work(processes)
+
+    context = multiprocessing.get_context("fork")  # avoids importing again
+    started = [context.Process(target=run, args=(rank,)) for rank in range(count)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(240)
+    return [process.exitcode for process in started]
 
 
 def own_lines(run: RunDir, done: subprocess.CompletedProcess[str]) -> list[str]:
@@ -114,9 +135,12 @@ def by_four(alone, tmp_path_factory) -> dict[str, RunDir]:
     folder = tmp_path_factory.mktemp("four")
     runs = {variant: prepared(folder / variant, variant) for variant in VARIANTS}
     stopped = RunDir(shutil.copytree(alone["stopped"].folder, folder / "stopped"))
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4")
-    done = command(*torchrun, __file__, str(folder), mode="each")
-    assert done.returncode == 0, done.stderr
+
+    def work(processes: Processes) -> None:
+        for run in (*runs.values(), stopped):
+            train.train(run, processes)
+
+    assert in_processes(4, work) == [0, 0, 0, 0]
     return {**runs, "stopped": stopped}
 
 
@@ -129,7 +153,7 @@ def test_four_processes_continue_the_run_of_one(by_four, alone):
     run = by_four["stopped"]
     assert_same_training(run, alone[VARIANTS[0]])
     kinds = [record["kind"] for record in journal.read(run.journal)]
-    assert kinds == ["start", "iteration", "resume", "iteration", "iteration", "end"]
+    assert kinds == ["start", "iteration", "resume", "iteration", "end"]
 
 
 def test_only_the_first_process_writes_files(by_four):
@@ -145,7 +169,7 @@ def test_only_the_first_process_writes_files(by_four):
 def broken(tmp_path_factory) -> tuple[RunDir, subprocess.CompletedProcess[str]]:
     """Two processes; the second one's rewards, half of all, are NaN in iteration 1."""
     run = prepared(tmp_path_factory.mktemp("broken") / VARIANTS[0], VARIANTS[0])
-    return run, launched(run, "broken")
+    return run, launched(run, "runtime.test_distributed")
 
 
 def test_a_failure_of_all_processes_is_reported_once(broken):
@@ -175,7 +199,7 @@ def test_a_failure_of_all_processes_is_reported_once(broken):
 )
 def test_the_failing_process_is_named_and_not_those_that_wait_for_it(mode, code, message, tmp_path):
     run = prepared(tmp_path / "run", VARIANTS[0])
-    done = launched(run, mode)
+    done = launched(run, "support.failing_process", mode)
     assert done.returncode == code
     assert own_lines(run, done) == [f"train {run.folder}: {message}"]
     assert read_json(run.failure("train"))["message"] == message
@@ -207,27 +231,6 @@ def test_a_number_of_processes_that_does_not_divide_the_prompts_is_refused():
         trainer(Processes(0, 3))
 
 
-def in_two_processes(work: Callable[[Processes], object]) -> list[int]:
-    """Return the exit codes of two connected processes that run `work`."""
-    port = free_port()
-
-    def run(rank: int) -> None:
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2}
-        server = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ |= {name: str(value) for name, value in (place | server).items()}
-        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
-        with distributed.connected() as processes:
-            work(processes)
-
-    context = multiprocessing.get_context("fork")  # avoids importing again
-    processes = [context.Process(target=run, args=(rank,)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    return [process.exitcode for process in processes]
-
-
 def test_tensors_are_gathered_in_order_of_rank_and_summed():
     def work(processes: Processes) -> None:
         own = torch.tensor([[1.0, 2.0]]) + 10 * processes.rank
@@ -237,7 +240,7 @@ def test_tensors_are_gathered_in_order_of_rank_and_summed():
         processes.sum_([counts, total])
         assert (counts.tolist(), total.item()) == ([1, 10], 1.0)
 
-    assert in_two_processes(work) == [0, 0]
+    assert in_processes(2, work) == [0, 0]
 
 
 @pytest.mark.parametrize("variant", ["tafs_grpo", "flow_grpo"])
@@ -261,7 +264,7 @@ def test_an_image_without_a_reward_is_masked_in_all_processes(variant):
         for name, parameter in run.parameters.items():
             torch.testing.assert_close(parameter, lacking.parameters[name], rtol=0, atol=1e-6)
 
-    assert in_two_processes(work) == [0, 0]
+    assert in_processes(2, work) == [0, 0]
 
 
 def test_processes_that_see_different_states_do_not_train(alone, tmp_path):
@@ -275,7 +278,7 @@ def test_processes_that_see_different_states_do_not_train(alone, tmp_path):
         with pytest.raises(errors.RunFailed, match=problem):
             train.train(RunDir(folders[processes.rank]), processes)
 
-    assert in_two_processes(work) == [0, 0]
+    assert in_processes(2, work) == [0, 0]
     assert RunDir(folders[0]).checkpoints.exists()
 
 
@@ -300,36 +303,19 @@ def test_a_process_that_has_no_gpu_is_named_by_its_rank_on_the_machine(monkeypat
         distributed.from_environment("cuda")
 
 
-def train_each(folder: RunDir, _: object) -> None:
-    """Train every run of a folder in turn, because starting a process takes longer."""
-    with distributed.connected() as processes:
-        for run in sorted(folder.folder.glob("[!.]*")):
-            train.train(RunDir(run), processes)
-
-
 def break_rewards() -> None:
     """All of this process's rewards are NaN from now on."""
     score = RewardSet.score
     RewardSet.score = lambda *given: {n: r * math.nan for n, r in score(*given).items()}
 
 
-def fail(mode: str) -> None:
-    """Fail as `mode` says, while the other process waits."""
-    if mode == "killed":
-        os.kill(os.getpid(), 9)
-    raise ValueError("the learning rate is wrong") if mode == "wrong" else KeyError("missing")
-
-
 if __name__ == "__main__":
-    mode, iterate = os.environ["MODE"], Trainer.iterate
+    iterate = Trainer.iterate
 
     def disturbed(self: Trainer, iteration: int) -> Any:
         if iteration == 1 and self.processes.rank == 1:
-            break_rewards() if mode == "broken" else fail(mode)
+            break_rewards()
         return iterate(self, iteration)
 
-    if mode == "each":
-        main.run_stage("train", train_each)
-    else:
-        Trainer.iterate = disturbed
-        train.main()
+    Trainer.iterate = disturbed
+    train.main()
