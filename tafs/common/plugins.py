@@ -19,6 +19,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -58,7 +59,7 @@ class Group:
         Raises:
             ValueError: two plug-ins have the same name; names both.
         """
-        return sorted(self._plugins())
+        return sorted(listed(self))
 
     def source(self, name: str) -> Path:
         """Return the file of the plug-in's module.
@@ -91,7 +92,7 @@ class Group:
         return found
 
     def _plugin(self, name: str) -> EntryPoint:
-        available = self._plugins()
+        available = listed(self)
         if name not in available:
             hint = suggestion(name, sorted(available))
             raise ValueError(one_line(f"unknown {self.kind} {name!r}{hint}", 600))
@@ -109,24 +110,31 @@ class Group:
             )
         return Path(spec.origin)
 
-    def _plugins(self) -> dict[str, EntryPoint]:
-        group = f"tafs.{self.kind}s"
-        path = importlib.import_module(self.package).__path__ if self.package else []
-        files = [info.name for info in pkgutil.iter_modules(path) if info.name[0] != "_"]
-        shipped = {**dict(self.modules), **{name: f"{self.package}.{name}" for name in files}}
-        found = {name: EntryPoint(name, module, group) for name, module in shipped.items()}
-        for plugin in installed(group):
-            other = found.setdefault(plugin.name, plugin)
-            if other.value != plugin.value:
-                raise ValueError(
-                    f"{self.kind} {plugin.name!r} is defined twice, by {_location(other)} and by "
-                    f"{_location(plugin)}; rename or uninstall one of them"
-                )
-        return found
-
     def _broken(self, plugin: EntryPoint, where: str, error: Exception) -> ValueError:
         problem = f"cannot be imported ({type(error).__name__}: {error})"
         return ValueError(one_line(f"{self.kind} {plugin.name!r}: {where} {problem}", 600))
+
+
+@cache
+def listed(group: Group) -> Mapping[str, EntryPoint]:
+    """Return the plug-ins of a group by name, listed once per process.
+
+    Raises:
+        ValueError: two plug-ins have the same name; names both.
+    """
+    points = f"tafs.{group.kind}s"
+    path = importlib.import_module(group.package).__path__ if group.package else []
+    files = [info.name for info in pkgutil.iter_modules(path) if info.name[0] != "_"]
+    shipped = {**dict(group.modules), **{name: f"{group.package}.{name}" for name in files}}
+    found = {name: EntryPoint(name, module, points) for name, module in shipped.items()}
+    for plugin in installed(points):
+        other = found.setdefault(plugin.name, plugin)
+        if other.value != plugin.value:
+            raise ValueError(
+                f"{group.kind} {plugin.name!r} is defined twice, by {_location(other)} and by "
+                f"{_location(plugin)}; rename or uninstall one of them"
+            )
+    return found
 
 
 def _origin(plugin: EntryPoint) -> str:

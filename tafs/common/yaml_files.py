@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 import typing
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ def load_yaml(path: Path, kind: type) -> Any:
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
     try:
-        raw = YAML(typ="safe", pure=True).load(text)
+        raw = copy.deepcopy(_parsed(text))
     except (YAMLError, ValueError, KeyError) as error:
         mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
         where = path if mark is None else f"{path}: line {mark.line + 1}"
@@ -54,6 +56,12 @@ def load_yaml(path: Path, kind: type) -> Any:
         wanted = "mapping of keys to values" if kind is dict else "list"
         raise ConfigError(f"{path}: does not hold a {wanted}; write one")
     return raw
+
+
+@lru_cache(maxsize=8)
+def _parsed(text: str) -> Any:
+    """Parse YAML; a process reads the same files several times, and parsing is slow."""
+    return YAML(typ="safe", pure=True).load(text)
 
 
 def first_problem(error: ValidationError, model: type[BaseModel]) -> str:

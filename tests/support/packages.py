@@ -68,5 +68,5 @@ def assert_clean(file: Path) -> None:
 
 def _forget() -> None:
     importlib.invalidate_caches()
-    for cached in (plugins.installed, catalog.read, catalog.backbones):
+    for cached in (plugins.installed, plugins.listed, catalog.read, catalog.backbones):
         cached.cache_clear()
