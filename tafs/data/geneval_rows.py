@@ -27,6 +27,7 @@ COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown",
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 
 Row = dict[str, Any]
+_ENCODER = json.JSONEncoder(sort_keys=True)
 
 
 def content(row: Mapping[str, Any]) -> str:
@@ -45,7 +46,7 @@ def objects(row: Mapping[str, Any]) -> str:
             return f"{subject['class']} {relation} {target['class']}"
         back = {v: k for k, v in mirror.items()}[relation]
         return f"{target['class']} {back} {subject['class']}"
-    return json.dumps(sorted(json.dumps(item, sort_keys=True) for item in include))
+    return json.dumps(sorted(map(_ENCODER.encode, include)))
 
 
 def plural(noun: str) -> str:

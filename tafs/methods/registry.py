@@ -69,7 +69,7 @@ def create(name: str, hyperparameters: Mapping[str, Any]) -> Method:
 
 
 @cache
-def _types(method: type[Method]) -> Mapping[str, TypeAdapter[Any]]:
+def _types(method: Any) -> Mapping[str, TypeAdapter[Any]]:  # a class: mypy calls it unhashable
     """What checks the values of a method's hyperparameters, by name."""
     types = get_type_hints(method)
     return {

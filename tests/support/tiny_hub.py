@@ -1,6 +1,6 @@
 """A scale with downloads on a laptop: a tiny random checkpoint for each entry of resources.yaml.
 
-    PYTHONPATH=tests python tests/support/tiny_hub.py [--scale SCALE] FOLDER [EXPERIMENT ...]
+    PYTHONPATH=tests python tests/support/tiny_hub.py [OPTION ...] FOLDER [EXPERIMENT ...]
 
 copies the project to FOLDER with a small SCALE (`paper` by default), pins and fetches its resources
 from a hub on 127.0.0.1 with the real client, and runs `snakemake all --config scale=SCALE` there:
@@ -41,7 +41,6 @@ COPIED = (
     *("setup.py", "README.md", "workflow", "tafs", "baselines"),
 )
 STEPS = 4  # largest number of steps of a model
-PROCESSES = 2  # largest number of a training's processes
 PICKAPIC = (40, 8)  # training and test prompts
 # Small sizes and budgets, on a CPU.
 SCALE: Mapping[str, Any] = {
@@ -63,7 +62,6 @@ EVALUATION: Mapping[str, Any] = {
     "correlation_prompts": 12,
     "validation_prompts": 2,  # of three samplers, at every number of steps
     "batch": 6,
-    "processes": 1,  # each loads all models, which takes longer than scoring a few images
     "resolution": 64,
 }
 SERVER = [sys.executable, str(ROOT / "tests" / "support" / "chat_server.py"), "{port}"]
@@ -185,18 +183,21 @@ def configure(
     experiments: Sequence[str],
     methods: Sequence[str] = (),
     name: str = "paper",
-    **judged: Any,
+    processes: int = 1,
 ) -> str:
     """The text of config.yaml with a small scale `name` and some experiments and methods.
 
-    `judged` are further keys of its `evaluation`.
+    Args:
+        processes: the largest number that train a run, and the number that judge it. Each loads
+            all models, which takes longer here than a few images.
     """
     content = yaml_files.load_yaml(file, dict)
     scale = content["scales"][name]
-    scale |= SCALE | {"processes": min(scale["processes"], PROCESSES)}
+    scale |= SCALE | {"processes": min(scale["processes"], processes)}
     scale["methods"].setdefault("mix_grpo", {})["interval"] = 1  # fewer than the iterations
     evaluation = scale["evaluation"]
-    evaluation |= EVALUATION | ({"server": SERVER} if "server" in evaluation else {}) | judged
+    evaluation |= EVALUATION | {"processes": processes}
+    evaluation |= {"server": SERVER} if "server" in evaluation else {}
     if experiments:
         scale["experiments"] = list(experiments)
     if methods:
@@ -217,12 +218,12 @@ def project(
     experiments: Sequence[str] = (),
     methods: Sequence[str] = (),
     name: str = "paper",
-    **judged: Any,
+    processes: int = 1,
 ) -> Path:
     """Copy the project with a small scale `name`; see `configure`."""
     copy(folder)
     file = folder / "config.yaml"
-    file.write_text(configure(file, experiments, methods, name, **judged))
+    file.write_text(configure(file, experiments, methods, name, processes))
     file = folder / "tafs" / "models" / "models.yaml"
     models = yaml_files.load_yaml(file, dict)
     for model in models.values():
@@ -256,9 +257,9 @@ def environment(folder: Path, hub: Hub) -> dict[str, str]:
     )
 
 
-def run(folder: Path, scale: str, experiments: Sequence[str]) -> int:
+def run(folder: Path, scale: str, experiments: Sequence[str], processes: int) -> int:
     """Run everything; return the exit code of the first failed command, or 0."""
-    project(folder, experiments, name=scale)
+    project(folder, experiments, name=scale, processes=processes)
     repositories = folder / "hub"
     if not repositories.exists():
         write(repositories)
@@ -279,8 +280,10 @@ def main() -> None:
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="for the copy of the project")
     parser.add_argument("experiments", metavar="EXPERIMENT", nargs="*", help="default: all")
     parser.add_argument("--scale", default="paper", help="default: %(default)s")
+    help_ = "that train or judge a run together; default: %(default)s"
+    parser.add_argument("--processes", type=int, default=1, help=help_)
     given = parser.parse_intermixed_args()
-    sys.exit(run(given.folder.resolve(), given.scale, given.experiments))
+    sys.exit(run(given.folder.resolve(), given.scale, given.experiments, given.processes))
 
 
 if __name__ == "__main__":
