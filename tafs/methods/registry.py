@@ -52,7 +52,7 @@ def create(name: str, hyperparameters: Mapping[str, Any]) -> Method:
             names it.
     """
     found = method_class(name)
-    types = _types(found)
+    types = _types(found)  # type: ignore[arg-type]  # mypy looks at the instances' __hash__
     for key, value in hyperparameters.items():
         if key not in types:
             hint = suggestion(str(key), list(types))
@@ -69,7 +69,7 @@ def create(name: str, hyperparameters: Mapping[str, Any]) -> Method:
 
 
 @cache
-def _types(method: Any) -> Mapping[str, TypeAdapter[Any]]:  # a class: mypy calls it unhashable
+def _types(method: type[Method]) -> Mapping[str, TypeAdapter[Any]]:
     """What checks the values of a method's hyperparameters, by name."""
     types = get_type_hints(method)
     return {
