@@ -1,6 +1,6 @@
 """One of several processes, of which the second fails as MODE says while the others wait for it.
 
-It imports no model, as trainings do, because that takes longer than the test.
+Unlike a training it imports no model, which would take longer than the rest of the test.
 """
 
 from __future__ import annotations
