@@ -4,19 +4,16 @@
     R_node = mean of the rewards of the node's leaves
     A_node = (R_node - mean) / std over the nodes of a prompt at the node's depth
 
-All paths of a prompt start from the same noise. At the split steps 0, `interval`, 2 `interval`, ...
-every path has several children; b is `split_noise` there and 1 elsewhere. A step learns from the
-advantage of the node that it leads to (reward fusion, depth-wise advantages), in the clipped
-objective. Steps after the first `trained` ones are sampled, but not trained (depth pruning).
+All paths of a prompt start from one noise. At steps 0, `interval`, 2 `interval`, ... each splits
+into several; b is `split_noise` there and 1 elsewhere. A step learns from its end node's advantage
+in the clipped objective. Siblings share an evaluation in the rollout, but not in the update.
 
 As published, with the splits, grid and noise of the public code, except:
-- The first split has as many children as the group has images, and each later one two: an image of
-  the group is a subtree with 2^`splits` leaves, and one without rewards is left out with it.
+- The first split has as many children as the group has images, later ones two: each image is a
+  subtree of 2^`splits` leaves, left out if one lacks rewards. A prompt has 8 G leaves, not 16.
 - The ratio's density has the std sigma of the sample; the public code leaves b out of the density.
-- The last half of the steps is never trained. The public code trains all steps by default, with an
-  optimiser step after every 12 edges; its options leave out a few depths in a moving window, prune
-  paths, and weight by path probabilities.
-- The last step has no noise and is never trained, and stds are not Bessel-corrected.
+- Only the first `trained` steps are trained (depth pruning). The public code trains all by default,
+  with an optimiser step after every 12 edges. Stds are not Bessel-corrected.
 """
 
 from __future__ import annotations
@@ -93,7 +90,7 @@ class BranchGrpo(PolicyGradient):
 
     @property
     def keeps_graphs(self) -> bool:
-        return False  # siblings share an evaluation, whose graph one backward pass would free
+        return False  # one backward pass would free the graph that siblings share
 
     @property
     def nfe_old(self) -> float:
@@ -126,8 +123,7 @@ class BranchGrpo(PolicyGradient):
                     states.append(transition.sample(generators))
                     edges.append((x, states[-1], t, s, transition.log_prob(states[-1])))
         images = [sampling.x0_estimate(x, backbone.velocity(x, s, cond), s) for x in states]
-        trained = zip(*edges[: self.nfe_theta], strict=True)
-        x_t, x_s, t, s, log_prob = (torch.stack(column) for column in trained)
+        x_t, x_s, t, s, log_prob = map(torch.stack, zip(*edges[: self.nfe_theta], strict=True))
         return Trajectory(x_t, x_s, t, s, log_prob, torch.stack(images), cond)
 
 
