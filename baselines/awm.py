@@ -55,7 +55,7 @@ class Awm(ForwardProcess):
 
     def loss(
         self, v: Tensor, trajectory: Trajectory, index: tuple[int, slice], advantages: Tensor
-    ) -> Tensor:
+    ) -> grpo.Objective:
         old = trajectory.records[forward_process.VELOCITY][index]
         objective = grpo.clipped_objective(
             self.log_likelihood(v, trajectory, index),
@@ -63,7 +63,8 @@ class Awm(ForwardProcess):
             advantages / self.advantage_limit,
             self.clip_range,
         )
-        return objective.loss + self.old_weight * forward_process.mean_square(v - old).mean()
+        change = forward_process.mean_square(v - old).mean()
+        return objective._replace(loss=objective.loss + self.old_weight * change)
 
     def log_likelihood(self, v: Tensor, trajectory: Trajectory, index: tuple[int, slice]) -> Tensor:
         """Return log p of the images for a velocity at their copies, up to a constant, [b]."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tafs.common.seeding import Generators
+from tafs.methods import grpo
 from tafs.methods.base import LossPart, Trajectory, UpdateInputs
 from tafs.methods.group_relative import GroupRelative
 from tafs.models import Backbone, Conditioning, sampling
@@ -42,8 +43,10 @@ class ForwardProcess(GroupRelative):
         trajectory: Trajectory,
         index: tuple[int, slice],
         advantages: Tensor,
-    ) -> Tensor:
+    ) -> Tensor | grpo.Objective:
         """Return the loss of some images' copies, a scalar: the mean over the images.
+
+        A method whose loss has a ratio returns an objective, so that the journal records it.
 
         Args:
             v: the trained network's velocity at the copies, [b, ...], with gradients.
@@ -119,12 +122,16 @@ class ForwardProcess(GroupRelative):
                 x_t, t, cond = trajectory.x_t[index], trajectory.t[index], trajectory.cond[index[1]]
                 v = backbone.velocity(x_t, t, cond)
                 loss = self.loss(v, trajectory, index, inputs.advantages[index])
+                moved = mean_square(v.detach() - trajectory.records[VELOCITY][index])
+                metrics = {"policy_change": moved}
+                if isinstance(loss, grpo.Objective):
+                    metrics |= loss.metrics
+                    loss = loss.loss
                 if self.beta > 0:
                     with torch.no_grad(), backbone.reference():
                         base = backbone.velocity(x_t, t, cond)
                     loss = loss + self.beta * mean_square(v - base).mean()
-                moved = mean_square(v.detach() - trajectory.records[VELOCITY][index])
-                yield LossPart(loss * len(x_t) / (copies * batch), {"policy_change": moved})
+                yield LossPart(loss * len(x_t) / (copies * batch), metrics)
 
 
 def mean_square(values: Tensor) -> Tensor:

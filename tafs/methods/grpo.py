@@ -116,6 +116,14 @@ class Objective(NamedTuple):
     ratio: Tensor  # [B]
     clipped: Tensor  # [B] bool, whether the clipped term is the smaller one
 
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """What the journal records of it, [B] each."""
+        return {
+            "ratio_deviation": (self.ratio - 1).abs(),
+            "clip_fraction": self.clipped.float(),
+        }
+
 
 def clipped_objective(
     log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_range: float

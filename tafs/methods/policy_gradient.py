@@ -196,11 +196,7 @@ class PolicyGradient(GroupRelative):
                 if self.beta > 0:
                     loss = loss + self.beta * self.kl(backbone, x_t, t, s, cond, transition).mean()
                 share = len(x_t) / (steps * batch)
-                metrics = {
-                    "ratio_deviation": (objective.ratio - 1).abs(),
-                    "clip_fraction": objective.clipped.float(),
-                }
-                yield LossPart(loss * share, metrics)
+                yield LossPart(loss * share, objective.metrics)
 
     def kl_to_base(self, backbone: Backbone, trajectory: Trajectory, iteration: int) -> float:
         """Return the mean KL divergence of one trained step to the base model's step."""

@@ -318,9 +318,11 @@ def test_awm_takes_the_flow_matching_loss_as_the_log_likelihood(advantage, clip_
     method = registry.create("awm", {"power": 0.5, "clip_range": clip_range, "old_weight": 3.0})
     trajectory = copy_of([1.0, 2.0], [3.0, 0.0], 0.5, old=[2.0, -1.0])
     v = torch.tensor([[4.0, -2.0]])
-    loss = method.loss(v, trajectory, FIRST, torch.tensor([advantage]))  # type: ignore[attr-defined]
+    found = method.loss(v, trajectory, FIRST, torch.tensor([advantage]))  # type: ignore[attr-defined]
+    assert found.ratio.item() == pytest.approx(0.493069, rel=1e-5)
+    assert found.clipped.item() == (objective == -0.8)
     # The mean square of v - v_old = (2, -1) is 2.5.
-    assert loss.item() == pytest.approx(-objective + 3 * 2.5, rel=1e-5)
+    assert found.loss.item() == pytest.approx(-objective + 3 * 2.5, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["pref_grpo", "stepwise_flow_grpo", "grpo_guard"])

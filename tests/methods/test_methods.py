@@ -19,6 +19,7 @@ from tafs.training.trainer import Trainer
 
 NAMES = registry.names()
 POLICIES = [n for n in NAMES if issubclass(registry.method_class(n), PolicyGradient)]
+WITH_RATIO = [*POLICIES, "awm"]
 RELATIVE = [n for n in NAMES if issubclass(registry.method_class(n), GroupRelative)]
 
 
@@ -63,11 +64,19 @@ def test_a_method_is_named_as_its_file(name):
     assert yaml_files.NAME.fullmatch(name)
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", WITH_RATIO)
 def test_the_ratio_is_exactly_1_before_the_first_update(name):
     record = trainer(name, updates=1).iterate(0)
     assert record["ratio_deviation"] == 0.0
     assert record["clip_fraction"] == 0.0
+
+
+@pytest.mark.parametrize("name", WITH_RATIO)
+def test_the_ratio_leaves_1_after_the_first_update(name):
+    """One of two optimiser steps per iteration learns from images of an older policy."""
+    record = trainer(name, updates=2, clip_range=0.0).iterate(0)
+    assert record["ratio_deviation"] > 0
+    assert 0 < record["clip_fraction"] <= 0.5
 
 
 @pytest.mark.parametrize("name", NAMES)
