@@ -38,7 +38,7 @@ def shapes() -> Plan:
 
 
 @pytest.mark.parametrize(
-    "scale", ["smoke", "shapes", "shapes-long", "words", "one-gpu", "paper", "paper-trial"]
+    "scale", ["smoke", "shapes", "shapes-long", "field", "words", "one-gpu", "paper", "paper-trial"]
 )
 def test_every_scale_expands_into_consistent_specs(scale: str, tmp_path: Path) -> None:
     plan = experiment.load({"scale": scale}, SHIPPED)

@@ -1,0 +1,70 @@
+"""Every method trains an adapter of each embedded base model, with a reward of its images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from tafs import experiment
+from tafs.experiment.specs import RunSpec
+from tafs.methods import registry
+from tafs.training.trainer import trainer_of
+
+ROOT = Path(__file__).resolve().parents[2]
+UPDATES = 2  # of one iteration; the second one learns from images of the adapter before the first
+
+# Fewer steps than by default, so that all trainings together take half a minute.
+THREE = {"steps": 3, "trained": 2}
+FEW: dict[str, dict[str, Any]] = {
+    "awm": {"steps": 3, "copies": 2},
+    "branch_grpo": {**THREE, "splits": 1, "interval": 1},
+    "dance_grpo": {"steps": 3},
+    "diffusion_nft": {"steps": 3, "copies": 2},
+    "draft_k": {"steps": 3},
+    "flow_grpo": THREE,
+    "g2rpo": THREE,
+    "grpo_guard": THREE,
+    "mix_grpo": {"steps": 3, "window": 2},
+    "online_dpo": {"steps": 3, "copies": 2},
+    "pref_grpo": THREE,
+    "rg_lcd": {"teacher_steps": 3},
+    "stepwise_flow_grpo": THREE,
+    "tafs_grpo": {"steps": 3},
+    "tempflow_grpo": THREE,
+}
+
+
+@pytest.fixture(scope="module")
+def base() -> RunSpec:
+    """A smoke-scale run with the fewest images: one group of two for each optimiser step."""
+    runs = experiment.load({"scale": "smoke"}, ROOT / "config.yaml").runs
+    spec = runs["flow_grpo.preference.shapes-flux.0"]
+    assert spec.training is not None
+    fewest = {"iterations": 1, "prompts_per_iteration": UPDATES, "group_size": 2}
+    training = spec.training.model_copy(update=fewest)
+    return spec.model_copy(update={"training": training, "rewards": {"clip": 1.0}})
+
+
+@pytest.mark.parametrize("backbone", ["shapes-sd3", "shapes-flux"])
+@pytest.mark.parametrize("method", registry.names())
+def test_a_method_trains_the_whole_adapter_of_an_embedded_model(
+    method: str, backbone: str, base: RunSpec, tmp_path: Path
+) -> None:
+    hyperparameters = {"learning_rate": 1e-3, "updates": UPDATES, **FEW.get(method, {})}
+    changed = {"method": method, "backbone": backbone, "hyperparameters": hyperparameters}
+    trainer = trainer_of(base.model_copy(update=changed))
+    record = trainer.iterate(0)
+    assert record["invalid"] == 0 and record["grad_norm"] > 0
+    steps = {state["step"].item() for state in trainer.optimizer.state.values()}
+    assert trainer.updates == UPDATES and steps == {UPDATES}
+    trainer.export(tmp_path / "adapter.safetensors")
+    adapter = load_file(tmp_path / "adapter.safetensors")
+    assert len(adapter) == len(trainer.parameters) == len(trainer.optimizer.state)
+    assert all(tensor.isfinite().all() for tensor in adapter.values())
+    # B is 0 before training. The last block of SD3 returns no text, so its text asks nothing.
+    last = "transformer.transformer_blocks.4.attn.add_q_proj.lora_B.weight"
+    untrained = {name for name, tensor in adapter.items() if "lora_B" in name and not tensor.any()}
+    assert untrained == ({last} if backbone == "shapes-sd3" else set())
