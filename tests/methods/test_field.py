@@ -27,12 +27,16 @@ def toy(weight: float = 0.0) -> ToyBackbone:
     return backbone
 
 
+def start(count: int = 5) -> torch.Tensor:
+    """The noise of `count` images, the same for all."""
+    return torch.randn(1, 2, generator=torch.Generator().manual_seed(0)).expand(count, 2)
+
+
 def roll(method: Method, backbone: ToyBackbone, count: int = 5) -> Trajectory:
     """A rollout of `count` images from the same noise."""
-    noise = torch.randn(1, 2, generator=torch.Generator().manual_seed(0)).expand(count, 2)
     cond = backbone.encode(["a red ring"] * count)
     with torch.no_grad():
-        return method.rollout(backbone, cond, noise, streams(count, 1), 0)  # type: ignore[arg-type]
+        return method.rollout(backbone, cond, start(count), streams(count, 1), 0)  # type: ignore[arg-type]
 
 
 def copy_of(x_0: list[float], e: list[float], t: float, old: list[float]) -> Trajectory:
@@ -54,8 +58,7 @@ def copy_of(x_0: list[float], e: list[float], t: float, old: list[float]) -> Tra
 def test_the_forward_process_noises_the_odes_images_at_distinct_times_of_the_grid():
     method, backbone = registry.create("diffusion_nft", {"steps": 6, "copies": 4}), toy(0.1)
     found = roll(method, backbone)
-    noise = torch.randn(1, 2, generator=torch.Generator().manual_seed(0)).expand(5, 2)
-    x, grid = noise, torch.linspace(1, 0, 7)
+    x, grid = start(), torch.linspace(1, 0, 7)
     for t, s in zip(grid[:-1], grid[1:], strict=True):
         x = x + (s - t) * backbone.velocity(x, t.expand(5), COND)
     torch.testing.assert_close(found.scored[0], x.detach())
@@ -125,6 +128,17 @@ def path(backbone: ToyBackbone, x: torch.Tensor, times: list[float]) -> torch.Te
     return x.detach()
 
 
+def flow_sde(
+    x: torch.Tensor, v: torch.Tensor, t: torch.Tensor, s: torch.Tensor
+) -> torch.distributions.Normal:
+    """Flow-GRPO's step with eta = 0.7, for t and s [B]."""
+    t, s = t[:, None], s[:, None]
+    # The first step has the noise level of the second time: that of t = 1 is infinite.
+    level = 0.7 * (t / (1 - torch.where(t == 1, s, t))).sqrt()
+    mean = x + (v + level**2 / (2 * t) * (x + (1 - t) * v)) * (s - t)
+    return torch.distributions.Normal(mean, level * (t - s).sqrt())
+
+
 @pytest.mark.parametrize(
     ("name", "suffixes"),
     [
@@ -138,14 +152,17 @@ def test_branches_leave_one_ode_trajectory_and_end_on_the_ode(name, suffixes):
     method, backbone = registry.create(name, {"steps": 5, "trained": 3}), toy(0.1)
     found = roll(method, backbone)
     grid = [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]
+    draws = streams(5, 1)
     expected = []
     for n in range(3):
         anchor = path(backbone, found.x_t[0], grid[: n + 1])
         torch.testing.assert_close(found.x_t[n], anchor)
         assert (found.x_t[n] == found.x_t[n][:1]).all()  # shared by the group
-        t, s = found.t[n], found.s[n]
-        step = sampling.flow_sde(anchor, backbone.velocity(anchor, t, COND).detach(), t, s, 0.7)
-        torch.testing.assert_close(found.log_prob[n], step.log_prob(found.x_s[n]))
+        t, s = torch.full((5,), grid[n]), torch.full((5,), grid[n + 1])
+        torch.testing.assert_close((found.t[n], found.s[n]), (t, s))
+        step = flow_sde(anchor, backbone.velocity(anchor, t, COND).detach(), t, s)
+        torch.testing.assert_close(found.x_s[n], step.mean + step.stddev * draws.randn([2]))
+        torch.testing.assert_close(found.log_prob[n], step.log_prob(found.x_s[n]).mean(1))
         assert len({tuple(row) for row in found.x_s[n].tolist()}) == 5
         expected += [path(backbone, found.x_s[n], [grid[i] for i in rest]) for rest in suffixes[n]]
     torch.testing.assert_close(found.scored, torch.stack(expected))
@@ -303,26 +320,99 @@ def test_tempflow_weighs_each_step_by_its_noise():
         assert loss.item() == pytest.approx(-0.25 * std[n] / (sum(std) / 3), rel=1e-5)
 
 
+@pytest.mark.parametrize(("power", "ratio"), [({"power": 0.5}, 0.493069), ({}, 0.498265)])
 @pytest.mark.parametrize(
     ("advantage", "clip_range", "objective"),
     [
-        # The target is (2, -2). Mean squares 2 and, of the old velocity, 0.5; p = 1/2 and t = 1/2:
-        # the ratio is exp(-2 (sqrt(2) - sqrt(0.5)) / 2) = 0.493069.
-        (5.0, 1.0, 0.493069),
-        (-2.5, 1.0, -0.5 * 0.493069),
-        (-5.0, 0.2, -0.8),
-        (5.0, 0.2, 0.493069),
+        (5.0, 1.0, lambda r: r),
+        (-2.5, 1.0, lambda r: -0.5 * r),
+        (-5.0, 0.2, lambda r: -0.8),  # clipped
+        (5.0, 0.2, lambda r: r),
     ],
 )
-def test_awm_takes_the_flow_matching_loss_as_the_log_likelihood(advantage, clip_range, objective):
-    method = registry.create("awm", {"power": 0.5, "clip_range": clip_range, "old_weight": 3.0})
+def test_awm_takes_the_flow_matching_loss_as_the_log_likelihood(
+    advantage, clip_range, objective, power, ratio
+):
+    """The target is (2, -2), so that v and v_old have mean squares 2 and 1/2, and t is 1/2.
+
+    The ratio is exp(-2 (sqrt(2) - sqrt(1/2)) / 2) for p = 1/2, and for p = 1/4, the default,
+    exp(-4 (2^(1/4) - 2^(-1/4)) / 2).
+    """
+    method = registry.create("awm", {**power, "clip_range": clip_range, "old_weight": 3.0})
     trajectory = copy_of([1.0, 2.0], [3.0, 0.0], 0.5, old=[2.0, -1.0])
     v = torch.tensor([[4.0, -2.0]])
     found = method.loss(v, trajectory, FIRST, torch.tensor([advantage]))  # type: ignore[attr-defined]
-    assert found.ratio.item() == pytest.approx(0.493069, rel=1e-5)
-    assert found.clipped.item() == (objective == -0.8)
+    assert found.ratio.item() == pytest.approx(ratio, rel=1e-5)
+    assert found.clipped.item() == ((advantage, clip_range) == (-5.0, 0.2))
     # The mean square of v - v_old = (2, -1) is 2.5.
-    assert found.loss.item() == pytest.approx(-objective + 3 * 2.5, rel=1e-5)
+    assert found.loss.item() == pytest.approx(-objective(ratio) + 3 * 2.5, rel=1e-5)
+
+
+def nft_loss(
+    v: torch.Tensor, old: torch.Tensor, x_0: torch.Tensor, e: torch.Tensor, t: float, a: float
+) -> torch.Tensor:
+    """The loss of one copy with b = 1/2 and A_max = 1."""
+    x_t, r = (1 - t) * x_0 + t * e, 0.5 + a / 2
+    errors = [x_t - t * mix - x_0 for mix in (0.5 * old + 0.5 * v, 1.5 * old - 0.5 * v)]
+    positive, negative = (d.square().mean() / d.abs().mean() for d in errors)
+    return 1 / 0.5 * (r * positive + (1 - r) * negative)
+
+
+def awm_loss(
+    v: torch.Tensor, old: torch.Tensor, x_0: torch.Tensor, e: torch.Tensor, t: float, a: float
+) -> torch.Tensor:
+    """The loss of one copy with p = 1/4, eps = 0.01 and w = 3."""
+    new, before = (-4 * (u - (e - x_0)).square().mean() ** 0.25 * t for u in (v, old))
+    r = (new - before).exp()
+    return -torch.minimum(r * a, r.clamp(0.99, 1.01) * a) + 3 * (v - old).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "loss"),
+    [
+        ("diffusion_nft", {"mixing": 0.5}, nft_loss),
+        ("awm", {"clip_range": 0.01, "old_weight": 3.0}, awm_loss),
+    ],
+)
+def test_rewards_weigh_the_loss_of_noised_copies(name, own, loss):
+    method = registry.create(name, {"steps": 3, "copies": 2, "advantage_limit": 1.0, **own})
+    backbone = toy(0.1)
+    found = roll(method, backbone, count=4)
+    backbone.weight.data.fill_(0.3)
+    # Sums (1, 3) and (2, 8): group means 2 and 5, and the batch's variance is 7.25.
+    rewards = {
+        "clip": torch.tensor([[[0.0, 3.0], [2.0, 6.0]]]),
+        "pickscore": torch.tensor([[[2.0, 0.0], [0.0, 4.0]]]),
+    }
+    advantages = method.compute_advantages(rewards, {"clip": 1.0, "pickscore": 0.5}).flatten(1)
+    small = 1 / (7.25**0.5 + 1e-4)
+    each = [-small, small, -1.0, 1.0]  # the last two, 3 / 2.69, are clamped
+    inputs = UpdateInputs(advantages, lambda x, part: {}, {}, backbone.reference)
+    parts = [part.loss.item() for part in method.losses(backbone, found, inputs, 3)]  # type: ignore[arg-type]
+    expected = 0.0
+    for n, image in itertools.product(range(2), range(4)):
+        t, x_t, x_0 = found.t[n, image].item(), found.x_t[n, image], found.x_s[n, image]
+        old, v = ((x_t - (x_t / 2 + weight * t)) / t for weight in (0.1, 0.3))
+        e = (x_t - (1 - t) * x_0) / t
+        expected += loss(v, old, x_0, e, t, each[image]).item()
+    assert sum(parts) == pytest.approx(expected / 8, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["diffusion_nft", "awm"])
+def test_beta_weighs_the_squared_difference_from_the_base_models_velocity(name):
+    def total(beta: float) -> tuple[float, Trajectory]:
+        method, backbone = registry.create(name, {"beta": beta}), toy(0.1)
+        backbone.bias.data.fill_(0.2)
+        found = roll(method, backbone)
+        advantages = torch.linspace(-1, 1, 5).expand(len(found.t), 5)
+        inputs = UpdateInputs(advantages, lambda x, part: {}, {}, backbone.reference)
+        parts = method.losses(backbone, found, inputs, 2)  # type: ignore[arg-type]
+        return sum(part.loss.item() for part in parts), found
+
+    without, found = total(0.0)
+    # The adapter adds 0.1 t + 0.2 to x0_hat = x_t - t v, so that v differs by 0.1 + 0.2 / t.
+    expected = 3 * (0.1 + 0.2 / found.t).square().mean().item()
+    assert total(3.0)[0] - without == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["pref_grpo", "stepwise_flow_grpo", "grpo_guard"])
@@ -332,19 +422,15 @@ def test_rivals_of_flow_grpo_train_its_first_steps(name):
     torch.testing.assert_close(found.t[:, 0], torch.tensor([1.0, 0.9, 0.8, 0.7, 0.6, 0.5]))
     draws = streams(5, 1)
     for n in range(6):
-        x, t, s = found.x_t[n], found.t[n][:, None], found.s[n][:, None]
+        x = found.x_t[n]
         v = backbone.velocity(x, found.t[n], COND).detach()
-        # The first step has the noise level of the second time: that of t = 1 is infinite.
-        level = 0.7 * (t / (1 - torch.where(t == 1, s, t))).sqrt()
-        mean = x + (v + level**2 / (2 * t) * (x + (1 - t) * v)) * (s - t)
-        std = level * (t - s).sqrt()
-        torch.testing.assert_close(found.x_s[n], mean + std * draws.randn([2]))
-        normal = torch.distributions.Normal(mean, std)
-        torch.testing.assert_close(found.log_prob[n], normal.log_prob(found.x_s[n]).mean(1))
+        step = flow_sde(x, v, found.t[n], found.s[n])
+        torch.testing.assert_close(found.x_s[n], step.mean + step.stddev * draws.randn([2]))
+        torch.testing.assert_close(found.log_prob[n], step.log_prob(found.x_s[n]).mean(1))
         if n:
             assert torch.equal(x, found.x_s[n - 1])
         if name == "grpo_guard":
-            torch.testing.assert_close(found.records["mean"][n], mean)
+            torch.testing.assert_close(found.records["mean"][n], step.mean)
 
 
 def test_pref_grpo_normalises_win_rates():
@@ -425,8 +511,12 @@ def test_grpo_guards_ratio_is_centred_and_scaled_and_its_loss_divided_by_the_ste
     [(1, 0.1, 1.0), (2, 0.1 + 0.05, 1.25)],
 )
 def test_draft_differentiates_the_reward_through_the_last_steps(last, weight, bias):
-    method, backbone = registry.create("draft_k", {"last": last}), toy()
+    method, backbone = registry.create("draft_k", {"last": last}), toy(0.1)
     found = roll(method, backbone)
+    grid = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0]
+    x_t = path(backbone, start(), grid[: 11 - last])
+    x_0 = path(backbone, x_t, grid[10 - last :])
+    torch.testing.assert_close((found.x_t[0], found.x_s[0], found.scored[0]), (x_t, x_0, x_0))
     assert found.t[0, 0].item() == pytest.approx(0.1 * last)
     inputs = UpdateInputs(
         torch.zeros(0, 5), lambda x, part: {"clip": x[:, 0]}, {"clip": 2.0}, backbone.reference
