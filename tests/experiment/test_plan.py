@@ -79,6 +79,14 @@ def test_runs_are_named_by_method_task_backbone_and_seed(shapes: Plan) -> None:
     assert len(runs) == 2 + 6 * 3 + 2 * 2 + 6 + 2
 
 
+def test_equal_compute_pays_for_few_iterations_of_the_fields_costly_methods() -> None:
+    plan = experiment.load({"scale": "field"}, SHIPPED)
+    iterations = {row.variant: row.iteration for row in table(plan, "field_compute").rows}
+    expected = dict(draft_k=17, online_dpo=12, awm=5, diffusion_nft=4, tempflow_grpo=4, g2rpo=1)
+    assert iterations["tafs_grpo"] == plan.config.active.iterations == 17
+    assert expected.items() <= iterations.items()
+
+
 def test_rows_are_the_untrained_models_and_then_the_methods_with_all_seeds(shapes: Plan) -> None:
     rows = [(row.label, row.nfe, row.rule) for row in table(shapes, "table1").rows]
     models = ("shapes-sd3", "shapes-flux")
