@@ -124,9 +124,10 @@ class Backbone:
             device: of the network and the autoencoder.
             dtype: of the network's and the text encoders' weights; adapters are float32.
             vae_dtype: of the autoencoder's weights; see also `decode`.
-            gradient_checkpointing: recompute the blocks of the network, and of the autoencoder if
-                it supports that, in the backward pass. This uses the weights of that moment, so
-                evaluations with gradients are not allowed inside `reference()`.
+            gradient_checkpointing: recompute the blocks of the network in the backward pass. This
+                uses the weights of that moment, so evaluations with gradients are not allowed
+                inside `reference()`. The autoencoder's blocks are always recomputed, if it supports
+                that.
             quantize: the format that the linear layers of the network's blocks are quantised to.
             embeddings: the folder in which prompt embeddings are stored; see `Embeddings`. The text
                 encoders are then loaded when a prompt has to be encoded.
@@ -164,8 +165,9 @@ class Backbone:
             module.to(device)
         if gradient_checkpointing:
             pipeline.transformer.enable_gradient_checkpointing()
-            if pipeline.vae._supports_gradient_checkpointing:  # AutoencoderDC does not
-                pipeline.vae.enable_gradient_checkpointing()
+        # Its activations at full size would take most of the memory of rewards' gradients.
+        if pipeline.vae._supports_gradient_checkpointing:  # AutoencoderDC does not
+            pipeline.vae.enable_gradient_checkpointing()
         return backbone
 
     def compile(self) -> None:

@@ -280,6 +280,31 @@ def test_checkpointing_recomputes_blocks_and_changes_neither_outputs_nor_gradien
         torch.testing.assert_close(results[1][name], gradient, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", [*FOUND, *EMBEDDED])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_decoding_with_gradients_always_recomputes_the_decoder_with_equal_gradients(
+    name, checkpointing
+):
+    backbone = checkpoint_of(name).load(gradient_checkpointing=checkpointing)
+    vae, calls = backbone.pipeline.vae, []
+    for block in (vae.decoder.mid_block, *vae.decoder.up_blocks):
+        block.register_forward_pre_hook(lambda *_: calls.append(1))
+    blocks = 1 + len(vae.decoder.up_blocks)
+    with torch.no_grad():
+        backbone.decode(noise_for(backbone))
+    assert len(calls) == blocks
+    found = []
+    for times in (2, 1):
+        calls.clear()
+        x_0 = noise_for(backbone).requires_grad_()
+        backbone.decode(x_0).square().sum().backward()
+        assert len(calls) == times * blocks
+        found.append(x_0.grad)
+        vae.disable_gradient_checkpointing()
+    assert found[0].norm() > 0
+    assert torch.equal(*found)
+
+
 def test_blocks_and_the_decoder_are_compiled_on_request(checkpoint):
     for choice in (False, True):
         backbone = checkpoint.load()
