@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tafs.common import files, seeding
+from tafs.common import errors, files, seeding
 from tafs.data import prompts
 from tafs.experiment import run_inputs, validate
 from tafs.experiment.specs import RunSpec
-from tafs.methods import grpo, registry
+from tafs.methods import PolicyGradient, grpo, registry
 from tafs.methods.base import Trajectory, UpdateInputs
 from tafs.models.base import Backbone, fast_dtype
 from tafs.rewards.registry import RewardSet
@@ -85,6 +85,7 @@ class Trainer:
         self.parameters = backbone.lora_parameters()
         self.averages = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.updates = 0  # optimiser steps so far
+        self.ratios_checked = False
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
             lr=self.method.learning_rate,
@@ -103,6 +104,8 @@ class Trainer:
             NonFinite: more images are invalid than `tolerated`, or any where the method
                 differentiates the rewards; or an image, a loss or a gradient is NaN or infinite.
                 Raised before the update that would use it; names the iteration and the source.
+            RunFailed: in this process's first iteration, rounding alone moves a ratio by more than
+                the clip range.
         """
         clock = self._clock
         start = clock()
@@ -308,9 +311,27 @@ class Trainer:
                         total[name] += parameter.grad
                         parameter.grad = None
                 low += size
+            if not self.ratios_checked:
+                self._check_ratios(metrics.get("ratio_deviation", []), where)
+                self.ratios_checked = True
             norms.append(self._step(total, where))
         means = {name: self._mean(torch.cat(parts)) for name, parts in metrics.items()}
         return {**means, "grad_norm": sum(norms) / len(norms)}
+
+    def _check_ratios(self, deviations: Sequence[Tensor], where: str) -> None:
+        """Check that the ratios of an update on the policy that sampled are 1 up to rounding."""
+        method = self.method
+        if not deviations or not isinstance(method, PolicyGradient) or method.samples_average:
+            return
+        own = torch.cat([*deviations]).max().view(1)
+        largest = self.processes.all_gather(own, dim=0).max().item()
+        if largest > method.clip_range:
+            raise errors.RunFailed(
+                f"{where}: a ratio differs from 1 by {largest:.2g} before the adapter has changed, "
+                f"which is more than the clip range of {method.clip_range:g}: the network rounds "
+                "otherwise in sampling than in training; set compile: false, another attention or "
+                "dtype: float32 in the scale, or raise the method's clip_range"
+            )
 
     def _step(self, gradients: dict[str, Tensor], where: str) -> float:
         """Sum the processes' gradients and take one optimiser step; return the gradient's norm.

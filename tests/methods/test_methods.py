@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.toy import call_of, spoil, toy_run, toy_trainer
 
-from tafs.common import yaml_files
+from tafs.common import errors, yaml_files
 from tafs.methods import Branching, GroupRelative, Method, PolicyGradient, registry
 from tafs.runtime import checkpoint
 from tafs.training.rewards import NonFinite, tolerated
@@ -77,6 +77,37 @@ def test_the_ratio_leaves_1_after_the_first_update(name):
     record = trainer(name, updates=2, clip_range=0.0).iterate(0)
     assert record["ratio_deviation"] > 0
     assert 0 < record["clip_fraction"] <= 0.5
+
+
+def rounding(run: Trainer, by: float) -> Trainer:
+    """Let the network round otherwise with gradients than without them."""
+    evaluate = run.backbone.velocity
+
+    def velocity(*args: torch.Tensor) -> torch.Tensor:
+        return evaluate(*args) * (1 + by * torch.is_grad_enabled())
+
+    run.backbone.velocity = velocity  # type: ignore[method-assign]
+    return run
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_network_whose_rounding_would_be_clipped_is_not_trained(name):
+    run = rounding(trainer(name, clip_range=1e-6), 1e-2)
+    before = [parameter.clone() for parameter in run.parameters.values()]
+    remedy = r"iteration 0, update 0: a ratio differs from 1 by .* clip range of 1e-06: .* compile"
+    with pytest.raises(errors.RunFailed, match=remedy):
+        run.iterate(0)
+    assert all(map(torch.equal, before, run.parameters.values()))
+    rounding(trainer(name, clip_range=1.0, updates=2), 1e-6).iterate(0)
+
+
+def test_ratios_are_checked_in_the_first_iteration_of_a_process():
+    run = trainer("flow_grpo", clip_range=1e-6, learning_rate=0.0)
+    run.iterate(0)
+    rounding(run, 1e-2).iterate(1)
+    resumed = rounding(trainer("flow_grpo", clip_range=1e-6), 1e-2)
+    with pytest.raises(errors.RunFailed, match="iteration 1, update 0: a ratio differs"):
+        resumed.iterate(1)
 
 
 @pytest.mark.parametrize("name", NAMES)

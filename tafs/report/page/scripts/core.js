@@ -22,7 +22,7 @@ const unique = (values) => [...new Set(values)];
 const titleOf = (name) => (name === TOGETHER ? "All metrics" : METRICS.get(name)?.title ?? name);
 const JOURNAL = {
   kl: "KL divergence from the base model, mean of the trained steps", clip_fraction: "Clipped share of the objective", reward_std: "Spread of rewards within a group",
-  grad_norm: "Norm of the gradient", ratio_deviation: "Largest deviation of a ratio from 1", images_per_s: "Images per second", distillation: "Distillation loss",
+  grad_norm: "Norm of the gradient", ratio_deviation: "Mean deviation of a ratio from 1", images_per_s: "Images per second", distillation: "Distillation loss",
 };
 const words = (name) => name.replaceAll("_", " ");
 
