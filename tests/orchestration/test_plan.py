@@ -15,7 +15,7 @@ from tafs.orchestration import graph as graphs
 from tafs.orchestration.graph import Graph, Job
 from tafs.orchestration.plan import estimate, micro_batches
 from tafs.orchestration.plan.estimate import DeviceJob, Rates, Speed, Workload
-from tafs.orchestration.plan.report import report
+from tafs.orchestration.plan.report import record, report
 from tafs.orchestration.plan.schedule import Task, makespan
 from tafs.orchestration.plan.texts import amount, size
 from tafs.runtime import receipts
@@ -108,12 +108,41 @@ def test_every_scored_image_is_decoded_and_scored_on_a_gpu(paper, work):
     spec = paper.runs["tafs_grpo.preference.flux-dev.0"]
     images = 1500 * 24 * 48 * 3  # TAFS-GRPO scores three images of each
     assert paper.scoring("train", spec) == pytest.approx(images * (0.0101 + 0.0053))  # compiled
-    rewarded = paper.runs["reward_instruct.preference.flux-dev.0"]  # decodes with gradients
-    assert paper.scoring("train", rewarded) == pytest.approx(images / 3 * (0.0211 + 0.0053))
     trajectories = 4 * 1000 * (0.147 + 0.0134)
     assert paper.scoring("trajectory_rewards", spec) == pytest.approx(trajectories)
     assert paper.scoring("evaluate", spec) > 24_576 * (0.147 + 0.0134)
     assert work.scoring("train", work.runs[TAFS]) == 0.0  # measured or nothing on the CPU
+
+
+def test_rewards_are_differentiated_once_per_image_or_at_each_step(paper):
+    images, scored = 1500 * 24 * 48, 0.0101 + 0.0053
+    # Reward-Instruct draws 1 to 4 steps.
+    for method, gradients in (("rg_lcd", 1), ("reward_instruct", 2.5)):
+        spec = paper.runs[f"{method}.preference.flux-dev.0"]
+        expected = images * (scored + gradients * 0.147)
+        assert paper.scoring("train", spec) == pytest.approx(expected)
+    without = {"method": "rg_lcd", "hyperparameters": {"reward_weight": 0.0}}
+    distilled = spec.model_copy(update=without)
+    assert paper.scoring("train", distilled) == pytest.approx(images * scored)
+
+
+def test_a_slower_device_also_decodes_and_scores_more_slowly():
+    h100 = Rates(training=4e14, judging=3e14)
+    slow = Rates(training=1e14, judging=1e14, measured=h100)
+    assert h100.seconds("train", 4e14, 5.0) == 1.0 + 5.0
+    assert slow.seconds("train", 4e14, 5.0) == 4.0 + 4 * 5.0
+    assert slow.seconds("evaluate", 4e14, 5.0) == 4.0 + 3 * 5.0
+    assert Speed(slow, 0.0, {}).computing(job(devices=1, flops=4e14, scoring=5.0)) == 24.0
+
+
+def test_the_seconds_of_an_h100_follow_the_rate_that_is_given(one_gpu):
+    assumed = estimate.assumed_rates(one_gpu.graph.scale)
+    tenth = record({"scale": "one-gpu"}, tflops=assumed.training / 1e13)
+    [whole, tenths] = [
+        next(one["seconds_per_iteration"] for one in found["methods"] if one["method"] == "rg_lcd")
+        for found in (record({"scale": "one-gpu"}), tenth)
+    ]
+    assert tenths == pytest.approx(10 * whole)
 
 
 def test_trainings_are_measured_by_the_median_iteration_of_their_journals(work):

@@ -37,6 +37,13 @@ CPU_RATE = 45e9
 # (results/reference/gpu/). Other metrics are not measured and not counted.
 DECODED_COMPILED, DECODED_EAGER, DECODED = 0.0101 / 512**2, 0.0211 / 512**2, 0.147 / 1024**2
 SCORED, SCORED_TF32 = 0.0134, 0.0053
+# Seconds on an H100 of the gradients of PickScore and CLIP with respect to an image's latents, in
+# float32 and not compiled, per pixel: 0.147 s at 512 px in micro-batches of 6, 0.166 of 3 and 0.138
+# of 12 (the rows "direction" of results/reference/gpu/h100-sweep.jsonl). Most is the decoder's.
+GRADIENT = 0.147 / 512**2
+# The methods that take these gradients at each of their steps, and the forward equivalents of a
+# step; others take them once per image.
+STEPWISE_GRADIENTS = {"reward_instruct": 1 + 3}
 START_UP = {"cuda": 120.0, "cpu": 8.0}  # s for a job to import libraries and load models
 PNG_RATIO = 0.5  # size of a PNG file relative to the image's pixels
 STATE_COPIES = 2 * 4  # generations of the resume state x (adapter, average, AdamW's two moments)
@@ -57,7 +64,7 @@ class DeviceJob:
     backbone: str
     devices: int
     flops: float | None  # of the whole job; None: not modelled
-    scoring: float = 0.0  # s of one device that decoding and scoring take
+    scoring: float = 0.0  # s of a measured device that decoding and scoring take
     left: float = 1.0  # share that is not done yet
 
     @property
@@ -81,13 +88,24 @@ class Disk:
 
 @dataclass(frozen=True)
 class Rates:
-    """FLOP/s of a device."""
+    """FLOP/s of a device.
+
+    Args:
+        training, judging: in trainings and in other jobs.
+        measured: of the device on which decoding and scoring were measured; None: this one's.
+    """
 
     training: float
     judging: float
+    measured: Rates | None = None
 
     def of(self, stage: str) -> float:
         return self.training if stage == "train" else self.judging
+
+    def seconds(self, stage: str, flops: float, scoring: float) -> float:
+        """Seconds of FLOPs, and of what takes `scoring` seconds on the measured device."""
+        slower = (self.measured or self).of(stage) / self.of(stage)
+        return flops / self.of(stage) + slower * scoring
 
 
 def assumed_rates(scale: Scale) -> Rates:
@@ -197,7 +215,7 @@ class Workload:
         return float(trajectories.nfe * trajectories.prompts * forward)
 
     def scoring(self, stage: str, spec: RunSpec) -> float:
-        """Seconds of one GPU that decoding and scoring the images of a stage of a run take."""
+        """Seconds of one H100 that decoding and scoring the images of a stage of a run take."""
         scale, evaluation = self.graph.scale, self.evaluations[spec.name]
         if scale.device != "cuda":
             return 0.0
@@ -205,14 +223,15 @@ class Workload:
             method = registry.create(spec.method, spec.hyperparameters)
             training = spec.training
             images = training.iterations * training.prompts_per_iteration * training.group_size
-            scored = SCORED_TF32 if scale.tf32 else SCORED
-            # Methods that take the reward's gradient score one image of each trajectory, and
-            # decoding with gradients is not compiled.
-            steps, decoded = 1, DECODED_EAGER
-            if isinstance(method, GroupRelative):
-                steps = len(method.scored_steps())
-                decoded = DECODED_COMPILED if scale.compile else DECODED_EAGER
-            return images * steps * (decoded * spec.resolution**2 + scored)
+            pixels = spec.resolution**2
+            decoded = DECODED_COMPILED if scale.compile else DECODED_EAGER
+            each = decoded * pixels + (SCORED_TF32 if scale.tf32 else SCORED)
+            steps = len(method.scored_steps()) if isinstance(method, GroupRelative) else 1
+            seconds = steps * each
+            if method.needs_reward_gradients:
+                step = STEPWISE_GRADIENTS.get(spec.method)
+                seconds += (method.forward_equivalents / step if step else 1) * GRADIENT * pixels
+            return images * seconds
         each = DECODED * evaluation.resolution**2 + SCORED
         if stage == "trajectory_rewards":
             return evaluation.trajectories.nfe * evaluation.trajectories.prompts * each
@@ -228,7 +247,7 @@ class Workload:
     def modelled(self, stage: str, spec: RunSpec, rates: Rates) -> float | None:
         """Seconds of one device that a stage of a run takes; None: not modelled."""
         flops = self.flops(stage, spec)
-        return None if flops is None else flops / rates.of(stage) + self.scoring(stage, spec)
+        return None if flops is None else rates.seconds(stage, flops, self.scoring(stage, spec))
 
     def _trained_share(self, spec: RunSpec) -> float:
         """The share of a training that its resume state has done."""
@@ -292,7 +311,7 @@ class Speed:
         """Seconds that the whole job computes; 0 if it is not modelled."""
         if job.flops is None:
             return 0.0
-        seconds = job.flops / self.rates.of(job.stage) + job.scoring
+        seconds = self.rates.seconds(job.stage, job.flops, job.scoring)
         return seconds / job.devices * self.ratio(job)[0]
 
     def left(self, job: DeviceJob) -> float:

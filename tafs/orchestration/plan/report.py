@@ -65,7 +65,8 @@ def report(
         nodes: number of machines with the scale's `processes` / `nodes` devices each. None: the
             number that one training takes; at scales without GPUs, all cores of this machine.
         price: of a device for an hour.
-        tflops: sustained rate of a device. None: `assumed_rates`.
+        tflops: sustained rate of a device; decoding and scoring are then as much slower than on
+            an H100. None: `assumed_rates`.
         gpu_memory: GB of a GPU, for the largest micro-batches that fit.
         verbose: list every job with its reason.
 
@@ -120,7 +121,9 @@ def record(
 def _page(overrides: Mapping[str, Any], price: float | None, tflops: float | None) -> Page:
     graph = graphs.read(overrides)
     work = Workload(graph)
-    rates = Rates(tflops * 1e12, tflops * 1e12) if tflops else assumed_rates(graph.scale)
+    rates = assumed_rates(graph.scale)
+    if tflops:
+        rates = Rates(tflops * 1e12, tflops * 1e12, measured=rates)
     every, pending = list(graph.jobs()), verdicts.pending(graph)
     return Page(
         graph=graph,
