@@ -17,6 +17,7 @@ from tafs.assets.sources import AssetSource
 from tafs.experiment import Plan, looks, needs
 from tafs.experiment.schema import Scale
 from tafs.experiment.specs import EvalSpec, RunSpec
+from tafs.runtime import gpus
 from tafs.runtime.run_dir import STAGES
 
 CPUS_PER_GPU = 8  # for decoding, writing PNG files and the processes of a server
@@ -311,6 +312,9 @@ class Graph:
         """
         server = json.dumps(self.scale.evaluation.servers)
         text = f"HF_HUB_OFFLINE=1 TAFS_SERVER={shlex.quote(server)}"
+        if self.device == "cuda":  # trainings on several machines claim no GPUs
+            given = f"${{{gpus.FORMER_ALLOCATOR}-{gpus.EXPANDABLE}}}"
+            text += f' {gpus.ALLOCATOR}="${{{gpus.ALLOCATOR}-{given}}}"'
         return text.replace("{", "{{").replace("}", "}}")  # Snakemake formats shell.prefix
 
     def resources(self, stage: str) -> dict[str, Any]:

@@ -24,11 +24,17 @@ from tafs.common.errors import RunFailed, shown
 
 VARIABLE = "CUDA_VISIBLE_DEVICES"
 NAME = re.compile(r"\d{1,4}|(GPU|MIG)-[\w/.-]+", re.ASCII)  # in VARIABLE
+# Where PyTorch reads how it allocates a GPU's memory, at its first use, and the former name.
+# Segments that grow leave less memory unused between batches of different sizes.
+ALLOCATOR, FORMER_ALLOCATOR = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
+EXPANDABLE = "expandable_segments:True"
 LISTED = re.compile(r"\s*(GPU|MIG) .*\(UUID: ((?:GPU|MIG)-[^)\s]+)\)")  # by nvidia-smi
 
 
 def claim(count: int | None) -> int:
     """Wait for `count` free GPUs, reserve them for this process and its children, hide the others.
+
+    Their memory is allocated in segments that grow, unless the environment says how it is.
 
     Args:
         count: None: all that are visible; of MIG slices, one.
@@ -70,6 +76,8 @@ def claim(count: int | None) -> int:
         time.sleep(random.uniform(0.5, 1.5))  # random, so that two waiting jobs avoid a livelock
         taken = _take(folder, known, count)
     os.environ[VARIABLE] = ",".join(taken)
+    if FORMER_ALLOCATOR not in os.environ:
+        os.environ.setdefault(ALLOCATOR, EXPANDABLE)
     return count
 
 

@@ -1,7 +1,9 @@
 """The graph lists exactly Snakemake's jobs, with their inputs and resources."""
 
 import dataclasses
+import os
 import re
+import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -84,6 +86,23 @@ def test_the_servers_command_reaches_the_jobs_quoted(paper):
     assert found.format().startswith(
         f"""HF_HUB_OFFLINE=1 TAFS_SERVER='{{"unifiedreward": {command}, "unifiedreward2": ["""
     )
+
+
+@pytest.mark.parametrize(
+    "given, used",
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, "backend:native"),
+    ],
+)
+def test_gpu_jobs_allocate_memory_in_segments_that_grow_unless_the_user_says_how(
+    paper, given, used
+):
+    command = f"export {paper.environment.format()}; printenv PYTORCH_ALLOC_CONF"
+    around = {"PATH": os.environ["PATH"], **given}
+    assert subprocess.check_output(["bash", "-c", command], env=around, text=True) == f"{used}\n"
+    assert "ALLOC" not in with_scale(paper, device="cpu").environment
 
 
 def test_the_slurm_profile_limits_the_time_of_exactly_the_long_rules():

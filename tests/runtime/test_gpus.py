@@ -24,6 +24,7 @@ from tafs.runtime import gpus
 
 errors.run_cli("claim", lambda: gpus.claim(int(sys.argv[1]) or None))
 print(os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
+print(os.environ.get("PYTORCH_ALLOC_CONF", ""), flush=True)
 time.sleep(600)
 """
 Start = Callable[..., subprocess.Popen[str]]
@@ -65,6 +66,20 @@ def refused(process: subprocess.Popen[str], code: int = 1) -> str:
     assert process.stderr
     [line] = process.stderr.read().splitlines()
     return line.removeprefix("claim: ")
+
+
+@pytest.mark.parametrize(
+    "given, used",
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, ""),
+    ],
+)
+def test_memory_is_allocated_in_segments_that_grow_unless_the_user_says_how(start, given, used):
+    job = start(1, **{"PYTORCH_ALLOC_CONF": None, "PYTORCH_CUDA_ALLOC_CONF": None} | given)
+    said(job)
+    assert said(job) == [used]
 
 
 def test_jobs_use_different_gpus_and_wait_for_free_ones(start: Start) -> None:
