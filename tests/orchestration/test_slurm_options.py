@@ -21,7 +21,7 @@ FOR_ONE_GPU = {"trajectory_rewards", "score_served", "check_rewards"}
 WITHOUT_GPU = {"check_base", "compare", "track"}
 LOCAL = {"all", "describe", "describe_evaluation", "fetch", "report_spec"}
 GPU_OPTION = re.compile(r"--(?:gres|gpus|ntasks-per-gpu|cpus-per-gpu)\b.*")
-OTHERS = ("run_uuid", "slurm_logfile", "comment_str", "account", "partition", "workdir")
+OTHERS = ("run_uuid", "slurm_logfile", "comment_str", "account", "workdir")
 EVERYWHERE = ["gpu_model=h100", "constraint=ib", "qos=long", "tasks=1", "cpus_per_task=2"]
 
 
@@ -53,7 +53,13 @@ def submitted(tmp_path, monkeypatch) -> Callable[..., dict[str, list[str]]]:
         assert ended.value.code == 0
         return {
             rule: shlex.split(
-                get_submit_command(job, dict.fromkeys(OTHERS, "")) + hooks.gpu_options(job)
+                get_submit_command(
+                    job,
+                    # As the executor's `get_partition_arg`.
+                    dict.fromkeys(OTHERS, "")
+                    | {"partition": f" -p {job.resources['slurm_partition']}"},
+                )
+                + hooks.gpu_options(job)
             )
             for rule, job in jobs.items()
             if rule not in LOCAL
@@ -101,6 +107,14 @@ def test_a_setting_of_one_rule_reaches_only_its_jobs(submitted):
         assert not {"--qos=urgent", "--cpus-per-gpu=4", "60", "7000"} & set(options), rule
 
 
+def test_jobs_without_gpus_can_be_sent_to_a_partition_of_their_own(submitted):
+    settings = (f"{rule}:slurm_partition=cpu" for rule in sorted(WITHOUT_GPU))
+    for rule, options in submitted(1, "--set-resources", *settings).items():
+        apart = rule in WITHOUT_GPU
+        assert options[options.index("-p") + 1] == ("cpu" if apart else "gpu"), rule
+        assert bool(gpu_options(options)) != apart, rule
+
+
 def test_a_node_that_has_failed_is_not_excluded_but_those_of_the_user_are():
     kind = type("Executor", (), {"_failed_nodes": {"h100-0"}, "__module__": hooks.SLURM})
     workflow = SimpleNamespace(scheduler=SimpleNamespace(_executor=kind()))
@@ -108,7 +122,7 @@ def test_a_node_that_has_failed_is_not_excluded_but_those_of_the_user_are():
     executor._failed_nodes.add("h100-1")
     job = SimpleNamespace(resources=ResourceList(fromdict={}), threads=1, is_group=lambda: False)
     command = get_submit_command(
-        job, dict.fromkeys(OTHERS, ""), failed_nodes=executor._failed_nodes
+        job, dict.fromkeys((*OTHERS, "partition"), ""), failed_nodes=executor._failed_nodes
     )
     assert command.endswith(" --exclude=h100-0") or " --exclude=h100-0 " in command
 
