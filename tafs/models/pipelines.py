@@ -162,7 +162,10 @@ def _fourth_text_encoder(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
             # The pipeline needs attention maps, which only this implementation returns.
             attn_implementation="eager",
         ),
-        "tokenizer_4": PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True),
+        # Some repositories of this model pad on the left, Meta's own on the right.
+        "tokenizer_4": PreTrainedTokenizerFast.from_pretrained(
+            folder, local_files_only=True, padding_side="right"
+        ),
     }
 
 

@@ -1,6 +1,7 @@
 """Models that are compared as published, on tiny random checkpoints in their layouts."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,19 @@ def test_weights_are_loaded_in_the_requested_precision(folders):
     loaded = pipelines.ReferencePipeline.load(MODELS["hidream-fast"], folders, resolution=1024)
     for name in ("transformer", "vae", "text_encoder", "text_encoder_3", "text_encoder_4"):
         assert loaded.pipeline.components[name].dtype == torch.bfloat16
+
+
+def test_prompts_of_the_fourth_text_encoder_are_padded_on_the_right(folders, tmp_path):
+    llama = shutil.copytree(folders["llama-3.1-8b-instruct"], tmp_path / "llama")
+    file = llama / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "padding_side": "left"}))
+    found = []
+    for place in (folders["llama-3.1-8b-instruct"], llama):
+        loaded = load("hidream-fast", {**folders, "llama-3.1-8b-instruct": place}, 1024)
+        tokenizer = loaded.pipeline.tokenizer_4
+        found.append(tokenizer("a bench", padding="max_length", max_length=128).attention_mask)
+    assert found[0] == found[1] == [1] * sum(found[0]) + [0] * (128 - sum(found[0]))
+    assert 0 < sum(found[0]) < 128
 
 
 def test_images_of_another_resolution_and_a_missing_generator_are_refused(folders):
