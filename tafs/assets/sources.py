@@ -29,7 +29,7 @@ from tafs.data.prompts import Prompt, digest
 from tafs.models import Backbone, catalog, loading
 from tafs.models.catalog import Model
 from tafs.models.quantization import Quantization
-from tafs.rewards import metrics
+from tafs.rewards import golden, metrics
 from tafs.rewards.metrics import METRICS, Metric, Reward
 from tafs.rewards.registry import RewardSet, load
 from tafs.shapes import captions, scenes, weights
@@ -65,7 +65,7 @@ class AssetSource(ABC):
 
     @property
     def golden_scores(self) -> Path | None:
-        """The file of the golden scores; None if they are not checked."""
+        """The file of the golden scores of downloaded weights; None: there are no downloads."""
         return None
 
     @functools.cached_property
@@ -113,8 +113,12 @@ class AssetSource(ABC):
 
         Raises:
             ValueError: an unknown reward, or its weights are altered or missing; names it.
+            RunFailed: a reward does not reproduce the golden scores that the package ships.
         """
-        return load(names, lambda name: self._reward(name, strict_geneval))
+        found = load(names, lambda name: self._reward(name, strict_geneval))
+        for reward in found.rewards:
+            golden.verify_shipped(reward, self.device)
+        return found
 
     def digests(self, names: Sequence[str], prompts: Sequence[str] = ()) -> dict[str, str]:
         """SHA-256 of everything that models, rewards and prompt sets consist of, by name."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -92,7 +92,9 @@ def evaluate(
 @command(
     app,
     [
-        "tafs score --metric clip --images my_images --prompts prompts.txt --scale shapes",
+        "tafs score --metric sharpness --images my_images --prompts prompts.txt",
+        "tafs score --metric clip --images my_images --prompts prompts.txt --scale one-gpu "
+        "--device cpu",
         "tafs score --metric geneval --images my_images --prompts metadata.jsonl --json",
     ],
 )
@@ -114,6 +116,10 @@ def score(
         ),
     ],
     scale: ScaleOption = None,
+    device: Annotated[
+        Literal["cpu", "cuda", "auto"] | None,
+        typer.Option("--device", help="Of the metric's model; default: the scale's."),
+    ] = None,
     results: ResultsOption = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Default: METRIC_scores.csv.")
@@ -122,6 +128,8 @@ def score(
 ) -> int:
     """Score the images of a folder with one metric.
 
+    The default scale's embedded models score images of their own size only; --scale one-gpu or
+    paper takes the published models, which have to be fetched.
     The metric `vendi` is the diversity of all images, and of those of each prompt.
     """
     from tafs.assets import sources
@@ -130,6 +138,8 @@ def score(
     from tafs.runtime import gpus
 
     assets, _ = _assets(scale, results)
+    if device is not None:
+        assets = assets.model_copy(update={"device": device})
     _prepare()
     if assets.device == "cuda":
         gpus.claim(1)

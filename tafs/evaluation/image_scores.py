@@ -23,6 +23,7 @@ from tafs.rewards import golden, statistics
 from tafs.rewards.metrics import METRICS, Reward
 from tafs.rewards.registry import check_images
 from tafs.runtime import progress
+from tafs.shapes.scenes import IMAGE_SIZE
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 BATCH = 64  # images of one size that are scored at once
@@ -91,10 +92,10 @@ def score_images(
             reward = client.reward()
             if source.golden_scores is not None:
                 digests = {metric: source.reward_digest(metric)}
-                golden.verify([reward], digests, source.golden_scores)
+                golden.record([reward], digests, source.golden_scores)
         else:
             [reward] = verified_rewards(source, [metric]).rewards
-        return list(_scores(reward, pairs, source.device))
+        return list(_scores(reward, pairs, source))
 
 
 def diversity(images: Path, prompt_file: Path, source: AssetSource) -> list[Diversity]:
@@ -119,7 +120,7 @@ def diversity(images: Path, prompt_file: Path, source: AssetSource) -> list[Dive
                 batch = check_images(VENDI, batch, [prompt for _, prompt in pairs[: len(files)]])
                 parts.append(clip.embed(batch.to(source.device)).double().cpu())
             except ValueError as error:
-                raise ValueError(f"{files[0]}: {error}") from None
+                raise ValueError(f"{files[0]}: {error}{_remedy(batch, source)}") from None
             done += len(files)
             progress.tell("Vendi score", done, len(pairs))
     features = torch.cat(parts).numpy()
@@ -196,20 +197,30 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def _scores(
-    reward: Reward, pairs: Sequence[tuple[Path, Prompt]], device: str
+    reward: Reward, pairs: Sequence[tuple[Path, Prompt]], source: AssetSource
 ) -> Iterator[ImageScore]:
     done, total = 0, len(pairs)
     for files, images in _batches([file for file, _ in pairs]):
         part = pairs[done : done + len(files)]
         try:
             with torch.no_grad():
-                found = reward.score(images.to(device), [prompt for _, prompt in part])
+                found = reward.score(images.to(source.device), [prompt for _, prompt in part])
         except ValueError as error:
-            raise ValueError(f"{files[0]}: {error}") from None
+            raise ValueError(f"{files[0]}: {error}{_remedy(images, source)}") from None
         for (file, prompt), value in zip(part, reward.report(found).tolist(), strict=True):
             yield ImageScore(file, prompt, value)
         done += len(files)
         progress.tell(reward.metric.title, done, total)
+
+
+def _remedy(images: torch.Tensor, source: AssetSource) -> str:
+    """What a refusal of images [B, 3, H, W] adds if the embedded models are too small for them."""
+    if source.settings.assets != "shapes" or images.shape[-2:] == (IMAGE_SIZE, IMAGE_SIZE):
+        return ""
+    return (
+        "; these are the embedded models, give --scale one-gpu or paper to score images of any "
+        "size with the published ones"
+    )
 
 
 def _batches(files: Sequence[Path]) -> Iterator[tuple[list[Path], torch.Tensor]]:

@@ -7,6 +7,7 @@ both are equal, the stage's files are what another run would write.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from tafs.experiment import looks
 from tafs.experiment.claims import CLAIMS, read
 from tafs.experiment.specs import BEST, BaseCheckSpec, DecideSpec, EvalSpec, ReportSpec, RunSpec
 from tafs.methods import registry
-from tafs.rewards import metrics
+from tafs.rewards import golden, metrics
 from tafs.rewards.metrics import METRICS
 from tafs.runtime import receipts
 from tafs.runtime.receipts import Needs
@@ -77,10 +78,12 @@ def _judged(run: RunDir, spec: RunSpec, evaluation: EvalSpec) -> dict[str, JsonV
 
 
 def check_rewards(source: AssetSource, names: Iterable[str]) -> Needs:
-    """What the check of some rewards depends on, the stored golden scores included."""
-    stored = source.golden_scores
-    golden = sha256(stored) if stored is not None and stored.is_file() else None
-    return {"golden scores": golden, **{f"rewards.{m}": source.reward_digest(m) for m in names}}
+    """What the check of some rewards depends on, their stored golden scores included."""
+    digests = {name: source.reward_digest(name) for name in names}
+    file = source.golden_scores
+    stored = golden.stored(file, digests) if file is not None else {}
+    own = hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()
+    return {"golden scores": own, **{f"rewards.{name}": d for name, d in digests.items()}}
 
 
 def checked_metrics(source: AssetSource, judged: EvalSpec, *, served: bool) -> list[str]:

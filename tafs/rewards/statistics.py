@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -96,4 +97,16 @@ def filtered(images: Tensor, kernel: Tensor) -> Tensor:
     weights = torch.tensor([0.299, 0.587, 0.114], device=images.device).view(3, 1, 1)
     luma = (images * weights).sum(1, keepdim=True)
     padded = functional.pad(luma, (1, 1, 1, 1), mode="replicate")
-    return functional.conv2d(padded, kernel.to(images.device)[None, None])
+    with _full_precision():
+        return functional.conv2d(padded, kernel.to(images.device)[None, None])
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Convolve in float32 on GPUs: TF32's 11 bits would count as edges and as sharpness."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before

@@ -1,4 +1,4 @@
-"""The device that a source's models and rewards are on."""
+"""Which device a source uses, and how it checks its rewards."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from tafs.assets import sources
+from tafs.common import errors
 from tafs.experiment.specs import AssetSettings
+from tafs.rewards import golden, statistics
 
 JOB, VISIBLE = "SLURM_JOB_ID", "CUDA_VISIBLE_DEVICES"
 
@@ -35,3 +37,19 @@ def test_auto_is_a_gpu_where_a_job_has_one(
         assets="shapes", lock="", device="auto", dtype="float32", gradient_checkpointing=False
     )
     assert sources.of(settings).device == used
+
+
+@pytest.mark.parametrize("assets", ["shapes", "words", "hub"])
+def test_a_reward_that_needs_no_download_must_give_its_shipped_scores(
+    assets: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(golden, "_verified", {})
+    settings = AssetSettings(
+        assets=assets, lock="", device="cpu", dtype="float32", gradient_checkpointing=False
+    )
+    source = sources.of(settings)
+    source.rewards(["jpeg_compressibility", "ocr"])
+    monkeypatch.setattr(golden, "_verified", {})
+    monkeypatch.setattr(statistics, "QUALITY", 94)
+    with pytest.raises(errors.RunFailed, match="reward jpeg_compressibility: the golden image"):
+        source.rewards(["jpeg_compressibility"])

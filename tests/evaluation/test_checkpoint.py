@@ -29,6 +29,7 @@ from tafs.evaluation.choose import DEFAULT_SEEDS
 from tafs.experiment.specs import EvalSetting
 from tafs.models import adapters, catalog
 from tafs.report import judged
+from tafs.rewards.metrics import METRICS
 from tafs.runtime.deadline import Deadline
 from tafs.shapes import weights
 
@@ -349,23 +350,51 @@ def tiny(tmp_path_factory) -> Callable[[str], Path]:
     return tiny_hub.folders(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.mark.parametrize("name", ["flux2-klein-base-4b", "sd35-medium"])
-def test_the_models_of_one_card_are_judged_with_an_adapter(name, tiny, tmp_path, monkeypatch):
+@pytest.fixture
+def one_gpu(tiny, tmp_path, monkeypatch) -> Callable[..., protocol.Protocol]:
+    """The protocol `one-gpu` on tiny checkpoints, with changed keys and metrics of its versions."""
     monkeypatch.setattr(HubAssets, "folder", lambda self, resource: tiny(resource))
     digests = lambda self, names, *_: dict.fromkeys(names, "")  # noqa: E731
     monkeypatch.setattr(HubAssets, "_file_digests", digests)
     monkeypatch.setattr(HubAssets, "random", lambda *_: [])
-    monkeypatch.setattr(HubAssets, "golden_scores", None)
+    monkeypatch.setattr(HubAssets, "golden_scores", tmp_path / "golden.json")
     monkeypatch.setattr(cache, "home", lambda: tmp_path)
-    shipped = YAML(typ="safe").load(protocol.FOLDER / "one-gpu.yaml")
-    metrics = {"clip": shipped["metrics"]["clip"]}
-    content = shipped | SMALL | {"metrics": metrics, "resolution": 64}
-    file = tmp_path / "tiny.yaml"
-    with file.open("w") as out:
-        YAML(typ="safe").dump(content, out)
     plan = experiment.load({"scale": "one-gpu"}, ROOT / "config.yaml")
     assets = next(iter(plan.runs.values())).assets.model_copy(update={"device": "cpu"})
-    chosen = protocol.read(str(file), assets)
+
+    def read(*metrics: str, **changes: Any) -> protocol.Protocol:
+        content = YAML(typ="safe").load(protocol.FOLDER / "one-gpu.yaml") | SMALL | changes
+        content["metrics"] = {name: METRICS[name].version for name in metrics}
+        file = tmp_path / "tiny.yaml"
+        with file.open("w") as out:
+            YAML(typ="safe").dump(content | {"resolution": 64}, out)
+        return protocol.read(str(file), assets)
+
+    return read
+
+
+def test_a_file_of_quoted_prompts_is_judged_by_ocr_and_first_golden_scores_are_stored(
+    one_gpu, tmp_path, capsys
+):
+    texts = [f'a sign that says "{text}"' for text in ("STOP", "OPEN", "EXIT", "TAXI", "BANK")]
+    (tmp_path / "signs.txt").write_text("\n".join(texts))
+    chosen = one_gpu("clip", "ocr", prompts="signs.txt", validation_prompts=2)
+    assert {"clip", "ocr"} <= {*chosen.source.metrics(chosen.content.prompts)}
+    found = checkpoint.judge("sd35-medium", chosen, tmp_path)
+    scores = pd.read_parquet(found.runs[0].scores)
+    assert scores.groupby("metric", observed=True)["value"].count().to_dict() == {
+        "clip": len(chosen.prompts),
+        "ocr": len(chosen.prompts),
+    }
+    stored = tmp_path / "golden.json"
+    said = [line for line in capsys.readouterr().out.splitlines() if "golden" in line]
+    assert said == [f"reward clip: stored the golden scores of its weights in {stored}"]
+    assert list(json.loads(stored.read_text())) == ["clip"]
+
+
+@pytest.mark.parametrize("name", ["flux2-klein-base-4b", "sd35-medium"])
+def test_the_models_of_one_card_are_judged_with_an_adapter(name, one_gpu, tiny, tmp_path):
+    chosen = one_gpu("clip")
     entry = catalog.read()[name]
     backbone = catalog.backbones()[entry.pipeline].load(
         tiny(entry.resource), resolution=64, guidance=entry.guidance, max_sequence_length=16

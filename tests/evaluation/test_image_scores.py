@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from support import tiny_hub
 from support.chat_server import brightness_grade
 
 from tafs import cli
@@ -22,6 +23,7 @@ from tafs.data.prompts import Prompt
 from tafs.evaluation import image_archive
 from tafs.evaluation.image_scores import ImageScore, diversity, paired, score_images
 from tafs.report import judged, stats
+from tafs.rewards import golden
 from tafs.shapes import rewards
 from tafs.shapes.render import render
 from tafs.shapes.scenes import IMAGE_SIZE, sample_scene
@@ -98,7 +100,7 @@ def test_formats_and_folders_below_are_found_and_transparent_parts_are_white(tmp
 def scored(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
-        cli.main(["score", "--scale", "smoke", *map(str, arguments)])
+        cli.main(["score", "--scale", "smoke", *map(str, arguments)])  # the last --scale counts
     printed = capsys.readouterr()
     return ended.value.code, printed.out, printed.err
 
@@ -150,6 +152,40 @@ def test_a_served_metric_is_asked_over_its_server(folder, tmp_path, monkeypatch)
     found = score_images("unifiedreward", folder, file, source)
     grades = [brightness_grade(np.asarray(Image.open(score.file))) for score in found]
     assert [score.value for score in found] == pytest.approx(grades, abs=1e-3)
+
+
+def test_real_images_are_scored_with_published_metrics_on_a_scale_of_gpus(
+    tmp_path, capsys, monkeypatch
+):
+    """The golden scores of CLIP are stored at its first use; those of `ocr` are shipped."""
+    monkeypatch.chdir(ROOT)
+    tiny = tiny_hub.folders(tmp_path / "hub")
+    stored = tmp_path / "golden.json"
+    monkeypatch.setattr(HubAssets, "folder", lambda self, resource: tiny(resource))
+    digests = lambda self, names, *_: dict.fromkeys(names, "")  # noqa: E731
+    monkeypatch.setattr(HubAssets, "_file_digests", digests)
+    monkeypatch.setattr(HubAssets, "golden_scores", stored)
+    images, file, out = tmp_path / "images", tmp_path / "prompts.txt", tmp_path / "out.csv"
+    images.mkdir()
+    Image.fromarray(golden.images()["text"]).resize((448, 448)).save(images / "a.png")
+    file.write_text('a sign that says "STOPS"\n')
+    given = ["--images", images, "--prompts", file, "--out", out, "--scale"]
+    code, printed, refused = scored(capsys, "--metric", "ocr", *given, "paper", "--device", "cpu")
+    assert (code, printed, refused) == (
+        0,
+        f"OCR 80.0, 95 % interval -, 1 images\nwrote {out}\n",
+        "",
+    )
+    assert not stored.exists()
+    code, printed, _ = scored(capsys, "--metric", "clip", *given, "one-gpu", "--device", "cpu")
+    said = f"reward clip: stored the golden scores of its weights in {stored}\nCLIP "
+    assert code == 0 and printed.startswith(said)
+    assert scored(capsys, "--metric", "vendi", *given, "paper", "--device", "cpu")[0] == 0
+    code, printed, refused = scored(capsys, "--metric", "clip", *given, "shapes")
+    assert code == 2 and "a.png: reward clip: images must be [B, 3, 24, 24]" in refused
+    assert refused.endswith(
+        "give --scale one-gpu or paper to score images of any size with the published ones\n"
+    )
 
 
 def test_vendi_is_the_diversity_of_all_images_and_of_those_of_each_prompt(tmp_path, capsys):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional
 
 from tafs.data.prompts import Prompt
 from tafs.rewards import metrics, statistics
@@ -61,6 +62,19 @@ RED, GREEN, BLUE, WHITE, BLACK = (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1), (0,
 )
 def test_a_statistic_has_the_value_of_its_definition(name, image, value):
     assert published(name, image) == pytest.approx([value], abs=2e-4)
+
+
+def test_gpus_filter_in_full_precision(monkeypatch):
+    """TF32 rounds a pixel by up to a tenth of an 8-bit level, which the sharpness would count."""
+    used, convolve = [], functional.conv2d
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(
+        functional,
+        "conv2d",
+        lambda *given: used.append(torch.backends.cudnn.allow_tf32) or convolve(*given),
+    )
+    statistics.sharpness(torch.zeros(1, 3, 8, 8))
+    assert used == [False] and torch.backends.cudnn.allow_tf32
 
 
 def test_jpeg_rewards_are_the_size_of_pillows_file_and_its_negative():
