@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,9 @@ from tafs.cli import output
 from tafs.cli.app import app, command
 from tafs.cli.options import JsonOption, ResultsOption, ScaleOption, overrides
 from tafs.common.errors import RunFailed
+
+if TYPE_CHECKING:
+    from tafs.report.leaderboard import Board
 
 TableOption = Annotated[
     str | None,
@@ -110,7 +113,11 @@ def compare(
 
 @command(
     app,
-    ["tafs leaderboard --scale shapes", "tafs leaderboard results/reference --metric clip"],
+    [
+        "tafs leaderboard --scale shapes",
+        "tafs leaderboard results/reference --metric clip",
+        "tafs leaderboard results/evaluations --metric clip",
+    ],
 )
 def leaderboard(
     folder: FolderArgument = None,
@@ -123,25 +130,57 @@ def leaderboard(
     table: TableOption = None,
     json_wanted: JsonOption = False,
 ) -> int:
-    """Print the systems sorted by a metric."""
+    """Print the systems sorted by a metric.
+
+    FOLDER may also hold evaluations of `tafs evaluate`: each protocol has a list of its own, and
+    --table names a protocol.
+    """
+    from tafs.report import evaluations
     from tafs.report import leaderboard as boards
 
+    if folder is not None and evaluations.holds(folder):
+        return _evaluations(folder, table, metric, json_wanted)
     root, kinds = _tables(folder, scale, results)
     board, column = boards.ranking(root, kinds, table, metric)
     if json_wanted:
         content = {"folder": str(root), "table": board.name, "metric": column, "rows": board.rows}
         output.as_json(content)
         return 0
+    print(f"{board.name} of {root}, by {column}")
+    _print_ranks(board, column)
+    return 0
+
+
+def _evaluations(folder: Path, protocol: str | None, metric: str | None, json_wanted: bool) -> int:
+    """Print the evaluations of a folder, or of one protocol."""
+    from tafs.report import evaluations
+
+    content = []
+    for judged in evaluations.read(folder, protocol, metric):
+        column, board = judged.by(metric)
+        own = {"protocol": judged.protocol, "sha256": judged.sha256, "metric": column}
+        content.append({**own, "rows": board.rows})
+        if not json_wanted:
+            print(f"protocol {judged.protocol}, SHA-256 {judged.sha256}, by {column}")
+            _print_ranks(board, column, model=True)
+    if json_wanted:
+        output.as_json({"folder": str(folder), "protocols": content})
+    return 0
+
+
+def _print_ranks(board: Board, column: str, model: bool = False) -> None:
+    """Print a sorted board; `model`: with the models that its systems are made of."""
+    from tafs.report import leaderboard as boards
+
     cells = []
     for place, row in enumerate(board.rows, 1):
         numbers = row["metrics"][column]
         seeds = "" if numbers["n_seeds"] is None else str(numbers["n_seeds"])
         shown = boards.shown(column, numbers)
-        cells.append([str(place), row["row"], str(row["nfe"]), seeds, *shown])
-    print(f"{board.name} of {root}, by {column}")
-    head = ["rank", "system", "steps", "seeds", column, "95 % interval"]
+        own = [row["backbone"]] if model else [seeds]
+        cells.append([str(place), row["row"], str(row["nfe"]), *own, *shown])
+    head = ["rank", "system", "steps", "model" if model else "seeds", column, "95 % interval"]
     output.table(head, cells, right=("rank", "steps", "seeds", column))
-    return 0
 
 
 @command(app, ["tafs report --scale shapes", "tafs report --open"])

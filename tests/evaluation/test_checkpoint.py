@@ -216,6 +216,16 @@ def test_every_file_and_every_printed_number_has_the_protocols_sha256(judged_zer
     assert len(numbers) == 2 and all(line.endswith(f"  {sha256[:12]}") for line in numbers)
 
 
+def test_the_leaderboard_lists_evaluations(judged_zero, capsys):
+    record = json.loads((judged_zero[2] / "evaluation.json").read_text())
+    code, printed, _ = run(capsys, "leaderboard", judged_zero[2], "--metric", "clip", "--json")
+    [found] = json.loads(printed)["protocols"]
+    assert (code, found["sha256"]) == (0, record["protocol"]["sha256"])
+    value = record["metrics"]["clip"]["value"]
+    assert [row["metrics"]["clip"]["value"] for row in found["rows"]] == [value, value]
+    assert {row["variant"] for row in found["rows"]} == {"adapter", "base"}
+
+
 def test_the_base_of_a_folder_is_that_of_the_same_model_by_name(judged_zero, capsys, tmp_path):
     folder = judged_zero[0]
     copy = shutil.copytree(weights.verify("shapes-flux"), tmp_path / "my model")
