@@ -62,7 +62,7 @@ def test_every_scale_expands_into_consistent_specs(scale: str, tmp_path: Path) -
         assert len({row.label for row in found.rows}) == len({row.runs for row in found.rows})
 
 
-@pytest.mark.parametrize("method", ["rg_lcd", "reward_instruct", "draft_k"])
+@pytest.mark.parametrize("method", ["rg_lcd", "reward_instruct", "draft_k", "refl"])
 def test_the_words_refuse_a_method_that_differentiates_rewards_by_name(method: str) -> None:
     assert experiment.load({"scale": "words"}, SHIPPED).tables[0].rows
     message = f"method={method}: .*'{method}' needs the rewards' gradients, but 'ocr' is not diff"

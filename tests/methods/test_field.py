@@ -528,6 +528,32 @@ def test_draft_differentiates_the_reward_through_the_last_steps(last, weight, bi
         torch.testing.assert_close(parameter.grad, torch.tensor(expected[name]), atol=1e-6, rtol=0)
 
 
+def test_refl_differentiates_the_reward_of_a_late_steps_estimate():
+    """The toy estimates x_t / 2 + 0.1 t; the derivatives are t by its weight and 1 by its bias."""
+    method, backbone = registry.create("refl", {"steps": 5, "late": 3}), toy(0.1)
+    grid, drawn = [1.0, 0.8, 0.6, 0.4, 0.2, 0.0], set()
+    cond = backbone.encode(["a red ring"] * 5)
+    for seed in range(12):
+        with torch.no_grad():
+            found = method.rollout(backbone, cond, start(), streams(5, seed), 0)  # type: ignore[arg-type]
+        n = round(5 * (1 - found.t[0, 0].item()))
+        drawn.add(n)
+        x_t = path(backbone, start(), grid[: n + 1])
+        torch.testing.assert_close(found.t[0], torch.full((5,), grid[n]))
+        torch.testing.assert_close(found.x_t[0], x_t)
+        torch.testing.assert_close(found.scored[0], x_t / 2 + 0.1 * grid[n])
+        inputs = UpdateInputs(
+            torch.zeros(0, 5), lambda x, part: {"clip": x[:, 0]}, {"clip": 2.0}, backbone.reference
+        )
+        parts = list(method.losses(backbone, found, inputs, 2))  # type: ignore[arg-type]
+        loss = sum(part.loss for part in parts)
+        assert loss.item() == pytest.approx(-2 * (x_t[0, 0].item() / 2 + 0.1 * grid[n]), rel=1e-5)
+        gradients = torch.autograd.grad(loss, [backbone.weight, backbone.bias])
+        for gradient, expected in zip(gradients, [-2 * grid[n], -2.0], strict=True):
+            torch.testing.assert_close(gradient, torch.tensor([expected, 0.0]))
+    assert drawn == {2, 3, 4}
+
+
 def test_online_dpo_marks_the_best_and_the_worst_image_of_groups_with_a_preference():
     nan = float("nan")
     rewards = torch.tensor([[[3.0, 9.0, 1.0, nan], [5.0, 5.0, 5.0, 5.0], [nan, 2.0, nan, nan]]])

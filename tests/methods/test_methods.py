@@ -269,6 +269,7 @@ def test_evaluation_counts_are_those_of_the_rollout(name):
         ("rg_lcd", {"reward_weight": 0.0, "teacher_steps": 3}),
         ("awm", {"beta": 0.1}),
         ("draft_k", {"last": 3}),
+        ("refl", {"steps": 7, "late": 1}),
         ("reward_instruct", {"steps": 1}),
         ("reward_instruct", {"steps": 2}),
     ],
@@ -323,6 +324,8 @@ def test_mix_grpo_flash_costs_the_mean_over_its_windows_positions(flash_steps):
         # Paths before steps 0-3, 4-6, 7-9 and 10-19; edges of steps 0-2, 3-5, 6-8 and 9.
         ("branch_grpo", {}, (4 + 2 * 3 + 4 * 3 + 8 * 10, 3 + 2 * 3 + 4 * 3 + 8), 102 + 3 * 29),
         ("draft_k", {}, (10, 1), 13),
+        # 9, 10 or 11 steps and the scored estimate.
+        ("refl", {}, (11, 1), 14),
     ],
 )
 def test_evaluation_counts_and_costs_are_those_of_tables_2_and_4(name, parameters, counts, cost):
@@ -368,6 +371,7 @@ def test_a_method_without_a_cost_has_to_define_it():
         ("branch_grpo", {"splits": 7}, "splits: 7 is not between 0 and 6"),
         ("branch_grpo", {"split_noise": 0.5}, "split_noise: 0.5 is less than 1"),
         ("draft_k", {"last": 11}, "last: 11 is not between 1 and 10"),
+        ("refl", {"late": 13}, "late: 13 is not between 1 and 12"),
         ("online_dpo", {"sharpness": 0.0}, "sharpness: 0.0 is not above 0"),
         ("online_dpo", {"beta": 0.1}, "beta: 0.1 has no effect, .* set sharpness"),
     ],
@@ -400,7 +404,7 @@ def test_stopped_training_continues_to_the_same_adapter(name, tmp_path):
 
 # tests/faults/test_bad_numbers.py has bad numbers at random places.
 BAD = [math.nan, math.inf, -math.inf]
-DIFFERENTIABLE = ["draft_k", "reward_instruct", "rg_lcd"]
+DIFFERENTIABLE = ["draft_k", "refl", "reward_instruct", "rg_lcd"]
 
 
 def stops(run: Trainer, iteration: int = 0) -> str:

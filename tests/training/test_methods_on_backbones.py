@@ -30,6 +30,7 @@ FEW: dict[str, dict[str, Any]] = {
     "mix_grpo": {"steps": 3, "window": 2},
     "online_dpo": {"steps": 3, "copies": 2},
     "pref_grpo": THREE,
+    "refl": {"steps": 3, "late": 2},
     "rg_lcd": {"teacher_steps": 3},
     "stepwise_flow_grpo": THREE,
     "tafs_grpo": {"steps": 3},
