@@ -224,7 +224,7 @@ class EmbeddedAssets(AssetSource):
     def model(self, name: str, resolution: int) -> Any:
         model = catalog.read()[name]
         folder = self.pipeline_folder(model)
-        return self.backbone(folder, resolution, model.guidance, model.max_sequence_length)
+        return self.backbone(folder, resolution, *model.conditioning)
 
     def _scores(self, metric: Metric) -> bool:
         return not (metric.resources or metric.served)
@@ -293,18 +293,19 @@ class HubAssets(AssetSource):
 
     def model(self, name: str, resolution: int) -> Any:
         model = catalog.read()[name]
-        guided = (model.guidance, model.max_sequence_length)
         resolution = model.resolution or resolution
         if model.trainable:
             folder, files = self.pipeline_folder(model), self.digests([name])
-            stored = self.embeddings(files, model.pipeline, model.max_sequence_length)
-            return self.backbone(folder, resolution, *guided, stored)
+            guidance, length = model.conditioning
+            stored = self.embeddings(files, model.pipeline, length)
+            return self.backbone(folder, resolution, guidance, length, stored)
         from tafs.models.pipelines import ReferencePipeline
 
         folders = {resource: self.folder(resource) for resource in model.resources}
-        settings = self._loading(resolution, *guided)
-        chosen = {key: settings[key] for key in ("resolution", "device", "dtype")}
-        return ReferencePipeline.load(model, folders, **chosen)
+        dtype = getattr(torch, self.settings.dtype)
+        return ReferencePipeline.load(
+            model, folders, resolution=resolution, device=self.device, dtype=dtype
+        )
 
     def embeddings(self, files: Mapping[str, str], pipeline: str, max_sequence_length: int) -> Path:
         versions = [version(name) for name in ("diffusers", "torch", "transformers")]

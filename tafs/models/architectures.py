@@ -198,7 +198,7 @@ def of_folder(folder: Path, model: catalog.Model) -> Architecture:
         content = json.loads((folder / part).read_text(encoding="utf-8"))
         return {key: value for key, value in content.items() if not key.startswith("_")}
 
-    tokens = model.max_sequence_length
+    _, tokens = model.conditioning
     if model.pipeline == "StableDiffusion3Pipeline":
         tokens += read("tokenizer/tokenizer_config.json")["model_max_length"]
     return Architecture(
@@ -263,7 +263,7 @@ def _latent(architecture: Architecture, resolution: int) -> int:
 
 def evaluations(model: catalog.Model) -> int:
     """Evaluations of the network per velocity: two with classifier-free guidance."""
-    return 2 if model.pipeline in GUIDED and model.guidance > 1 else 1
+    return 2 if model.pipeline in GUIDED and (model.guidance or 1) > 1 else 1
 
 
 def _attention(tokens: int, width: int) -> int:

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tafs.common import yaml_files
 from tafs.common.plugins import Group
@@ -16,6 +16,7 @@ from tafs.data.prompt_sets import Assets
 from tafs.models.base import Backbone
 
 FILE = Path(__file__).parent / "models.yaml"
+GUIDANCE = "guidance_scale"  # what most pipelines call it
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,63}$")]  # dots separate parts of run names
 Resource = Annotated[str, Field(pattern=r"^[a-z][a-z0-9.-]{0,63}$")]  # of resources.yaml
@@ -48,11 +49,33 @@ class Model(_Strict):
     text_encoder: Resource | None = None
     trainable: bool = False
     steps: Count
-    guidance: Annotated[float, Field(ge=0)]
-    max_sequence_length: Count
+    guidance: Annotated[float, Field(ge=0)] | None
+    # Left out where it is the usual one, so that earlier results stay what they are.
+    guidance_argument: str = Field(default=GUIDANCE, exclude_if=lambda name: name == GUIDANCE)
+    max_sequence_length: Count | None
     resolution: Count | None = None
     arguments: dict[str, Any] = {}
     licence: str
+
+    @model_validator(mode="after")
+    def _trained_as_given(self) -> Model:
+        if self.trainable and None in (self.guidance, self.max_sequence_length):
+            raise ValueError("guidance, max_sequence_length: training needs numbers, not null")
+        return self
+
+    @property
+    def conditioning(self) -> tuple[float, int]:
+        """(guidance, max_sequence_length) of a model that a backbone samples.
+
+        Raises:
+            ValueError: one of them is null; names the model.
+        """
+        if self.guidance is None or self.max_sequence_length is None:
+            raise ValueError(
+                f"guidance, max_sequence_length: {self.title} needs numbers for its backbone, not "
+                "null"
+            )
+        return self.guidance, self.max_sequence_length
 
     @property
     def resources(self) -> tuple[str, ...]:

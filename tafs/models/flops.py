@@ -103,12 +103,13 @@ def build(
     }
     required, _ = pipeline._get_signature_keys(pipeline)
     trained = catalog.backbones()[model.pipeline]
+    guidance, length = model.conditioning
     backbone = type(kind.__name__ + trained.__name__, (kind, trained), {})(
         pipeline(**(dict.fromkeys(required) | components)),
         tokens=architecture.tokens,
         resolution=resolution,
-        guidance=model.guidance,
-        max_sequence_length=model.max_sequence_length,
+        guidance=guidance,
+        max_sequence_length=length,
     )
     if lora_rank is not None:
         backbone.add_lora(lora_rank, lora_rank, seeding.generator(0, "lora"))

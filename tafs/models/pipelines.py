@@ -18,17 +18,9 @@ from tafs.models import adapters
 from tafs.models.catalog import Model
 from tafs.models.loading import pipeline_class
 
-# The arguments of a pipeline's call that `ReferencePipeline.generate` sets itself.
-GIVEN = (
-    "prompt",
-    "height",
-    "width",
-    "num_inference_steps",
-    "guidance_scale",
-    "max_sequence_length",
-    "generator",
-    "output_type",
-)
+# The arguments of a pipeline's call that `ReferencePipeline.generate` sets itself, besides those of
+# `_of_entry`.
+GIVEN = ("prompt", "height", "width", "num_inference_steps", "generator", "output_type")
 
 
 class ReferencePipeline:
@@ -116,10 +108,9 @@ class ReferencePipeline:
             height=self.resolution,
             width=self.resolution,
             num_inference_steps=steps or self.model.steps,
-            guidance_scale=self.model.guidance,
-            max_sequence_length=self.model.max_sequence_length,
             generator=list(generators),
             output_type="pt",
+            **_of_entry(self.model),
             **self.model.arguments,
         ).images
         height, width = images.shape[-2:]
@@ -129,6 +120,15 @@ class ReferencePipeline:
                 f"{self.resolution}; set its `resolution` to {width}"
             )
         return images.float()
+
+
+def _of_entry(model: Model) -> dict[str, Any]:
+    """Guidance and length of prompts as arguments of the pipeline's call, unless they are null."""
+    named = {
+        model.guidance_argument: model.guidance,
+        "max_sequence_length": model.max_sequence_length,
+    }
+    return {name: value for name, value in named.items() if value is not None}
 
 
 def _check_arguments(model: Model) -> None:
@@ -141,8 +141,19 @@ def _check_arguments(model: Model) -> None:
             raise ValueError(
                 f"pipeline: a {model.pipeline} takes no {name!r}, which {model.title} needs"
             )
+    entry = _of_entry(model)
+    for name in entry:
+        if name not in known:
+            key = "max_sequence_length" if name == "max_sequence_length" else "guidance"
+            like = ("length",) if key == name else ("guidance", "cfg")
+            others = ", ".join(other for other in known if any(part in other for part in like))
+            remedy = "" if key == name else " or `guidance_argument` to one of these names"
+            raise ValueError(
+                f"{key}: a {model.pipeline} takes no {name!r} (similar: {others or 'none'}); set "
+                f"`{key}` of {model.title} to null{remedy}"
+            )
     for name in model.arguments:
-        if name not in known or name in GIVEN:
+        if name not in known or name in GIVEN or name in entry:
             raise ValueError(f"arguments: {name!r} cannot be set for a {model.pipeline}")
 
 

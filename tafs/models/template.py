@@ -111,6 +111,8 @@ def write(name: str, pipeline: str = PIPELINE, folder: Path = FOLDER) -> Path:
         raise ValueError(f"{name!r} is taken; choose another name")
     published = [m for m in models.values() if (m.assets, m.pipeline) == ("hub", pipeline)]
     like = published[0] if published else None
+    guidance = None if like is None else like.guidance
+    length = None if like is None else like.max_sequence_length
     title = "".join(part.capitalize() for part in name.split("-"))
     trained = pipeline in catalog.backbones()
     parts = [HEAD, IMPORTS, PLUGIN] if trained else [HEAD, BACKBONE, "\n", PLUGIN]
@@ -120,8 +122,8 @@ def write(name: str, pipeline: str = PIPELINE, folder: Path = FOLDER) -> Path:
         pipeline=pipeline,
         resource=like.resource if like else name,
         steps=like.steps if like else 28,
-        guidance=like.guidance if like else 4.5,
-        max_sequence_length=like.max_sequence_length if like else 256,
+        guidance=4.5 if guidance is None else guidance,
+        max_sequence_length=length or 256,
         licence=like.licence if like else "(the name of the licence)",
         backbones="" if trained else f'    backbones={{"{pipeline}": {title}Backbone}},\n',
     )

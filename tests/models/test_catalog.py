@@ -99,6 +99,19 @@ def test_a_mistake_is_named_in_one_line(tmp_path, changes, message):
     assert str(raised.value).startswith(f"{tmp_path / 'models.yaml'}: ")
 
 
+@pytest.mark.parametrize("key", ["guidance", "max_sequence_length"])
+def test_only_models_that_are_compared_may_leave_guidance_and_length_to_the_pipeline(key, tmp_path):
+    entry = load_yaml(catalog.FILE, dict)["flux-dev"] | {key: None}
+    file = tmp_path / "models.yaml"
+    file.write_text(json.dumps({"flux": entry | {"trainable": False}}))
+    found = catalog.read_file(file)["flux"]
+    with pytest.raises(ValueError, match="max_sequence_length: FLUX.1-dev needs numbers for its b"):
+        _ = found.conditioning
+    file.write_text(json.dumps({"flux": entry}))
+    with pytest.raises(ConfigError, match="flux: .*max_sequence_length: training needs numbers"):
+        catalog.read_file(file)
+
+
 @pytest.mark.parametrize("as_file", [False, True])
 def test_an_installed_package_adds_models_as_a_mapping_or_a_file(install, as_file):
     entry, files = repr({"theirs": ENTRY}), {}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, Flux2KleinKVPipeline
 from safetensors.torch import load_file, save_file
 from support import tiny_pipelines
 
@@ -73,6 +73,58 @@ def test_images_are_those_of_the_plain_pipeline(name, folders):
         output_type="pt",
     ).images
     torch.testing.assert_close(load(name, folders).generate(PROMPTS, generators(0, 1)), plain)
+
+
+def test_a_pipeline_without_guidance_is_called_without_it(folders, tmp_path):
+    """FLUX.2 [klein]'s with cached keys takes no guidance_scale; neither length is given."""
+    folder = shutil.copytree(folders["flux2-klein-base-4b"], tmp_path / "klein")
+    index = json.loads((folder / "model_index.json").read_text())
+    kind = "Flux2KleinKVPipeline"
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": kind}))
+    changes = {"pipeline": kind, "trainable": False, "steps": STEPS}
+    changes |= {"guidance": None, "max_sequence_length": None}
+    model = MODELS["flux2-klein-base-4b"].model_copy(update=changes)
+    loaded = pipelines.ReferencePipeline.load(
+        model, {model.resource: folder}, resolution=64, dtype=torch.float32
+    )
+    found = loaded.generate(PROMPTS, generators(0, 1))
+    plain = Flux2KleinKVPipeline.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True
+    )(
+        prompt=PROMPTS,
+        height=64,
+        width=64,
+        num_inference_steps=STEPS,
+        generator=generators(0, 1),
+        output_type="pt",
+    ).images
+    torch.testing.assert_close(found, plain)
+    with pytest.raises(ValueError, match="guidance: a Flux2KleinKVPipeline takes no 'guidance_sca"):
+        pipelines.ReferencePipeline.load(
+            model.model_copy(update={"guidance": 4.0}), {model.resource: folder}, resolution=64
+        )
+
+
+def test_guidance_may_have_another_name(folders):
+    changes = {"guidance_argument": "true_cfg_scale", "guidance": 3.0, "steps": STEPS}
+    changes |= {"arguments": {"negative_prompt": "a blur", "guidance_scale": 2.0}}
+    model = MODELS["flux-dev"].model_copy(update=changes)
+    assert model.settings()["guidance_argument"] == "true_cfg_scale"
+    assert not any("guidance_argument" in shipped.settings() for shipped in SHIPPED.values())
+    loaded = pipelines.ReferencePipeline.load(model, folders, resolution=64, dtype=torch.float32)
+    plain = loaded.pipeline(
+        PROMPTS,
+        negative_prompt="a blur",
+        height=64,
+        width=64,
+        num_inference_steps=STEPS,
+        guidance_scale=2.0,
+        true_cfg_scale=3.0,
+        max_sequence_length=model.max_sequence_length,
+        generator=generators(0, 1),
+        output_type="pt",
+    ).images
+    torch.testing.assert_close(loaded.generate(PROMPTS, generators(0, 1)), plain)
 
 
 def test_a_model_can_be_sampled_at_another_number_of_steps(folders):
@@ -153,6 +205,21 @@ def test_an_empty_folder_is_named(folders, tmp_path, name, resource, message):
         ({"arguments": {"height": None}}, "arguments: 'height' cannot be set for a FluxPipeline"),
         ({"pipeline": "NoPipeline"}, "pipeline: diffusers has no 'NoPipeline'"),
         ({"pipeline": "DDPMPipeline"}, "a DDPMPipeline takes no 'prompt', which FLUX.1-dev needs"),
+        (
+            {"pipeline": "QwenImage21Pipeline"},
+            "guidance: a QwenImage21Pipeline takes no 'guidance_scale' "
+            r"\(similar: true_cfg_scale\); "
+            "set `guidance` of FLUX.1-dev to null or `guidance_argument` to one of these names",
+        ),
+        (
+            {"pipeline": "PRXPipeline"},
+            "max_sequence_length: a PRXPipeline takes no 'max_sequence_length' "
+            r"\(similar: tokenizer_max_length\); set `max_sequence_length` of FLUX.1-dev to null$",
+        ),
+        (
+            {"guidance_argument": "true_cfg_scale", "arguments": {"true_cfg_scale": 2}},
+            "arguments: 'true_cfg_scale' cannot be set",
+        ),
     ],
 )
 def test_an_entry_that_does_not_fit_its_pipeline_is_named(folders, tmp_path, changes, message):

@@ -67,7 +67,7 @@ def _model(name: str, results: Sequence[Result]) -> dict[str, Any]:
     facts = {
         "Pipeline": model.pipeline,
         "Steps": str(model.steps),
-        "Guidance": f"{model.guidance:g}",
+        "Guidance": "the pipeline's" if model.guidance is None else f"{model.guidance:g}",
         "Licence": model.licence,
         **_published(model.resources if model.assets == "hub" else ()),
         "SHA-256": ", ".join(sorted(digests)),
