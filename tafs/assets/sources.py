@@ -27,6 +27,7 @@ from tafs.data import geneval_rows
 from tafs.data.prompt_sets import Assets, prompt_set, prompt_sets
 from tafs.data.prompts import Prompt, digest
 from tafs.models import Backbone, catalog, loading
+from tafs.models.attention import Attention
 from tafs.models.catalog import Model
 from tafs.models.quantization import Quantization
 from tafs.rewards import golden, metrics
@@ -47,8 +48,25 @@ class AssetSettings(BaseModel):
     device: Literal["cpu", "cuda", "auto"]
     dtype: Literal["float32", "bfloat16"]
     gradient_checkpointing: bool
-    # Left out where nothing is quantised, so that earlier results stay what they are.
+    # Left out where they have their defaults, so that earlier results stay what they are.
     quantize: Quantization = Field(default="none", exclude_if=lambda chosen: chosen == "none")
+    attention: Attention = Field(default="native", exclude_if=lambda chosen: chosen == "native")
+    # Of the prompts of models that are trained, in tokens; None: that of models.yaml.
+    max_sequence_length: int | None = Field(default=None, exclude_if=lambda length: length is None)
+
+    def length(self, model: Model) -> int | None:
+        """The length of a model's prompts in tokens; None where its pipeline chooses it."""
+        own = self.max_sequence_length if model.trainable else None
+        return own or model.max_sequence_length
+
+    def conditioning(self, model: Model) -> tuple[float, int]:
+        """(guidance, length of the prompts in tokens) of a model that a backbone samples.
+
+        Raises:
+            ValueError: models.yaml has null for one of them; names the model.
+        """
+        guidance, length = model.conditioning
+        return guidance, self.length(model) or length
 
 
 class AssetSource(ABC):
@@ -204,6 +222,7 @@ class AssetSource(ABC):
             "dtype": getattr(torch, self.settings.dtype),
             "gradient_checkpointing": self.settings.gradient_checkpointing,
             "quantize": self.settings.quantize,
+            "attention_backend": self.settings.attention,
         }
 
 
@@ -224,7 +243,7 @@ class EmbeddedAssets(AssetSource):
     def model(self, name: str, resolution: int) -> Any:
         model = catalog.read()[name]
         folder = self.pipeline_folder(model)
-        return self.backbone(folder, resolution, *model.conditioning)
+        return self.backbone(folder, resolution, *self.settings.conditioning(model))
 
     def _scores(self, metric: Metric) -> bool:
         return not (metric.resources or metric.served)
@@ -296,7 +315,7 @@ class HubAssets(AssetSource):
         resolution = model.resolution or resolution
         if model.trainable:
             folder, files = self.pipeline_folder(model), self.digests([name])
-            guidance, length = model.conditioning
+            guidance, length = self.settings.conditioning(model)
             stored = self.embeddings(files, model.pipeline, length)
             return self.backbone(folder, resolution, guidance, length, stored)
         from tafs.models.pipelines import ReferencePipeline

@@ -22,6 +22,7 @@ from pydantic import (
 from tafs.common.yaml_files import NAME
 from tafs.data import prompt_files
 from tafs.data.prompt_sets import Assets
+from tafs.models.attention import Attention
 from tafs.models.quantization import Quantization
 from tafs.models.sampling import SAMPLERS
 
@@ -187,6 +188,10 @@ class Scale(_Strict):
     # Of the linear layers in the network's blocks, when it is trained and when it is judged.
     quantize: Quantization = "none"
     gradient_checkpointing: bool = False
+    # What computes the attention of trained networks, by diffusers' names; changes the rounding.
+    attention: Attention = "native"
+    # Of the prompts of trained models, in training and evaluation; None: that of models.yaml.
+    max_sequence_length: Count | None = None
     processes: Count = 1  # of a training job; one per GPU
     nodes: Count = 1  # machines that share the processes
     memory_mb: Count = 3000  # of host memory per process

@@ -251,6 +251,12 @@ def _scale_problems(config: Config, key: str, scale: Scale) -> Iterator[str]:
     for model in scale.model_roles.values():
         if not known[model].trainable:
             yield f"{where}.model_roles: {model!r} cannot be trained, only compared"
+        longest = known[model].max_sequence_length
+        if (scale.max_sequence_length or 0) > longest:
+            yield (
+                f"{where}.max_sequence_length: {scale.max_sequence_length} is more than the "
+                f"{longest} tokens of {model!r}; lower it"
+            )
     if scale.processes % scale.nodes:
         yield (
             f"{where}.nodes: {scale.nodes} nodes cannot share {scale.processes} processes; "

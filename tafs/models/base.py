@@ -17,7 +17,7 @@ import tafs.common.torchvision_patch  # noqa: F401  # isort: skip
 import torch
 from torch import Tensor, nn
 
-from tafs.models import adapters, quantization
+from tafs.models import adapters, attention, quantization
 from tafs.models.conditioning import Conditioning
 from tafs.models.embeddings import Embeddings
 from tafs.models.sampling import shifted
@@ -114,6 +114,7 @@ class Backbone:
         vae_dtype: torch.dtype = torch.float32,
         gradient_checkpointing: bool = False,
         quantize: quantization.Quantization = "none",
+        attention_backend: attention.Attention = "native",
         embeddings: Path | None = None,
     ) -> Self:
         """Load a diffusers pipeline folder; `tafs.models.loading.load` selects the subclass.
@@ -129,11 +130,12 @@ class Backbone:
                 inside `reference()`. The autoencoder's blocks are always recomputed, if it supports
                 that.
             quantize: the format that the linear layers of the network's blocks are quantised to.
+            attention_backend: what computes the network's attention; see `attention.choose`.
             embeddings: the folder in which prompt embeddings are stored; see `Embeddings`. The text
                 encoders are then loaded when a prompt has to be encoded.
 
         Raises:
-            ValueError: a library that quantises is missing; names the remedy.
+            ValueError: a library that quantises or computes attention is missing; names it.
         """
         from diffusers import DiffusionPipeline
 
@@ -163,6 +165,7 @@ class Backbone:
         backbone.quantized = quantize != "none"
         for module in (pipeline.transformer, pipeline.vae):
             module.to(device)
+        attention.choose(pipeline.transformer, attention_backend)
         if gradient_checkpointing:
             pipeline.transformer.enable_gradient_checkpointing()
         # Its activations at full size would take most of the memory of rewards' gradients.

@@ -1,4 +1,4 @@
-"""Which device a source uses, and how it checks its rewards."""
+"""The device and the prompts' length of a source, and how it checks its rewards."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from tafs.assets import sources
 from tafs.common import errors
 from tafs.experiment.specs import AssetSettings
+from tafs.models import catalog
 from tafs.rewards import golden, statistics
 
 JOB, VISIBLE = "SLURM_JOB_ID", "CUDA_VISIBLE_DEVICES"
@@ -53,3 +54,19 @@ def test_a_reward_that_needs_no_download_must_give_its_shipped_scores(
     monkeypatch.setattr(statistics, "QUALITY", 94)
     with pytest.raises(errors.RunFailed, match="reward jpeg_compressibility: the golden image"):
         source.rewards(["jpeg_compressibility"])
+
+
+@pytest.mark.parametrize(("chosen", "tokens"), [(None, 10), (6, 6)])
+def test_trained_models_take_prompts_of_the_scales_length(chosen: int | None, tokens: int) -> None:
+    settings = AssetSettings(
+        assets="shapes",
+        lock="",
+        device="cpu",
+        dtype="float32",
+        gradient_checkpointing=False,
+        max_sequence_length=chosen,
+    )
+    backbone = sources.of(settings).model("shapes-flux", 24)
+    assert backbone.encode(["a red ring"]).embeds.shape[1] == tokens
+    compared = catalog.read()["flux-schnell"]
+    assert settings.length(compared) == compared.max_sequence_length

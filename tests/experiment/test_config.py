@@ -49,6 +49,18 @@ def test_quantised_weights_decide_an_outcome_and_whole_ones_change_no_earlier_ru
     assert "quantize" not in whole.to_json()
 
 
+def test_a_length_of_prompts_decides_an_outcome_and_an_attention_backend_does_not(changed):
+    old = "    resolution: 24\n"
+    new = f"{old}    max_sequence_length: 6\n    attention: _native_math\n"
+    own, chosen = (
+        next(iter(experiment.load({"scale": "smoke"}, path).runs.values()))
+        for path in (SHIPPED, changed(old, new))
+    )
+    assert chosen.decisive() == {**own.decisive(), "assets.max_sequence_length": 6}
+    assert chosen.assets.attention == "_native_math"
+    assert not {"attention", "max_sequence_length"} & own.assets.model_dump().keys()
+
+
 def test_a_missing_library_is_one_line_when_a_scale_needs_it(changed, monkeypatch):
     path = changed("    resolution: 24\n", "    resolution: 24\n    quantize: int8\n")
     monkeypatch.setattr(quantization, "find_spec", lambda name: None)
@@ -93,7 +105,17 @@ def test_a_missing_library_is_one_line_when_a_scale_needs_it(changed, monkeypatc
         ("results: results", "scale: smoke", "line 6: 'scale' is given twice; keep one of them"),
         ("=127.0.0.1", "={host}", "should have no braces except those of {folder} and {port}"),
         ("title: CLIP-only", 'title: "a\\u202eb"', "tasks.clip_only.title: should not contain"),
+        (
+            ": 24\n",
+            ": 24\n    attention: sage\n",
+            "scales.smoke.attention: input should be 'native'",
+        ),
         # Contradictions.
+        (
+            ": 24\n",
+            ": 24\n    max_sequence_length: 11\n",
+            "scales.smoke.max_sequence_length: 11 is more than the 10 tokens of 'shapes-sd3'",
+        ),
         ("kind: correlation", "methods: [tafs_grpo]", "table7.tasks: a table of kind 'scores' ne"),
         ("n\n    header", "n\n    tasks: [clip_only]\n    header", "'correlation' takes no tasks"),
         ("    prompts: preference\n\n# The", "\n# The", "table7.prompts: a table of kind 'correl"),

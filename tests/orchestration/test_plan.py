@@ -53,6 +53,26 @@ def test_an_evaluation_of_the_network_has_the_flops_of_its_products(work):
     assert found.adapter == 2 * d * r * (5 * 8 + 4 * 3)
 
 
+def test_shorter_prompts_take_fewer_flops_and_less_memory_of_trained_models(paper):
+    scale = paper.graph.scale.model_copy(update={"max_sequence_length": 128})
+    config = paper.graph.plan.config
+    config = config.model_copy(update={"scales": {**config.scales, "paper": scale}})
+    runs = {
+        name: run.model_copy(
+            update={"assets": run.assets.model_copy(update={"max_sequence_length": 128})}
+        )
+        for name, run in paper.runs.items()
+    }
+    shorter = Workload(Graph(dataclasses.replace(paper.graph.plan, config=config, runs=runs)))
+    assert shorter.architecture("flux-dev").tokens == 128
+    assert shorter.architecture("sd35-medium").tokens == 77 + 128
+    assert shorter.architecture("flux-schnell") == paper.architecture("flux-schnell")
+    assert 0.7 < shorter.forward("flux-dev", 512) / paper.forward("flux-dev", 512) < 0.8
+    name = "tafs_grpo.preference.flux-dev.0"
+    needs = [micro_batches.of_run(work, work.runs[name]).largest()[1] for work in (shorter, paper)]
+    assert needs[0] < needs[1]
+
+
 def test_an_iteration_costs_its_images_times_the_evaluations_of_the_method(work):
     spec = work.runs[TAFS]
     assert estimate.training_flops(spec, 2e9) == 2 * 4 * spec.forward_equivalents * 2e9

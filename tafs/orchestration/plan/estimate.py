@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -148,8 +148,15 @@ class Workload:
         if model.pipeline not in {*architectures.SIZES, *architectures.COMPARED}:
             return None
         if model.assets != "hub":
-            return architectures.of_folder(self.graph.source.pipeline_folder(model), model)
-        return architectures.PUBLISHED.get(model.resource)
+            found = architectures.of_folder(self.graph.source.pipeline_folder(model), model)
+        elif model.resource in architectures.PUBLISHED:
+            found = architectures.PUBLISHED[model.resource]
+        else:
+            return None
+        length = self.graph.source.settings.length(model)
+        if length is None or model.max_sequence_length is None:
+            return found
+        return replace(found, tokens=found.tokens - (model.max_sequence_length - length))
 
     @cache  # noqa: B019 - one object per plan
     def network(self, name: str, resolution: int) -> architectures.Size | None:
