@@ -17,8 +17,9 @@ from ruamel.yaml import YAML
 from support import documents
 from support.documents import ROOT, Block
 
-from tafs import cli
+from tafs import cli, experiment
 from tafs.experiment.schema import Config
+from tafs.experiment.variants import Variants
 from tafs.methods import ForwardProcess, Method, PolicyGradient, registry
 
 NOTEBOOK = ROOT / "docs" / "first_steps.ipynb"
@@ -193,6 +194,29 @@ def test_the_shared_settings_are_listed() -> None:
     text = (ROOT / "docs" / "methods" / "README.md").read_text("utf-8")
     for field in (*dataclasses.fields(PolicyGradient), *dataclasses.fields(ForwardProcess)):
         assert f"`{field.name}`" in text, field.name
+
+
+def test_the_table_of_hyperparameters_has_the_values_of_the_scale_paper() -> None:
+    text = (ROOT / "docs" / "reading-the-paper.md").read_text("utf-8")
+    _, _, table = text.partition("| method | learning rate |")
+    rows = [line.strip("| ").split(" | ") for line in table.split("\n\n")[0].splitlines()[2:]]
+    config = experiment.load({"scale": "paper"}, ROOT / "config.yaml").config
+    variants = Variants(config)
+    methods = [variants.method(name) for name in config.experiments["table2"].methods]
+    by_title = {method.TITLE: method for method in methods}
+    assert {row[0] for row in rows} == by_title.keys()
+    for title, *cells in rows:
+        method = by_title[title]
+        shown = [cell.split()[0] for cell in cells]
+        noise = getattr(method, "eta", None)
+        if isinstance(method, PolicyGradient) and method.sampler == "anneal":
+            noise = None  # it has no noise level
+        found = (method.learning_rate, getattr(method, "clip_range", 0), noise, method.ema)
+        for cell, value in zip(shown, (*found, method.updates), strict=True):
+            assert (0.0 if cell in ("none", "drawn") else float(cell)) == (value or 0), (
+                title,
+                cell,
+            )
 
 
 def test_every_message_of_the_troubleshooting_page_is_in_the_code() -> None:
