@@ -301,6 +301,10 @@ def test_the_memory_of_a_training_follows_its_run_and_the_sizes_of_its_downloads
     assert (setting.micro_batch, setting.images, setting.trained_steps) == (4, 144, 3)
     assert (found.most, setting.kept_images, setting.reward_activations) == (48, 0, None)
     assert setting.rewards == pytest.approx(5.61e9)
+    composition = micro_batches.of_run(paper, paper.runs["tafs_grpo.composition.flux-dev.0"])
+    # Beside them GenEval's detector, with a CLIP of its own, and HPSv2.1: twice its file.
+    more = 0.3e9 + 1.7e9 + 2 * 1.972e9
+    assert composition.setting.rewards == pytest.approx(5.61e9 + more, rel=1e-3)
     parameters = 11_901_408_320 + 83_819_683
     assert setting.text_encoders == pytest.approx(33.7e9 - 2 * parameters)
     training = spec.training.model_copy(update={"keep_graphs": True})

@@ -19,6 +19,8 @@ from tafs.rewards import metrics
 # With so many images, an update without gradient checkpointing is faster than one of any number
 # with it: by a quarter for FLUX.1-dev on an H100, compiled or not (results/reference/gpu/).
 UNCHECKED = 4
+# Bytes of reward models that are in half precision in their file and in float32 in memory.
+LOADED = {"hpsv2": memory_model.FLOAT * 986_109_441}
 WEIGHT_BYTES = {"float32": memory_model.FLOAT, "bfloat16": memory_model.HALF}
 # The rewards whose gradients are modelled: ViT-H/14 or ViT-L/14 at 224 pixels.
 # Those of other rewards count as nothing.
@@ -135,7 +137,7 @@ def of_run(work: Workload, spec: RunSpec) -> TrainingMemory | None:
         images=images,
         trained_steps=spec.nfe_theta or 1,
         kept_images=share if training.keep_graphs and method.keeps_graphs else 0,
-        rewards=sum(known[name].gigabytes for name in used) * GB,
+        rewards=sum(LOADED.get(name, known[name].gigabytes * GB) for name in used),
         reward_activations=(
             sum(TOWERS.get(reward, 0.0) for reward in spec.rewards)
             if method.needs_reward_gradients
