@@ -22,13 +22,16 @@ from socket import socket
 from typing import Self
 
 import pandas as pd
+from torch import Tensor
 
 from tafs.assets.sources import AssetSource
 from tafs.common import errors
+from tafs.data.prompts import Prompt
 from tafs.evaluation import image_archive, scores
 from tafs.experiment import needs, run_inputs
 from tafs.rewards import golden, metrics
 from tafs.rewards.chat import ChatJudge, wait_ready
+from tafs.rewards.registry import check_images
 from tafs.runtime import checkpoint, journal, receipts
 from tafs.runtime.main import end_with_parent, run_stage
 from tafs.runtime.progress import Reporter
@@ -37,7 +40,7 @@ from tafs.runtime.run_dir import RunDir
 
 START_TIMEOUT_S = 1800  # reading and compiling a 7B model
 STOP_TIMEOUT_S = 30
-BATCH = 64  # images in flight
+BATCH = 64  # images whose scores are saved together
 
 
 @contextmanager
@@ -166,11 +169,10 @@ def score_served(run: RunDir) -> None:
             digests = {reward.name: source.reward_digest(reward.name)}
             golden.record([reward], digests, source.golden_scores)
         client.asked, client.missing = len(done.values), Counter(done.missing)
-        for keys, images in image_archive.read(run.images, BATCH, first=len(done.values)):
-            image_prompts = [prompts[key.prompt] for key in keys]
-            values = reward.report(reward.score(images, image_prompts)).double().tolist()
+        for found in client.stream(_asked(run, prompts, reward.name, len(done.values))):
+            values = reward.report(found).double().tolist()
             done.add(values, client.missing)
-            reporter.advance(steps=len(keys))
+            reporter.advance(steps=len(values))
         print(json.dumps(reward.record()))
     keys = image_archive.keys(run.images)
     rows = [
@@ -181,6 +183,15 @@ def score_served(run: RunDir) -> None:
         scores.write_table(run, spec, run.served_scores, pd.DataFrame(rows))
     checkpoint.clear(run.eval_state)
     reporter.finish()
+
+
+def _asked(
+    run: RunDir, prompts: Sequence[Prompt], name: str, first: int
+) -> Iterator[tuple[Tensor, list[Prompt]]]:
+    """The run's images from `first` on, in batches, with their prompts."""
+    for keys, images in image_archive.read(run.images, BATCH, first=first):
+        image_prompts = [prompts[key.prompt] for key in keys]
+        yield check_images(name, images, image_prompts), image_prompts
 
 
 class _Scored:

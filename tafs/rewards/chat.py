@@ -11,13 +11,14 @@ import re
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -29,6 +30,7 @@ from tafs.rewards.registry import MISSING_SHARE
 
 MAX_ANSWER = 1_000_000  # bytes
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0  # seconds between attempts, doubled each time
+AHEAD = 2  # batches that `ChatJudge.stream` asks about before their turn
 
 _ADDRESS = re.compile(r"http://([\w.-]+|\[[\da-fA-F:]+\]):(\d{1,5})/?", re.ASCII)
 _TRANSIENT = frozenset({429, 500, 502, 503, 504})
@@ -105,44 +107,78 @@ class ChatJudge(ABC):
             RunFailed: there is no server, it refuses the request, or too many scores are missing.
             ValueError: a prompt has no questions; names it.
         """
-        pixels = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
-        arrays = pixels.permute(0, 2, 3, 1).cpu().numpy()
-        asked = [self.questions(prompt) for prompt in prompts]
-        of = self.images or len(prompts)
-        allowed = int(self.missing_share * of)
-        before = self.missing if self.images else Counter[str]()
-        missing, stopped, lock = Counter(before), threading.Event(), threading.Lock()
+        [scores] = self.stream([(images, prompts)])
+        return scores
 
-        def score(i: int) -> float:
-            if stopped.is_set():
-                return math.nan
+    def stream(self, batches: Iterable[tuple[Tensor, Sequence[Prompt]]]) -> Iterator[Tensor]:
+        """The scores of batches, in their order, each as a call would give them.
+
+        The images of AHEAD further batches are asked about while the slowest of a batch are waited
+        for, so that `workers` requests are under way at any time.
+
+        Raises:
+            RunFailed, ValueError: as for a call.
+        """
+        stopped = threading.Event()
+        waiting: deque[tuple[torch.device, list[Future[float | str]]]] = deque()
+        with ThreadPoolExecutor(self.workers) as pool:
             try:
-                image = self._encoded(Image.fromarray(arrays[i]))
-                bodies = [self._body(image, question) for question in asked[i]]
-                answers = [_choice(self._ask(body, stopped)) for body in bodies]
-                return self.value(prompts[i], answers)
-            except Missing as reason:
-                with lock:
-                    if not stopped.is_set():  # after a stop, the remaining images are not tried
-                        missing[str(reason)] += 1
-                        if missing.total() > allowed:
-                            stopped.set()
-                return math.nan
-            except RunFailed:
-                stopped.set()
-                raise
+                for images, prompts in batches:
+                    pixels = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
+                    asked = [self.questions(prompt) for prompt in prompts]
+                    work = zip(
+                        pixels.permute(0, 2, 3, 1).cpu().numpy(), prompts, asked, strict=True
+                    )
+                    futures = [pool.submit(self._score, *one, stopped) for one in work]
+                    waiting.append((images.device, futures))
+                    if len(waiting) > AHEAD:
+                        yield self._counted(*waiting.popleft())
+                while waiting:
+                    yield self._counted(*waiting.popleft())
+            finally:
+                stopped.set()  # after a failure, the remaining images are not tried
 
-        with ThreadPoolExecutor(max(1, min(self.workers, len(prompts)))) as pool:
-            values = list(pool.map(score, range(len(prompts))))
-        self.asked += len(prompts)
-        self.missing += missing - before
-        if missing.total() > allowed:
-            reasons = ", ".join(f"{count} {name}" for name, count in sorted(missing.items()))
-            raise RunFailed(
-                f"{self.metric.name}: {missing.total()} of {of} images have no score from "
-                f"{self.url} ({reasons}); at most {allowed} may be missing"
-            )
-        return torch.tensor(values, dtype=torch.float32, device=images.device) / self.metric.scale
+    def _score(
+        self,
+        pixels: np.ndarray,
+        prompt: Prompt,
+        questions: Sequence[Question],
+        stopped: threading.Event,
+    ) -> float | str:
+        """The published score of an image, uint8 [H, W, 3]; or why it has none, in one word."""
+        if stopped.is_set():
+            return math.nan
+        try:
+            image = self._encoded(Image.fromarray(pixels))
+            bodies = [self._body(image, question) for question in questions]
+            answers = [_choice(self._ask(body, stopped)) for body in bodies]
+            return self.value(prompt, answers)
+        except Missing as reason:
+            return math.nan if stopped.is_set() else str(reason)
+        except RunFailed:
+            stopped.set()
+            raise
+
+    def _counted(self, device: torch.device, futures: Sequence[Future[float | str]]) -> Tensor:
+        """Wait for the scores of a batch; count those that are missing."""
+        of = self.images or len(futures)
+        allowed = int(self.missing_share * of)
+        missing, values = Counter(self.missing if self.images else ()), []
+        self.asked += len(futures)
+        for future in futures:
+            found = future.result()
+            if isinstance(found, str):
+                missing[found] += 1
+                self.missing[found] += 1
+                found = math.nan
+                if missing.total() > allowed:
+                    reasons = ", ".join(f"{n} {name}" for name, n in sorted(missing.items()))
+                    raise RunFailed(
+                        f"{self.metric.name}: {missing.total()} of {of} images have no score from "
+                        f"{self.url} ({reasons}); at most {allowed} may be missing"
+                    )
+            values.append(found)
+        return torch.tensor(values, dtype=torch.float32, device=device) / self.metric.scale
 
     def reward(self) -> Reward:
         return Reward(self.metric, self, self.details)

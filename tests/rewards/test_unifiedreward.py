@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 import re
 import socket
+import threading
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -180,6 +183,26 @@ def test_there_are_at_most_as_many_parallel_requests_as_workers():
         assert server.most_in_flight == 3
 
 
+def test_further_batches_are_asked_about_while_the_slowest_image_of_one_is_waited_for():
+    images, prompts, last = grey(6), captions(6), threading.Event()
+
+    class Slow(UnifiedReward):
+        def value(self, prompt: Prompt, answers: Sequence[Any]) -> float:
+            if prompt is prompts[-1]:
+                last.set()
+            if prompt is prompts[0]:
+                assert last.wait(60)  # all other images are scored meanwhile
+            return super().value(prompt, answers)
+
+    with ChatServer() as server:
+        reward = Slow(server.url, side=SIDE, workers=2, images=6)
+        batches = [(images[i : i + 2], prompts[i : i + 2]) for i in (0, 2, 4)]
+        found = list(reward.stream(batches))
+        assert server.most_in_flight <= 2
+    assert [len(scores) for scores in found] == [2, 2, 2] and reward.asked == 6
+    torch.testing.assert_close(torch.cat(found), expected(images))
+
+
 def test_a_proxy_of_the_environment_is_not_used(monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
         monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
@@ -248,10 +271,10 @@ def test_a_persistent_failure_is_missing_and_counted(fault, reason):
 def test_too_many_missing_scores_end_the_run_with_their_counts():
     with ChatServer(faults={"nonsense": 0.2, "out_of_range": 0.2}) as server:
         reward = scorer(server)
-        with pytest.raises(RunFailed, match=r"5 of 40 images have no score from .*\(.*no_score"):
-            reward(grey(40), captions(40))
-        assert len(server.requests) < 40  # the rest is not sent
-    assert reward.missing.total() == 5
+        with pytest.raises(RunFailed, match=r"21 of 200 images have no score from .*\(.*no_score"):
+            reward(grey(200), captions(200))
+        assert len(server.requests) < 200  # the rest is not sent
+    assert reward.missing.total() == 21
 
 
 def test_the_allowed_share_refers_to_the_images_of_all_calls():
