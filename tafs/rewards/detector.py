@@ -1,7 +1,7 @@
 """GenEval with a real detector: Mask2Former finds the objects, CLIP classifies their colours.
 
-Reproduces the authors' evaluate_images.py (https://github.com/djghosh13/geneval), which uses
-mmdetection and open_clip, with transformers' models:
+Follows the authors' evaluate_images.py (https://github.com/djghosh13/geneval), which uses
+mmdetection and open_clip, with transformers' models and another checkpoint of the same detector:
 
 - images are resized to fit 800 x 1333 and normalised as in mmdetection's COCO configurations;
 - instances are those of its MaskFormer head: the 100 best pairs of query and class, whose masks
