@@ -21,7 +21,7 @@ JOB, VISIBLE = "SLURM_JOB_ID", "CUDA_VISIBLE_DEVICES"
     [
         (0, {}, "cpu"),
         (1, {}, "cuda:0"),
-        (3, {}, f"cuda:{os.getpid() % 3}"),
+        (3, {}, "cuda:2"),
         (1, {JOB: "7"}, "cpu"),
         (1, {JOB: "7", VISIBLE: "0"}, "cuda:0"),
     ],
@@ -30,6 +30,7 @@ def test_auto_is_a_gpu_where_a_job_has_one(
     gpus: int, environment: dict[str, str], used: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(os, "getpid", lambda: 3 * 7 + 2)
     for name in (JOB, VISIBLE):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():

@@ -16,6 +16,8 @@ from tafs.report.results import LoadedTable, System
 from tafs.report.stats import Array
 from tafs.rewards.metrics import METRICS
 
+WIDE = 10  # more systems than this need a wider figure for their legend
+
 
 def steps(table: LoadedTable) -> Figure:
     """Figure 4: every metric against the number of inference steps, a line per method.
@@ -85,7 +87,8 @@ def pareto(table: LoadedTable) -> Figure:
     # The first images of a prompt start from the same noise at every number of steps.
     images = min(values.shape[2] for values in drawn.values())
     front = np.full(len(nfe), -np.inf)
-    figure = Figure(figsize=(3.8, 3.4), layout="constrained")
+    wide = len(systems) > WIDE
+    figure = Figure(figsize=(6.6, 4.2) if wide else (3.8, 3.4), layout="constrained")
     axes = figure.subplots()
     for system, look in looks(systems).items():
         base = table.base_of(system)

@@ -94,12 +94,15 @@ class Look(NamedTuple):
 
 
 def looks(systems: Sequence[System]) -> dict[System, Look]:
-    """A look per system: a method's own colour and marker, and a line style per trained model."""
+    """A look per system: a method's own colour and marker, and a line style per trained model.
+
+    A variant of a method has its look only where the method itself is not among the systems.
+    """
     trained = list(dict.fromkeys(s.spec.backbone for s in systems if s.spec.trained))
     free = iter(OTHERS * len(systems))
     taken: dict[tuple[str, ...], tuple[str, str]] = {}
     found = {}
-    for system in systems:
+    for system in sorted(systems, key=lambda one: one.spec.variant != one.spec.method):
         spec = system.spec
         key: tuple[str, ...] = (spec.variant, spec.task)
         if not spec.trained and spec.backbone not in trained:
@@ -109,7 +112,7 @@ def looks(systems: Sequence[System]) -> dict[System, Look]:
             taken[key] = own if own and own not in taken.values() else next(free)
         place = trained.index(spec.backbone) if spec.backbone in trained else 0
         found[system] = Look(*taken[key], LINES[place % len(LINES)])
-    return found
+    return {system: found[system] for system in systems}
 
 
 def legend(figure: Figure, *panels: Axes) -> None:
