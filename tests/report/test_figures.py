@@ -105,7 +105,7 @@ def test_only_figures_of_random_weights_are_marked(
 def test_systems_differ_in_colour_and_trained_models_in_line_style(tmp_path: Path) -> None:
     runs = []
     for backbone in ("one", "two"):
-        for method, variant in (("base", "base"), ("tafs_grpo", "tafs_grpo"), ("tafs_grpo", "b")):
+        for method, variant in (("base", "base"), ("tafs_grpo", "b"), ("tafs_grpo", "tafs_grpo")):
             name = f"{variant}-{backbone}"
             fields = {"name": name, "variant": variant, "title": name, "backbone": backbone}
             small: dict[str, Any] = {"prompts": 6, "images": 1, "nfe": (4,)}
