@@ -252,7 +252,7 @@ def _scale_problems(config: Config, key: str, scale: Scale) -> Iterator[str]:
         if not known[model].trainable:
             yield f"{where}.model_roles: {model!r} cannot be trained, only compared"
         longest = known[model].max_sequence_length
-        if (scale.max_sequence_length or 0) > longest:
+        if longest is not None and (scale.max_sequence_length or 0) > longest:
             yield (
                 f"{where}.max_sequence_length: {scale.max_sequence_length} is more than the "
                 f"{longest} tokens of {model!r}; lower it"
