@@ -247,12 +247,31 @@ def test_make_refuses_an_old_python_in_one_line(tmp_path: Path) -> None:
     assert not (tmp_path / "venv").exists()
 
 
-def test_continuous_integration_runs_all_tests() -> None:
-    script = ROOT / ".ci" / "run"
-    assert os.access(script, os.X_OK)
-    text = script.read_text().splitlines()
-    assert "set -euo pipefail" in text
-    assert text[-2:] == ["make test", "make test-slurm"]
+@pytest.mark.parametrize(
+    ("failing", "called"),
+    [
+        ("", {"setup", "test", "test-slurm"}),
+        ("setup", {"setup"}),
+        ("test", {"setup", "test", "test-slurm"}),
+        ("test-slurm", {"setup", "test", "test-slurm"}),
+    ],
+)
+def test_continuous_integration_runs_all_tests_and_fails_with_any(
+    failing: str, called: set[str], tmp_path: Path
+) -> None:
+    calls, make = tmp_path / "calls", tmp_path / "make"
+    make.write_text(f'#!/bin/sh\necho "$1" >>"{calls}"\ntest "$1" != "{failing}"\n')
+    installed = tmp_path / "slurmctld"
+    for program in (make, installed):
+        program.touch()
+        program.chmod(0o755)
+    around = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run([ROOT / ".ci" / "run"], env=around, capture_output=True)
+    assert (done.returncode != 0) == bool(failing)
+    assert set(calls.read_text().split()) == called
+
+
+def test_hosted_integration_tests_every_supported_version_of_python() -> None:
     hosted = YAML(typ="safe").load(ROOT / ".github" / "workflows" / "ci.yml")
     steps = [step.get("run") for job in hosted["jobs"].values() for step in job["steps"]]
     assert {"make lint", "make test"} <= set(steps)
