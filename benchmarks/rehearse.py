@@ -388,9 +388,10 @@ def work(options: argparse.Namespace, command: str) -> None:
     scale, size = plan.config.active, SIZES[options.size]
     size = replace(size, resolution=options.resolution or size.resolution)
     share = scale.prompts_per_iteration * scale.group_size // scale.processes
-    batch = options.micro_batch = options.micro_batch or scale.micro_batch
+    runs = runs_of(plan, options.methods, options.task)
+    batch = options.micro_batch = options.micro_batch or min(run.batch for run in runs)
     if options.checkpointing is None:
-        options.checkpointing = scale.gradient_checkpointing
+        options.checkpointing = any(run.assets.gradient_checkpointing for run in runs)
     most = min(options.images or share, share)
     if not 1 <= batch <= most or most % batch:
         raise ValueError(
@@ -399,7 +400,6 @@ def work(options: argparse.Namespace, command: str) -> None:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device: this machine has no GPU; leave the option out or give cpu")
-    runs = runs_of(plan, options.methods, options.task)
     setting = setting_of(options, command, plan, size, share, device)
     encoders = size.encoders[options.backbone]
     encoding = number(encoding_seconds(encoders, device))

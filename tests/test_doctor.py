@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -85,6 +86,27 @@ def test_gpus_matter_where_trainings_run(needed, slurm, state, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)  # also on a machine with GPUs
     *_, gpus = doctor.gpus(needed, 1, slurm)
     assert gpus.state == state
+
+
+@pytest.mark.parametrize(
+    "given, state, found",
+    [
+        (24, OK, "85.2 GB, and the scale makes use of 24 GB; --config gpu_memory=85 makes use of"),
+        (80, OK, "85.2 GB, and the scale makes use of 80 GB"),
+        (141, PROBLEM, "85.2 GB, and the scale makes use of 141 GB"),
+    ],
+)
+def test_the_gpus_are_compared_with_the_memory_that_a_scale_makes_use_of(
+    given, state, found, monkeypatch
+):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    sizes = [SimpleNamespace(total_memory=gigabytes * 10**9) for gigabytes in (150.1, 85.2)]
+    monkeypatch.setattr("torch.cuda.get_device_properties", sizes.__getitem__)
+    [check] = doctor.gpu_memory(given)
+    assert (check.state, check.found[: len(found)]) == (state, found)
+    assert check.remedy == ("give snakemake --config gpu_memory=85" if state == PROBLEM else "")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert not [*doctor.gpu_memory(given)]
 
 
 def test_partitions_are_listed_with_their_gpus(tmp_path, monkeypatch):

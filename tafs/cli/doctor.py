@@ -61,6 +61,8 @@ def checks(overrides: Mapping[str, Any]) -> Iterator[Check]:
     cluster = partitions()
     slurm = cluster.state == OK and scale.device == "cuda"
     yield from gpus(scale.device == "cuda", scale.processes // scale.nodes, slurm)
+    if scale.automatic and scale.gpu_memory is not None and not slurm:
+        yield from gpu_memory(scale.gpu_memory)
     yield disk(graph, fetched)
     yield memory(scale.memory_mb * MIB * scale.processes // scale.nodes, slurm)
     yield from hub({name: resources[name] for name in fetched}, Path(scale.lock))
@@ -142,6 +144,25 @@ def gpus(needed: bool, count: int, slurm: bool) -> Iterator[Check]:
     else:
         remedy = "use a machine with them, or a scale with `device: cpu` such as shapes"
         yield Check("gpus", PROBLEM, f"{found}, but a training takes {count}", remedy)
+
+
+def gpu_memory(given: float) -> Iterator[Check]:
+    """Whether this machine's GPUs have the memory that the scale makes use of, in GB."""
+    import torch
+
+    sizes = [
+        torch.cuda.get_device_properties(i).total_memory / GB
+        for i in range(torch.cuda.device_count())
+    ]
+    if not sizes:
+        return
+    found = f"{min(sizes):.1f} GB, and the scale makes use of {given:g} GB"
+    option = f"--config gpu_memory={int(min(sizes))}"
+    if min(sizes) < given:
+        yield Check("gpu memory", PROBLEM, found, f"give snakemake {option}")
+    else:
+        faster = f"; {option} makes use of all" if min(sizes) > 1.2 * given else ""
+        yield Check("gpu memory", OK, found + faster)
 
 
 def disk(graph: Any, fetched: Sequence[str]) -> Check:

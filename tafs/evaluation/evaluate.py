@@ -121,7 +121,8 @@ def judge(
     Raises:
         ToBeContinued: as for `evaluate`.
     """
-    with memory.fitting(run, "evaluate", run_inputs.eval_spec(run).batch) as batch:
+    asked, model = run_inputs.eval_spec(run).batch, run_inputs.run_spec(run).backbone
+    with memory.fitting(run, "evaluate", asked, model) as batch:
         return _judge(run, own, scorer, metrics, batch, seeds, deadline or Deadline())
 
 

@@ -55,8 +55,8 @@ def trajectory_images(
 
 def write(run: RunDir) -> None:
     """Write the run's trajectory_rewards.parquet and trajectories.safetensors."""
-    batch = run_inputs.eval_spec(run).batch
-    with memory.fitting(run, "trajectory_rewards", batch) as fitting:
+    asked, model = run_inputs.eval_spec(run).batch, run_inputs.run_spec(run).backbone
+    with memory.fitting(run, "trajectory_rewards", asked, model) as fitting:
         _write(run, fitting)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from tafs.assets import sources
 from tafs.assets.sources import AssetSettings
 from tafs.data.prompt_sets import prompt_set
+from tafs.experiment import gpu_memory
 from tafs.experiment.schema import Config, Experiment
 from tafs.experiment.specs import (
     BEST,
@@ -35,7 +36,9 @@ SystemKey = tuple[str, str, str, str]  # variant, task, prompt set, backbone
 
 def asset_settings(config: Config) -> AssetSettings:
     """Where the active scale's models, rewards and prompts come from."""
-    return AssetSettings(**config.active.model_dump(include={*AssetSettings.model_fields}))
+    return AssetSettings(
+        **config.active.unsettled.model_dump(include={*AssetSettings.model_fields})
+    )
 
 
 class Expansion:
@@ -43,7 +46,7 @@ class Expansion:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.scale = config.active
+        self.scale = config.active.unsettled
         self.variants = Variants(config)
         self.assets = asset_settings(config)
         self.source = sources.of(self.assets)
@@ -52,6 +55,7 @@ class Expansion:
         self.systems: dict[SystemKey, list[str]] = {}
         for _, experiment in self.experiments:
             self._add_runs(experiment)
+        self.runs = gpu_memory.settled(config.active, config.scale, self.runs)
         self.tables = tuple(self._table(*named) for named in self.experiments)
         self.evaluations = self._evaluations()
 

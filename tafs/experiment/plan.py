@@ -26,7 +26,7 @@ from tafs.experiment.specs import (
 from tafs.runtime.run_dir import BASE
 
 TEXTS = ("scale", "results", "method")
-OVERRIDES = (*TEXTS, "seeds")
+OVERRIDES = (*TEXTS, "seeds", "gpu_memory")
 
 
 @dataclass(frozen=True)
@@ -135,12 +135,15 @@ def load(overrides: Mapping[str, Any] | None = None, path: Path = Path("config.y
     seeds = given.pop("seeds", None)
     if seeds is None and "seeds" in (overrides or {}):  # snakemake reads `seeds=` as None
         raise ConfigError("--config seeds=: give a number from 1 to 1000")
+    memory = given.pop("gpu_memory", None)
     given = {key: str(value) for key, value in given.items()}  # a file of --configfile has numbers
     method = given.pop("method", None)
     config = validate.read(path, given)
     _check_folder(Path(config.results), path)
     if seeds is not None:
         config = validate.with_seeds(config, seeds)
+    if "gpu_memory" in (overrides or {}):
+        config = validate.with_gpu_memory(config, memory)
     if method is not None:
         config = validate.with_method(config, method)
     stated = path.with_name(claims.CLAIMS.name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import string
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -36,6 +36,8 @@ JUDGE = "unifiedreward"  # the served metric of the paper
 PATH = re.compile(r"[\w./+=,@ -]+")
 LONGEST_PART = 200  # bytes of one part of a path; file systems allow 255
 PLACEHOLDERS = {"folder", "port"}  # in a server's command
+AUTO: Final = "auto"  # a value that follows from the GPUs' memory
+UNSETTLED = {"quantize": "none", "gradient_checkpointing": True, "micro_batch": 1}  # until then
 # Keys that were renamed, by their last part, with their present names.
 RENAMED_KEYS = {
     "world": "assets",
@@ -97,6 +99,15 @@ def _prompts(value: Any, info: ValidationInfo) -> Any:
 
 Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
 Count = Annotated[int, Field(ge=1, le=10**9)]
+# Error messages leave out the names in brackets.
+CountOrAuto = Annotated[
+    Annotated[Count, Tag("[value]")] | Annotated[Literal["auto"], Tag("[auto]")],
+    Discriminator(lambda value: "[auto]" if value == AUTO else "[value]"),
+]
+BoolOrAuto = Annotated[
+    Annotated[bool, Tag("[value]")] | Annotated[Literal["auto"], Tag("[auto]")],
+    Discriminator(lambda value: "[auto]" if value == AUTO else "[value]"),
+]
 Seed = Annotated[int, Field(ge=0, le=10**9)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(max_length=300), AfterValidator(_printable)]
@@ -185,9 +196,11 @@ class Scale(_Strict):
     # auto: a job uses a GPU if there is one; it does not claim it, so that several jobs share one.
     device: Literal["cpu", "cuda", "auto"] = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the network's weights
+    # GB of each GPU. What is `auto` below follows from it; see `gpu_memory.settled`.
+    gpu_memory: Annotated[Finite, Field(gt=0)] | None = None
     # Of the linear layers in the network's blocks, when it is trained and when it is judged.
-    quantize: Quantization = "none"
-    gradient_checkpointing: bool = False
+    quantize: Literal[Quantization, "auto"] = "none"
+    gradient_checkpointing: BoolOrAuto = False
     # What computes the attention of trained networks, by diffusers' names; changes the rounding.
     attention: Attention = "native"
     # Of the prompts of trained models, in training and evaluation; None: that of models.yaml.
@@ -211,7 +224,7 @@ class Scale(_Strict):
     base_within: Annotated[Finite, Field(gt=0)] | None = None
     accept_base: tuple[Name, ...] = ()
     experiments: tuple[Name, ...]  # that `snakemake all` builds
-    micro_batch: Count
+    micro_batch: CountOrAuto
     keep_graphs: bool = False  # until the first update, which then evaluates nothing again
     compile: bool = False  # blocks and decoder in training, on GPUs
     tf32: bool = False  # float32 products in training, which are mostly the rewards'; on GPUs
@@ -219,6 +232,16 @@ class Scale(_Strict):
     lora: Lora
     resolution: Count  # of training images, in pixels
     evaluation: Evaluation
+
+    @property
+    def automatic(self) -> tuple[str, ...]:
+        """The keys that are `auto`."""
+        return tuple(key for key in UNSETTLED if getattr(self, key) == AUTO)
+
+    @property
+    def unsettled(self) -> Self:
+        """The scale with some values in place of `auto`."""
+        return self.model_copy(update={key: UNSETTLED[key] for key in self.automatic})
 
     def processes_of(self, stage: str) -> int:
         """The processes that share a job of a stage of a run, one per GPU."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
@@ -25,7 +26,7 @@ from tafs.experiment.schema import (
 )
 from tafs.experiment.variants import Variants
 from tafs.methods import registry
-from tafs.models import catalog, quantization
+from tafs.models import catalog
 from tafs.rewards.metrics import METRICS
 from tafs.runtime.run_dir import BASE
 
@@ -94,6 +95,19 @@ def with_seeds(config: Config, count: Any) -> Config:
     found = config.model_copy(update={"scales": {**config.scales, config.scale: scale}})
     _raise_first(problems(found), f"--config seeds={count}")
     return found
+
+
+def with_gpu_memory(config: Config, gigabytes: Any) -> Config:
+    """The configuration for GPUs of so many GB.
+
+    Raises:
+        ConfigError: `gigabytes` is not such a number.
+    """
+    known = isinstance(gigabytes, int | float) and not isinstance(gigabytes, bool)
+    if not known or not 0 < gigabytes < math.inf:
+        raise ConfigError(f"--config gpu_memory={gigabytes}: give the GB of a GPU")
+    scale = config.active.model_copy(update={"gpu_memory": float(gigabytes)})
+    return config.model_copy(update={"scales": {**config.scales, config.scale: scale}})
 
 
 def _raise_first(found: Iterator[str], source: str) -> None:
@@ -240,8 +254,6 @@ def _scale_problems(config: Config, key: str, scale: Scale) -> Iterator[str]:
         if not isinstance(images, int) and role not in images:
             hint = suggestion(role, list(images))
             yield f"{where}.evaluation.images_per_prompt: no number for {role!r}{hint}"
-    if key == config.scale and (missing := quantization.problem(scale.quantize)):
-        yield f"{where}.quantize: {missing}"
     known = catalog.read()
     models = (*scale.model_roles.values(), *scale.models)
     yield from _unknown(where, "model", models, known)

@@ -187,6 +187,19 @@ PUBLISHED = {
 }
 
 
+def published(model: catalog.Model, length: int | None) -> Architecture | None:
+    """The architecture of a model of the hub; None if it is not known.
+
+    Args:
+        model: the catalogue's entry.
+        length: of the prompts, in tokens; None: the pipeline chooses it.
+    """
+    found = PUBLISHED.get(model.resource)
+    if found is None or length is None or model.max_sequence_length is None:
+        return found
+    return replace(found, tokens=found.tokens - (model.max_sequence_length - length))
+
+
 def of_folder(folder: Path, model: catalog.Model) -> Architecture:
     """Read the architecture from a pipeline folder's configuration files.
 

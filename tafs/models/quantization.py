@@ -31,7 +31,7 @@ BYTES: Mapping[Quantization, float] = {"int8": 1.0, "nf4": 0.5 + 1 / BLOCK}
 RESTORING: Mapping[Quantization, float] = {"int8": 6.0, "nf4": 14.0}
 
 
-def problem(chosen: Quantization) -> str | None:
+def problem(chosen: str) -> str | None:
     """Why weights cannot be quantised on this machine, with the remedy; None: they can."""
     if chosen == "none" or find_spec("torchao") is not None:
         return None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,37 +33,49 @@ def reported(remedy: str) -> Iterator[None]:
         raise errors.RunFailed(f"out of GPU memory; {remedy} ({reason})") from None
 
 
-def kept(run: RunDir, stage: str) -> Path:
-    """Return the file with the batch size of a stage that ran out of memory and goes on."""
-    return run.folder / ".memory" / f"{stage}.json"
+def kept(run: RunDir, stage: str, alike: str) -> Path:
+    """The file with the batch size that fitted, for all runs of a folder that are `alike`."""
+    name = re.sub(r"[^\w.-]", "_", f"{stage}.{alike}")
+    return run.folder.parent / ".memory" / f"{name[:200]}.json"
 
 
 @contextmanager
-def fitting(run: RunDir, stage: str, batch: int) -> Iterator[int]:
+def fitting(run: RunDir, stage: str, batch: int, alike: str) -> Iterator[int]:
     """Yield the number of images per batch: `batch`, or less if it did not fit before.
 
     Where the GPU's memory does not suffice, half of that number is kept for the next attempt, and
     the stage is to be continued: its work is what its last saved state says. Batch sizes change
     only the rounding of results, so nothing is computed again for another one.
 
+    Args:
+        batch: that is asked for; another one is tried as it is.
+        alike: names what the memory depends on; other runs that share it begin with what fitted.
+
     Raises:
         Reduced: the memory did not suffice.
         torch.OutOfMemoryError: it does not suffice for a single image.
     """
-    file = kept(run, stage)
+    file = kept(run, stage, alike)
     size = batch
     if file.is_file():
-        size = min(batch, int(json.loads(file.read_bytes())["batch"]))
+        known = json.loads(file.read_bytes())
+        if known["asked"] == batch:
+            size = int(known["batch"])
+            print(
+                f"{stage} {run.folder}: {size} images per batch in place of {batch}, which did not "
+                f"fit in the GPU's memory; delete {file} to try again",
+                file=sys.stderr,
+                flush=True,
+            )
     try:
         yield size
     except torch.OutOfMemoryError as error:
         if size == 1:
             raise
         file.parent.mkdir(exist_ok=True)
-        files.atomic_text(file, json.dumps({"batch": size // 2}))
+        files.atomic_text(file, json.dumps({"asked": batch, "batch": size // 2}))
         reason = str(error).splitlines()[0]
         raise Reduced(
             f"out of GPU memory with {size} images per batch, to be continued with {size // 2} "
             f"({reason})"
         ) from None
-    file.unlink(missing_ok=True)

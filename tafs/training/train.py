@@ -50,7 +50,8 @@ def train(
         FileNotFoundError, ValueError: run.json or what it names is missing or wrong.
     """
     spec = run_inputs.run_spec(run)
-    with memory.fitting(run, "train", spec.batch) as batch:
+    alike = f"{spec.variant}.{spec.task}.{spec.backbone}"
+    with memory.fitting(run, "train", spec.batch, alike) as batch:
         _train(run, spec.with_batch(batch), processes, deadline or Deadline())
 
 

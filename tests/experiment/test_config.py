@@ -254,7 +254,11 @@ SEEDS = "give a number from 1 to 1000"
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("iterations", 3, ": only scale, results, method, seeds can be set on the command line"),
+        (
+            "iterations",
+            3,
+            ": only scale, results, method, seeds, gpu_memory can be set on the command line",
+        ),
         ("method", "nothing", "=nothing: methods.nothing: unknown method"),
         ("method", "../x", ": '../x' is not a method's name"),
         ("method", "base", "=base: methods.base: the name is reserved for the untrained model"),

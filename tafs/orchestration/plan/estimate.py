@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -108,11 +108,15 @@ class Rates:
         return flops / self.of(stage) + slower * scoring
 
 
-def assumed_rates(scale: Scale) -> Rates:
-    """The rates of a scale's devices; only trainings compile the network's blocks."""
+def assumed_rates(scale: Scale, runs: Iterable[RunSpec]) -> Rates:
+    """The rates of a scale's devices; only trainings compile the network's blocks.
+
+    That of trainings is the one with gradient checkpointing if one of the runs uses it.
+    """
     if scale.device != "cuda":
         return Rates(CPU_RATE, CPU_RATE)
-    compiled = COMPILED if scale.gradient_checkpointing else COMPILED_UNCHECKED
+    recomputed = any(spec.trained and spec.assets.gradient_checkpointing for spec in runs)
+    compiled = COMPILED if recomputed else COMPILED_UNCHECKED
     return Rates(PEAK * (compiled if scale.compile else EAGER), PEAK * EAGER)
 
 
@@ -148,15 +152,8 @@ class Workload:
         if model.pipeline not in {*architectures.SIZES, *architectures.COMPARED}:
             return None
         if model.assets != "hub":
-            found = architectures.of_folder(self.graph.source.pipeline_folder(model), model)
-        elif model.resource in architectures.PUBLISHED:
-            found = architectures.PUBLISHED[model.resource]
-        else:
-            return None
-        length = self.graph.source.settings.length(model)
-        if length is None or model.max_sequence_length is None:
-            return found
-        return replace(found, tokens=found.tokens - (model.max_sequence_length - length))
+            return architectures.of_folder(self.graph.source.pipeline_folder(model), model)
+        return architectures.published(model, self.graph.source.settings.length(model))
 
     @cache  # noqa: B019 - one object per plan
     def network(self, name: str, resolution: int) -> architectures.Size | None:

@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from tafs.experiment.schema import Scale
-from tafs.models.memory_model import RESERVED
 from tafs.orchestration import graph as graphs
 from tafs.orchestration import verdicts
 from tafs.orchestration.graph import Graph, Job
-from tafs.orchestration.plan import micro_batches
+from tafs.orchestration.plan import gpu_needs
 from tafs.orchestration.plan.estimate import (
-    GB,
     HOUR,
     MODELLED,
     PNG_RATIO,
@@ -55,7 +53,6 @@ def report(
     nodes: int | None = None,
     price: float | None = None,
     tflops: float | None = None,
-    gpu_memory: float | None = None,
     verbose: bool = False,
 ) -> str:
     """The whole text.
@@ -67,14 +64,13 @@ def report(
         price: of a device for an hour.
         tflops: sustained rate of a device; decoding and scoring are then as much slower than on
             an H100. None: `assumed_rates`.
-        gpu_memory: GB of a GPU, for the largest micro-batches that fit.
         verbose: list every job with its reason.
 
     Raises:
         ValueError: config.yaml is wrong, a file is damaged or there are too few nodes; one line.
     """
     page = _page(overrides, price, tflops)
-    parts = [page.head(), page.methods(), page.memory(gpu_memory), page.stages()]
+    parts = [page.head(), page.methods(), gpu_needs.lines(page.graph), page.stages()]
     parts += [page.reasons(verbose), page.disk(), page.wall_time(nodes), page.decide()]
     return "\n".join(chain(*parts, page.assumptions()))
 
@@ -85,7 +81,6 @@ def record(
     nodes: int | None = None,
     price: float | None = None,
     tflops: float | None = None,
-    gpu_memory: float | None = None,
 ) -> dict[str, Any]:
     """The same as JSON values: times in hours of a device or in seconds, sizes in bytes.
 
@@ -100,7 +95,7 @@ def record(
         "device": page.unit,
         "methods": [asdict(total) for total in page.totals()],
         "total": asdict(page.total("total", "", page.jobs)),
-        "memory": [asdict(need) for need in page.needs(gpu_memory)],
+        "memory": [asdict(need) for need in gpu_needs.trainings(page.graph)],
         "hours_left": page.hours_left,
         "cost_left": None if price is None else price * page.hours_left,
         "downloads": {"bytes": downloaded, "resources": fetched, "source": source},
@@ -121,7 +116,7 @@ def record(
 def _page(overrides: Mapping[str, Any], price: float | None, tflops: float | None) -> Page:
     graph = graphs.read(overrides)
     work = Workload(graph)
-    rates = assumed_rates(graph.scale)
+    rates = assumed_rates(graph.scale, graph.runs.values())
     if tflops:
         rates = Rates(tflops * 1e12, tflops * 1e12, measured=rates)
     every, pending = list(graph.jobs()), verdicts.pending(graph)
@@ -257,53 +252,6 @@ class Page:
             *(total.method, total.model, str(total.runs), pace, total.basis, train, evaluate),
             *self._costs(total.hours),
             size(total.disk),
-        ]
-
-    @cached_property
-    def trainings(self) -> dict[tuple[str, str, str], micro_batches.TrainingMemory]:
-        """The memory of each training on a GPU, by (method, task, model)."""
-        found: dict[tuple[str, str, str], micro_batches.TrainingMemory] = {}
-        for spec in self.graph.plan.runs.values() if self._on_gpus else ():
-            one = micro_batches.of_run(self.work, spec)
-            if one is not None:
-                found.setdefault((spec.variant, spec.task, spec.backbone), one)
-        return dict(sorted(found.items()))
-
-    def needs(self, given: float | None) -> list[micro_batches.MemoryNeed]:
-        """What each training takes, and the largest micro-batches that fit in `given` GB."""
-        available = None if given is None else (1 - RESERVED) * given * GB
-        return micro_batches.needs(self.trainings, available)
-
-    def memory(self, given: float | None) -> list[str]:
-        """The lines of `needs`, and the keys to set."""
-        found = self.trainings
-        if not found:
-            return []
-        head = ["memory", "task", "model", "batch", "GB", "when"]
-        head += [] if given is None else ["with", "without"]
-        rows = []
-        for need in self.needs(given):
-            row = [need.method, need.task, need.model, str(need.micro_batch)]
-            fits = (need.fitting_with_checkpointing, need.fitting_without_checkpointing)
-            row += [amount(need.bytes / GB), need.when]
-            rows.append(row + ([] if given is None else [str(n) if n else "none" for n in fits]))
-        lines = ["", *table([head, *rows], left=(0, 1, 2, 5))]
-        if given is None:
-            return lines
-        available = (1 - RESERVED) * given * GB
-        fitting = {key: one for key, one in found.items() if micro_batches.fits(one, available)}
-        keys = micro_batches.choose(list(fitting.values()), available)
-        where = f"scales.{self.graph.plan.config.scale}"
-        return [
-            *lines,
-            "  with, without: the largest micro-batch with and without gradient checkpointing in "
-            f"{given:g} GB,",
-            f"  {100 * RESERVED:.0f} % of which stay free.",
-            *([f"  Set in {where}: {keys}."] if keys else []),
-            *(
-                f"  Does not fit, not even with one image and 4-bit weights: {' '.join(key)}."
-                for key in sorted(found.keys() - fitting.keys())
-            ),
         ]
 
     @property
