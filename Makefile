@@ -117,15 +117,17 @@ schema: $(STAMP)  ## Write the JSON Schema of config.yaml for editors
 
 # --universal locks for all platforms; the CUDA packages apply only where torch asks for them, so
 # environment.yml leaves them to torch.
-constraints:  ## Lock the dependencies, those of the server of UnifiedReward too (needs uv); ARGS=--upgrade
+constraints:  ## Lock the dependencies, those of the judges' servers too (needs uv); ARGS=--upgrade
 	uv pip compile --universal --fork-strategy fewest --python-version 3.11 --quiet \
 		--custom-compile-command 'make constraints' --extra test $(ARGS) pyproject.toml --output-file constraints.txt
 	{ sed '/^  - pip:/q' environment.yml; \
 		sed -n '/^nvidia-/d; /^cuda-/d; /^triton/d; s/^[a-z0-9]/      - &/p' constraints.txt; } > environment.yml.new
 	mv environment.yml.new environment.yml
-	uv pip compile --python-version 3.11 --python-platform x86_64-manylinux_2_34 --quiet --no-annotate \
-		--custom-compile-command 'make constraints' $(ARGS) \
-		workflow/envs/unifiedreward.in --output-file workflow/envs/unifiedreward.txt
+	for judge in unifiedreward vllm; do \
+		uv pip compile --python-version 3.11 --python-platform x86_64-manylinux_2_34 --quiet --no-annotate \
+			--custom-compile-command 'make constraints' $(ARGS) \
+			workflow/envs/$$judge.in --output-file workflow/envs/$$judge.txt || exit; \
+	done
 
 # --strict: a package that the service does not know counts as a failure.
 audit:  ## Look up known vulnerabilities of the locked packages (network)

@@ -15,20 +15,21 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any, Literal
 
 import tafs.common.torchvision_patch  # noqa: F401  # isort: skip
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 Quantization = Literal["none", "int8", "nf4"]
 BLOCK, SCALES = 64, 256  # weights that share a scale, and scales that share a factor, in QLoRA
 # Bytes of a weight, without the small scales of rows and of scales.
 BYTES: Mapping[Quantization, float] = {"int8": 1.0, "nf4": 0.5 + 1 / BLOCK}
 # Bytes for each weight of a layer while it is restored to bfloat16, uncompiled.
-RESTORING: Mapping[Quantization, float] = {"int8": 6.0, "nf4": 14.0}
+RESTORING: Mapping[Quantization, float] = {"int8": 6.0, "nf4": 7.0}
 
 
 def problem(chosen: str) -> str | None:
@@ -43,30 +44,55 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T + b, [..., out_features], for x [..., in_features]."""
-        y: Tensor = _Product.apply(x, self.weight)
+        y: Tensor = _Product.apply(x, self.in_features, *parts(self.weight))
         return y if self.bias is None else y + self.bias
 
 
 class _Product(torch.autograd.Function):
-    """x W^T. Only the quantised W is saved for the gradient; torchao's own products save W."""
+    """x W^T. Only the parts of the quantised W are saved for the gradient; torchao saves W.
+
+    They are plain tensors, because a compiled graph cannot save torchao's.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(weight)
-        return x @ restored(weight, x.dtype).T
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        # Dynamo counts the parameters to tell whether there is a context.
+        x, columns, *kept = inputs
+        ctx.columns = columns
+        ctx.save_for_backward(*kept)
+        return x @ restored(kept, columns, x.dtype).T
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        [gradient], [weight] = gradients, ctx.saved_tensors
-        return gradient @ restored(weight, gradient.dtype), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        [gradient], kept = gradients, ctx.saved_tensors
+        own = gradient @ restored(kept, ctx.columns, gradient.dtype)
+        return own, None, *(None for _ in kept)
 
 
-def restored(weight: Any, dtype: torch.dtype) -> Tensor:
-    """Return the weight, [out_features, in_features], that a quantised one stands for."""
+def parts(weight: Any) -> tuple[Tensor, ...]:
+    """The plain tensors that a quantised weight consists of; see `restored`."""
     from torchao.quantization import NF4Tensor
 
-    restored: Tensor = weight.to(dtype) if isinstance(weight, NF4Tensor) else weight.dequantize()
-    return restored.to(dtype)
+    if isinstance(weight, NF4Tensor):
+        scales = (weight.quantized_scalers, weight.quantization_factor, weight.scaler_mean)
+        return (weight.quantized_data, *scales, weight.nf4)
+    return weight.qdata, weight.scale
+
+
+def restored(kept: Sequence[Tensor], columns: int, dtype: torch.dtype) -> Tensor:
+    """Return the weight, [out_features, columns], whose parts are `kept`.
+
+    With int8, they are the values and the rows' scales; with nf4, pairs of codes, the blocks'
+    scales in int8, what scales these, what is added to them, and the values of the 16 codes.
+    """
+    if len(kept) == 2:
+        values, scale = kept
+        return values.to(scale.dtype).mul_(scale).to(dtype)
+    pairs, quantized, factor, mean, table = kept
+    scales = (quantized.view(len(factor), -1) / factor[:, None]).flatten().to(table.dtype) + mean
+    codes = torch.stack([pairs >> 4, pairs & 15], dim=-1).view(len(scales), -1)
+    values = functional.embedding(codes.int(), table[:, None]).squeeze(-1)
+    return (values * scales[:, None]).view(-1, columns).to(dtype)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from support.checkpoints import EMBEDDED, embedded, our_images
 from torch import nn
+from torchao.quantization import NF4Tensor
 
 from tafs.models import lora, quantization
 from tafs.models.quantization import QuantizedLinear
@@ -18,6 +19,12 @@ from tafs.models.quantization import QuantizedLinear
 DISTANCE = {"int8": 0.003, "nf4": 0.04}
 
 formats = pytest.mark.parametrize("chosen", quantization.BYTES)
+
+
+def torchao_restored(weight: torch.Tensor) -> torch.Tensor:
+    if isinstance(weight, NF4Tensor):
+        return weight.to(torch.float32)
+    return weight.dequantize().to(torch.float32)
 
 
 def held(weight: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -31,7 +38,9 @@ def test_a_product_and_its_gradient_are_those_of_the_restored_weight(chosen):
     [layer] = network = nn.Sequential(nn.Linear(256, 64)).requires_grad_(False)
     original = layer.weight.clone()
     quantization.quantize(network, chosen, "cpu")
-    restored = quantization.restored(layer.weight, torch.float32)
+    restored = torchao_restored(layer.weight)
+    own = quantization.restored(quantization.parts(layer.weight), 256, torch.float32)
+    assert torch.equal(own, restored)
     assert 0 < (restored - original).norm() < 0.1 * original.norm()
     x = torch.randn(3, 5, 256, requires_grad=True)
     expected = nn.functional.linear(x, restored, layer.bias)
@@ -49,7 +58,8 @@ def test_a_graph_holds_the_quantised_weight_alone(chosen):
     found: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(found.append, lambda kept: kept):
         network(torch.zeros(2, 512, dtype=torch.bfloat16, requires_grad=True))
-    assert [type(tensor) for tensor in found] == [type(network[0].weight)]
+    held_by_the_graph = {tensor.data_ptr() for tensor in found}
+    assert held_by_the_graph <= {tensor.data_ptr() for tensor in held(network[0].weight)}
 
 
 @formats
@@ -95,3 +105,21 @@ def test_an_adapter_is_trained_saved_and_loaded_beside_quantised_weights(chosen,
 
 def _all(weight: torch.Tensor) -> list[torch.Tensor]:
     return list(held(weight)) if hasattr(weight, "__tensor_flatten__") else [weight]
+
+
+@pytest.mark.parametrize("chosen, name", zip(quantization.BYTES, EMBEDDED, strict=True))
+def test_compiled_blocks_with_quantised_weights_compute_the_same(chosen, name):
+    """One of each kind: traced as for a GPU, and computed by the kernels that are not compiled."""
+    found = []
+    for compiled in (False, True):
+        backbone = embedded(name).adapted(quantize=chosen)
+        for block in (backbone.blocks[0], backbone.blocks[-1]) if compiled else ():
+            block.compile(backend="aot_eager", fullgraph=True)
+        cond, noise = backbone.encode(["a red ring"]), torch.ones(1, *backbone.latent_shape)
+        with torch.no_grad():
+            sampled = backbone.velocity(noise, torch.ones(1), cond)
+        velocity = backbone.velocity(noise, torch.ones(1), cond)
+        velocity.square().sum().backward()
+        gradients = [p.grad for p in backbone.lora_parameters().values()]
+        found.append([sampled, velocity.detach(), *gradients])
+    torch.testing.assert_close(*found)
