@@ -333,6 +333,23 @@ def test_only_decoding_without_gradients_is_compiled(checkpoint):
     assert set(compiled) == {False}
 
 
+def test_traced_blocks_compute_the_same_velocities_and_gradients(checkpoint):
+    """One of each kind is a single graph, here without the compiler's own kernels."""
+    found = []
+    for traced in (False, True):
+        backbone = checkpoint.adapted()
+        for block in (backbone.blocks[0], backbone.blocks[-1]) if traced else ():
+            block.compile(backend="aot_eager", fullgraph=True)
+        x_t, t, cond = noise_for(backbone), torch.tensor([0.9, 0.4]), backbone.encode(PROMPTS)
+        with torch.no_grad():
+            sampled = backbone.velocity(x_t, t, cond)
+        velocity = backbone.velocity(x_t, t, cond)
+        velocity.square().sum().backward()
+        gradients = [p.grad for p in backbone.lora_parameters().values()]
+        found.append([sampled, velocity.detach(), *gradients])
+    torch.testing.assert_close(*found)
+
+
 @on_a_gpu
 def test_compiled_blocks_compute_the_same(checkpoint):
     velocities = []
