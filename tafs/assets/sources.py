@@ -37,6 +37,8 @@ from tafs.shapes import captions, scenes, weights
 from tafs.words import ROOT as WORDS
 from tafs.words import captions as words
 
+Dtype = Literal["float32", "bfloat16"]  # of weights
+
 
 class AssetSettings(BaseModel):
     """Where models, rewards and prompts come from, and how models are loaded."""
@@ -46,11 +48,13 @@ class AssetSettings(BaseModel):
     assets: Assets
     lock: str  # path of the lock file that pins the hub's files
     device: Literal["cpu", "cuda", "auto"]
-    dtype: Literal["float32", "bfloat16"]
+    dtype: Dtype
     gradient_checkpointing: bool
     # Left out where they have their defaults, so that earlier results stay what they are.
     quantize: Quantization = Field(default="none", exclude_if=lambda chosen: chosen == "none")
     attention: Attention = Field(default="native", exclude_if=lambda chosen: chosen == "native")
+    # Of the reward models in training; evaluations score in float32.
+    rewards_dtype: Dtype = Field(default="float32", exclude_if=lambda dtype: dtype == "float32")
     # Of the prompts of models that are trained, in tokens; None: that of models.yaml.
     max_sequence_length: int | None = Field(default=None, exclude_if=lambda length: length is None)
 
@@ -127,16 +131,33 @@ class AssetSource(ABC):
         return prompt_set(name).shares
 
     def rewards(self, names: Sequence[str], *, strict_geneval: bool = False) -> RewardSet:
-        """Load reward models; `strict_geneval`: the variants for evaluation.
+        """Load reward models in float32; `strict_geneval`: the variants for evaluation.
 
         Raises:
             ValueError: an unknown reward, or its weights are altered or missing; names it.
             RunFailed: a reward does not reproduce the golden scores that the package ships.
         """
-        found = load(names, lambda name: self._reward(name, strict_geneval))
-        for reward in found.rewards:
-            golden.verify_shipped(reward, self.device)
-        return found
+        return load(names, lambda name: self._verified(name, strict_geneval))
+
+    def training_rewards(self, names: Sequence[str]) -> RewardSet:
+        """Load reward models to train with, in `rewards_dtype`; the errors are those of `rewards`.
+
+        Golden scores are of float32, so a reward is converted after it has given them, and before
+        the next one is loaded.
+        """
+        dtype = getattr(torch, self.settings.rewards_dtype)
+
+        def converted(name: str) -> Reward:
+            reward = self._verified(name, strict=False)
+            reward.cast(dtype)
+            return reward
+
+        return load(names, converted)
+
+    def _verified(self, name: str, strict: bool) -> Reward:
+        reward = self._reward(name, strict)
+        golden.verify_shipped(reward, self.device)
+        return reward
 
     def digests(self, names: Sequence[str], prompts: Sequence[str] = ()) -> dict[str, str]:
         """SHA-256 of everything that models, rewards and prompt sets consist of, by name."""

@@ -228,6 +228,8 @@ class Scale(_Strict):
     keep_graphs: bool = False  # until the first update, which then evaluates nothing again
     compile: bool = False  # blocks and decoder in training, on GPUs
     tf32: bool = False  # float32 products in training, which are mostly the rewards'; on GPUs
+    # Of the reward models' weights in training; evaluations score in float32.
+    rewards_dtype: Literal["float32", "bfloat16"] = "float32"
     checkpoint_every: Count
     lora: Lora
     resolution: Count  # of training images, in pixels

@@ -88,7 +88,7 @@ class RunSpec(Spec):
         "sampler": True,  # of the evaluation
         # Where and how the work is done; other hardware and batches change the rounding alone.
         "training": {"checkpoint_every", "compile", "keep_graphs", "micro_batch", "tf32"},
-        "assets": {"lock", "device", "gradient_checkpointing", "attention"},
+        "assets": {"lock", "device", "gradient_checkpointing", "attention", "rewards_dtype"},
     }
 
     name: str

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import tafs.common.torchvision_patch  # noqa: F401  # isort: skip
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.ops import masks_to_boxes
 from transformers import Mask2FormerForUniversalSegmentation
 
@@ -68,6 +68,14 @@ class GenEval:
     def __init__(self, detector: Mask2FormerDetector, *, strict: bool) -> None:
         self.detector = detector
         self.strict = strict
+
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        return (self.detector.model, *self.detector.colors.clip.networks)
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Convert CLIP's weights; the detector's, a seventh, decide which objects there are."""
+        self.detector.colors.cast(dtype)
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """images [B, 3, H, W] in [0, 1] -> [B] float32 in [0, 1].
@@ -162,13 +170,18 @@ class ColorClassifier:
         self.clip = CLIPScore(folder, device)
         self._weights: dict[str, Tensor] = {}
 
+    def cast(self, dtype: torch.dtype) -> None:
+        """Convert CLIP's weights."""
+        self.clip.cast(dtype)
+        self._weights.clear()
+
     @torch.no_grad()
     def __call__(self, crops: Sequence[Tensor], names: Sequence[str]) -> list[str]:
         """The colour of each crop [3, h, w] in [0, 1]; crops[i] shows class names[i]."""
         if not crops:
             return []
         resized = torch.cat([self.clip.resize(image[None]) for image in crops])
-        embeddings = self.clip.embed_images((resized - self.clip.mean) / self.clip.std)
+        embeddings = self.clip.embed_images(self.clip.normalize(resized)).float()
         weights = torch.stack([self.weights(name) for name in names])
         # The norm of the image's embedding does not change the argmax.
         closest = torch.einsum("nd,ncd->nc", embeddings, weights).argmax(-1)
@@ -180,7 +193,8 @@ class ColorClassifier:
         if name not in self._weights:
             texts = [t.format(color=c, name=name) for c in COLORS for t in COLOR_TEMPLATES]
             captions = torch.stack([self.clip.token_ids(text) for text in texts])
-            units = F.normalize(self.clip.embed_captions(captions.to(self.clip.device)), dim=-1)
+            embeddings = self.clip.embed_captions(captions.to(self.clip.device)).float()
+            units = F.normalize(embeddings, dim=-1)
             means = units.view(len(COLORS), len(COLOR_TEMPLATES), -1).mean(1)
             self._weights[name] = F.normalize(means, dim=-1)
         return self._weights[name]

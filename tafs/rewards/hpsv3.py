@@ -142,6 +142,10 @@ class HPSv3:
             for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
         )
 
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        return (self.model, self.head)
+
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """images [B, 3, H, W] in [0, 1] on `device` -> [B] float32, differentiable."""
         pairs = zip(images, prompts, strict=True)

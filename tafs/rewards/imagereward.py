@@ -50,6 +50,12 @@ class ImageReward(learned.LearnedReward):
         first, *_, last = model.preprocess.transforms  # its resizing and its normalisation
         self.side = int(first.size)
         super().__init__(model, last.mean, last.std, device)
+        model.mlp.register_forward_pre_hook(lambda _, given: (given[0].float(),))
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Convert the weights; the MLP's, 0.2 % of them, stay float32, as scores need."""
+        super().cast(dtype)
+        self.model.mlp.to(torch.float32)
 
     def tokenize(self, text: str) -> Tensor:
         """Token ids and attention mask, [2, TOKENS]."""

@@ -1,8 +1,9 @@
 """Base classes of the published reward models: frozen weights, differentiable preprocessing.
 
 They score float32 images of any resolution. Each model's preprocessing works on tensors, so that
-gradients reach the images. Weights are read from local files; nothing is downloaded. Functions that
-read a checkpoint raise a FileNotFoundError or ValueError with the reward, the file and the remedy.
+gradients reach the images. Where a model computes in bfloat16, pixels are prepared and embeddings
+compared in float32. Weights are read from local files; nothing is downloaded. Functions that read a
+checkpoint raise a FileNotFoundError or ValueError with the reward, the file and the remedy.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ KEPT_CAPTIONS = 32_768  # captions whose token ids are cached; more than Pick-a-
 class LearnedReward(ABC):
     """A frozen, differentiable reward model on one device; a `metrics.Scorer`.
 
-    The model is converted to float32. `mean` and `std` normalise the pixels of each channel.
+    The model is converted to float32; see `cast`. `mean` and `std` normalise the pixels of each
+    channel.
     """
 
     metric: ClassVar[Metric]
@@ -42,6 +44,7 @@ class LearnedReward(ABC):
     ) -> None:
         self.model: Any = model.to(device, torch.float32).eval().requires_grad_(False)
         self.device = torch.device(device)
+        self.dtype = torch.float32
         self.mean, self.std = (
             torch.tensor(values, device=self.device).view(3, 1, 1) for values in (mean, std)
         )
@@ -50,6 +53,15 @@ class LearnedReward(ABC):
     @property
     def name(self) -> str:
         return self.metric.name
+
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        return (self.model,)
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Convert the weights to `dtype`, in which the model computes from now on."""
+        self.model.to(dtype)
+        self.dtype = dtype
 
     @abstractmethod
     def tokenize(self, text: str) -> Tensor:
@@ -61,7 +73,14 @@ class LearnedReward(ABC):
 
     @abstractmethod
     def match(self, pixels: Tensor, captions: Tensor, owner: Tensor) -> Tensor:
-        """Training-scale scores [B] of normalised pixels; captions[owner[i]] belongs to image i."""
+        """Training-scale scores [B] of normalised pixels; captions[owner[i]] belongs to image i.
+
+        The pixels are of the model's dtype, the scores float32.
+        """
+
+    def normalize(self, resized: Tensor) -> Tensor:
+        """The model's input of resized images [B, 3, H, W] in [0, 1]."""
+        return ((resized - self.mean) / self.std).to(self.dtype)
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """images [B, 3, H, W] in [0, 1] on `device` -> [B] float32, differentiable."""
@@ -69,7 +88,7 @@ class LearnedReward(ABC):
         rows = {text: row for row, text in enumerate(dict.fromkeys(p.text for p in prompts))}
         captions = torch.stack([self.token_ids(text) for text in rows]).to(self.device)
         owner = torch.tensor([rows[p.text] for p in prompts], device=self.device)
-        return self.match((self.resize(images) - self.mean) / self.std, captions, owner)
+        return self.match(self.normalize(self.resize(images)), captions, owner)
 
     def reward(self) -> Reward:
         return Reward(self.metric, self)
@@ -79,8 +98,8 @@ class DualEncoder(LearnedReward):
     """Scores are the cosine of the image's and the caption's embeddings."""
 
     def embed(self, images: Tensor) -> Tensor:
-        """Embeddings [B, D] of images [B, 3, H, W] in [0, 1] on `device`, not normalised."""
-        return self.embed_images((self.resize(images) - self.mean) / self.std)
+        """Float32 embeddings [B, D] of images [B, 3, H, W] in [0, 1] on `device`, of any norm."""
+        return self.embed_images(self.normalize(self.resize(images))).float()
 
     @abstractmethod
     def embed_images(self, pixels: Tensor) -> Tensor:
@@ -91,8 +110,8 @@ class DualEncoder(LearnedReward):
         """Embeddings [N, D] of token ids [N, L], not normalised."""
 
     def match(self, pixels: Tensor, captions: Tensor, owner: Tensor) -> Tensor:
-        image = functional.normalize(self.embed_images(pixels), dim=-1)
-        caption = functional.normalize(self.embed_captions(captions), dim=-1)
+        image = functional.normalize(self.embed_images(pixels).float(), dim=-1)
+        caption = functional.normalize(self.embed_captions(captions).float(), dim=-1)
         return (image * caption[owner]).sum(-1)
 
 

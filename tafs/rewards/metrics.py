@@ -18,7 +18,8 @@ from tafs.data.prompt_sets import Folder, PromptSet
 from tafs.data.prompts import Prompt
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import torch
+    from torch import Tensor, nn
 
     from tafs.rewards.chat import ChatJudge
 
@@ -48,6 +49,7 @@ class Metric:
     served: bool = False  # scored by a server, after the images are generated
     version: str = ""  # of the published model
     resources: tuple[str, ...] = ()  # entries of resources.yaml
+    castable: tuple[str, ...] = ()  # those of them whose weights `Reward.cast` converts
     scale: float = 1.0  # published score per unit of the training score; negative: lower is better
     metadata: str = ""  # an entry of a prompt's metadata that it needs, such as GenEval's "include"
     optional: bool = False  # evaluations compute it only where a scale, task or protocol names it
@@ -64,7 +66,11 @@ class Metric:
 
 
 class Scorer(Protocol):
-    """Scores images against prompts on the training scale; `Reward.score` checks its input."""
+    """Scores images against prompts on the training scale; `Reward.score` checks its input.
+
+    It may also have `networks`, its modules, and `cast(dtype)`, which converts their weights; see
+    `Reward`.
+    """
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """images [B, 3, H, W], B > 0, in [0, 1], float32 -> [B] float32; NaN: a missing value."""
@@ -100,6 +106,16 @@ class Reward:
 
         images = registry.check_images(self.name, images, prompts)
         return self.scorer(images, prompts) if len(images) else images.new_empty(0)
+
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """The scorer's modules, which may be elsewhere while it does not score."""
+        return tuple(getattr(self.scorer, "networks", ()))
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Convert the weights of a loaded model; a scorer without `cast` keeps its own."""
+        if convert := getattr(self.scorer, "cast", None):
+            convert(dtype)
 
     @property
     def differentiable(self) -> bool:

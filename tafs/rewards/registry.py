@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tafs.data.prompts import Prompt
 from tafs.rewards.metrics import Reward, plugin
@@ -24,6 +24,11 @@ class RewardSet:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(r.name for r in self.rewards)
+
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """The modules of all rewards."""
+        return tuple(network for reward in self.rewards for network in reward.networks)
 
     @torch.no_grad()
     def score(

@@ -45,7 +45,8 @@ def build(name: str, device: str = "cpu", *, strict_geneval: bool = False) -> Re
     Raises:
         ValueError: its weights are missing or altered; names the file.
     """
-    metric = replace(METRICS[name], version=f"shapes {name}", resources=(), served=False)
+    own = METRICS[name]
+    metric = replace(own, version=f"shapes {name}", resources=(), castable=(), served=False)
     if name == "geneval":
         return Reward(metric, GenEval(strict=strict_geneval))
     kind, head = LEARNED[name]

@@ -441,7 +441,7 @@ def trainer_of(spec: RunSpec, processes: Processes = distributed.ALONE) -> Train
     return Trainer(
         spec,
         model,
-        source.rewards(list(spec.rewards)),
+        source.training_rewards(list(spec.rewards)),
         source.prompts(spec.prompts, "train"),
         processes,
         shares=source.shares(spec.prompts),

@@ -61,6 +61,17 @@ def test_a_length_of_prompts_decides_an_outcome_and_an_attention_backend_does_no
     assert not {"attention", "max_sequence_length"} & own.assets.model_dump().keys()
 
 
+def test_a_dtype_of_reward_models_decides_no_outcome(changed):
+    old = "    resolution: 24\n"
+    own, chosen = (
+        next(iter(experiment.load({"scale": "smoke"}, path).runs.values()))
+        for path in (SHIPPED, changed(old, f"{old}    rewards_dtype: bfloat16\n"))
+    )
+    assert chosen.decisive() == own.decisive()
+    assert chosen.assets.rewards_dtype == "bfloat16"
+    assert "rewards_dtype" not in own.to_json()
+
+
 def test_a_missing_library_is_one_line_when_a_scale_needs_it(changed, monkeypatch):
     path = changed("    resolution: 24\n", "    resolution: 24\n    quantize: int8\n")
     monkeypatch.setattr(quantization, "find_spec", lambda name: None)

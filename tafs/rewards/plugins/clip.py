@@ -14,6 +14,7 @@ METRIC = Metric(
     differentiable=True,
     version="openai/clip-vit-large-patch14",
     resources=("clip-vit-l-14",),
+    castable=("clip-vit-l-14",),
 )
 
 

@@ -22,6 +22,7 @@ METRIC = Metric(
     version="facebook/mask2former-swin-small-coco-instance, colours by "
     "openai/clip-vit-large-patch14",
     resources=("mask2former", "clip-vit-l-14"),
+    castable=("clip-vit-l-14",),
 )
 
 

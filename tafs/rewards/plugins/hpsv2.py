@@ -13,6 +13,7 @@ METRIC = Metric(
     differentiable=True,
     version="xswu/HPSv2 HPS_v2.1_compressed.pt",
     resources=("hpsv2",),
+    castable=("hpsv2",),
 )
 
 

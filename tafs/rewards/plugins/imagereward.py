@@ -13,6 +13,7 @@ METRIC = Metric(
     differentiable=True,
     version="THUDM/ImageReward ImageReward.pt",
     resources=("imagereward", "bert-base-uncased"),
+    castable=("imagereward",),
 )
 
 

@@ -14,6 +14,7 @@ METRIC = Metric(
     differentiable=True,
     version="yuvalkirstain/PickScore_v1",
     resources=("pickscore", "clip-vit-h-14"),
+    castable=("pickscore",),
 )
 
 
