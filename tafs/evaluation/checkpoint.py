@@ -31,7 +31,7 @@ from tafs.evaluation.evaluate import verified_rewards
 from tafs.evaluation.protocol import Protocol
 from tafs.experiment import needs
 from tafs.experiment.specs import RunSpec
-from tafs.models import adapters, catalog, loading
+from tafs.models import Backbone, adapters, catalog, loading
 from tafs.models.adapters import Adapter
 from tafs.rewards.metrics import METRICS
 from tafs.runtime import checkpoint, gpus, memory, receipts
@@ -276,6 +276,8 @@ def _local(
     records = [METRICS[name].record() for name in protocol.served]
     protocol.check_versions([*(reward.record() for reward in rewards.rewards), *records])
     model = target.load()
+    if isinstance(model, Backbone):
+        model.waiting = rewards.networks
     if adapter is not None:
         path, digest = adapter
         content = adapters.read(path)

@@ -82,7 +82,7 @@ def _local(folder: Path) -> scoring.Local:
     spec, evaluation = run_inputs.run_spec(run), run_inputs.eval_spec(run)
     source = run_inputs.asset_source(spec)
     rewards = verified_rewards(source, _metrics(spec, evaluation))
-    load = functools.partial(generate.load_model, run, spec, evaluation)
+    load = functools.partial(generate.load_model, run, spec, evaluation, waiting=rewards.networks)
     return scoring.Local(rewards, load)
 
 

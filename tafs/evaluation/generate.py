@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tafs.common import seeding
 from tafs.experiment import run_inputs
@@ -117,13 +117,22 @@ def generate(
     return torch.cat([images for _, images in sample(model, texts, setting, batch, seed)])
 
 
-def load_model(run: RunDir, spec: RunSpec, evaluation: EvalSpec, iteration: int | None) -> Any:
+def load_model(
+    run: RunDir,
+    spec: RunSpec,
+    evaluation: EvalSpec,
+    iteration: int | None,
+    waiting: Sequence[nn.Module] = (),
+) -> Any:
     """The run's model after a number of training iterations.
 
     Args:
         iteration: of a snapshot; None: the final model, or the untrained one of a base run.
+        waiting: see `Backbone`.
     """
     model = run_inputs.asset_source(spec).model(spec.backbone, evaluation.resolution)
+    if isinstance(model, Backbone):
+        model.waiting = waiting
     if spec.trained:
         model.load_adapter(run.verified(iteration))
     return model

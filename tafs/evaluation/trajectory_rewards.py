@@ -66,6 +66,7 @@ def _write(run: RunDir, batch: int) -> None:
     source, seed = run_inputs.asset_source(spec), generate.EVALUATION_SEED
     backbone = generate.load_model(run, spec, evaluation, None)
     rewards = source.rewards(source.metrics(spec.prompts))
+    backbone.waiting = rewards.networks
     steps, count = evaluation.trajectories.nfe, evaluation.trajectories.prompts
     known = source.prompts(spec.prompts, "train")
     if count > len(known):

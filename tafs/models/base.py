@@ -57,7 +57,8 @@ class Backbone:
 
     Convention: t = 1 is noise, t = 0 is data, and the network predicts v = e - x_0. The network and
     the autoencoder stay on the device; the text encoders are on it only while they encode. Where
-    its memory does not hold both, the former wait in host memory meanwhile.
+    its memory does not hold both, the former, and the modules in `waiting`, wait in host memory
+    meanwhile.
 
     A subclass sets `lora_targets`, implements `embed` and `network`, and overrides the properties
     that differ for its architecture.
@@ -76,6 +77,7 @@ class Backbone:
     compiled: bool = False
     quantized: bool = False
     embeddings: Embeddings | None = None  # where embeddings are stored
+    waiting: Sequence[nn.Module] = ()  # others on the device, not used while prompts are encoded
     _load_encoders: Callable[[], DiffusionPipeline] | None = None  # if they are not loaded yet
 
     def __init__(
@@ -273,7 +275,9 @@ class Backbone:
         self.load_encoders()
         components, device = self.pipeline.components.items(), self.device
         encoders = [c for name, c in components if name.startswith("text_encoder") and c]
-        waiting = [] if _fit(encoders, device) else [self.transformer, self.pipeline.vae]
+        waiting = [self.transformer, self.pipeline.vae, *self.waiting]
+        if _fit(encoders, device):
+            waiting = []
         for module in waiting:
             module.to("cpu")
         for encoder in encoders:

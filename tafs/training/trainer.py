@@ -58,6 +58,7 @@ class Trainer:
         self.spec = spec
         self.backbone = backbone
         self.rewards = rewards
+        backbone.waiting = rewards.networks
         self.processes = processes
         self.seed = spec.seed
         self.method = registry.create(spec.method, spec.hyperparameters)

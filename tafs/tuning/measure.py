@@ -48,6 +48,7 @@ def score(trial: RunSpec, evaluation: Evaluation, adapter: Path | None = None) -
     texts = [prompt.text for prompt in drawn]
     repeated = [p for p in drawn for _ in range(IMAGES_PER_PROMPT)]
     rewards = source.rewards(list(trial.rewards))
+    backbone.waiting = rewards.networks
 
     def total(sampler: str) -> float:
         setting = EvalSetting(

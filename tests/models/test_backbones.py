@@ -19,7 +19,7 @@ from support.checkpoints import (
     our_images,
     their_images,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from tafs.common import seeding
 from tafs.models import Conditioning, base, catalog, loading, sampling, template
@@ -195,6 +195,30 @@ def test_network_and_autoencoder_make_room_for_text_encoders_that_do_not_fit(
     assert events[:3] == [*moves, "encode"] and events[-2:] == moves
     # The optimiser keeps its parameters.
     assert all(a is b for a, b in zip(parameters, backbone.transformer.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("fit", [True, False])
+def test_other_modules_wait_only_where_text_encoders_do_not_fit_beside_everything(
+    fit, checkpoint, monkeypatch
+):
+    class Other(nn.Linear):
+        def to(self, device):
+            events.append(str(device))
+            return super().to(device)
+
+    backbone, events = checkpoint.load(), []
+    backbone.waiting = (Other(2, 2), Other(2, 2))
+    before = [module.weight.clone() for module in backbone.waiting]
+    encoder = backbone.pipeline.text_encoder
+    encoder.register_forward_pre_hook(lambda *_: events.append("encode"))
+    asked = []
+    monkeypatch.setattr(base, "_fit", lambda modules, _: asked.append(list(modules)) or fit)
+    backbone.encode(PROMPTS[:1])
+    assert len(asked) == 1 and encoder in asked[0]
+    encoded = [event for event in events if event == "encode"]
+    assert events == (encoded if fit else ["cpu", "cpu", *encoded, "cpu", "cpu"])
+    for module, weight in zip(backbone.waiting, before, strict=True):
+        assert torch.equal(module.weight, weight)
 
 
 @on_a_gpu

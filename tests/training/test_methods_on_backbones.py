@@ -17,6 +17,7 @@ from tafs import experiment
 from tafs.assets.sources import ShapesAssets
 from tafs.experiment.specs import RunSpec
 from tafs.methods import registry
+from tafs.models import base as models
 from tafs.rewards import metrics
 from tafs.training.trainer import trainer_of
 
@@ -87,6 +88,14 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def adapter(spec: RunSpec) -> dict[str, torch.Tensor]:
+    """The adapter after an iteration, whose rewards have been finite."""
+    trainer = trainer_of(spec)
+    record = trainer.iterate(0)
+    assert record["invalid"] == 0 and record["grad_norm"] > 0
+    return {name: p.detach().clone() for name, p in trainer.parameters.items()}
+
+
 @pytest.mark.parametrize("method", ["draft_k", "refl", "reward_instruct", "tafs_grpo"])
 def test_a_method_trains_with_rewards_in_bfloat16(
     method: str, base: RunSpec, published: None
@@ -104,3 +113,26 @@ def test_a_method_trains_with_rewards_in_bfloat16(
     # Advantages are of the size of these errors where a group's scores are about equal.
     if trainer.method.needs_reward_gradients:
         assert record["grad_norm"] == pytest.approx(whole["grad_norm"], rel=0.083)
+
+
+def test_adapters_do_not_depend_on_where_networks_and_rewards_wait(
+    base: RunSpec, published: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = base.model_copy(update={"method": "reward_instruct", "hyperparameters": {}})
+    expected = adapter(spec)
+    moved: list[int] = []
+    to = torch.nn.Module.to
+
+    def counted(module: torch.nn.Module, *given: Any, **named: Any) -> torch.nn.Module:
+        moved.append(id(module))
+        return to(module, *given, **named)
+
+    monkeypatch.setattr(models, "_fit", lambda *_: False)
+    trainer = trainer_of(spec)
+    [clip] = trainer.backbone.waiting
+    assert clip is trainer.rewards.rewards[0].scorer.model  # type: ignore[attr-defined]
+    monkeypatch.setattr(torch.nn.Module, "to", counted)
+    trainer.iterate(0)
+    assert moved.count(id(clip)) == 2
+    for name, parameter in trainer.parameters.items():
+        assert torch.equal(parameter, expected[name]), name
