@@ -184,6 +184,16 @@ def settled(scale: Scale, name: str, runs: Mapping[str, RunSpec]) -> dict[str, R
     return found
 
 
+def _reward_bytes(name: str, dtype: str) -> float:
+    """Bytes of a reward's weights, whose files are in float32 but for those in LOADED."""
+    metric, known = metrics.plugin(name).metric, lockfile.read()
+    share = WEIGHT_BYTES[dtype] / WEIGHT_BYTES["float32"]
+    return sum(
+        LOADED.get(one, known[one].gigabytes * GB) * (share if one in metric.castable else 1)
+        for one in metric.resources
+    )
+
+
 def _check_library(where: str, quantize: str) -> None:
     if missing := quantization.problem(quantize):
         raise ConfigError(f"{where}.quantize: {missing}")
@@ -207,7 +217,6 @@ def of_run(spec: RunSpec, processes: int) -> TrainingMemory | None:
     images = training.prompts_per_iteration * training.group_size // processes
     share = images // method.updates
     known = lockfile.read()
-    used = [name for reward in spec.rewards for name in metrics.plugin(reward).metric.resources]
     published = HALF * (network.weights + memory_model.autoencoder_weights(architecture.vae))
     setting = Setting(
         resolution=spec.resolution,
@@ -219,7 +228,7 @@ def of_run(spec: RunSpec, processes: int) -> TrainingMemory | None:
         images=images,
         trained_steps=spec.nfe_theta or 1,
         kept_images=share if training.keep_graphs and method.keeps_graphs else 0,
-        rewards=sum(LOADED.get(name, known[name].gigabytes * GB) for name in used),
+        rewards=sum(_reward_bytes(reward, spec.assets.rewards_dtype) for reward in spec.rewards),
         reward_activations=(
             sum(TOWERS.get(reward, 0.0) for reward in spec.rewards)
             if method.needs_reward_gradients
