@@ -73,10 +73,11 @@ def test_wrong_versions_are_named():
 
 
 @pytest.mark.parametrize(
-    "needed, slurm, state", [(1, False, OK), (1e18, False, PROBLEM), (1e18, True, UNUSED)]
+    "needed, slurm, state", [(1, False, OK), (1e12, False, PROBLEM), (1e12, True, UNUSED)]
 )
-def test_memory_is_compared_with_one_training(needed, slurm, state):
-    assert doctor.memory(needed, slurm).state == state
+def test_memory_is_compared_with_the_largest_job(needed, slurm, state):
+    found = doctor.memory(needed, "evaluate x", slurm)
+    assert found.state == state and f"{needed * 2**20 / 1e9:.1f} GB for evaluate x" in found.found
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,7 @@ def checks(overrides: Mapping[str, Any]) -> Iterator[Check]:
         graph = graphs.read(overrides)
         fetched = [job.target for job in graph.jobs() if job.rule == "fetch"]
         resources = lockfile.read() if fetched else {}
+        largest = graph.largest_memory()
     except (ValueError, OSError, ImportError) as error:
         remedy = "correct it; run `tafs` in a checkout of the project"
         yield Check("configuration", PROBLEM, one_line(str(error)), remedy)
@@ -64,7 +65,7 @@ def checks(overrides: Mapping[str, Any]) -> Iterator[Check]:
     if scale.automatic and scale.gpu_memory is not None and not slurm:
         yield from gpu_memory(scale.gpu_memory)
     yield disk(graph, fetched)
-    yield memory(scale.memory_mb * MIB * scale.processes // scale.nodes, slurm)
+    yield memory(*largest, slurm)
     yield from hub({name: resources[name] for name in fetched}, Path(scale.lock))
     if scale.evaluation.served:
         yield server(scale.evaluation.servers[scale.evaluation.judge][0])
@@ -188,20 +189,25 @@ def disk(graph: Any, fetched: Sequence[str]) -> Check:
     return Check("disk", OK, "; ".join(found))
 
 
-def memory(needed: float, slurm: bool) -> Check:
-    """Whether the host's memory holds one training.
+def memory(needed: float, job: str, slurm: bool) -> Check:
+    """Whether the host's memory holds the largest job.
 
     Args:
-        needed: bytes.
+        needed: MiB that the job asks for.
+        job: its name.
         slurm: whether jobs run on other machines.
     """
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    found = f"{total / GB:.1f} GB, {needed / GB:.1f} GB for one training"
+    needed *= MIB
+    found = f"{total / GB:.1f} GB, {needed / GB:.1f} GB for {job}"
     if slurm:
         return Check("memory", UNUSED, f"{found}; jobs run on Slurm's nodes")
     if total >= needed:
         return Check("memory", OK, found)
-    return Check("memory", PROBLEM, found, "use a larger machine, or lower the scale's memory_mb")
+    remedy = (
+        "use a larger machine, or lower the scale's processes, evaluation.processes or memory_mb"
+    )
+    return Check("memory", PROBLEM, found, remedy)
 
 
 def hub(resources: Mapping[str, Any], lock: Path) -> Iterator[Check]:

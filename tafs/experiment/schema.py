@@ -207,7 +207,7 @@ class Scale(_Strict):
     max_sequence_length: Count | None = None
     processes: Count = 1  # of a training job; one per GPU
     nodes: Count = 1  # machines that share the processes
-    memory_mb: Count = 3000  # of host memory per process
+    memory_mb: Count | None = None  # of host memory per process; None: by the sizes of its files
     model_roles: dict[Name, Name]  # role in the experiments -> model of models.yaml
     prompts: dict[Name, Prompts]  # role in the tasks -> prompt set
     models: tuple[Name, ...] = ()  # compared as published, in experiments with `models: true`

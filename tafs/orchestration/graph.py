@@ -17,6 +17,8 @@ from tafs.assets.sources import AssetSource
 from tafs.experiment import Plan, looks, needs
 from tafs.experiment.schema import Scale
 from tafs.experiment.specs import EvalSpec, RunSpec
+from tafs.models import catalog
+from tafs.orchestration import host_memory
 from tafs.runtime import gpus
 from tafs.runtime.run_dir import STAGES
 
@@ -251,9 +253,14 @@ class Graph:
         if self.scale.assets != "hub":
             return []
         spec = self.runs[run]
-        optional = self.evaluations[run].optional_metrics
-        others = self.source.metrics(spec.prompts, optional) if judging else spec.rewards
-        return self._marks(sources.resources_of([spec.backbone, *others], [spec.prompts]))
+        names = [spec.backbone, *self._scorers(spec, judging)]
+        return self._marks(sources.resources_of(names, [spec.prompts]))
+
+    def _scorers(self, spec: RunSpec, judging: bool) -> tuple[str, ...]:
+        """The rewards of a run's training, or the metrics that its evaluation computes itself."""
+        if not judging:
+            return tuple(spec.rewards)
+        return self.source.metrics(spec.prompts, self.evaluations[spec.name].optional_metrics)
 
     def _marks(self, resources: Iterable[str]) -> list[str]:
         """The files that mark resources as downloaded and verified."""
@@ -277,9 +284,13 @@ class Graph:
     @property
     def check_inputs(self) -> list[str]:
         """The marks of the resources of all metrics that the scale can compute."""
+        return self._marks(sources.resources_of(self._checked))
+
+    @property
+    def _checked(self) -> list[str]:
+        """The metrics that check_rewards computes."""
         judged = self.evaluations[self.check_run]
-        names = needs.checked_metrics(self.source, judged, served=True)
-        return self._marks(sources.resources_of(names))
+        return needs.checked_metrics(self.source, judged, served=True)
 
     @property
     def served_inputs(self) -> list[str]:
@@ -322,11 +333,10 @@ class Graph:
 
         They decide nothing about what runs again.
         """
-        scale = self.scale
-        processes, nodes = scale.processes_of(stage), scale.nodes if stage == "train" else 1
-        memory = scale.memory_mb * processes // nodes
+        processes, nodes = self._spread(stage)
 
         def growing(wildcards: Any, attempt: int) -> int:
+            memory = self.memory(Job(stage, getattr(wildcards, "run", "")))
             return memory * (1 + attempt) // 2  # half as much more with each attempt
 
         found: dict[str, Any] = {"mem_mb": growing}
@@ -344,6 +354,57 @@ class Graph:
         if nodes > 1:
             found |= {"mpi": "srun", "tasks": nodes}
         return found
+
+    def _spread(self, stage: str) -> tuple[int, int]:
+        """(processes, nodes) of a job of a stage."""
+        return self.scale.processes_of(stage), self.scale.nodes if stage == "train" else 1
+
+    def memory(self, job: Job) -> int:
+        """MiB of host memory that a job asks for on each of its nodes, at the first attempt.
+
+        The scale's `memory_mb` for each process, or where it names none, what the process loads.
+
+        Raises:
+            ValueError: the size of a file is unknown, or a file of sizes is damaged; names it.
+        """
+        processes, nodes = self._spread(job.rule)
+        each = self.scale.memory_mb or self._memory_of_process(job)
+        return each * processes // nodes
+
+    def largest_memory(self) -> tuple[int, str]:
+        """(MiB of host memory, name) of the job of `snakemake all` that asks for most."""
+        stages = (*STAGES, "check_rewards")
+        largest = max((job for job in self.jobs() if job.rule in stages), key=self.memory)
+        return self.memory(largest), f"{largest.rule} {largest.target}".strip()
+
+    def _memory_of_process(self, job: Job) -> int:
+        if self.scale.assets != "hub":
+            return host_memory.of_process(0)
+        size = self._sizes.of
+        match job.rule:
+            case "train" | "evaluate" | "trajectory_rewards":
+                spec = self.runs[job.target]
+                scorers = self._scorers(spec, judging=job.rule != "train")
+                model = size(sources.resources_of([spec.backbone]))
+                return host_memory.of_process(
+                    model + size(sources.resources_of(scorers)),
+                    # Published weights have 16 bits or more.
+                    widened=model if self.scale.dtype == "float32" else 0.0,
+                    keeps_embeddings=catalog.read()[spec.backbone].trainable,
+                )
+            case "tune_method":  # trains and judges in one process
+                trained = [name for name, run in self.runs.items() if run.trained]
+                return max(self._memory_of_process(Job("evaluate", name)) for name in trained)
+            case "check_rewards":
+                checked, serves = sources.resources_of(self._checked), self.scale.evaluation.served
+                return host_memory.of_process(size(checked), serves=serves)
+            case _:
+                judge = sources.resources_of([self.scale.evaluation.judge])
+                return host_memory.of_process(size(judge), serves=True)
+
+    @cached_property
+    def _sizes(self) -> host_memory.Sizes:
+        return host_memory.Sizes(Path(self.scale.lock))
 
     @property
     def device(self) -> str:
