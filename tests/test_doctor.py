@@ -77,7 +77,7 @@ def test_wrong_versions_are_named():
 )
 def test_memory_is_compared_with_the_largest_job(needed, slurm, state):
     found = doctor.memory(needed, "evaluate x", slurm)
-    assert found.state == state and f"{needed * 2**20 / 1e9:.1f} GB for evaluate x" in found.found
+    assert found.state == state and f"{needed / 1e3:.1f} GB for evaluate x" in found.found
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from tafs.common.errors import one_line
 
 OK, PROBLEM, UNKNOWN, UNUSED = "ok", "problem", "unknown", "not needed"
 HUB_TIMEOUT, TOOL_TIMEOUT = 5.0, 20.0  # s
-GB, MIB = 1e9, 2**20
+GB, MB = 1e9, 1e6
 
 
 class Check(NamedTuple):
@@ -193,12 +193,12 @@ def memory(needed: float, job: str, slurm: bool) -> Check:
     """Whether the host's memory holds the largest job.
 
     Args:
-        needed: MiB that the job asks for.
+        needed: MB that the job asks for.
         job: its name.
         slurm: whether jobs run on other machines.
     """
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    needed *= MIB
+    needed *= MB
     found = f"{total / GB:.1f} GB, {needed / GB:.1f} GB for {job}"
     if slurm:
         return Check("memory", UNUSED, f"{found}; jobs run on Slurm's nodes")

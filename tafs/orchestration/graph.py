@@ -360,7 +360,7 @@ class Graph:
         return self.scale.processes_of(stage), self.scale.nodes if stage == "train" else 1
 
     def memory(self, job: Job) -> int:
-        """MiB of host memory that a job asks for on each of its nodes, at the first attempt.
+        """MB of host memory that a job asks for on each of its nodes, at the first attempt.
 
         The scale's `memory_mb` for each process, or where it names none, what the process loads.
 
@@ -372,7 +372,7 @@ class Graph:
         return each * processes // nodes
 
     def largest_memory(self) -> tuple[int, str]:
-        """(MiB of host memory, name) of the job of `snakemake all` that asks for most."""
+        """(MB of host memory, name) of the job of `snakemake all` that asks for most."""
         stages = (*STAGES, "check_rewards")
         largest = max((job for job in self.jobs() if job.rule in stages), key=self.memory)
         return self.memory(largest), f"{largest.rule} {largest.target}".strip()

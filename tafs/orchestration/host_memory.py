@@ -8,11 +8,10 @@ from pathlib import Path
 from tafs.assets import lockfile
 from tafs.models.base import KEPT_BYTES
 
-GB = 1e9
-MIB = 2**20
+GB, MB = 1e9, 1e6  # Snakemake's mem_mb; Slurm takes its number as MiB, which is 5 % more
 # Libraries and CUDA's context; at the embedded scales also models and rewards, where a job took
 # 0.74 GiB on a CPU (docs/hardware.md). On GPUs it is an assumption.
-LIBRARIES = 3000 * MIB
+LIBRARIES = 3000 * MB
 # A server's processes with libraries of their own: requests, tokens, model and texts.
 SERVER_PROCESSES = 4
 
@@ -42,7 +41,7 @@ class Sizes:
 def of_process(
     files: float, *, widened: float = 0.0, keeps_embeddings: bool = False, serves: bool = False
 ) -> int:
-    """MiB of host memory that a process takes at most.
+    """MB of host memory that a process takes at most.
 
     Args:
         files: bytes of all files that it loads. Those of a model count whole: on a small GPU the
@@ -57,4 +56,4 @@ def of_process(
     """
     kept = KEPT_BYTES if keeps_embeddings else 0
     libraries = LIBRARIES * (1 + SERVER_PROCESSES * serves)
-    return round((libraries + files + widened + kept) / MIB)
+    return round((libraries + files + widened + kept) / MB)

@@ -80,15 +80,12 @@ def test_training_on_several_nodes_asks_for_gpus_per_node(paper):
 
 
 def asked(graph: Graph, stage: str, run: str = "", attempt: int = 1) -> int:
-    """MiB of host memory that Snakemake asks for."""
+    """MB of host memory that Snakemake asks for."""
     wildcards = SimpleNamespace(run=run) if run else SimpleNamespace()
     return graph.resources(stage)["mem_mb"](wildcards, attempt)
 
 
-def mib(gigabytes: float) -> float:
-    return gigabytes * 1e9 / 2**20
-
-
+EMBEDDINGS = 4 * 1024**3 / 1e6
 BASE_HIDREAM, BASE_SD35 = "base.geneval.hidream-full", "base.geneval.sd35-medium"
 # PickScore, CLIP and the small file of the former's tokenizer; HPSv2.1, ImageReward with its
 # tokenizer, and GenEval's detector.
@@ -96,14 +93,14 @@ TRAINED_REWARDS, OTHER_METRICS = 3.9 + 1.7 + 0.01, 1.97 + 1.8 + 0.01 + 0.3
 
 
 def test_jobs_ask_for_the_host_memory_of_the_files_that_their_run_loads(paper):
-    """In GB: 3000 MiB of libraries, and 4 GiB of embeddings for models that are trained."""
+    """In GB: 3 of libraries, and 4 GiB of embeddings for models that are trained."""
     flux, rewards = 33.7, TRAINED_REWARDS
-    whole = 8 * (3000 + 4096 + mib(flux + rewards))
+    whole = 8 * (3000 + EMBEDDINGS + 1000 * (flux + rewards))
     assert asked(paper, "train", TAFS) == pytest.approx(whole, abs=8)
     metrics = rewards + OTHER_METRICS
-    hidream = 8 * (3000 + mib(48.2 + 16.1 + metrics))  # with its Llama
+    hidream = 8 * (3000 + 1000 * (48.2 + 16.1 + metrics))  # with its Llama
     assert asked(paper, "evaluate", BASE_HIDREAM) == pytest.approx(hidream, abs=8)
-    sd35 = 8 * (3000 + 4096 + mib(16.3 + metrics))
+    sd35 = 8 * (3000 + EMBEDDINGS + 1000 * (16.3 + metrics))
     assert asked(paper, "evaluate", BASE_SD35) == pytest.approx(sd35, abs=8)
     assert asked(paper, "trajectory_rewards", BASE_SD35) == pytest.approx(sd35 / 8, abs=1)
     assert paper.largest_memory() == (
@@ -113,7 +110,7 @@ def test_jobs_ask_for_the_host_memory_of_the_files_that_their_run_loads(paper):
     two = with_scale(paper, processes=16, nodes=2)
     assert asked(two, "train", TAFS) == asked(paper, "train", TAFS)  # on each node
     wide = with_scale(paper, dtype="float32")
-    assert asked(wide, "train", TAFS) == pytest.approx(whole + 8 * mib(flux), abs=8)
+    assert asked(wide, "train", TAFS) == pytest.approx(whole + 8 * 1000 * flux, abs=8)
 
 
 def test_half_as_much_memory_is_added_with_each_attempt(paper):
@@ -124,11 +121,11 @@ def test_half_as_much_memory_is_added_with_each_attempt(paper):
 def test_judges_and_golden_scores_ask_for_the_memory_of_their_files(paper):
     server = 5 * 3000  # one process of ours and four of the server
     judge = 16.1 + 3.5
-    assert asked(paper, "score_served", TAFS) == pytest.approx(server + mib(judge), abs=1)
+    assert asked(paper, "score_served", TAFS) == pytest.approx(server + 1000 * judge, abs=1)
     every = judge + TRAINED_REWARDS + OTHER_METRICS
-    assert asked(paper, "check_rewards") == pytest.approx(server + mib(every), abs=1)
+    assert asked(paper, "check_rewards") == pytest.approx(server + 1000 * every, abs=1)
     one_gpu = graphs.read({"scale": "one-gpu"}, ROOT / "config.yaml")
-    alone = 3000 + mib(every - judge)
+    alone = 3000 + 1000 * (every - judge)
     assert asked(one_gpu, "check_rewards") == pytest.approx(alone, abs=1)
     largest = asked(one_gpu, "evaluate", BASE_SD35)
     assert asked(one_gpu, "tune_method") == largest == one_gpu.largest_memory()[0]
@@ -136,12 +133,12 @@ def test_judges_and_golden_scores_ask_for_the_memory_of_their_files(paper):
 
 def test_a_locks_sizes_are_taken_before_those_of_the_catalogue(paper, tmp_path):
     lock = tmp_path / "resources.lock.yaml"
-    file = LockedFile(size=2**20 * 1000, sha256="0" * 64)
+    file = LockedFile(size=10**9, sha256="0" * 64)
     files = {"transformer/a.safetensors": file, "vae/b.safetensors": file}
     pinned = Locked(hub="black-forest-labs/FLUX.1-dev", revision="0" * 40, files=files)
     lockfile.write(lock, {"flux-dev": pinned})
     locked = with_scale(paper, lock=str(lock))
-    found = 8 * (3000 + 4096 + 2000 + mib(TRAINED_REWARDS))  # the rewards are not pinned
+    found = 8 * (3000 + EMBEDDINGS + 2000 + 1000 * TRAINED_REWARDS)  # the rewards are not pinned
     assert asked(locked, "train", TAFS) == pytest.approx(found, abs=8)
 
 
@@ -154,7 +151,7 @@ def test_a_file_of_unknown_size_is_named(paper, monkeypatch):
         asked(with_scale(paper, nodes=1), "train", TAFS)
 
 
-def test_embedded_scales_ask_for_3000_mib_and_a_number_that_is_given_is_kept(paper):
+def test_embedded_scales_ask_for_3000_mb_and_a_number_that_is_given_is_kept(paper):
     shapes = graphs.read({"scale": "shapes"}, ROOT / "config.yaml")
     assert shapes.largest_memory()[0] == 3000
     given = with_scale(paper, memory_mb=60_000)
