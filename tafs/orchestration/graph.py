@@ -380,7 +380,7 @@ class Graph:
     def _memory_of_process(self, job: Job) -> int:
         if self.scale.assets != "hub":
             return host_memory.of_process(0)
-        size = self._sizes.of
+        size = self.sizes.of
         match job.rule:
             case "train" | "evaluate" | "trajectory_rewards":
                 spec = self.runs[job.target]
@@ -403,7 +403,8 @@ class Graph:
                 return host_memory.of_process(size(judge), serves=True)
 
     @cached_property
-    def _sizes(self) -> host_memory.Sizes:
+    def sizes(self) -> host_memory.Sizes:
+        """The sizes of all resources."""
         return host_memory.Sizes(Path(self.scale.lock))
 
     @property

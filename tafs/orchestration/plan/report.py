@@ -15,7 +15,7 @@ from tafs.experiment.schema import Scale
 from tafs.orchestration import graph as graphs
 from tafs.orchestration import verdicts
 from tafs.orchestration.graph import Graph, Job
-from tafs.orchestration.plan import gpu_needs
+from tafs.orchestration.plan import evaluation_memory, gpu_needs
 from tafs.orchestration.plan.estimate import (
     HOUR,
     MODELLED,
@@ -70,7 +70,8 @@ def report(
         ValueError: config.yaml is wrong, a file is damaged or there are too few nodes; one line.
     """
     page = _page(overrides, price, tflops)
-    parts = [page.head(), page.methods(), gpu_needs.lines(page.graph), page.stages()]
+    memory = (gpu_needs.lines(page.graph), evaluation_memory.lines(page.work))
+    parts = [page.head(), page.methods(), *memory, page.stages()]
     parts += [page.reasons(verbose), page.disk(), page.wall_time(nodes), page.decide()]
     return "\n".join(chain(*parts, page.assumptions()))
 
@@ -96,6 +97,7 @@ def record(
         "methods": [asdict(total) for total in page.totals()],
         "total": asdict(page.total("total", "", page.jobs)),
         "memory": [asdict(need) for need in gpu_needs.trainings(page.graph)],
+        "evaluation_memory": [asdict(need) for need in evaluation_memory.needs(page.work)],
         "hours_left": page.hours_left,
         "cost_left": None if price is None else price * page.hours_left,
         "downloads": {"bytes": downloaded, "resources": fetched, "source": source},
