@@ -16,7 +16,7 @@ from pathlib import Path
 from tafs.common import yaml_files
 
 ROOT = Path(__file__).resolve().parents[2]
-NEEDED = ("config.yaml", "claims.yaml", "environment.yml", "pyproject.toml")
+NEEDED = ("config.yaml", "claims.yaml", "resources.yaml", "environment.yml", "pyproject.toml")
 NEEDED += ("workflow", "tafs", "baselines", "slurm")
 RUN = "tafs_grpo.preference.shapes-flux.0"  # the only training of a reduced project
 
