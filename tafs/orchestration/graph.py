@@ -365,7 +365,8 @@ class Graph:
         The scale's `memory_mb` for each process, or where it names none, what the process loads.
 
         Raises:
-            ValueError: the size of a file is unknown, or a file of sizes is damaged; names it.
+            ConfigError, ValueError: the size of a resource is unknown, or a file of sizes is
+                damaged; names it.
         """
         processes, nodes = self._spread(job.rule)
         each = self.scale.memory_mb or self._memory_of_process(job)
@@ -374,7 +375,10 @@ class Graph:
     def largest_memory(self) -> tuple[int, str]:
         """(MB of host memory, name) of the job of `snakemake all` that asks for most."""
         stages = (*STAGES, "check_rewards")
-        largest = max((job for job in self.jobs() if job.rule in stages), key=self.memory)
+        asking = [job for job in self.jobs() if job.rule in stages]
+        if not asking:  # a scale without experiments
+            return 0, "no job"
+        largest = max(asking, key=self.memory)
         return self.memory(largest), f"{largest.rule} {largest.target}".strip()
 
     def _memory_of_process(self, job: Job) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tafs.assets import lockfile
+from tafs.common.yaml_files import ConfigError
 from tafs.models.base import KEPT_BYTES
 
 GB, MB = 1e9, 1e6  # Snakemake's mem_mb; Slurm takes its number as MiB, which is 5 % more
@@ -29,11 +30,11 @@ class Sizes:
         self._bytes |= {name: float(entry.size) for name, entry in locked.items()}
 
     def of(self, names: Iterable[str]) -> float:
-        """Bytes of some resources; a ValueError names one that is unknown."""
+        """Bytes of some resources; a ConfigError names one that is unknown."""
         total = 0.0
         for name in names:
             if name not in self._bytes:
-                raise ValueError(f"{name}: its size is unknown; add it to {lockfile.RESOURCES}")
+                raise ConfigError(f"{name}: its size is unknown; add it to {lockfile.RESOURCES}")
             total += self._bytes[name]
         return total
 

@@ -34,12 +34,14 @@ class Session:
         workflow: Snakemake's object.
 
     Raises:
-        SystemExit: it or config.yaml is wrong (exit code 2); prints one line.
+        SystemExit: it, config.yaml or a size of resources.yaml is wrong (exit code 2); prints one
+            line.
     """
 
     def __init__(self, config: Mapping[str, Any], workflow: Any) -> None:
         try:
             self.graph = graph.read(config)
+            self.graph.largest_memory()  # Snakemake prints a traceback where a size is missing
         except ConfigError as error:
             self._exit(str(error), errors.BAD_INPUT)
         self.root = Path(self.graph.root)

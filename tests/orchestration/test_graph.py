@@ -10,10 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 from ruamel.yaml import YAML
+from support import project_copy
 from support.dry_run import dry_run
 
 from tafs.assets import lockfile
 from tafs.assets.lockfile import Locked, LockedFile
+from tafs.common.yaml_files import ConfigError
 from tafs.orchestration import graph as graphs
 from tafs.orchestration.graph import Graph
 
@@ -147,8 +149,28 @@ def test_a_file_of_unknown_size_is_named(paper, monkeypatch):
     monkeypatch.setattr(
         lockfile, "read", lambda: {k: v for k, v in known.items() if k != "flux-dev"}
     )
-    with pytest.raises(ValueError, match="flux-dev: its size is unknown; add it to resources.yaml"):
+    with pytest.raises(
+        ConfigError, match="flux-dev: its size is unknown; add it to resources.yaml"
+    ):
         asked(with_scale(paper, nodes=1), "train", TAFS)
+
+
+def test_snakemake_names_a_file_of_unknown_size_in_one_line(tmp_path):
+    project = project_copy.copied(tmp_path, tmp_path / "results")
+    command = ["snakemake", "all", "--dry-run", "--config", "scale=paper"]
+    with project.edited("resources.yaml", "\nsana-sprint:\n", "\nsana-print:\n"):
+        done = subprocess.run(
+            command, cwd=tmp_path, env=project.environment, capture_output=True, text=True
+        )
+    assert done.returncode == 2
+    said = done.stderr.splitlines()[-1]
+    assert said == "sana-sprint: its size is unknown; add it to resources.yaml"
+    assert "Traceback" not in done.stderr
+
+
+def test_a_scale_without_experiments_asks_for_nothing(paper):
+    nothing = dataclasses.replace(with_scale(paper, assets="shapes").plan, runs={})
+    assert Graph(nothing).largest_memory() == (0, "no job")
 
 
 def test_embedded_scales_ask_for_3000_mb_and_a_number_that_is_given_is_kept(paper):
