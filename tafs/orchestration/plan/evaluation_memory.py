@@ -36,7 +36,9 @@ class EvaluationMemory:
     batch: int
     most: int
 
-    def largest(self, available: float | None, batch: int | None = None) -> tuple[str, float]:
+    def largest(
+        self, available: float | None = None, batch: int | None = None
+    ) -> tuple[str, float]:
         """(the phase that takes most, its bytes); see `gpu_memory.TrainingMemory.largest`."""
         found = self.phases(batch or self.batch)
         totals = {phase: sum(parts.values()) for phase, parts in found.items()}
