@@ -74,6 +74,7 @@ class Learned:
     ) -> None:
         self.name = name
         self.model = model.eval().requires_grad_(False)
+        self.networks = (self.model,)
         self.tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         self.head = head
         self._ids: dict[str, Tensor] = {}

@@ -31,6 +31,7 @@ from tafs.evaluation import (
 )
 from tafs.experiment import needs, run_inputs
 from tafs.experiment.specs import BEST, PIPELINE, EvalSetting, RunSpec
+from tafs.models import base
 from tafs.rewards import golden
 from tafs.runtime import checkpoint, gpus, receipts
 from tafs.runtime.run_dir import RunDir
@@ -142,6 +143,30 @@ def test_a_run_is_sampled_with_the_sampler_that_its_evaluation_chose(uninterrupt
     found = sample.images(sampled, texts, 4, chosen, generate.EVALUATION_SEED)
     stored = load_file(uninterrupted.samples)
     assert torch.equal(found[stored["prompts"].long()], stored[f"{BEST}-4"])
+
+
+def test_scores_do_not_depend_on_where_the_metrics_wait_while_prompts_are_encoded(
+    uninterrupted, tmp_path, monkeypatch
+):
+    run, moved, to = copied(uninterrupted, tmp_path), [], torch.nn.Module.to
+
+    def counted(module: torch.nn.Module, *given: Any, **named: Any) -> torch.nn.Module:
+        moved.append(module)
+        return to(module, *given, **named)
+
+    monkeypatch.setattr(base, "_fit", lambda *_: False)
+    local = evaluate._local(run.folder)
+    monkeypatch.setattr(torch.nn.Module, "to", counted)
+    setting = EvalSetting(sampler="ode", nfe=1, images_per_prompt=1)
+    work = scoring.Work(setting, prompts(run), BATCH, generate.EVALUATION_SEED)
+    found = [batch.scores for batch in local.score(work)]
+    networks = local.rewards.networks
+    assert len(networks) == 5  # all metrics but GenEval
+    assert [sum(m is network for m in moved) for network in networks] == [2] * 5
+    monkeypatch.setattr(base, "_fit", lambda *_: True)
+    for batch, same in zip(evaluate._local(run.folder).score(work), found, strict=True):
+        assert batch.scores.keys() == same.keys()
+        assert all(torch.equal(batch.scores[name], same[name]) for name in same)
 
 
 def test_images_that_two_settings_share_are_drawn_once(ready, tmp_path, monkeypatch):
