@@ -6,6 +6,8 @@ import reprlib
 import sys
 from collections.abc import Callable
 
+from tafs.common import collector
+
 BAD_INPUT = 2
 CONTINUE = 75  # EX_TEMPFAIL of sysexits.h: the same command continues the work
 
@@ -39,6 +41,7 @@ def run_cli(
         work: what the command does.
         note: called with the exit code and the message before the process ends.
     """
+    collector.spare()
     try:
         work()
     except Exception as error:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from tafs.common import errors
+from tafs.common import collector, errors
 from tafs.data.prompts import Prompt
 from tafs.evaluation import generate, image_archive
 from tafs.experiment.specs import EvalSetting
@@ -212,6 +212,7 @@ def _serve(make: Callable[[], Local], pipe: Connection) -> None:
     end_with_parent(signal.SIGKILL)
     for number in (signal.SIGINT, *deadline.SIGNALS):
         signal.signal(number, signal.SIG_IGN)
+    collector.spare()
     limit_threads()
     try:
         scorer = make()

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from tafs.common import collector
 from tafs.tracking import ENVIRONMENT, index_page, mlflow_mirror
 from tafs.tracking.mlflow_mirror import ARTIFACTS, DATABASE, DEFAULT_STORE, Copies, Seen, Summary
 
@@ -177,4 +178,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    collector.spare()
     sys.exit(main())
