@@ -193,10 +193,15 @@ class Method:
         """
         return next(iter(rewards.values()))[:0]
 
-    def kl_to_base(
-        self, backbone: Backbone, trajectory: Trajectory, iteration: int
-    ) -> float | None:
-        """Estimate the KL divergence to the base model on one group of images, for the journal."""
+    def kl_to_base(self, backbone: Backbone, trajectory: Trajectory, number: int) -> float | None:
+        """Estimate the KL divergence to the base model on one group of images, for the journal.
+
+        Called in some iterations only, without gradients; it may draw no random numbers.
+
+        Args:
+            trajectory: of the group.
+            number: of the estimate, from 0.
+        """
         return None
 
     @property

@@ -198,9 +198,12 @@ class PolicyGradient(GroupRelative):
                 share = len(x_t) / (steps * batch)
                 yield LossPart(loss * share, objective.metrics)
 
-    def kl_to_base(self, backbone: Backbone, trajectory: Trajectory, iteration: int) -> float:
-        """Return the mean KL divergence of one trained step to the base model's step."""
-        n = iteration % len(trajectory.x_t)
+    def kl_to_base(self, backbone: Backbone, trajectory: Trajectory, number: int) -> float:
+        """Return the mean KL divergence of one trained step to the base model's step.
+
+        Each estimate is of the step after that of the one before.
+        """
+        n = number % len(trajectory.x_t)
         x_t, t, s = trajectory.x_t[n], trajectory.t[n], trajectory.s[n]
         v = self.velocity(backbone, x_t, t, trajectory.cond)
         transition = self.transition(x_t, v, t, s)

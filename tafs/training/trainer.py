@@ -28,6 +28,8 @@ from tafs.training.rewards import IterationRewards, NonFinite, invalid_images
 
 # Iterations whose prompts are encoded together, so that the text encoders move to the GPU rarely.
 AHEAD = 16
+# Iterations from one estimate of the KL divergence to the next; it takes about 2 % of an iteration.
+KL_EVERY = 5
 
 
 class Trainer:
@@ -97,9 +99,10 @@ class Trainer:
         """Sample, score and update; return the journal's record.
 
         The record covers the images of all processes, except for the times, which are those of this
-        process, and the KL divergence, which is estimated on this process's first group. Images
-        without a finite reward are counted as `invalid` and left out of the recorded rewards; they
-        contribute only to terms of the loss that do not depend on rewards.
+        process, and the KL divergence, which is estimated on this process's first group in every
+        KL_EVERY-th iteration and in the last one. Images without a finite reward are counted as
+        `invalid` and left out of the recorded rewards; they contribute only to terms of the loss
+        that do not depend on rewards.
 
         Raises:
             NonFinite: more images are invalid than `tolerated`, or any where the method
@@ -129,9 +132,7 @@ class Trainer:
         scored = clock()
         learned = self._update(trajectories, image_prompts, advantages, iteration)
         end = clock()
-        group = trajectories[0].images(slice(0, self.group_size))
-        with torch.no_grad():
-            divergence = self.method.kl_to_base(self.backbone, group, iteration)
+        divergence = self._divergence(trajectories[0], iteration)
         batch = self.groups * self.group_size
         return {
             "iteration": iteration,
@@ -151,6 +152,18 @@ class Trainer:
                 "total": end - start,
             },
         }
+
+    def _divergence(self, trajectory: Trajectory, iteration: int) -> float | None:
+        """Estimate the KL divergence to the base model; None if it is not due.
+
+        It is due in all processes at once: if one alone estimated it, the others would wait for
+        that one in the next iteration.
+        """
+        if iteration % KL_EVERY and iteration != self.iterations - 1:
+            return None
+        group = trajectory.images(slice(0, self.group_size))
+        with torch.no_grad():
+            return self.method.kl_to_base(self.backbone, group, -(-iteration // KL_EVERY))
 
     def _clock(self) -> float:
         """Seconds, after the device has finished its work."""

@@ -301,6 +301,17 @@ def test_a_divergence_is_the_mean_of_the_iterations_that_measure_all_trained_ste
     assert found["kl"] == pytest.approx([0.0, 0.15, 0.4, 0.4, 0.4, 0.4, 0.4])
 
 
+def test_iterations_without_a_divergence_are_left_out_of_its_curve() -> None:
+    known = {0: 0.0, 5: 0.3, 10: 0.9, 12: 0.6}
+    iterations = [
+        {"iteration": i, "grad_norm": 1.0, **({"kl": known[i]} if i in known else {})}
+        for i in range(13)
+    ]
+    found = content._curves(iterations, trained_steps=2)["kl"]
+    assert [i for i, value in enumerate(found) if value is not None] == [*known]
+    assert [value for value in found if value is not None] == pytest.approx([0, 0.15, 0.6, 0.75])
+
+
 @pytest.mark.parametrize("comparisons", [1, 66, 500])
 def test_any_number_of_comparisons_can_have_a_significant_one(comparisons: int) -> None:
     smallest = 2 / (1 + charts._resampling(comparisons).resamples)

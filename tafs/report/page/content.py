@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -415,7 +415,7 @@ def _curves(
     """Every number that the journal has of each iteration, at most POINTS of them.
 
     A reward is that of the last scored image. The KL divergence is the mean of the last
-    `trained_steps` iterations, each of which measures another step.
+    `trained_steps` iterations that measure it, each of which measures another step.
     """
     columns: dict[str, list[float]] = {}
     for place, record in enumerate(iterations):
@@ -427,11 +427,12 @@ def _curves(
             if isinstance(value, int | float) or value is None:
                 column = columns.setdefault(name, [math.nan] * len(iterations))
                 column[place] = math.nan if value is None else float(value)
-    if divergences := columns.get("kl"):
-        columns["kl"] = [
-            statistics.fmean(divergences[max(0, end - trained_steps) : end])
-            for end in range(1, len(divergences) + 1)
-        ]
+    latest: deque[float] = deque(maxlen=trained_steps)
+    divergences = columns.get("kl", [])
+    for place, divergence in enumerate(divergences):
+        if math.isfinite(divergence):
+            latest.append(divergence)
+            divergences[place] = statistics.fmean(latest)
     width = -(-len(iterations) // POINTS) or 1
     return {
         name: [_mean(values[i : i + width]) for i in range(0, len(values), width)]
