@@ -11,7 +11,8 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -107,7 +108,24 @@ class Local:
         return self._loaded[1]
 
     def score(self, work: Work, share: generate.Share = generate.ALL) -> Iterator[Scored]:
-        """Yield the batches of a share of the work; see `Scorer`."""
+        """Yield the batches of a share of the work; see `Scorer`.
+
+        A batch's images are encoded while the next one is sampled, which is lost if the caller
+        stops in between.
+        """
+        encoding: deque[tuple[Scored, Iterator[bytes]]] = deque()
+        for scored, pixels in self._batches(work, share):
+            # From now on threads encode them.
+            encoding.append((scored, self._encoders.map(image_archive.encode, pixels)))
+            if len(encoding) > work.encoded:
+                yield _with_files(*encoding.popleft())
+        for last in encoding:
+            yield _with_files(*last)
+
+    def _batches(
+        self, work: Work, share: generate.Share
+    ) -> Iterator[tuple[Scored, Iterable[Tensor]]]:
+        """Yield the batches without their files, and the images to encode, uint8 [H, W, 3]."""
         texts = [prompt.text for prompt in work.prompts]
         model = self._model(work.setting.iteration)
         drawn = generate.sample(
@@ -121,14 +139,13 @@ class Local:
             seconds = {"sample": sampled - clock, "reward": time.perf_counter() - sampled}
             shown = {n: p for n, (p, image) in enumerate(keys) if image == 0 and p in work.shown}
             pixels = image_archive.pixels(images) if shown or work.encoded else images
-            yield Scored(
-                keys,
-                scores,
-                {prompt: pixels[n] for n, prompt in shown.items()},
-                [*self._encoders.map(image_archive.encode, pixels)] if work.encoded else [],
-                seconds,
-            )
+            first = {prompt: pixels[n] for n, prompt in shown.items()}
+            yield Scored(keys, scores, first, [], seconds), pixels if work.encoded else ()
             clock = time.perf_counter()
+
+
+def _with_files(scored: Scored, files: Iterator[bytes]) -> Scored:
+    return scored._replace(files=[*files])
 
 
 class Shared:

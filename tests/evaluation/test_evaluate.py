@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from support import toy
@@ -33,7 +36,7 @@ from tafs.experiment import needs, run_inputs
 from tafs.experiment.specs import BEST, PIPELINE, EvalSetting, RunSpec
 from tafs.models import base
 from tafs.rewards import golden
-from tafs.runtime import checkpoint, gpus, receipts
+from tafs.runtime import checkpoint, gpus, progress, receipts
 from tafs.runtime.run_dir import RunDir
 
 KEY = ["iteration", "sampler", "nfe", "prompt", "image"]
@@ -318,6 +321,27 @@ def test_every_process_sees_its_own_gpu_and_the_batches_come_in_their_order(monk
         found = [scored.files for scored in scorer.score(scoring.Work(setting, "abcde", 2, 0))]
     assert found == [[b"3"], [b"GPU-5"], [b"3"]]
     assert os.environ[gpus.VARIABLE] == "3,GPU-5"
+
+
+def test_images_are_encoded_while_the_next_batch_is_sampled(ready, monkeypatch):
+    encode, following = image_archive.encode, threading.Event()
+
+    def encoded(image: torch.Tensor) -> bytes:
+        assert following.wait(60), "the next batch waits for this one's images"
+        return encode(image)
+
+    def hear(_: str, done: int, total: int) -> None:
+        if done == total:
+            following.set()
+
+    monkeypatch.setattr(image_archive, "encode", encoded)
+    setting = EvalSetting(sampler="ode_uniform", nfe=1, images_per_prompt=1)
+    work = scoring.Work(setting, prompts(ready)[:3], 2, 0, encoded=True)
+    with progress.heard_by(hear):
+        first, last = evaluate._local(ready.folder).score(work)
+    assert first.keys + last.keys == [(0, 0), (1, 0), (2, 0)]
+    kept = [Image.open(io.BytesIO(file)).size for file in first.files + last.files]
+    assert kept == [(24, 24)] * 3
 
 
 @pytest.mark.parametrize("pattern", ["*/0*/" + checkpoint.TENSORS, "*/*.zip"])
