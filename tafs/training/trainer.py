@@ -13,17 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tafs.common import errors, files, seeding
+from tafs.common import files, seeding
 from tafs.data import prompts
 from tafs.experiment import run_inputs, validate
 from tafs.experiment.specs import RunSpec
-from tafs.methods import PolicyGradient, grpo, registry
+from tafs.methods import grpo, registry
 from tafs.methods.base import Trajectory, UpdateInputs
 from tafs.models.base import Backbone, fast_dtype
 from tafs.rewards.registry import RewardSet
 from tafs.runtime import checkpoint, distributed
 from tafs.runtime.distributed import Processes
 from tafs.runtime.receipts import Needs
+from tafs.training import ratios
 from tafs.training.rewards import IterationRewards, NonFinite, invalid_images
 
 # Iterations whose prompts are encoded together, so that the text encoders move to the GPU rarely.
@@ -326,26 +327,12 @@ class Trainer:
                         parameter.grad = None
                 low += size
             if not self.ratios_checked:
-                self._check_ratios(metrics.get("ratio_deviation", []), where)
+                deviations = metrics.get("ratio_deviation", [])
+                ratios.check(self.method, deviations, self.processes, where)
                 self.ratios_checked = True
             norms.append(self._step(total, where))
         means = {name: self._mean(torch.cat(parts)) for name, parts in metrics.items()}
         return {**means, "grad_norm": sum(norms) / len(norms)}
-
-    def _check_ratios(self, deviations: Sequence[Tensor], where: str) -> None:
-        """Check that the ratios of an update on the policy that sampled are 1 up to rounding."""
-        method = self.method
-        if not deviations or not isinstance(method, PolicyGradient) or method.samples_average:
-            return
-        own = torch.cat([*deviations]).max().view(1)
-        largest = self.processes.all_gather(own, dim=0).max().item()
-        if largest > method.clip_range:
-            raise errors.RunFailed(
-                f"{where}: a ratio differs from 1 by {largest:.2g} before the adapter has changed, "
-                f"which is more than the clip range of {method.clip_range:g}: the network rounds "
-                "otherwise in sampling than in training; set compile: false, another attention or "
-                "dtype: float32 in the scale, or raise the method's clip_range"
-            )
 
     def _step(self, gradients: dict[str, Tensor], where: str) -> float:
         """Sum the processes' gradients and take one optimiser step; return the gradient's norm.
