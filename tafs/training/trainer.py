@@ -1,4 +1,7 @@
-"""One training iteration: sample, score, update. `tafs.training.train` runs the loop."""
+"""One training iteration: sample, score, update. `tafs.training.train` runs the loop.
+
+It is one file, because it is one class, whose methods share the state of a run.
+"""
 
 from __future__ import annotations
 
