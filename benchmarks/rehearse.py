@@ -271,6 +271,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     kept = "of all images, until the update; a training keeps those of its first update"
     add("--keep-graphs", action="store_true", help=kept)
     add("--tf32", action="store_true", help="reward models compute their products in TF32")
+    add("--bf16-rewards", action="store_true", help="reward models have weights in bfloat16")
     add("--compile", action="store_true", help="compile the network's blocks and the decoder")
     backends = [backend.value for backend in AttentionBackendName]
     add("--attention", choices=backends, metavar="BACKEND", help="one of diffusers' backends")
@@ -348,7 +349,8 @@ def setting_of(
             f"{size.resolution} x {size.resolution} pixels, {architecture.tokens} tokens per "
             f"prompt, guidance {model.guidance:g}, micro-batches of {options.micro_batch}",
             f"gradient checkpointing: {options.checkpointing}; compiled: {options.compile}; graphs "
-            f"kept: {options.keep_graphs}; rewards in TF32: {options.tf32}; "
+            f"kept: {options.keep_graphs}; rewards in TF32: {options.tf32}, "
+            f"in bfloat16: {options.bf16_rewards}; "
             f"attention backend: {options.attention or 'default'}",
             f"rewards: {', '.join(plan.config.tasks[options.task].rewards)}",
             "one iteration of each method, with as many images as were predicted to fit in "
@@ -376,7 +378,10 @@ def models_of(
         backbone.transformer.set_attention_backend(options.attention)
     if options.compile:
         backbone.compile()
-    return backbone, reward_models(list(plan.config.tasks[options.task].rewards), size, device)
+    rewards = reward_models(list(plan.config.tasks[options.task].rewards), size, device)
+    for reward in rewards.rewards if options.bf16_rewards else ():
+        reward.cast(torch.bfloat16)
+    return backbone, rewards
 
 
 def work(options: argparse.Namespace, command: str) -> None:

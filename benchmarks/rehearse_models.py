@@ -326,6 +326,10 @@ class RandomClip(CLIPScore):
 class RandomPickScore(RandomClip, PickScore):
     """PickScore with random weights."""
 
+    def __init__(self, settings: Mapping[str, Any], device: torch.device) -> None:
+        super().__init__(settings, device)
+        self.temperature = self.model.logit_scale.exp()
+
 
 class RandomHPSv2(HPSv2):
     """HPSv2 with random weights."""

@@ -61,7 +61,7 @@ NOTES = """\
 - s/iteration: {share} images, one GPU's share of an iteration ({iteration}), at the
   measured seconds per image. Not included: the exchange between GPUs ({adapter:.3g} MiB of
   gradients per optimiser step), the text encoders, which run once in {ahead} iterations, and the
-  KL divergence in the journal (up to {kl:.3g} s per iteration).
+  KL divergence in the journal (up to {kl:.3g} s in every fifth iteration).
 - Ratios are relative to {reference}.
 - MFU: model FLOP/s utilisation, the network's FLOPs over the phase's seconds and the GPU's peak. An
   evaluation counts as one forward pass in sampling and as three in the update; recomputation for

@@ -92,7 +92,7 @@ def test_gpus_matter_where_trainings_run(needed, slurm, state, monkeypatch):
 @pytest.mark.parametrize(
     "given, state, found",
     [
-        (24, OK, "85.2 GB, and the scale makes use of 24 GB; --config gpu_memory=85 makes use of"),
+        (24, OK, "85.2 GB, and the scale makes use of 24 GB; gpu_memory: 85 in the scale makes "),
         (80, OK, "85.2 GB, and the scale makes use of 80 GB"),
         (141, PROBLEM, "85.2 GB, and the scale makes use of 141 GB"),
     ],
@@ -105,7 +105,7 @@ def test_the_gpus_are_compared_with_the_memory_that_a_scale_makes_use_of(
     monkeypatch.setattr("torch.cuda.get_device_properties", sizes.__getitem__)
     [check] = doctor.gpu_memory(given)
     assert (check.state, check.found[: len(found)]) == (state, found)
-    assert check.remedy == ("give snakemake --config gpu_memory=85" if state == PROBLEM else "")
+    assert check.remedy == ("set gpu_memory: 85 in the scale" if state == PROBLEM else "")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert not [*doctor.gpu_memory(given)]
 

@@ -158,11 +158,11 @@ def gpu_memory(given: float) -> Iterator[Check]:
     if not sizes:
         return
     found = f"{min(sizes):.1f} GB, and the scale makes use of {given:g} GB"
-    option = f"--config gpu_memory={int(min(sizes))}"
+    key = f"gpu_memory: {int(min(sizes))}"
     if min(sizes) < given:
-        yield Check("gpu memory", PROBLEM, found, f"give snakemake {option}")
+        yield Check("gpu memory", PROBLEM, found, f"set {key} in the scale")
     else:
-        faster = f"; {option} makes use of all" if min(sizes) > 1.2 * given else ""
+        faster = f"; {key} in the scale makes use of all" if min(sizes) > 1.2 * given else ""
         yield Check("gpu memory", OK, found + faster)
 
 

@@ -61,7 +61,7 @@ def plan(
         number(
             "--gpu-memory",
             "GB",
-            "Of a GPU, as in snakemake --config gpu_memory=GB; shows the micro-batches that fit.",
+            "Of a GPU, in place of the scale's `gpu_memory`: what fits, and takes how long.",
         ),
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="List every job.")] = False,
@@ -70,9 +70,9 @@ def plan(
     """Estimate GPU-hours, disk space and days; list the jobs."""
     from tafs.orchestration.plan import report as plan_report
 
-    chosen = {"scale": scale, "results": results, "method": method}
-    given = overrides(**chosen, seeds=seeds, gpu_memory=gpu_memory)
+    given = overrides(scale=scale, results=results, method=method, seeds=seeds)
     options: dict[str, Any] = {"nodes": nodes, "price": gpu_hour_price, "tflops": tflops}
+    options["gpu_memory"] = gpu_memory
     if json_wanted:
         output.as_json(plan_report.record(given, **options))
     else:
@@ -108,10 +108,6 @@ def run(
     scale: ScaleOption = None,
     results: ResultsOption = None,
     cores: Annotated[int | None, count("--cores", "N", "Default: all of the machine.")] = None,
-    gpu_memory: Annotated[
-        float | None,
-        number("--gpu-memory", "GB", "Of a GPU, as in snakemake --config gpu_memory=GB."),
-    ] = None,
     profile: Annotated[
         str | None,
         typer.Option(
@@ -123,7 +119,7 @@ def run(
 
     TARGETS are rules or files; the default is all. The exit code is snakemake's.
     """
-    given = overrides(scale=scale, results=results, gpu_memory=gpu_memory)
+    given = overrides(scale=scale, results=results)
     words = snakemake(targets or ["all"], given, cores, profile, context.meta["snakemake"])
     # The rules call `python` by name; busy-waiting threads would take the cores of other jobs.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"

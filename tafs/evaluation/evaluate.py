@@ -121,8 +121,9 @@ def judge(
     Raises:
         ToBeContinued: as for `evaluate`.
     """
-    asked, model = run_inputs.eval_spec(run).batch, run_inputs.run_spec(run).backbone
-    with memory.fitting(run, "evaluate", asked, model) as batch:
+    spec, evaluation = run_inputs.run_spec(run), run_inputs.eval_spec(run)
+    settings = run_inputs.memory_settings(spec, evaluation)
+    with memory.fitting(run, "evaluate", evaluation.batch, spec.backbone, settings) as batch:
         return _judge(run, own, scorer, metrics, batch, seeds, deadline or Deadline())
 
 

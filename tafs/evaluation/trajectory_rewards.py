@@ -55,8 +55,9 @@ def trajectory_images(
 
 def write(run: RunDir) -> None:
     """Write the run's trajectory_rewards.parquet and trajectories.safetensors."""
-    asked, model = run_inputs.eval_spec(run).batch, run_inputs.run_spec(run).backbone
-    with memory.fitting(run, "trajectory_rewards", asked, model) as fitting:
+    spec, evaluation = run_inputs.run_spec(run), run_inputs.eval_spec(run)
+    stage, settings = "trajectory_rewards", run_inputs.memory_settings(spec, evaluation)
+    with memory.fitting(run, stage, evaluation.batch, spec.backbone, settings) as fitting:
         _write(run, fitting)
 
 

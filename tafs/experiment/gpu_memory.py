@@ -1,9 +1,9 @@
 """The memory that trainings take on a GPU, and the settings with which they fit into it.
 
-A scale may leave `quantize`, `gradient_checkpointing` and `micro_batch` to the memory of its GPUs
-(`auto`): they then follow from its `gpu_memory`, not from the machine that runs snakemake, so that
-a plan is the same everywhere. Quantised weights change results, so all runs of a scale share one
-format; the other two change the rounding alone and are chosen for each training.
+A scale may leave `gradient_checkpointing` and `micro_batch` to the memory of its GPUs (`auto`). For
+each training they then follow from its `gpu_memory`, and not from the machine that runs snakemake,
+so that a plan is the same everywhere. Both change the rounding alone. Quantised weights change
+results; where they are needed, the scale has to say so.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tafs.common.yaml_files import ConfigError
 from tafs.experiment.schema import AUTO, UNSETTLED, Scale
 from tafs.experiment.specs import RunSpec
 from tafs.methods import registry
-from tafs.models import architectures, catalog, memory_model, quantization
+from tafs.models import architectures, catalog, memory_model
 from tafs.models.base import decoded_together
 from tafs.models.memory_model import GB, HALF, RESERVED, Setting
 from tafs.models.quantization import Quantization
@@ -111,7 +111,7 @@ def usable(gigabytes: float) -> float:
 
 
 def least_quantized(trainings: Iterable[TrainingMemory], available: float) -> Quantization | None:
-    """The format of the most bytes in which one image of all trainings fits; None: none does."""
+    """The format with the most bytes in which one image of each training fits; None: none does."""
     known = [*trainings]
     fitting = (
         q
@@ -121,31 +121,27 @@ def least_quantized(trainings: Iterable[TrainingMemory], available: float) -> Qu
     return next(fitting, None)
 
 
-def settled(scale: Scale, name: str, runs: Mapping[str, RunSpec]) -> dict[str, RunSpec]:
+def settled(scale: Scale, scale_name: str, runs: Mapping[str, RunSpec]) -> dict[str, RunSpec]:
     """The runs of a scale with values of its keys that are `auto`.
 
     Args:
         scale: of config.yaml.
-        name: its name there.
+        scale_name: its name there.
         runs: by name; they have any values of these keys, and the scale's of the others.
 
     Raises:
-        ConfigError: a training does not fit, its memory is not modelled, or something is missing
-            that a value needs; names it and the remedy.
+        ConfigError: a training does not fit, or its memory is not modelled; names it and the
+            remedy.
     """
-    where = f"config.yaml: scales.{name}"
-    if not scale.automatic:
-        _check_library(where, scale.quantize)
+    if not scale.automatic or scale.gpu_memory is None:
         return dict(runs)
-    if scale.gpu_memory is None:
-        raise ConfigError(
-            f"{where}.{scale.automatic[0]}: 'auto' needs the key gpu_memory, the GB of a GPU; give "
-            "it, or --config gpu_memory=GB"
-        )
+    where = f"config.yaml: scales.{scale_name}"
     available = usable(scale.gpu_memory)
-    trainings: dict[str, TrainingMemory] = {}
+    checkpointing = None if scale.gradient_checkpointing == AUTO else scale.gradient_checkpointing
+    asked = None if scale.micro_batch == AUTO else scale.micro_batch
+    found, unfit = dict(runs), {}
     for name, spec in runs.items():
-        if not spec.trained:
+        if spec.training is None:
             continue
         known = of_run(spec, scale.processes)
         if known is None:
@@ -153,35 +149,31 @@ def settled(scale: Scale, name: str, runs: Mapping[str, RunSpec]) -> dict[str, R
                 f"{where}.{scale.automatic[0]}: 'auto' needs a model of the memory of "
                 f"{spec.backbone!r}, which there is not; give a value"
             )
-        trainings[name] = known
-    quantize = scale.quantize
-    if quantize == AUTO:
-        quantize = least_quantized(trainings.values(), available) or FORMATS[-1]
-    _check_library(where, quantize)
-    checkpointing = None if scale.gradient_checkpointing == AUTO else scale.gradient_checkpointing
-    asked = None if scale.micro_batch == AUTO else scale.micro_batch
-    found, unfit = {}, []
-    for name, spec in runs.items():
-        assets, training = spec.assets, spec.training
-        if training is not None:
-            one = trainings[name]
-            recompute, batch = one.chosen(available, quantize, checkpointing, asked)
-            if not batch:
-                unfit.append(name)
-            training = training.model_copy(update={"micro_batch": batch})
-            assets = assets.model_copy(update={"gradient_checkpointing": recompute})
-        assets = assets.model_copy(update={"quantize": quantize})
+        recompute, batch = known.chosen(available, scale.quantize, checkpointing, asked)
+        if not batch:
+            unfit[name] = known
+        training = spec.training.model_copy(update={"micro_batch": batch})
+        assets = spec.assets.model_copy(update={"gradient_checkpointing": recompute})
         found[name] = spec.model_copy(update={"assets": assets, "training": training})
     if unfit:
-        others = f" and {len(unfit) - 1} others" if len(unfit) > 1 else ""
-        fixed = [key for key in UNSETTLED if key not in scale.automatic]
-        remedy = f"set {' and '.join(fixed)} to auto, or " if fixed else ""
+        first, *others = unfit
+        more = f" and in {len(others)} more" if others else ""
         raise ConfigError(
             f"{where}.gpu_memory: {scale.gpu_memory:g} GB do not hold a micro-batch of "
-            f"{asked or 1} in {unfit[0]}{others}; {remedy}use a larger GPU, or leave the tables of "
-            "these runs out of `experiments`"
+            f"{asked or 1} in {first}{more}; {_remedy(scale, unfit.values(), available)}"
         )
     return found
+
+
+def _remedy(scale: Scale, unfit: Iterable[TrainingMemory], available: float) -> str:
+    """What makes the trainings fit, or may."""
+    quantize = least_quantized(unfit, available)
+    if quantize is None:
+        return "use a larger GPU, or leave their tables out of `experiments`"
+    if quantize != scale.quantize:
+        return f"set quantize: {quantize}"
+    fixed = [key for key in UNSETTLED if key not in scale.automatic]
+    return f"set {' and '.join(fixed)} to auto"
 
 
 def _reward_bytes(name: str, dtype: str) -> float:
@@ -192,11 +184,6 @@ def _reward_bytes(name: str, dtype: str) -> float:
         LOADED.get(one, known[one].gigabytes * GB) * (share if one in metric.castable else 1)
         for one in metric.resources
     )
-
-
-def _check_library(where: str, quantize: str) -> None:
-    if missing := quantization.problem(quantize):
-        raise ConfigError(f"{where}.quantize: {missing}")
 
 
 def of_run(spec: RunSpec, processes: int) -> TrainingMemory | None:

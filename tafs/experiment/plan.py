@@ -26,7 +26,7 @@ from tafs.experiment.specs import (
 from tafs.runtime.run_dir import BASE
 
 TEXTS = ("scale", "results", "method")
-OVERRIDES = (*TEXTS, "seeds", "gpu_memory")
+OVERRIDES = (*TEXTS, "seeds")
 
 
 @dataclass(frozen=True)
@@ -116,11 +116,16 @@ def expand(config: Config, added_method: str | None = None) -> Plan:
     return Plan(config, found.runs, found.evaluations, found.tables, added_method)
 
 
-def load(overrides: Mapping[str, Any] | None = None, path: Path = Path("config.yaml")) -> Plan:
+def load(
+    overrides: Mapping[str, Any] | None = None,
+    path: Path = Path("config.yaml"),
+    gpu_memory: float | None = None,
+) -> Plan:
     """The plan of config.yaml; the claims.yaml beside it is checked too.
 
     Args:
         overrides: OVERRIDES, as snakemake's `--config KEY=VALUE` gives them.
+        gpu_memory: GB of other GPUs than the scale's.
 
     Raises:
         ConfigError: one line that names the file, the key and the remedy.
@@ -135,15 +140,14 @@ def load(overrides: Mapping[str, Any] | None = None, path: Path = Path("config.y
     seeds = given.pop("seeds", None)
     if seeds is None and "seeds" in (overrides or {}):  # snakemake reads `seeds=` as None
         raise ConfigError("--config seeds=: give a number from 1 to 1000")
-    memory = given.pop("gpu_memory", None)
     given = {key: str(value) for key, value in given.items()}  # a file of --configfile has numbers
     method = given.pop("method", None)
     config = validate.read(path, given)
     _check_folder(Path(config.results), path)
     if seeds is not None:
         config = validate.with_seeds(config, seeds)
-    if "gpu_memory" in (overrides or {}):
-        config = validate.with_gpu_memory(config, memory)
+    if gpu_memory is not None:
+        config = validate.with_gpu_memory(config, gpu_memory)
     if method is not None:
         config = validate.with_method(config, method)
     stated = path.with_name(claims.CLAIMS.name)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pydantic import JsonValue
+
 from tafs.assets import sources
 from tafs.assets.sources import AssetSource
 from tafs.data import prompt_files, prompts
@@ -39,3 +41,14 @@ def test_prompts(spec: RunSpec, evaluation: EvalSpec) -> list[prompts.Prompt]:
     """The held-out prompts that the run is judged on."""
     found = asset_source(spec).prompts(spec.prompts, "test")
     return [found[i] for i in prompts.first_of_each(found, evaluation.prompts_per_tag)]
+
+
+def memory_settings(spec: RunSpec, evaluation: EvalSpec) -> dict[str, JsonValue]:
+    """What the memory of a run's evaluation depends on, besides its model and batch."""
+    return {
+        "dtype": spec.assets.dtype,
+        "quantize": spec.assets.quantize,
+        "resolution": evaluation.resolution,
+        "prompts": spec.prompts,  # which decide the metrics
+        "metrics": [*evaluation.optional_metrics],
+    }

@@ -37,7 +37,7 @@ PATH = re.compile(r"[\w./+=,@ -]+")
 LONGEST_PART = 200  # bytes of one part of a path; file systems allow 255
 PLACEHOLDERS = {"folder", "port"}  # in a server's command
 AUTO: Final = "auto"  # a value that follows from the GPUs' memory
-UNSETTLED = {"quantize": "none", "gradient_checkpointing": True, "micro_batch": 1}  # until then
+UNSETTLED = {"gradient_checkpointing": True, "micro_batch": 1}  # in place of `auto` until then
 # Keys that were renamed, by their last part, with their present names.
 RENAMED_KEYS = {
     "world": "assets",
@@ -199,7 +199,7 @@ class Scale(_Strict):
     # GB of each GPU. What is `auto` below follows from it; see `gpu_memory.settled`.
     gpu_memory: Annotated[Finite, Field(gt=0)] | None = None
     # Of the linear layers in the network's blocks, when it is trained and when it is judged.
-    quantize: Literal[Quantization, "auto"] = "none"
+    quantize: Quantization = "none"
     gradient_checkpointing: BoolOrAuto = False
     # What computes the attention of trained networks, by diffusers' names; changes the rounding.
     attention: Attention = "native"

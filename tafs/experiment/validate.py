@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
@@ -26,7 +25,7 @@ from tafs.experiment.schema import (
 )
 from tafs.experiment.variants import Variants
 from tafs.methods import registry
-from tafs.models import catalog
+from tafs.models import catalog, quantization
 from tafs.rewards.metrics import METRICS
 from tafs.runtime.run_dir import BASE
 
@@ -97,16 +96,9 @@ def with_seeds(config: Config, count: Any) -> Config:
     return found
 
 
-def with_gpu_memory(config: Config, gigabytes: Any) -> Config:
-    """The configuration for GPUs of so many GB.
-
-    Raises:
-        ConfigError: `gigabytes` is not such a number.
-    """
-    known = isinstance(gigabytes, int | float) and not isinstance(gigabytes, bool)
-    if not known or not 0 < gigabytes < math.inf:
-        raise ConfigError(f"--config gpu_memory={gigabytes}: give the GB of a GPU")
-    scale = config.active.model_copy(update={"gpu_memory": float(gigabytes)})
+def with_gpu_memory(config: Config, gigabytes: float) -> Config:
+    """The configuration for GPUs of so many GB."""
+    scale = config.active.model_copy(update={"gpu_memory": gigabytes})
     return config.model_copy(update={"scales": {**config.scales, config.scale: scale}})
 
 
@@ -254,6 +246,12 @@ def _scale_problems(config: Config, key: str, scale: Scale) -> Iterator[str]:
         if not isinstance(images, int) and role not in images:
             hint = suggestion(role, list(images))
             yield f"{where}.evaluation.images_per_prompt: no number for {role!r}{hint}"
+    if key == config.scale and (missing := quantization.problem(scale.quantize)):
+        yield f"{where}.quantize: {missing}"
+    if scale.automatic and scale.gpu_memory is None:
+        yield (
+            f"{where}.gpu_memory: is missing; {scale.automatic[0]}: auto needs it, the GB of a GPU"
+        )
     known = catalog.read()
     models = (*scale.model_roles.values(), *scale.models)
     yield from _unknown(where, "model", models, known)

@@ -422,10 +422,14 @@ class Graph:
         return "evaluations" if self.device == "cpu" else None
 
 
-def read(overrides: Mapping[str, Any] | None = None, path: Path = Path("config.yaml")) -> Graph:
+def read(
+    overrides: Mapping[str, Any] | None = None,
+    path: Path = Path("config.yaml"),
+    gpu_memory: float | None = None,
+) -> Graph:
     """The graph of config.yaml; see `experiment.load`.
 
     Raises:
         ConfigError: one line that names the file, the key and the remedy.
     """
-    return Graph(experiment.load(overrides, path))
+    return Graph(experiment.load(overrides, path, gpu_memory))

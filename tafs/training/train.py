@@ -51,7 +51,8 @@ def train(
     """
     spec = run_inputs.run_spec(run)
     alike = f"{spec.variant}.{spec.task}.{spec.backbone}"
-    with memory.fitting(run, "train", spec.batch, alike) as batch:
+    settings = spec.model_dump(mode="json", include={"assets", "training", "resolution"})
+    with memory.fitting(run, "train", spec.batch, alike, settings) as batch:
         _train(run, spec.with_batch(batch), processes, deadline or Deadline())
 
 

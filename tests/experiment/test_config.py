@@ -268,7 +268,7 @@ SEEDS = "give a number from 1 to 1000"
         (
             "iterations",
             3,
-            ": only scale, results, method, seeds, gpu_memory can be set on the command line",
+            ": only scale, results, method, seeds can be set on the command line",
         ),
         ("method", "nothing", "=nothing: methods.nothing: unknown method"),
         ("method", "../x", ": '../x' is not a method's name"),

@@ -15,13 +15,12 @@ from tafs.common.yaml_files import ConfigError
 from tafs.experiment import gpu_memory
 from tafs.experiment.gpu_memory import TrainingMemory
 from tafs.experiment.specs import RunSpec
-from tafs.models import quantization
+from tafs.models import memory_model
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "config.yaml"
 TAFS = "tafs_grpo.preference.flux-dev.0"
-AUTOMATIC = """    quantize: auto
-    gradient_checkpointing: auto
+AUTOMATIC = """    gradient_checkpointing: auto
     micro_batch: auto
 """
 
@@ -29,8 +28,7 @@ AUTOMATIC = """    quantize: auto
 def planned(
     gigabytes: float | None, scale: str = "one-gpu", path: Path = SHIPPED
 ) -> Mapping[str, RunSpec]:
-    given = {} if gigabytes is None else {"gpu_memory": gigabytes}
-    return experiment.load({"scale": scale, **given}, path).runs
+    return experiment.load({"scale": scale}, path, gigabytes).runs
 
 
 @pytest.fixture(scope="module")
@@ -104,11 +102,6 @@ def test_every_training_fits_with_the_values_that_follow_from_the_memory(gigabyt
         assets = runs[name].assets
         fitting = found.fitting(available, checkpointing=assets.gradient_checkpointing)
         assert 1 <= found.setting.micro_batch <= fitting
-    [quantize] = {spec.assets.quantize for spec in runs.values()}  # of untrained models too
-    fits = [
-        one.fitting(available, checkpointing=True, quantize="none") for one in trainings.values()
-    ]
-    assert (quantize == "none") == all(fits)
     if gigabytes >= 80:
         assert not any(spec.assets.gradient_checkpointing for spec in runs.values() if spec.trained)
 
@@ -121,7 +114,7 @@ def test_weights_are_quantised_where_whole_ones_do_not_fit_and_as_little_as_poss
     assert ranks == sorted(ranks) and {*ranks} == {0, 1, 2, 3}
 
 
-def test_the_memory_decides_no_outcome_unless_weights_are_quantised():
+def test_the_memory_decides_no_outcome():
     small, large = planned(48), planned(80)
     assert any(small[name].batch != spec.batch for name, spec in large.items())
     assert {name: spec.decisive() for name, spec in small.items()} == {
@@ -131,13 +124,13 @@ def test_the_memory_decides_no_outcome_unless_weights_are_quantised():
 
 @pytest.fixture
 def automatic(tmp_path):
-    """Writes the shipped configuration with other lines in place of AUTOMATIC."""
+    """Writes the shipped configuration with other lines of one-gpu in place of AUTOMATIC."""
 
     def write(lines: str) -> Path:
-        text = SHIPPED.read_text(encoding="utf-8")
-        assert text.count(AUTOMATIC) == 1
+        head, name, tail = SHIPPED.read_text(encoding="utf-8").partition("  one-gpu:\n")
+        assert tail.count(AUTOMATIC) == 1
         path = tmp_path / "config.yaml"
-        path.write_text(text.replace(AUTOMATIC, lines), encoding="utf-8")
+        path.write_text(head + name + tail.replace(AUTOMATIC, lines), encoding="utf-8")
         shutil.copy(ROOT / "claims.yaml", tmp_path)
         return path
 
@@ -145,14 +138,13 @@ def automatic(tmp_path):
 
 
 def test_values_that_are_given_stay_and_the_others_follow(automatic):
-    lines = "    quantize: int8\n    gradient_checkpointing: auto\n    micro_batch: 3\n"
-    runs = planned(48, path=automatic(lines)).values()
-    assert {spec.assets.quantize for spec in runs} == {"int8"}
-    assert {spec.batch for spec in runs if spec.trained} == {3}
-    lines = "    gradient_checkpointing: true\n    micro_batch: auto\n"
-    runs = planned(80, path=automatic(lines)).values()
-    assert {spec.assets.gradient_checkpointing for spec in runs} == {True}
-    assert min(spec.batch for spec in runs if spec.trained) > 12
+    runs = planned(48, path=automatic("    gradient_checkpointing: auto\n    micro_batch: 3\n"))
+    assert {spec.batch for spec in runs.values() if spec.trained} == {3}
+    runs = planned(80, path=automatic("    gradient_checkpointing: true\n    micro_batch: auto\n"))
+    assert {spec.assets.gradient_checkpointing for spec in runs.values()} == {True}
+    assert min(spec.batch for spec in runs.values() if spec.trained) > 12
+    runs = planned(6, path=automatic("    gradient_checkpointing: true\n    micro_batch: 4\n"))
+    assert {spec.batch for spec in runs.values() if spec.trained} == {4}
 
 
 def refusal(gigabytes, path=SHIPPED):
@@ -163,41 +155,62 @@ def refusal(gigabytes, path=SHIPPED):
     return message
 
 
-def test_what_does_not_fit_is_one_line_with_the_remedy(automatic):
-    assert refusal(6) == (
-        "config.yaml: scales.one-gpu.gpu_memory: 6 GB do not hold a micro-batch of 1 in "
-        "dance_grpo.preference.flux2-klein-base-4b.0 and 7 others; use a larger GPU, or leave "
-        "the tables of these runs out of `experiments`"
+@pytest.mark.parametrize(
+    ("gigabytes", "lines", "number", "remedy"),
+    [
+        (6, AUTOMATIC, 1, "use a larger GPU, or leave their tables out of `experiments`"),
+        (18, AUTOMATIC, 1, "set quantize: int8"),
+        (18, f"    quantize: int8\n{AUTOMATIC}", None, None),
+        (
+            24,
+            "    gradient_checkpointing: false\n    micro_batch: 12\n".replace("false", "auto"),
+            12,
+            "set micro_batch to auto",
+        ),
+        (
+            24,
+            "    gradient_checkpointing: false\n    micro_batch: auto\n",
+            1,
+            "set gradient_checkpointing to auto",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_one_line_with_a_remedy_that_helps(
+    automatic, gigabytes, lines, number, remedy
+):
+    path = automatic(lines)
+    if remedy is None:
+        assert planned(gigabytes, path=path)
+        return
+    start, _, said = refusal(gigabytes, path).partition("; ")
+    assert said == remedy
+    assert start.startswith(
+        f"config.yaml: scales.one-gpu.gpu_memory: {gigabytes} GB do not hold a micro-batch of "
+        f"{number} in "
     )
-    fixed = automatic("    quantize: none\n    gradient_checkpointing: auto\n    micro_batch: 40\n")
-    message = refusal(24, fixed)
-    assert "do not hold a micro-batch of 40 in " in message
-    assert "; set quantize and micro_batch to auto, or use a larger GPU" in message
+    assert re.search(r"[.]0( and in \d more)?$", start)
 
 
-def test_automatic_values_need_the_memory_of_a_gpu_and_a_model_whose_memory_is_known(automatic):
-    for wrong in (0, -1, True, "24 GB", float("inf")):
-        assert refusal(wrong) == f"--config gpu_memory={wrong}: give the GB of a GPU"
+def test_automatic_values_need_the_memory_of_a_gpu_and_a_model_whose_memory_is_known(
+    automatic, monkeypatch
+):
     path = automatic(AUTOMATIC)
-    text = path.read_text(encoding="utf-8")
-    start = text.index("  one-gpu:\n")
-    head, tail = text[:start], text[start:]
-    line = next(line for line in tail.splitlines() if line.startswith("    gpu_memory:"))
-    path.write_text(head + tail.replace(f"{line}\n", "", 1), encoding="utf-8")
+    head, name, tail = path.read_text(encoding="utf-8").partition("  one-gpu:\n")
+    [line] = [line for line in tail.splitlines() if line.startswith("    gpu_memory:")]
+    path.write_text(head + name + tail.replace(f"{line}\n", "", 1), encoding="utf-8")
     assert refusal(None, path).endswith(
-        "scales.one-gpu.quantize: 'auto' needs the key gpu_memory, the GB of a GPU; give it, or "
-        "--config gpu_memory=GB"
+        "scales.one-gpu.gpu_memory: is missing; gradient_checkpointing: auto needs it, the GB of "
+        "a GPU"
+    )
+    blocks = {k: v for k, v in memory_model.BLOCKS.items() if k != "Flux2KleinPipeline"}
+    monkeypatch.setattr(memory_model, "BLOCKS", blocks)
+    assert refusal(80) == (
+        "config.yaml: scales.one-gpu.gradient_checkpointing: 'auto' needs a model of the memory of "
+        "'flux2-klein-base-4b', which there is not; give a value"
     )
 
 
-def test_a_chosen_format_needs_its_library(monkeypatch):
-    monkeypatch.setattr(quantization, "find_spec", lambda name: None)
-    assert planned(80)
-    start = "config.yaml: scales.one-gpu.quantize: '(int8|nf4)' needs torchao; run `pip install "
-    assert re.match(start, refusal(16))
-
-
-@pytest.mark.parametrize("key", ["gradient_checkpointing", "micro_batch", "quantize"])
+@pytest.mark.parametrize("key", ["gradient_checkpointing", "micro_batch"])
 def test_a_wrong_value_is_told_from_auto(automatic, key):
     lines = AUTOMATIC.replace(f"{key}: auto", f"{key}: automatic")
     assert f"scales.one-gpu.{key}: input should be" in refusal(80, automatic(lines))

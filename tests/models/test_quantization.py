@@ -59,6 +59,8 @@ def test_a_graph_holds_the_quantised_weight_alone(chosen):
     with torch.autograd.graph.saved_tensors_hooks(found.append, lambda kept: kept):
         network(torch.zeros(2, 512, dtype=torch.bfloat16, requires_grad=True))
     held_by_the_graph = {tensor.data_ptr() for tensor in found}
+    parts = quantization.parts(network[0].weight)
+    assert held_by_the_graph == {tensor.data_ptr() for tensor in parts}
     assert held_by_the_graph <= {tensor.data_ptr() for tensor in held(network[0].weight)}
 
 

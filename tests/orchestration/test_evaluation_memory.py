@@ -102,7 +102,7 @@ def test_other_models_wait_on_the_host_where_text_encoders_need_the_gpu(paper):
 
 def test_a_plan_has_the_most_demanding_evaluation_of_each_model(monkeypatch):
     monkeypatch.chdir(ROOT)
-    found = record({"scale": "one-gpu", "gpu_memory": 24})["evaluation_memory"]
+    found = record({"scale": "one-gpu"}, gpu_memory=24)["evaluation_memory"]
     assert [need["model"] for need in found] == ["flux2-klein-base-4b", "sd35-medium"]
     assert all((need["prompts"], need["batch"]) == ("geneval", 8) for need in found)
     # The metrics wait in host memory while SD3.5's text encoders work.

@@ -259,7 +259,7 @@ def test_the_paper_scale_is_planned_without_a_lock_file_and_without_diffusers():
     code = (
         "import json, sys\n"
         "from tafs.orchestration.plan.report import record, report\n"
-        "print(report({'scale': 'paper', 'gpu_memory': 80}, nodes=4))\n"
+        "print(report({'scale': 'paper'}, nodes=4, gpu_memory=80))\n"
         "print(json.dumps(record({'scale': 'paper'})['memory']))\n"
         "print('diffusers' in sys.modules)\n"
     )

@@ -13,19 +13,23 @@ def run(tmp_path) -> RunDir:
     return RunDir(tmp_path / "run")
 
 
-def exhausted(run: RunDir, batch: int, alike: str = "model") -> str:
+def fitting(run: RunDir, batch: int, *, stage="train", alike="model", **settings):
+    return memory.fitting(run, stage, batch, alike, settings)
+
+
+def exhausted(run: RunDir, batch: int, **given) -> str:
     """Run a stage out of memory; return the message."""
     with (
         pytest.raises(errors.ToBeContinued) as caught,
-        memory.fitting(run, "train", batch, alike),
+        fitting(run, batch, **given),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
     return str(caught.value)
 
 
-def used(run: RunDir, batch: int, stage: str = "train", alike: str = "model") -> int:
+def used(run: RunDir, batch: int, **given) -> int:
     """The batch size that a stage is given."""
-    with memory.fitting(run, stage, batch, alike) as size:
+    with fitting(run, batch, **given) as size:
         return size
 
 
@@ -59,6 +63,22 @@ def test_a_batch_that_is_newly_asked_for_is_tried(run):
     assert [used(run, batch) for batch in (4, 24, 12)] == [4, 24, 6]
 
 
+def test_other_settings_or_another_gpu_are_tried(run, monkeypatch):
+    exhausted(run, 12, resolution=512)
+    assert used(run, 12, resolution=512) == 6
+    assert used(run, 12, resolution=256) == 12
+    monkeypatch.setattr(memory, "_gpu", lambda: 80 * 10**9)
+    assert used(run, 12, resolution=512) == 12
+
+
+def test_the_least_of_runs_that_end_together_is_kept(run):
+    with pytest.raises(errors.ToBeContinued, match="to be continued with 3 "), fitting(run, 12):
+        exhausted(run, 12)
+        exhausted(run, 12)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    assert used(run, 12) == 3
+
+
 def test_any_name_of_a_model_is_a_file(run):
     exhausted(run, 12, alike="/a/folder of pipelines/" + "x" * 300)
     assert used(run, 12, alike="/a/folder of pipelines/" + "x" * 300) == 6
@@ -66,7 +86,9 @@ def test_any_name_of_a_model_is_a_file(run):
     assert file.parent == run.folder.parent / ".memory"
 
 
-def test_a_single_image_is_the_end(run):
+def test_a_single_image_is_the_end_and_the_next_attempt_starts_anew(run):
     exhausted(run, 3)
-    with pytest.raises(torch.OutOfMemoryError), memory.fitting(run, "train", 3, "model"):
+    assert used(run, 3) == 1
+    with pytest.raises(torch.OutOfMemoryError), fitting(run, 3):
         raise torch.OutOfMemoryError("CUDA out of memory.")
+    assert used(run, 3) == 3

@@ -185,7 +185,7 @@ def test_an_unknown_key_in_the_configuration_is_named_in_one_line(project):
     [
         (
             "scael=shapes",
-            "--config scael: only scale, results, method, seeds, gpu_memory can be set",
+            "--config scael: only scale, results, method, seeds can be set",
         ),
         ("seeds=0", "--config seeds=0: give a number from 1 to 1000"),
         ("seeds=", "--config seeds=: give a number from 1 to 1000"),

@@ -79,7 +79,6 @@ def _chosen(graph: Graph) -> list[str]:
     """The values that follow from the memory."""
     trained = [spec for spec in graph.runs.values() if spec.trained]
     values: dict[str, list[Any]] = {
-        "quantize": [spec.assets.quantize for spec in trained],
         "gradient_checkpointing": [spec.assets.gradient_checkpointing for spec in trained],
         "micro_batch": [spec.batch for spec in trained],
     }

@@ -53,6 +53,7 @@ def report(
     nodes: int | None = None,
     price: float | None = None,
     tflops: float | None = None,
+    gpu_memory: float | None = None,
     verbose: bool = False,
 ) -> str:
     """The whole text.
@@ -64,12 +65,13 @@ def report(
         price: of a device for an hour.
         tflops: sustained rate of a device; decoding and scoring are then as much slower than on
             an H100. None: `assumed_rates`.
+        gpu_memory: GB of a GPU; None: the scale's.
         verbose: list every job with its reason.
 
     Raises:
         ValueError: config.yaml is wrong, a file is damaged or there are too few nodes; one line.
     """
-    page = _page(overrides, price, tflops)
+    page = _page(overrides, price, tflops, gpu_memory)
     memory = (gpu_needs.lines(page.graph), evaluation_memory.lines(page.work))
     parts = [page.head(), page.methods(), *memory, page.stages()]
     parts += [page.reasons(verbose), page.disk(), page.wall_time(nodes), page.decide()]
@@ -82,12 +84,13 @@ def record(
     nodes: int | None = None,
     price: float | None = None,
     tflops: float | None = None,
+    gpu_memory: float | None = None,
 ) -> dict[str, Any]:
     """The same as JSON values: times in hours of a device or in seconds, sizes in bytes.
 
     The arguments and errors are those of `report`.
     """
-    page = _page(overrides, price, tflops)
+    page = _page(overrides, price, tflops, gpu_memory)
     nodes, seconds = page.makespan(nodes)
     fetched, downloaded, source = page.downloads
     return {
@@ -115,8 +118,13 @@ def record(
     }
 
 
-def _page(overrides: Mapping[str, Any], price: float | None, tflops: float | None) -> Page:
-    graph = graphs.read(overrides)
+def _page(
+    overrides: Mapping[str, Any],
+    price: float | None,
+    tflops: float | None,
+    gpu_memory: float | None,
+) -> Page:
+    graph = graphs.read(overrides, gpu_memory=gpu_memory)
     work = Workload(graph)
     rates = assumed_rates(graph.scale, graph.runs.values())
     if tflops:
