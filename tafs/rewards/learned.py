@@ -24,6 +24,7 @@ from tafs.data.prompts import Prompt
 from tafs.rewards.metrics import Metric, Reward
 
 KEPT_CAPTIONS = 32_768  # captions whose token ids are cached; more than Pick-a-Pic has prompts
+KEPT_EMBEDDINGS = 4_096  # captions whose embeddings are cached on the device; 4 KiB each for 1,024
 
 
 class LearnedReward(ABC):
@@ -86,16 +87,46 @@ class LearnedReward(ABC):
         """images [B, 3, H, W] in [0, 1] on `device` -> [B] float32, differentiable."""
         # Images of a group share a caption, which is encoded once.
         rows = {text: row for row, text in enumerate(dict.fromkeys(p.text for p in prompts))}
-        captions = torch.stack([self.token_ids(text) for text in rows]).to(self.device)
         owner = torch.tensor([rows[p.text] for p in prompts], device=self.device)
-        return self.match(self.normalize(self.resize(images)), captions, owner)
+        return self.match(self.normalize(self.resize(images)), self.captions([*rows]), owner)
+
+    def captions(self, texts: Sequence[str]) -> Tensor:
+        """What `match` reads of captions, a row each."""
+        return torch.stack([self.token_ids(text) for text in texts]).to(self.device)
 
     def reward(self) -> Reward:
         return Reward(self.metric, self)
 
 
 class DualEncoder(LearnedReward):
-    """Scores are the cosine of the image's and the caption's embeddings."""
+    """Scores are the cosine of the image's and the caption's embeddings.
+
+    Each caption is encoded once and alone, so that its embedding has the same bits whichever others
+    are scored with it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device | str,
+    ) -> None:
+        super().__init__(model, mean, std, device)
+        self.embedded = lru_cache(KEPT_EMBEDDINGS)(self._embedded)
+
+    def cast(self, dtype: torch.dtype) -> None:
+        super().cast(dtype)
+        self.embedded.cache_clear()
+
+    def captions(self, texts: Sequence[str]) -> Tensor:
+        """Float32 embeddings [N, D] of norm 1."""
+        return torch.stack([self.embedded(text) for text in texts])
+
+    @torch.no_grad()
+    def _embedded(self, text: str) -> Tensor:
+        [embedding] = self.embed_captions(self.token_ids(text)[None].to(self.device)).float()
+        return functional.normalize(embedding, dim=0)
 
     def embed(self, images: Tensor) -> Tensor:
         """Float32 embeddings [B, D] of images [B, 3, H, W] in [0, 1] on `device`, of any norm."""
@@ -111,8 +142,7 @@ class DualEncoder(LearnedReward):
 
     def match(self, pixels: Tensor, captions: Tensor, owner: Tensor) -> Tensor:
         image = functional.normalize(self.embed_images(pixels).float(), dim=-1)
-        caption = functional.normalize(self.embed_captions(captions).float(), dim=-1)
-        return (image * caption[owner]).sum(-1)
+        return (image * captions[owner]).sum(-1)
 
 
 def resize_shorter_side(images: Tensor, side: int) -> Tensor:

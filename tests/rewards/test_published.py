@@ -229,13 +229,34 @@ def test_the_gradient_equals_a_finite_difference(scorers, name, size):
 
 
 def test_tokens_of_captions_are_cached_with_a_limit(folder):
-    scorer = load("hpsv2", folder)
+    scorer = load("imagereward", folder)
     images = tensor(pictures(4, 64, 64))
     scorer(images, prompts(1) * 4)
     scorer(images, prompts(2) * 2)
     kept = scorer.token_ids.cache_info()
     assert (kept.misses, kept.hits) == (2, 1)
     assert kept.maxsize == learned.KEPT_CAPTIONS > 25_432 + 2_048
+
+
+@pytest.mark.parametrize("name", ["clip", "pickscore", "hpsv2"])
+def test_a_caption_is_encoded_once_and_alone(folder, name, monkeypatch):
+    scorer, captions = load(name, folder), CAPTIONS[:2]
+    encode, encoded = scorer.embed_captions, []
+
+    def counted(tokens: Tensor) -> Tensor:
+        encoded.append(len(tokens))
+        return encode(tokens)
+
+    monkeypatch.setattr(scorer, "embed_captions", counted)
+    reward, images = scorer.reward(), torch.rand(3, 3, 224, 224)
+    texts = [captions[0], captions[0], captions[1]]
+    together = reward.score(images, [Prompt(text) for text in texts])
+    alone = torch.cat([reward.score(images[n : n + 1], [Prompt(texts[n])]) for n in range(3)])
+    assert encoded == [1, 1]
+    torch.testing.assert_close(together, alone)
+    scorer.cast(torch.bfloat16)  # the embeddings are no longer the model's
+    reward.score(images, [Prompt(text) for text in texts])
+    assert encoded == [1, 1, 1, 1]
 
 
 def test_nothing_is_downloaded(folder, monkeypatch):
