@@ -250,12 +250,12 @@ def test_a_caption_is_encoded_once_and_alone(folder, name, monkeypatch):
     monkeypatch.setattr(scorer, "embed_captions", counted)
     reward, images = scorer.reward(), torch.rand(3, 3, 224, 224)
     texts = [captions[0], captions[0], captions[1]]
-    together = reward.score(images, [Prompt(text) for text in texts])
-    alone = torch.cat([reward.score(images[n : n + 1], [Prompt(texts[n])]) for n in range(3)])
+    together = reward.score(images, [Prompt(text, {}) for text in texts])
+    alone = torch.cat([reward.score(images[n : n + 1], [Prompt(texts[n], {})]) for n in range(3)])
     assert encoded == [1, 1]
     torch.testing.assert_close(together, alone)
     scorer.cast(torch.bfloat16)  # the embeddings are no longer the model's
-    reward.score(images, [Prompt(text) for text in texts])
+    reward.score(images, [Prompt(text, {}) for text in texts])
     assert encoded == [1, 1, 1, 1]
 
 
