@@ -195,7 +195,12 @@ class Rehearsal(Trainer):
 
 
 def one_iteration(
-    run: RunSpec, micro_batch: int, images: int, *, keep_graphs: bool = False
+    run: RunSpec,
+    micro_batch: int,
+    images: int,
+    *,
+    keep_graphs: bool = False,
+    score_ahead: bool = False,
 ) -> RunSpec:
     """The run with one iteration of `images`, whose groups are micro-batches."""
     assert run.training is not None
@@ -205,6 +210,7 @@ def one_iteration(
         "group_size": micro_batch,
         "micro_batch": micro_batch,
         "keep_graphs": keep_graphs,
+        "score_ahead": score_ahead,
     }
     # The iteration is too small to be divided among several optimiser steps.
     changed = {"hyperparameters": {**run.hyperparameters, "updates": 1}}
@@ -270,6 +276,8 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     add("--checkpointing", action=either, help="of gradients; default: the scale's")
     kept = "of all images, until the update; a training keeps those of its first update"
     add("--keep-graphs", action="store_true", help=kept)
+    ahead = "score a micro-batch while the next one is sampled"
+    add("--score-ahead", action="store_true", help=ahead)
     add("--tf32", action="store_true", help="reward models compute their products in TF32")
     add("--bf16-rewards", action="store_true", help="reward models have weights in bfloat16")
     add("--compile", action="store_true", help="compile the network's blocks and the decoder")
@@ -350,7 +358,7 @@ def setting_of(
             f"prompt, guidance {model.guidance:g}, micro-batches of {options.micro_batch}",
             f"gradient checkpointing: {options.checkpointing}; compiled: {options.compile}; graphs "
             f"kept: {options.keep_graphs}; rewards in TF32: {options.tf32}, "
-            f"in bfloat16: {options.bf16_rewards}; "
+            f"in bfloat16: {options.bf16_rewards}, ahead: {options.score_ahead}; "
             f"attention backend: {options.attention or 'default'}",
             f"rewards: {', '.join(plan.config.tasks[options.task].rewards)}",
             "one iteration of each method, with as many images as were predicted to fit in "
@@ -432,7 +440,8 @@ def work(options: argparse.Namespace, command: str) -> None:
     report = ""
     for place, run in enumerate(runs, start=1):
         try:
-            spec = one_iteration(run, batch, images, keep_graphs=options.keep_graphs)
+            kept, ahead = options.keep_graphs, options.score_ahead
+            spec = one_iteration(run, batch, images, keep_graphs=kept, score_ahead=ahead)
             rows.append(rehearse(spec, backbone, rewards, prompts))
         except torch.OutOfMemoryError:
             failed[run.variant] = OUT_OF_MEMORY

@@ -215,6 +215,7 @@ def of_run(spec: RunSpec, processes: int) -> TrainingMemory | None:
         images=images,
         trained_steps=spec.nfe_theta or 1,
         kept_images=share if training.keep_graphs and method.keeps_graphs else 0,
+        score_ahead=training.score_ahead,
         rewards=sum(_reward_bytes(reward, spec.assets.rewards_dtype) for reward in spec.rewards),
         reward_activations=(
             sum(TOWERS.get(reward, 0.0) for reward in spec.rewards)

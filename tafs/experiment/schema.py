@@ -227,6 +227,7 @@ class Scale(_Strict):
     micro_batch: CountOrAuto
     keep_graphs: bool = False  # until the first update, which then evaluates nothing again
     compile: bool = False  # blocks and decoder in training, on GPUs
+    score_ahead: bool = False  # a micro-batch is scored while the next one is sampled
     tf32: bool = False  # float32 products in training, which are mostly the rewards'; on GPUs
     # Of the reward models' weights in training; evaluations score in float32.
     rewards_dtype: Literal["float32", "bfloat16"] = "float32"

@@ -73,6 +73,8 @@ class TrainingSpec(Spec):
     keep_graphs: bool = False
     compile: bool = False
     tf32: bool = False
+    # Left out where it has its default, so that earlier results stay what they are.
+    score_ahead: bool = Field(default=False, exclude_if=lambda chosen: not chosen)
     checkpoint_every: int
     lora: Lora
 
@@ -87,7 +89,9 @@ class RunSpec(Spec):
         **dict.fromkeys(("nfe_old", "nfe_theta", "forward_equivalents"), True),
         "sampler": True,  # of the evaluation
         # Where and how the work is done; other hardware and batches change the rounding alone.
-        "training": {"checkpoint_every", "compile", "keep_graphs", "micro_batch", "tf32"},
+        "training": {
+            *("checkpoint_every", "compile", "keep_graphs", "micro_batch", "score_ahead", "tf32")
+        },
         "assets": {"lock", "device", "gradient_checkpointing", "attention", "rewards_dtype"},
     }
 

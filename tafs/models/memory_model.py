@@ -40,6 +40,7 @@ class Setting:
         images: of one iteration in this process.
         trained_steps: evaluations with gradients per image.
         kept_images: whose graphs are kept until the first update; 0: none.
+        score_ahead: whether images are decoded and scored while others are sampled.
         rewards: bytes of the reward models' weights.
         reward_activations: bytes per image that the rewards' gradients need; None: the method does
             not differentiate the rewards.
@@ -58,6 +59,7 @@ class Setting:
     images: int = 0
     trained_steps: int = 1
     kept_images: int = 0
+    score_ahead: bool = False
     rewards: float = 0.0
     reward_activations: float | None = None
     retained: bool = True
@@ -352,27 +354,29 @@ def phases(architecture: Architecture, model: catalog.Model, setting: Setting) -
         "graphs of other evaluations": max(kept - batch, 0) * graph,
         "restored weight": restoring,
     }
+    decoded = together * image.forward
     found: dict[str, Parts] = {
         "encoding": {**always, "text encoders": setting.text_encoders},
         "sampling": {
             **always,
             "kept graphs": kept * graph,
             "activations": batch * forward,
+            "decoder": decoded if setting.score_ahead else 0.0,
             "restored weight": restoring,
         },
-        "scoring": {**always, "kept graphs": kept * graph, "decoder": together * image.forward},
+        "scoring": {**always, "kept graphs": kept * graph, "decoder": decoded},
         "update": {**update, "activations": batch * backward},
     }
     if setting.reward_activations is not None:
         # The rewards' activations are freed before the decoder's last block is computed again.
         beside = together * (image.last + image.gradients)
         own = batch * (image.ends + setting.reward_activations)
-        decoded = batch * image.given
-        decoded += beside + own if setting.retained else max(beside, own)
+        differentiated = batch * image.given
+        differentiated += beside + own if setting.retained else max(beside, own)
         found["reward gradients"] = {
             **update,
             "activations": batch * graph,
-            "decoder and rewards": decoded,
+            "decoder and rewards": differentiated,
         }
     return found
 

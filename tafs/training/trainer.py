@@ -29,6 +29,7 @@ from tafs.runtime.distributed import Processes
 from tafs.runtime.receipts import Needs
 from tafs.training import ratios
 from tafs.training.rewards import IterationRewards, NonFinite, invalid_images
+from tafs.training.side_stream import SideStream
 
 # Iterations whose prompts are encoded together, so that the text encoders move to the GPU rarely.
 AHEAD = 16
@@ -78,6 +79,7 @@ class Trainer:
         self.group_size = settings.group_size
         self.micro_batch = settings.micro_batch
         self.keep_graphs = settings.keep_graphs and self.method.keeps_graphs
+        self.side = SideStream(backbone.device, ahead=settings.score_ahead)
         self.prompts = known
         self.shares = shares
         self.encoded = range(0)  # the iterations whose prompts the backbone has prepared
@@ -124,12 +126,19 @@ class Trainer:
             self.backbone.prepare(
                 [later[group].text for later in ahead for group in self.local_groups]
             )
-        trajectories = self._rollout([drawn[group].text for group in self.local_groups], iteration)
-        sampled = clock()
         image_prompts = [
             drawn[group] for group in self.local_groups for _ in range(self.group_size)
         ]
-        rewards = self._score(trajectories, image_prompts, iteration)
+        trajectories: list[Trajectory] = []
+        scores, low = [], 0
+        for trajectory in self._rollout([drawn[g].text for g in self.local_groups], iteration):
+            images = range(low, low + trajectory.scored.shape[1])
+            score = partial(self._score, trajectory.scored, image_prompts, images, iteration)
+            scores.append(self.side.submit(score))
+            trajectories.append(trajectory)
+            low = images.stop
+        sampled = clock()
+        rewards = self._gather([found() for found in scores], iteration)
         advantages = self.method.compute_advantages(rewards.by_name, rewards.weights)
         # A method may return any advantage for an image without a reward.
         advantages = advantages.masked_fill(rewards.invalid, 0)[:, self.local_groups].flatten(1)
@@ -180,8 +189,8 @@ class Trainer:
         rng = np.random.default_rng([self.seed, iteration])
         return prompts.draw_balanced(self.prompts, self.groups, rng, self.shares)
 
-    def _rollout(self, texts: Sequence[str], iteration: int) -> list[Trajectory]:
-        """Sample this process's images, whose groups have the prompts `texts`.
+    def _rollout(self, texts: Sequence[str], iteration: int) -> Iterator[Trajectory]:
+        """Sample this process's images by micro-batches; their groups have the prompts `texts`.
 
         The ratio before the first update is 1 only if both use the same micro-batches.
         """
@@ -196,7 +205,6 @@ class Trainer:
             generator=seeding.generator(self.seed, "start", iteration),
         )[self.local_groups]
         noise = noise.expand(-1, self.group_size, *shape).flatten(0, 1).to(self.backbone.device)
-        trajectories = []
         for part in self.micro_batches():
             generators = seeding.generators(
                 self.seed,
@@ -208,12 +216,10 @@ class Trainer:
             first = part.stop <= self._updates()[0].stop
             sampled = self.averaged() if self.method.samples_average else nullcontext()
             with torch.set_grad_enabled(first and self.keep_graphs), sampled:
-                trajectories.append(
-                    self.method.rollout(
-                        self.backbone, cond[part], noise[part], generators, iteration
-                    )
+                trajectory = self.method.rollout(
+                    self.backbone, cond[part], noise[part], generators, iteration
                 )
-        return trajectories
+            yield trajectory
 
     def micro_batches(self) -> list[slice]:
         """Slices of this process's images that go through the network together."""
@@ -236,24 +242,28 @@ class Trainer:
 
     def _score(
         self,
-        trajectories: Sequence[Trajectory],
+        states: Tensor,
         image_prompts: Sequence[prompts.Prompt],
+        images: range,
         iteration: int,
-    ) -> IterationRewards:
-        """Decode and score this process's images; gather the rewards of all processes."""
-        columns: dict[str, list[Tensor]] = {name: [] for name in self.weights}
-        low = 0
-        for trajectory in trajectories:
-            scored, size = trajectory.scored.shape[:2]
-            steps = []
-            for number, latents in enumerate(trajectory.scored, start=1):
-                where = f"iteration {iteration}, scored step {number} of {scored}"
-                with torch.no_grad():
-                    images = self._decode(latents, range(low, low + size), where)
-                steps.append(self.rewards.score(images, image_prompts[low : low + size]))
-            for name in self.weights:
-                columns[name].append(torch.stack([step[name] for step in steps]))
-            low += size
+    ) -> dict[str, Tensor]:
+        """Training-scale rewards by name, [T, b], of decoded latents [T, b, ...].
+
+        Args:
+            images: the micro-batch, among this process's images.
+        """
+        own = image_prompts[images.start : images.stop]
+        steps = []
+        for number, latents in enumerate(states, start=1):
+            where = f"iteration {iteration}, scored step {number} of {len(states)}"
+            with torch.no_grad():
+                pixels = self._decode(latents, images, where)
+            steps.append(self.rewards.score(pixels, own))
+        return {name: torch.stack([step[name] for step in steps]) for name in self.weights}
+
+    def _gather(self, scores: Sequence[dict[str, Tensor]], iteration: int) -> IterationRewards:
+        """The rewards of all processes, from those of this one's micro-batches."""
+        columns = {name: [one[name] for one in scores] for name in self.weights}
         by_name = {}
         for name, parts in columns.items():
             local = torch.cat(parts, dim=1)

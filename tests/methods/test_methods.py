@@ -133,6 +133,17 @@ def test_the_micro_batch_changes_the_rounding_alone(name):
         torch.testing.assert_close(adapter(micro_batch), whole, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_images_that_are_scored_while_the_next_ones_are_sampled_give_the_same_adapter(name):
+    adapters = []
+    for ahead in (False, True):
+        run = toy_trainer(toy_run(name, training={"micro_batch": 5, "score_ahead": ahead}))
+        for iteration in range(3):
+            run.iterate(iteration)
+        adapters.append([p.detach() for p in run.parameters.values()])
+    assert all(map(torch.equal, *adapters))
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 @pytest.mark.parametrize("updates", [1, 2])
 @pytest.mark.parametrize("name", POLICIES)

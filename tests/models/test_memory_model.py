@@ -177,6 +177,13 @@ def test_images_that_are_decoded_in_parts_take_the_memory_of_a_part():
     assert whole["reward gradients"] > part["reward gradients"] > part["update"]
 
 
+def test_images_that_are_scored_ahead_are_decoded_beside_sampling():
+    after, ahead = peak("flux-dev"), peak("flux-dev", score_ahead=True)
+    decoded = 12 * memory_model.decoder(PUBLISHED["flux-dev"].vae, 512).forward
+    assert ahead["sampling"] - after["sampling"] == pytest.approx(decoded)
+    assert all(ahead[phase] == after[phase] for phase in after if phase != "sampling")
+
+
 @pytest.mark.parametrize("name", ["flux-dev", "sd35-medium"])
 def test_kept_graphs_take_memory_from_sampling_to_the_update(name):
     without = peak(name, trained_steps=3)

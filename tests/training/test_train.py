@@ -247,6 +247,17 @@ def test_a_signal_stops_after_the_iteration(uninterrupted, tmp_path, number, mon
     assert outputs(run) == outputs(uninterrupted)
 
 
+def test_scoring_ahead_changes_no_byte_and_trains_nothing_again(uninterrupted, tmp_path):
+    run = prepare(tmp_path)
+    spec = run_inputs.run_spec(run)
+    training = spec.training.model_copy(update={"score_ahead": True})
+    ahead = spec.model_copy(update={"training": training})
+    assert needs.training(ahead) == needs.training(spec)
+    assert "score_ahead" in ahead.to_json() and "score_ahead" not in spec.to_json()
+    train.train(change(run, training=training))
+    assert outputs(run) == outputs(uninterrupted)
+
+
 def test_the_journal_records_measurements_and_provenance(uninterrupted):
     first, *_, last = journal.read(uninterrupted.journal)
     spec = run_inputs.run_spec(uninterrupted)
