@@ -357,11 +357,12 @@ def test_only_decoding_without_gradients_is_compiled(checkpoint):
     assert set(compiled) == {False}
 
 
-def test_traced_blocks_compute_the_same_velocities_and_gradients(checkpoint):
+@pytest.mark.parametrize("name", FOUND)
+def test_traced_blocks_compute_the_same_velocities_and_gradients(name):
     """One of each kind is a single graph, here without the compiler's own kernels."""
     found = []
     for traced in (False, True):
-        backbone = checkpoint.adapted()
+        backbone = checkpoint_of(name).adapted()
         for block in (backbone.blocks[0], backbone.blocks[-1]) if traced else ():
             block.compile(backend="aot_eager", fullgraph=True)
         x_t, t, cond = noise_for(backbone), torch.tensor([0.9, 0.4]), backbone.encode(PROMPTS)
